@@ -1,0 +1,94 @@
+"""Trajectory adapters: networks that read the drawn trajectory and add one residual to every block of a VideoDiT.
+
+An adapter has as many blocks as the DiT. Block i's output passes a projection that starts at zero and is added to the
+output of DiT block i, so a fresh adapter changes nothing, to the bit.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from model import load_strict, read_network
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Shapes of a ResNetAdapter."""
+
+    dim: int  # width of the DiT it serves
+    layers: int  # of the DiT, and so of the adapter
+    hidden: int = 128
+    channels: int = 48  # of the trajectory latent
+    patch: tuple[int, int, int] = (1, 2, 2)
+
+
+PRESETS = {"tiny": AdapterConfig(256, 4, hidden=160), "wan5b": AdapterConfig(3072, 30)}
+
+
+class ResNetBlock(nn.Module):
+    """A 3x3 convolution in space, then one of 3 frames in time, with a skip; and the projection to the DiT's width."""
+
+    def __init__(self, hidden: int, dim: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, hidden), nn.GroupNorm(8, hidden)
+        self.space = nn.Conv3d(hidden, hidden, (1, 3, 3), padding=(0, 1, 1))
+        self.time = nn.Conv3d(hidden, hidden, (3, 1, 1), padding=(1, 0, 0))
+        self.project = nn.Linear(hidden, dim)  # the zero-initialised 1x1 convolution, on tokens
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h [B, hidden, F, h, w] -> the next h, and this block's residual [B, N, dim]."""
+        y = self.space(F.silu(self.norm1(h)))
+        h = h + self.time(F.silu(self.norm2(y)))
+        return h, self.project(h.flatten(2).transpose(1, 2))
+
+
+class ResNetAdapter(nn.Module):
+    """The light adapter (paper: base + adapter = 5.02B). It reads the trajectory latent alone: once per clip, not per
+    step.
+    """
+
+    static = True  # its output depends on neither x, t nor text
+
+    def __init__(self, config: AdapterConfig):
+        super().__init__()
+        self.config = config
+        # Frame 0 holds the objects' masks. Every frame sees its own map beside it, so identity needs no long reach in
+        # time.
+        self.patch_embedding = nn.Linear(2 * config.channels * config.patch[1] * config.patch[2], config.hidden)
+        self.blocks = nn.ModuleList(ResNetBlock(config.hidden, config.dim) for _ in range(config.layers))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """He initialisation for convolutions, zero for every block's projection."""
+        nn.init.xavier_uniform_(self.patch_embedding.weight)
+        nn.init.zeros_(self.patch_embedding.bias)
+        for block in self.blocks:
+            for layer in (block.space, block.time):
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+            nn.init.zeros_(block.project.weight)
+            nn.init.zeros_(block.project.bias)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> list[Tensor]:
+        """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""
+        traj = torch.cat([traj, traj[:, :, :1].expand_as(traj)], dim=1)
+        _, q, r = self.config.patch
+        tokens = rearrange(traj, "b c f (h q) (w r) -> b f h w (c q r)", q=q, r=r)
+        h = rearrange(self.patch_embedding(tokens), "b f h w c -> b c f h w")
+        residuals = []
+        for block in self.blocks:
+            h, residual = block(h)
+            residuals.append(residual)
+        return residuals
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str, network: str) -> "ResNetAdapter":
+        """Read an own export. `network`: the name it must carry, "SlowAdapter" or "FastAdapter"."""
+        config, tensors = read_network(path, network)
+        adapter = cls(AdapterConfig(**{**config, "patch": tuple(config["patch"])}))
+        load_strict(adapter, tensors, path)
+        return adapter

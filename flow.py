@@ -1,0 +1,119 @@
+"""Rectified-flow maths, pure functions: the noise path, the two ways to read a prediction, and the samplers.
+
+The conventions of the whole project, said once. `sigma` in [0, 1] is the noise level, and the model receives the
+timestep `t = 1000 * sigma`. On the straight path from data to noise
+
+    x_t = (1 - sigma) * x0 + sigma * noise            (1)
+    v   = d x_t / d sigma = noise - x0                (2)
+    x0  = x_t - sigma * v                             (3)
+
+and the model predicts v. Latents are [B, C, F, H, W]. Noise levels are per latent frame, [B, F], because image-to-video
+keeps frame 0 clean: its sigma is 0, and (1) then leaves it untouched without any special case.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,F,H,W], t [B,F]) -> v [B,C,F,H,W]
+
+
+def shift_sigma(u: Tensor | float, shift: float) -> Tensor | float:
+    """Warp uniform noise levels towards noise: `s*u / (1 + (s-1)*u)`. Large latents need a large shift (Wan2.2: 5)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def frame_sigma(sigma: Tensor, frames: int) -> Tensor:
+    """Noise level of every latent frame in image-to-video: [B] -> [B, F], frame 0 clean."""
+    per_frame = sigma[:, None].repeat(1, frames)
+    per_frame[:, 0] = 0
+    return per_frame
+
+
+def timestep(sigma: Tensor) -> Tensor:
+    """The model's time input, `1000 * sigma`."""
+    return 1000 * sigma
+
+
+def _wide(sigma: Tensor) -> Tensor:
+    return sigma[:, None, :, None, None]  # [B, F] -> [B, 1, F, 1, 1], to broadcast over channels and pixels
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Equation (1). x0, noise [B,C,F,H,W], sigma [B,F]."""
+    return (1 - _wide(sigma)) * x0 + _wide(sigma) * noise
+
+
+def velocity_to_x0(x_t: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    """Equation (3). Where sigma is 0 this returns x_t itself, so a clean first frame stays what it was."""
+    return x_t - _wide(sigma) * v
+
+
+def x0_to_velocity(x_t: Tensor, x0: Tensor, sigma: Tensor, floor: float = 0.04) -> Tensor:
+    """Equation (3) solved for v. The floor on sigma bounds the division where there is almost no noise left."""
+    return (x_t - x0) / _wide(sigma).clamp_min(floor)
+
+
+def flow_matching_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor, power: float = 0) -> Tensor:
+    """`sigma^power * || v(x_t, t) - (noise - x0) ||^2`, averaged over every frame but the given first one.
+
+    x0, noise [B,C,F,H,W]; sigma [B]. Power 0 is the loss of the velocity, power 2 that of the sample, by (3). A network
+    that predicts the sample wants power 1 to 2: at 0 the gradient of the least noisy videos, where errors count
+    1 / sigma^2 times, drowns all others.
+    """
+    level = frame_sigma(sigma, x0.shape[2])  # (B, F)
+    v = velocity(add_noise(x0, noise, level), timestep(level))
+    error = (v.float() - (noise - x0))[:, :, 1:].square().mean((1, 2, 3, 4))  # (B,)
+    return (sigma**power * error).mean()
+
+
+def sigma_schedule(steps: int, shift: float) -> list[float]:
+    """`steps + 1` noise levels from 1 to 0, uniform before the shift; 4 steps are t = 1000, 750, 500, 250 warped."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return [shift_sigma(1 - i / steps, shift) for i in range(steps + 1)]
+
+
+def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:
+    """Classifier-free guidance, `uncond + scale * (cond - uncond)`. Scale 1 never evaluates the second."""
+    if scale == 1:
+        return conditional
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        uncond = unconditional(x, t)
+        return uncond + scale * (conditional(x, t) - uncond)
+
+    return velocity
+
+
+@torch.no_grad()
+def sample_multistep(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Integrate (2) from noise to data with Euler steps: the slow sampler.
+
+    first [B,C,1,H,W] is the clean first-frame latent, noise [B,C,F,H,W]; returns x0 [B,C,F,H,W] in float32.
+    """
+    x = torch.cat([first, noise[:, :, 1:]], dim=2).float()
+    for sigma, following in pairwise(sigmas):
+        level = frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])  # (B, F)
+        x[:, :, 1:] += (following - sigma) * velocity(x, timestep(level))[:, :, 1:].float()
+    return x
+
+
+@torch.no_grad()
+def sample_fewstep(
+    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float]
+) -> Tensor:
+    """Predict x0, noise it again to the next level, repeat: the sampler of distilled generators (DMD, consistency).
+
+    first [B,C,1,H,W]; noise [steps,B,C,F,H,W], fresh for every step; returns x0 [B,C,F,H,W] in float32.
+    """
+    x = torch.cat([first, noise[0][:, :, 1:]], dim=2).float()
+    for step, (sigma, following) in enumerate(pairwise(sigmas)):
+        level = frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])
+        x = velocity_to_x0(x, velocity(x, timestep(level)).float(), level)  # frame 0 has sigma 0: unchanged
+        if following > 0:
+            level = frame_sigma(x.new_full((x.shape[0],), following), x.shape[2])
+            x = add_noise(x, noise[step + 1].float(), level)
+    return x

@@ -1,0 +1,303 @@
+"""VideoDiT: the diffusion transformer of Wan2.2-TI2V, with its parameter names, in plain PyTorch.
+
+One class serves both presets: `wan5b` is Wan2.2-TI2V-5B, `tiny` trains on a laptop. A video latent is cut into patches,
+each a token; text enters by cross-attention; the noise level enters as a shift, scale and gate of every layer, one row
+per latent frame, because image-to-video gives frame 0 another timestep than the rest. Shapes: B batch, C latent
+channels, F latent frames, H W latent size, N = F*h*w tokens, D width, L text tokens.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from common import UserError, atomic
+from flow import x0_to_velocity
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything that fixes a VideoDiT's parameter shapes and meaning."""
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    layers: int
+    text_dim: int
+    text_tokens: int
+    channels: int = 48  # of the latent, in and out
+    patch: tuple[int, int, int] = (1, 2, 2)  # frames, height, width of a token
+    freq_dim: int = 256  # sinusoidal features of the timestep
+    eps: float = 1e-6
+    prediction: str = "velocity"  # what the last layer's numbers are: "velocity" or "sample"
+
+
+PRESETS = {
+    # Width 192 equals the 192 pixel values of a token, too few to carry noise through: so this preset predicts the
+    # sample.
+    "tiny": DiTConfig(256, 768, 4, 4, text_dim=64, text_tokens=32, prediction="sample"),
+    "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
+}
+
+
+@lru_cache(maxsize=8)
+def rotary_table(frames: int, height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of 3D rotary position embedding, float32, [N, head_dim / 2] each.
+
+    The pairs of a head are shared out over time, height and width as 22/21/21 of 64 (Wan's split), theta 10000. Angles
+    are computed in float64 once per grid and cached.
+    """
+    per_axis = (head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6)
+    grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (frames, height, width)), indexing="ij")
+    angles = [
+        position.flatten()[:, None] * 10000.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+        for position, pairs in zip(grid, per_axis, strict=True)
+    ]
+    angle = torch.cat(angles, dim=1)  # (N, head_dim / 2)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring pairs. x [B, N, heads, head_dim], cos and sin [N, head_dim / 2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`x * (1 + scale) + shift` with one row per latent frame. x [B, N, D]; shift, scale [B, F, D]."""
+    per_frame = x.unflatten(1, (shift.shape[1], -1))  # (B, F, h*w, D)
+    return (per_frame * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+
+
+def gate(x: Tensor, amount: Tensor) -> Tensor:
+    """`x * amount` with one row per latent frame. x [B, N, D]; amount [B, F, D]."""
+    return (x.unflatten(1, (amount.shape[1], -1)) * amount[:, :, None]).flatten(1, 2)
+
+
+class FloatLayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32 whatever the weights are; returns x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
+
+
+class FloatRMSNorm(nn.RMSNorm):
+    """RMS norm computed in float32 whatever the weights are; returns x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention. q [B, heads, N, head_dim]; k, v [B, heads, L, head_dim].
+
+    The backward of PyTorch's fused attention for CPU takes half of a training step at toy sizes. Written out,
+    compiled and run on small grids it is three times as fast, for N * L more memory.
+    """
+    if q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= 1024**2:
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float().softmax(-1)
+        return weights.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class PatchEmbedding(nn.Module):
+    """Wan's patch convolution as the matrix product it is: kernel equals stride, so each patch is one row."""
+
+    def __init__(self, channels: int, patch: tuple[int, int, int], dim: int):
+        super().__init__()
+        self.patch = patch
+        self.weight = nn.Parameter(torch.empty(dim, channels, *patch))  # the published Conv3d shape
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, q, r = self.patch
+        x = rearrange(x, "b c (f p) (h q) (w r) -> b (f h w) (c p q r)", p=p, q=q, r=r)
+        return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)  # (B, N, D)
+
+
+class Attention(nn.Module):
+    """Attention with RMS norm of queries and keys over the full width. Serves self- and cross-attention."""
+
+    def __init__(self, dim: int, heads: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = (FloatRMSNorm(dim, eps=eps) for _ in range(2))
+
+    def forward(self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))  # (B, N, heads, head_dim)
+        k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))
+        v = self.v(context).unflatten(-1, (self.heads, -1))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (y.transpose(1, 2).to(v.dtype) for y in (q, k, v))
+        return self.o(attend(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to text, feed-forward; the first and last modulated by the timestep."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        dim = config.dim
+        self.norm1, self.norm2 = (FloatLayerNorm(dim, config.eps, elementwise_affine=False) for _ in range(2))
+        self.self_attn = Attention(dim, config.heads, config.eps)
+        self.norm3 = FloatLayerNorm(dim, config.eps)
+        self.cross_attn = Attention(dim, config.heads, config.eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+
+    def forward(self, x: Tensor, e: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B,N,D], e [B,F,6,D] float32, text [B,L,D] -> [B,N,D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).unbind(2)  # (B, F, D) each
+        y = modulate(self.norm1(x), shift1, scale1).type_as(x)
+        x = (x + gate(self.self_attn(y, y, rope), gate1)).type_as(x)
+        x = x + self.cross_attn(self.norm3(x), text)
+        y = modulate(self.norm2(x), shift2, scale2).type_as(x)
+        return (x + gate(self.ffn(y), gate2)).type_as(x)
+
+
+class Head(nn.Module):
+    """Last norm, modulation and projection to patches."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        p, q, r = config.patch
+        self.norm = FloatLayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, p * q * r * config.channels)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + e[:, :, None]).unbind(2)  # (B, F, D)
+        return self.head(modulate(self.norm(x), shift, scale).type_as(x))
+
+
+class VideoDiT(nn.Module):
+    """The generator. `forward(x, t, text)` predicts the velocity `noise - x0` (flow.py, eq. 2)."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config.channels, config.patch, dim)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = Head(config)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """All initialisation in one place: Xavier matrices, small embeddings, a head that starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.patch_embedding.bias)
+        for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for part in (*self.blocks, self.head):
+            nn.init.normal_(part.modulation, std=self.config.dim**-0.5)
+        nn.init.zeros_(self.head.head.weight)
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str, network: str) -> "VideoDiT":
+        """Read an own export. `network`: the name it must carry, "SlowGenerator" or "FastGenerator"."""
+        config, tensors = read_network(path, network)
+        with torch.device("meta"):
+            model = cls(DiTConfig(**{**config, "patch": tuple(config["patch"])}))
+        model.to_empty(device="cpu")
+        load_strict(model, tensors, path)
+        return model
+
+    def time_features(self, t: Tensor) -> Tensor:
+        """Sinusoids of the timestep, float32: [B, F] -> [B, F, freq_dim], cosines first."""
+        half = self.config.freq_dim // 2
+        rate = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=t.device) / half)
+        angle = t.double()[..., None] * rate
+        return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        residuals: list[Tensor] | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Velocity of x [B,C,F,H,W] at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim].
+
+        `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output. `taps`: block numbers
+        whose outputs [B,N,D] are returned too, as a list beside the velocity.
+        """
+        frames, height, width = (n // p for n, p in zip(x.shape[2:], self.config.patch, strict=True))
+        rope = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
+        tokens = self.patch_embedding(x)  # (B, N, D)
+        features = self.time_features(t).to(self.time_embedding[0].weight.dtype)
+        e = self.time_embedding(features)  # (B, F, D)
+        e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()  # (B, F, 6, D)
+        text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))  # (B, L, D)
+
+        tapped = []
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, e6, text, rope)
+            if residuals is not None:
+                tokens = tokens + residuals[i]
+            if i in taps:
+                tapped.append(tokens)
+        p, q, r = self.config.patch
+        out = rearrange(
+            self.head(tokens, e.float()),
+            "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
+            f=frames, h=height, w=width, p=p, q=q, r=r,
+        )  # fmt: skip
+        if self.config.prediction == "sample":
+            out = x0_to_velocity(x.float(), out.float(), t / 1000)
+        return (out, tapped) if taps else out
+
+
+def save_network(path: Path, network: str, config, tensors: dict[str, Tensor], dtype=torch.bfloat16) -> None:
+    """One safetensors file that says in its header which network it holds and with which config."""
+    header = {"network": network, "config": json.dumps(asdict(config))}
+    with atomic(path) as temporary:
+        safetensors.torch.save_file({n: t.to("cpu", dtype).contiguous() for n, t in tensors.items()}, temporary, header)
+
+
+def read_network(path: Path | str, network: str) -> tuple[dict, dict[str, Tensor]]:
+    """The config and tensors of a file written by `save_network`. UserError if it is none, or of another network."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header, tensors = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the safetensors of a {network}") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    if header.get("network") != network:
+        raise UserError(f"{path}: holds a {header.get('network', 'network of unknown kind')}, expected a {network}")
+    return json.loads(header["config"]), tensors
+
+
+def load_strict(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
+    """Fill a model; every name and shape must match, or one error lists what does not."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = [
+        f"{n} is {list(tensors[n].shape)}, expected {list(own[n].shape)}"
+        for n in own.keys() & tensors.keys()
+        if own[n].shape != tensors[n].shape
+    ]
+    problems = [f"{what}: {', '.join(names)}" for what, names in
+                (("missing", missing), ("unexpected", extra), ("wrong shape", sorted(wrong))) if names]  # fmt: skip
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    model.load_state_dict(tensors)

@@ -1,0 +1,124 @@
+"""Make a video from one image, a prompt and boxes drawn over time.
+
+    python sample.py                                                       # the shipped example
+    python sample.py --image x.png --traj boxes.json --prompt "a red and blue disc spinning clockwise"
+
+Writes `--out` and, beside it, the same video with the boxes drawn over it. SlowGenerator + SlowAdapter, Euler steps.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from torch import Tensor
+
+import common
+import flow
+from adapter import PRESETS as ADAPTERS
+from adapter import ResNetAdapter
+from codec import ToyCodec
+from model import PRESETS, VideoDiT
+from trajectory import TrajectoryError, draw_overlay, load_trajectory
+
+EXAMPLE = "an orange and green disc spinning clockwise, a cyan and red diamond spinning counterclockwise"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of sampling."""
+
+    image: str = "examples/image.png"  # the first frame
+    traj: str = "examples/boxes.json"  # boxes.json, a map video, or a folder of PNG maps
+    prompt: str = EXAMPLE  # what the video shows
+    out: str = "out/sample.mp4"  # the video; <out>.boxes.mp4 is written beside it
+    preset: Literal["tiny"] = "tiny"  # size of the networks and their world
+    weights: str = "checkpoints/tiny"  # folder of slow_generator.safetensors and slow_adapter.safetensors
+    steps: int = 30  # denoising steps
+    guidance: float = 2.0  # strength of the prompt; 1 switches guidance off and halves the work
+    shift: float = 3.0  # warp of the noise levels towards noise
+    seed: int = 0  # another seed, another video
+    frames: int = 9  # length of the video
+    fps: int = 8  # frames a second
+    scale: int = 8  # enlarge the written video so many times
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward pass
+
+
+def load_image(path: str, size: int) -> tuple[Tensor, tuple[int, int]]:
+    """The image as [1, 3, 1, size, size] in [-1, 1], and its own (height, width). UserError if it can't be used."""
+    if not Path(path).is_file():
+        raise common.UserError(f"{path}: no such image; give a PNG or JPEG with --image")
+    try:
+        pixels = iio.imread(path, mode="RGB", index=0)
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = str(error).splitlines()[0]
+        raise common.UserError(f"{path}: not a readable image ({reason}); give a PNG or JPEG") from None
+    height, width = pixels.shape[:2]
+    if height != width:
+        raise common.UserError(f"{path}: is {width}x{height}; this preset makes square videos: crop it to a square")
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    if height != size:
+        image = torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    return image[:, :, None], (height, width)
+
+
+def main(cfg: Config) -> None:
+    if cfg.steps < 1:
+        raise common.UserError(f"--steps {cfg.steps}: at least 1")
+    if cfg.scale < 1 or cfg.fps < 1:
+        raise common.UserError(f"--scale {cfg.scale} --fps {cfg.fps}: both at least 1")
+    if cfg.frames < 2 or cfg.seed < 0:
+        raise common.UserError(f"--frames {cfg.frames} --seed {cfg.seed}: at least 2, and no seed below 0")
+    if Path(cfg.out).suffix != ".mp4":
+        raise common.UserError(f"--out {cfg.out}: the name must end in .mp4")
+    procs = common.init_processes()
+    size = 48
+    took: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        took[part] = time.perf_counter() - began
+
+    with timed("read inputs"):
+        image, source_size = load_image(cfg.image, size)
+        trajectory = load_trajectory(cfg.traj, (size, size), cfg.frames, source_size)
+    with timed("load networks"):
+        folder = Path(cfg.weights)
+        generator = VideoDiT.from_pretrained(folder / "slow_generator.safetensors", "SlowGenerator")
+        if generator.config != PRESETS[cfg.preset]:
+            raise common.UserError(f"{folder / 'slow_generator.safetensors'}: is no network of preset {cfg.preset}")
+        adapter = ResNetAdapter.from_pretrained(folder / "slow_adapter.safetensors", "SlowAdapter")
+        if adapter.config != ADAPTERS[cfg.preset]:
+            raise common.UserError(f"{folder / 'slow_adapter.safetensors'}: is no adapter of preset {cfg.preset}")
+        generator, adapter = generator.to(procs.device), adapter.to(procs.device)
+        codec = ToyCodec()
+    with timed("encode"):
+        first = codec.encode_video(image).to(procs.device)
+        traj = codec.encode_video(trajectory.maps("box")[None]).to(procs.device)
+        text, empty = codec.encode_text([cfg.prompt, ""]).to(procs.device).split(1)
+    with timed("denoise"), torch.no_grad(), common.autocast(procs, cfg.dtype):
+        residuals = adapter(None, None, None, traj)  # static: once per clip
+        velocity = flow.guided(
+            lambda x, t: generator(x, t, text, residuals), lambda x, t: generator(x, t, empty, residuals), cfg.guidance
+        )
+        noise = common.sample_noise((first.shape[1], cfg.frames, *first.shape[3:]), [0], cfg.seed).to(procs.device)
+        latents = flow.sample_multistep(velocity, first, noise, flow.sigma_schedule(cfg.steps, cfg.shift))
+    with timed("decode"):
+        video = codec.decode_video(latents)[0]
+    with timed("write"):
+        overlay = Path(cfg.out).with_suffix(".boxes.mp4")
+        common.write_video(cfg.out, common.to_uint8(video, cfg.scale), cfg.fps)
+        common.write_video(overlay, draw_overlay(video, trajectory, cfg.scale), cfg.fps)
+    print("  ".join(f"{part} {seconds:.2f} s" for part, seconds in took.items()))
+    print(f"{cfg.steps} steps on {procs.device}: {cfg.out} and {overlay}")
+
+
+if __name__ == "__main__":
+    common.run_script(main, Config, TrajectoryError)

@@ -1,0 +1,64 @@
+"""The adapter starts as nothing, learns alone, and has the paper's size."""
+
+import torch
+
+import adapter as adapters
+import common
+import flow
+from model import PRESETS, VideoDiT
+
+
+def networks():
+    torch.manual_seed(0)
+    generator = VideoDiT(PRESETS["tiny"])
+    torch.nn.init.normal_(generator.head.head.weight, std=0.02)
+    adapter = adapters.ResNetAdapter(adapters.PRESETS["tiny"])
+    x, traj = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 48, 3, 4, 4)
+    t, text = torch.tensor([[0.0, 400, 400], [0, 900, 900]]), torch.randn(2, 32, 64)
+    return generator, adapter, x, t, text, traj
+
+
+def test_fresh_adapter_changes_nothing():
+    generator, adapter, x, t, text, traj = networks()
+    with torch.no_grad():
+        residuals = adapter(x, t, text, traj)
+        assert len(residuals) == 4 and all(r.shape == (2, 12, 256) for r in residuals)
+        assert torch.equal(generator(x, t, text, residuals), generator(x, t, text))
+
+
+def test_one_step_changes_the_adapter_alone():
+    generator, adapter, x, t, text, traj = networks()
+    generator.requires_grad_(False)
+    frozen = {n: p.clone() for n, p in generator.named_parameters()}
+    before = {n: p.clone() for n, p in adapter.named_parameters()}
+    optimizers = common.make_optimizers(adapter, 0.01)
+    common.set_lr(optimizers, 1e-2)
+    owned = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    assert owned == {id(p) for p in adapter.parameters()}
+    for _ in range(2):  # the first step moves the zero projections alone, the second what lies behind them
+        loss = flow.flow_matching_loss(
+            lambda x, t: generator(x, t, text, adapter(x, t, text, traj)), x, traj, t[:, 1] / 1000
+        )
+        loss.backward()
+        common.clip_and_step(adapter, optimizers, 1.0)
+    assert all(p.grad is None and torch.equal(p, frozen[n]) for n, p in generator.named_parameters())
+    assert not any(torch.equal(p, before[n]) for n, p in adapter.named_parameters())
+
+
+def test_static_adapter_reads_the_trajectory_alone():
+    _, adapter, x, t, text, traj = networks()
+    for block in adapter.blocks:
+        torch.nn.init.normal_(block.project.weight)
+    with torch.no_grad():
+        once = adapter(None, None, None, traj)
+        assert adapter.static and all(torch.equal(a, b) for a, b in zip(once, adapter(x, t, text, traj), strict=True))
+        assert not any(torch.allclose(a, b) for a, b in zip(once, adapter(x, t, text, -traj), strict=True))
+
+
+def test_size_at_wan5b():
+    """Base + adapter = 5.02B in the paper: an adapter of 15M to 25M."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in adapters.ResNetAdapter(adapters.PRESETS["wan5b"]).parameters())
+    assert 15e6 < count < 25e6
+    assert adapters.PRESETS["wan5b"].layers == PRESETS["wan5b"].layers
+    assert adapters.PRESETS["wan5b"].dim == PRESETS["wan5b"].dim

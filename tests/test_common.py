@@ -1,0 +1,165 @@
+"""The plumbing: flags, sharing of work, noise, schedule, averages, files."""
+
+import dataclasses
+import json
+from typing import Literal
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import common
+import train_slow_adapter
+from codec import ToyCodec
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of a script that is none."""
+
+    lr: float = 1e-3  # the rate
+    steps: int = 10  # how many
+    flag: bool = False  # on or off
+    name: str = "x"  # a word
+    kind: Literal["a", "b"] = "a"  # one of two
+
+
+def test_flags():
+    assert common.parse_config(Options, []) == Options()
+    parsed = common.parse_config(Options, ["--lr", "1e-4", "--flag", "true", "--steps=3", "--kind", "b"])
+    assert parsed == Options(lr=1e-4, flag=True, steps=3, kind="b")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--foo", "1"], "unknown flag --foo; the flags are --lr, --steps, --flag, --name, --kind"),
+        (["lr", "1"], "unknown flag lr"),
+        (["--lr"], r"--lr needs a value \(float\)"),
+        (["--lr", "fast"], "--lr fast: not a valid value; it takes float"),
+        (["--lr", "nan"], "--lr nan: not a valid value"),
+        (["--steps", "1.5"], "--steps 1.5: not a valid value; it takes int"),
+        (["--flag", "yes"], r"--flag yes: not a valid value; it takes true\|false"),
+        (["--kind", "c"], r"--kind c: not a valid value; it takes a\|b"),
+    ],
+)
+def test_bad_flags(argv, message):
+    with pytest.raises(common.UserError, match=message):
+        common.parse_config(Options, argv)
+
+
+def test_help_prints_every_field_with_default_and_comment(capsys):
+    with pytest.raises(SystemExit) as caught:
+        common.parse_config(train_slow_adapter.Config, ["--help"])
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  --lr float (default 0.006): peak learning rate of the matrices" in lines
+    assert "  --compile true|false (default true): torch.compile each block" in lines
+    assert sum(line.startswith("  --") for line in lines) == len(dataclasses.fields(train_slow_adapter.Config))
+
+
+def test_a_global_batch_is_shared_whole():
+    everyone = [common.Processes(r, 4, torch.device("cpu"), None).share(16, 2, 3) for r in range(4)]
+    assert sorted(s for parts in everyone for part in parts for s in part) == list(range(48, 64))
+    assert all(len(part) == 2 for parts in everyone for part in parts)
+    with pytest.raises(common.UserError, match="--batch 6 does not divide into 4 processes x 1"):
+        common.Processes(0, 4, torch.device("cpu"), None).share(6, 1, 0)
+
+
+def test_randomness_depends_on_its_key_alone():
+    together = common.sample_noise((3, 2), [5, 9], 0, 7)
+    assert torch.equal(together[1:], common.sample_noise((3, 2), [9], 0, 7))
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(together, common.sample_noise((3, 2), [5, 9], 0, 8))
+    u = common.sample_uniform(list(range(32, 48)), 16, 0)
+    assert torch.equal((u * 16).floor(), torch.arange(16.0))  # stratified
+    assert torch.equal(u[4:6], common.sample_uniform([36, 37], 16, 0))
+
+
+def test_learning_rate():
+    rates = [common.learning_rate(step, 2.0, 10, 110) for step in range(110)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(1.0) and rates[-1] < 1e-3 and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_ema_follows_and_lends_its_weights():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = common.EMA(model, 0.5)
+    with torch.no_grad():
+        model.weight.fill_(1)
+    ema.update(step=100)
+    ema.update(step=101)
+    assert ema.average["weight"].item() == pytest.approx(0.75)
+    with ema.applied():
+        assert model.weight.item() == pytest.approx(0.75)
+    assert model.weight.item() == 1
+
+
+def test_optimizers_hold_every_parameter_once():
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    model.head = torch.nn.Linear(4, 2)
+    muon, adamw = common.make_optimizers(model, 0.0)
+    assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model.blocks[0].weight)]
+    rest = {id(p) for g in adamw.param_groups for p in g["params"]}
+    assert rest == {id(p) for p in model.parameters()} - {id(model.blocks[0].weight)}
+
+
+def test_log_rewinds_and_survives_a_cut_line(tmp_path):
+    run = common.Run(tmp_path / "r", Options(), common.Processes(0, 1, torch.device("cpu"), None))
+    for step in (1, 2, 3):
+        run.log(step, loss=step / 2)
+    with (tmp_path / "r" / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    run.rewind(2)
+    lines = (tmp_path / "r" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
+    assert json.loads((tmp_path / "r" / "config.json").read_text()) == dataclasses.asdict(Options())
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    procs = common.Processes(0, 1, torch.device("cpu"), None)
+
+    def part(width):
+        model = torch.nn.Sequential(torch.nn.Linear(4, width))
+        model.blocks = model[:]
+        return {"net": (model, common.make_optimizers(model, 0.0), common.EMA(model, 0.9))}
+
+    common.save_checkpoint(tmp_path, 3, part(4), procs)
+    assert common.load_checkpoint(tmp_path, part(4), procs) == 3
+    with pytest.raises(common.UserError, match="of other shapes; give the run another --name"):
+        common.load_checkpoint(tmp_path, part(5), procs)
+
+
+def test_atomic_leaves_nothing_behind_on_failure(tmp_path):
+    with pytest.raises(RuntimeError), common.atomic(tmp_path / "a" / "x.txt") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list((tmp_path / "a").iterdir()) == []
+    with common.atomic(tmp_path / "x.txt") as temporary:
+        temporary.write_text("whole")
+    assert [p.name for p in tmp_path.glob("*.txt")] == ["x.txt"]
+
+
+def test_pictures(tmp_path):
+    video = torch.stack([torch.full((2, 4, 6), v) for v in (-1.0, 0.0, 1.0)])  # [3, T, H, W]
+    frames = common.to_uint8(video, scale=2)
+    assert frames.shape == (2, 8, 12, 3) and frames[0, 0, 0].tolist() == [0, 128, 255]
+    sheet = common.contact_sheet([frames, frames], gap=2)
+    assert sheet.shape == (20, 28, 3) and sheet[8].min() == 255
+    big = np.zeros((5, 96, 96, 3), np.uint8)
+    common.write_video(tmp_path / "v.mp4", big, fps=8)
+    assert iio.imread(tmp_path / "v.mp4").shape == big.shape
+
+
+def test_toy_codec_is_exact_and_tells_words_apart():
+    codec = ToyCodec()
+    video = torch.rand(2, 3, 3, 48, 48) * 2 - 1
+    latents = codec.encode_video(video)
+    assert latents.shape == (2, 48, 3, 12, 12) and torch.equal(codec.decode_video(latents), video)
+    a, b, empty = codec.encode_text(["a red disc, a blue disc", "a red disc", ""])
+    assert a[:6].norm(dim=1).min() > 0 and a[6:].abs().max() == 0 and empty.abs().max() == 0
+    assert torch.equal(a[:3], b[:3])  # the same clause
+    assert torch.equal(a[2, :32], a[5, :32]) and not torch.allclose(a[2, 32:], a[5, 32:])  # one word, two clauses

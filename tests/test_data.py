@@ -1,0 +1,117 @@
+"""The toy world: exact, seeded, and rich enough for what it must show."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+from codec import ToyCodec
+from trajectory import load_trajectory
+
+
+def test_a_video_depends_on_its_number_alone():
+    world = data.ToyWorld()
+    together, alone = world.batch([3, 8]), world.batch([8])
+    for name in ("video", "masks", "boxes", "spin"):
+        assert torch.equal(getattr(together, name)[1:], getattr(alone, name))
+    assert together.captions[1:] == alone.captions
+    others = [data.ToyWorld(split).batch([8]).video for split in ("validation", "test")]
+    assert not torch.equal(alone.video, others[0]) and not torch.equal(others[0], others[1])
+
+
+def test_split_seeds_are_disjoint():
+    firsts = sorted(data.SPLITS.values())
+    assert min(b - a for a, b in pairwise(firsts)) >= 1 << 40  # more videos than can be made
+
+
+def test_boxes_and_masks_are_exact():
+    batch = data.ToyWorld().batch(list(range(64)))
+    assert set(batch.count.tolist()) == {1, 2, 3}
+    for b in range(64):
+        for k in range(3):
+            if k >= batch.count[b]:
+                assert not batch.masks[b, k].any()
+                continue
+            for t in range(9):
+                x0, y0, x1, y1 = batch.boxes[b, k, t].tolist()
+                assert x0 >= 0 and x1 <= 48 and y0 >= 0 and y1 <= 48 and 14 <= x1 - x0 == y1 - y0 <= 23
+                ys, xs = np.nonzero(batch.masks[b, k, t].numpy())
+                assert len(xs) == 0 or (xs.min() >= x0 and xs.max() < x1 and ys.min() >= y0 and ys.max() < y1)
+                if k == batch.count[b] - 1:  # in front: the box is exactly its extent
+                    assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == (x0, y0, x1, y1)
+        assert batch.masks[b].sum(0).max() <= 1  # a pixel belongs to one object
+        colors = torch.tensor(list(data.COLORS.values()))[batch.colors[b]] * 2 - 1  # (K, 2, 3)
+        for k in range(batch.count[b]):
+            pixels = batch.video[b].permute(1, 2, 3, 0)[batch.masks[b, k]]
+            assert ((pixels[:, None] - colors[k]).abs().amax(-1).amin(1) < 1e-6).all()  # of the object's two colours
+
+
+def test_captions_tell_what_is_there_and_half_the_directions():
+    batch = data.ToyWorld().batch(list(range(400)))
+    names = list(data.COLORS)
+    for b, caption in enumerate(batch.captions):
+        clauses = caption.split(", ")
+        assert len(clauses) == batch.count[b]
+        for k, clause in enumerate(clauses):
+            one, two = (names[c] for c in batch.colors[b, k])
+            assert f" {one} and {two} " in clause
+            turning = "clockwise" if batch.spin[b, k] > 0 else "counterclockwise"
+            assert clause.endswith(f"spinning {turning}") == bool(batch.told[b])
+    assert 0.4 < batch.told.float().mean() < 0.6
+    assert 0.4 < (batch.spin > 0).float().mean() < 0.6
+    rate = torch.rad2deg(batch.spin.abs())
+    assert rate.min() >= 10 and rate.max() <= 30
+
+
+def test_pinwheels_turn_as_said():
+    """A lone disc of two sectors: the colour boundary advances by `spin` a frame."""
+    batch = data.ToyWorld().batch(list(range(300)))
+    lone = [b for b in range(300) if batch.count[b] == 1 and batch.sectors[b, 0] == 2]
+    assert len(lone) > 20
+    for b in lone:
+        color = torch.tensor(list(data.COLORS.values()))[batch.colors[b, 0, 1]] * 2 - 1
+        angles = []
+        for t in range(9):
+            on = ((batch.video[b, :, t] - color[:, None, None]).abs().amax(0) < 1e-6).nonzero().double() + 0.5
+            x0, y0, x1, y1 = batch.boxes[b, 0, t].tolist()
+            dy, dx = (on - torch.tensor([(y0 + y1) / 2, (x0 + x1) / 2])).T
+            angles.append(torch.atan2(dy.sum(), dx.sum()).item())
+        turned = np.diff(np.unwrap(angles)).mean()
+        assert abs(turned - batch.spin[b, 0].item()) < np.deg2rad(3)
+
+
+def test_training_batches():
+    codec = ToyCodec()
+    source = data.ToyLatents(codec)
+    x0, text, none = source.batch([1, 2, 3], drop_text=0.0)
+    assert x0.shape == (3, 48, 9, 12, 12) and text.shape == (3, 32, 64) and none is None
+    empty = source.batch(list(range(200)), drop_text=0.3)[1].flatten(1).abs().amax(1) == 0
+    assert 0.2 < empty.float().mean() < 0.4
+    other = data.ToyLatents(codec, seed=1)
+    assert not torch.equal(other.batch([1])[0], source.batch([1])[0])
+    with pytest.raises(common.UserError, match="--seed 256: use 0 to 255"):
+        data.ToyLatents(codec, seed=256)
+    box, mask = (codec.decode_video(source.batch([1, 2, 3], kind)[2]) for kind in ("box", "mask"))
+    assert torch.equal(box[:, :, 0], mask[:, :, 0]) and not torch.equal(box, mask)  # frame 0 is always the mask
+    dark = source.batch(list(range(400)), "box", sparse=0.5)[2].amax((1, 3, 4)) == -1  # (B, F)
+    assert not dark[:, 0].any()
+    assert 0.38 < dark.any(1).float().mean() < 0.51  # about half lose a frame or more
+    assert len({tuple(row.tolist()) for row in dark}) > 20
+
+
+def test_example_script_writes_what_sampling_reads(run, tmp_path):
+    job = run("data.py", "--video", 40)
+    assert job.returncode == 0, job.stderr
+    batch = data.ToyWorld("test").batch([40])
+    loaded = load_trajectory(tmp_path / "out/toy/boxes.json", (48, 48), 9, (48, 48))
+    assert loaded.names == batch.trajectory(0).names
+    for t in (0, 4, 8):
+        assert np.array_equal(loaded.boxes[:, t], batch.boxes[0, :2, t])
+    assert np.array_equal(loaded.masks, batch.masks[0, :2, 0])
+    assert (tmp_path / "out/toy/prompt.txt").read_text().strip() == batch.captions[0]
+    top = json.loads((tmp_path / "out/toy/boxes.json").read_text())
+    assert top["num_frames"] == 9 and top["width"] == top["height"] == 48

@@ -1,0 +1,450 @@
+"""Measures against answers computed by hand; sampling and the script with random networks."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import adapter as adapters
+import common
+import evaluate
+from codec import ToyCodec
+from data import COLORS, ToyBatch, ToyWorld
+from model import PRESETS, VideoDiT, save_network
+
+RED, ORANGE = (list(COLORS).index(name) for name in ("red", "orange"))
+ALONE = common.Processes(0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture(scope="module")
+def world() -> ToyBatch:
+    return ToyWorld("test").batch(list(range(128)))
+
+
+def scene(masks: Tensor, size: int = 48, **changes) -> ToyBatch:
+    """Videos of single objects with these masks [B, T, S, S] in red on grey."""
+    B, T = masks.shape[:2]
+    red = torch.tensor(COLORS["red"])[:, None, None, None] * 2 - 1
+    batch = ToyBatch(
+        video=torch.where(masks[:, None], red, torch.zeros(())),
+        masks=masks[:, None],
+        boxes=torch.zeros(B, 1, T, 4, dtype=torch.long),
+        count=torch.ones(B, dtype=torch.long),
+        colors=torch.tensor([[[RED, ORANGE]]]).expand(B, 1, 2),
+        sectors=torch.full((B, 1), 2),
+        spin=torch.ones(B, 1),
+        captions=["a red and orange square"] * B,
+        told=torch.ones(B, dtype=torch.bool),
+    )
+    return dataclasses.replace(batch, **changes)
+
+
+def square(x: int, y: int, width: int, height: int, frames: int = 9) -> Tensor:
+    """Masks [1, T, 48, 48] of a rectangle that stands still."""
+    masks = torch.zeros(1, frames, 48, 48, dtype=torch.bool)
+    masks[..., y : y + height, x : x + width] = True
+    return masks
+
+
+# --- finding objects --------------------------------------------------------------------------------------------------
+
+
+def test_objects_of_true_videos_are_found_exactly(world):
+    assert torch.equal(evaluate.find_objects(world.video, world), world.masks)
+
+
+def test_background_and_unused_slots_are_never_found(world):
+    found = evaluate.find_objects(torch.zeros_like(world.video), world)
+    assert not found.any()
+    loud = evaluate.find_objects(torch.rand(world.video.shape, generator=common.generator(0)) * 2 - 1, world)
+    unused = torch.arange(3) >= world.count[:, None]
+    assert loud.any() and not loud[unused].any()
+
+
+def test_true_videos_score_the_ceiling(world):
+    scores = evaluate.score(world.video, world)
+    assert (scores["mask_iou"], scores["box_iou"], scores["sharpness"]) == (1, 1, 1)
+    assert scores["fvd"] < 1e-4
+    assert scores["prompt_accuracy"] >= 0.97
+    untold = world.spin[~world.told][torch.arange(3) < world.count[~world.told][:, None]]
+    assert scores["clockwise_when_untold"] == pytest.approx((untold > 0).float().mean().item(), abs=0.03)
+
+
+# --- overlap ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(0, 1), (1, 15 / 17), (2, 14 / 18), (16, 0)])
+def test_a_square_beside_itself(shift, expected):
+    batch, moved = scene(square(10, 10, 16, 16)), scene(square(10 + shift, 10, 16, 16))
+    found = evaluate.find_objects(moved.video, batch)
+    assert evaluate.mask_iou(found, batch.masks).item() == pytest.approx(expected)
+    assert evaluate.box_iou(found, batch.masks).item() == pytest.approx(expected)
+
+
+def test_a_video_that_repeats_frame_0(world):
+    still = world.video[:, :, :1].expand_as(world.video)
+    measured = evaluate.mask_iou(evaluate.find_objects(still, world), world.masks)
+    for b, k in np.ndindex(*measured.shape):
+        truth, ious = world.masks[b, k].numpy(), []
+        for frame in truth[1:]:
+            if frame.sum() >= 20:
+                ious.append((truth[0] & frame).sum() / (truth[0] | frame).sum())
+        assert measured[b, k].item() == pytest.approx(np.mean(ious), nan_ok=True) if ious else measured[b, k].isnan()
+    assert evaluate.score(still, world)["mask_iou"] == pytest.approx(np.nanmean(measured.numpy()), abs=1e-6)
+
+
+def test_frame_0_does_not_count():
+    batch = scene(square(10, 10, 16, 16))
+    found = batch.masks.clone()
+    found[:, :, 0] = False
+    assert evaluate.mask_iou(found, batch.masks).item() == evaluate.box_iou(found, batch.masks).item() == 1
+
+
+def test_frames_where_little_is_visible_are_left_out():
+    masks = square(10, 10, 16, 16)
+    masks[:, 5:] = square(10, 10, 19, 1, frames=4)  # 19 pixels: one too few
+    batch = scene(masks)
+    found = batch.masks.clone()
+    found[:, :, 5:] = False
+    assert evaluate.mask_iou(found, batch.masks).item() == 1
+    assert evaluate.mask_iou(found[:, :, 4:], batch.masks[:, :, 4:]).isnan().all()
+    masks[:, 5:] = square(10, 10, 20, 1, frames=4)  # enough for a mask, too thin for a box
+    assert evaluate.mask_iou(found, scene(masks).masks).item() == pytest.approx(0.5)
+    assert evaluate.box_iou(found, scene(masks).masks).item() == 1
+
+
+def test_nothing_found_is_zero():
+    batch = scene(square(10, 10, 16, 16))
+    found = torch.zeros_like(batch.masks)
+    assert evaluate.mask_iou(found, batch.masks).item() == evaluate.box_iou(found, batch.masks).item() == 0
+
+
+def test_strays_and_thin_lines_do_not_stretch_boxes():
+    batch = scene(square(10, 10, 16, 16))
+    found = batch.masks.clone()
+    found[..., 45, 2::4] = True
+    found[..., 40] = True
+    assert evaluate.box_iou(found, batch.masks).item() == 1
+    found[..., 10:26, 26:30] = True  # a thick slab does: 20 wide instead of 16
+    assert evaluate.box_iou(found, batch.masks).item() == pytest.approx(16 / 20)
+
+
+def test_bounding_boxes_are_x_y_and_exclusive():
+    assert evaluate.bounding_boxes(square(3, 10, 5, 7, frames=1)).tolist() == [[[3, 10, 8, 17]]]
+    assert evaluate.bounding_boxes(torch.ones(2, 48, 48, dtype=torch.bool)).tolist() == [[0, 0, 48, 48]] * 2
+    assert evaluate.bounding_boxes(torch.zeros(1, 48, 48, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
+
+
+# --- sharpness --------------------------------------------------------------------------------------------------------
+
+
+def checkerboard(low: float = 0, high: float = 1) -> ToyBatch:
+    """An object that fills the frame with pixels of red and orange in turn, mixed by these shares of orange."""
+    batch = scene(square(0, 0, 48, 48))
+    odd = (torch.arange(48) + torch.arange(48)[:, None]) % 2
+    red, orange = (torch.tensor(COLORS[name])[:, None, None, None] for name in ("red", "orange"))
+    share = low + (high - low) * odd
+    return dataclasses.replace(batch, video=((1 - share) * red + share * orange).expand(1, 3, 9, 48, 48) * 2 - 1)
+
+
+def test_sharpness_of_a_checkerboard():
+    truth = checkerboard()
+    found = evaluate.find_objects(truth.video, truth)
+    assert evaluate.sharpness(truth.video, found, truth) == 1
+    energy, pixels = evaluate.detail(truth.video, found)
+    # Every neighbour differs by the same step, orange - red = (0, 0.45, 0), twice that in [-1, 1].
+    assert pixels.item() == 8 * 46**2
+    assert energy.item() == pytest.approx(8 * 46**2 * (4 * 0.9) ** 2, rel=1e-5)
+    # A 3x3 box blur leaves 5/9 of a pixel's own colour and 4/9 of the other: a ninth of the contrast.
+    blurred = checkerboard(4 / 9, 5 / 9).video
+    box = F.avg_pool2d(truth.video[0].transpose(0, 1), 3, 1).transpose(0, 1)
+    assert torch.allclose(box, blurred[0, ..., 1:-1, 1:-1], atol=1e-6)
+    found = evaluate.find_objects(blurred, truth)
+    assert evaluate.sharpness(blurred, found, truth) == pytest.approx(1 / 81, rel=1e-4)
+    flat = checkerboard(0.5, 0.5).video
+    assert evaluate.sharpness(flat, evaluate.find_objects(flat, truth), truth) == pytest.approx(0, abs=1e-9)
+
+
+def test_sharpness_ignores_displacement_and_counts_what_is_missing():
+    pattern = checkerboard().video
+    outside = torch.zeros(())
+    truth = scene(square(4, 4, 16, 16))
+    truth = dataclasses.replace(truth, video=torch.where(truth.masks, pattern, outside))
+    moved = torch.where(square(24, 20, 16, 16)[:, None], pattern, outside)
+    assert evaluate.sharpness(moved, evaluate.find_objects(moved, truth), truth) == pytest.approx(1)
+    half = torch.where(square(4, 4, 16, 9)[:, None], pattern, outside)  # 14 x 7 inner pixels of 14 x 14
+    assert evaluate.sharpness(half, evaluate.find_objects(half, truth), truth) == pytest.approx(0.5)
+    larger = torch.where(square(4, 4, 32, 32)[:, None], pattern, outside)
+    assert evaluate.sharpness(larger, evaluate.find_objects(larger, truth), truth) == pytest.approx(1)
+
+
+def test_a_flat_silhouette_has_no_detail():
+    batch = scene(square(10, 10, 16, 16))
+    assert evaluate.detail(batch.video, batch.masks)[0].item() == pytest.approx(0, abs=1e-9)
+
+
+# --- spin -------------------------------------------------------------------------------------------------------------
+
+
+def test_spin_of_true_videos(world):
+    spin = evaluate.spin_direction(world.video, world.masks, world)
+    used = torch.arange(3) < world.count[:, None]
+    assert torch.equal(spin.isnan(), ~used)
+    assert (spin.sign() == world.spin.sign())[used].float().mean() >= 0.97
+    single = world.count == 1
+    assert torch.allclose(spin[single, 0], world.spin[single, 0].float(), atol=math.radians(3))
+    assert (spin[single, 0] - world.spin[single, 0]).abs().mean() < math.radians(1)
+
+
+def test_spin_follows_mirrors_and_displacement(world):
+    single = evaluate.subset(world, torch.nonzero(world.count == 1)[:, 0].tolist())
+    for video, sign in ((single.video.flip(-1), -1), (single.video.flip(2), -1), (single.video.flip((-1, -2)), 1)):
+        found = evaluate.find_objects(video, single)
+        spin = evaluate.spin_direction(video, found, single)[:, 0]
+        assert torch.equal(spin.sign(), sign * single.spin[:, 0].sign().float())
+
+
+def test_no_spin_without_motion_or_object(world):
+    still = world.video[:, :, :1].expand_as(world.video)
+    for video in (still, torch.zeros_like(still)):
+        spin = evaluate.spin_direction(video, evaluate.find_objects(video, world), world)
+        assert torch.equal(spin.nan_to_num(0), torch.zeros_like(spin))
+
+
+def test_prompt_accuracy_by_hand():
+    batch = scene(square(0, 0, 4, 4).repeat(4, 1, 1, 1))
+    spin = torch.tensor([[1.0, -1, 1], [-1, 1, 0], [1, 1, 0], [1, 0, 0]])
+    told = torch.tensor([True, True, False, False])
+    batch = dataclasses.replace(batch, spin=spin, told=told)
+    nan = math.nan
+    measured = torch.tensor([[0.2, -0.3, -0.1], [0.0, nan, nan], [0.3, -0.2, nan], [0.1, 0.0, nan]])
+    assert evaluate.prompt_accuracy(measured, batch) == pytest.approx(2 / 4)  # no motion is no obedience
+    assert evaluate.clockwise_when_untold(measured, batch) == pytest.approx(2 / 3)  # and no direction
+    assert math.isnan(evaluate.prompt_accuracy(measured, dataclasses.replace(batch, told=~told & told)))
+    assert math.isnan(evaluate.clockwise_when_untold(measured, dataclasses.replace(batch, told=told | ~told)))
+
+
+# --- Frechet distance -------------------------------------------------------------------------------------------------
+
+
+def sample(*shape: int, key: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=common.generator(key), dtype=torch.float64)
+
+
+def test_frechet_closed_forms():
+    a, b = 2 * sample(100, 1) + 3, 0.5 * sample(80, 1, key=1)
+    expected = (a.mean() - b.mean()) ** 2 + (a.std(correction=0) - b.std(correction=0)) ** 2
+    assert evaluate.frechet_video_distance(a, b) == pytest.approx(expected.item())
+    # Diagonal: orthonormal, centred columns scaled by hand.
+    q, _ = torch.linalg.qr(sample(50, 4) - sample(50, 4).mean(0))
+    unit = q * 50**0.5  # covariance is the identity
+    s, t = torch.tensor([1.0, 2, 3, 0]).double(), torch.tensor([4.0, 2, 1, 1]).double()
+    assert evaluate.frechet_video_distance(unit * s + 1, unit * t) == pytest.approx(4 + 9 + 0 + 4 + 1)
+    # Two dimensions that don't commute: tr (AB)^1/2 = (tr AB + 2 (det AB)^1/2)^1/2.
+    a, b = sample(30, 2) @ sample(2, 2, key=2), sample(30, 2, key=3) @ sample(2, 2, key=4)
+    A, B = (x.T.cov(correction=0) for x in (a, b))
+    cross = ((A @ B).trace() + 2 * (A @ B).det().sqrt()).sqrt()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
+    assert evaluate.frechet_video_distance(a, b) == pytest.approx(expected.item())
+    assert evaluate.frechet_video_distance(b, a) == pytest.approx(expected.item())
+
+
+def test_frechet_of_identical_and_of_tiny_sets():
+    a = sample(200, 16)
+    assert evaluate.frechet_video_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert evaluate.frechet_video_distance(a[:3], a[:3]) == pytest.approx(0, abs=1e-6)  # singular covariance
+    assert evaluate.frechet_video_distance(a[:1], a[1:2]) == pytest.approx((a[0] - a[1]).square().sum().item())
+
+
+def test_features_are_fixed_and_see_detail_and_motion(world):
+    few = world.video[:40]
+    features = evaluate.video_features(few)
+    assert features.shape == (40, evaluate.FEATURES) and features.dtype == torch.float64
+    assert torch.allclose(features[35:], evaluate.video_features(few[35:]), rtol=1e-5)
+    assert torch.equal(features, evaluate.video_features(few))
+    truth = evaluate.video_features(world.video)
+    blurred = F.avg_pool3d(world.video, (1, 3, 3), 1, (0, 1, 1))
+    jumbled = world.video[:, :, [0, 3, 1, 5, 2, 7, 4, 8, 6]]
+    other = evaluate.video_features(ToyWorld("validation").batch(list(range(128))).video)
+    chance = evaluate.frechet_video_distance(other, truth)
+    for worse in (blurred, jumbled):
+        assert evaluate.frechet_video_distance(evaluate.video_features(worse), truth) > 2 * chance
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def networks(seed: int = 0) -> tuple[VideoDiT, adapters.ResNetAdapter]:
+    """One-layer networks with random weights everywhere, so that every input matters."""
+    torch.manual_seed(seed)
+    generator = VideoDiT(dataclasses.replace(PRESETS["tiny"], layers=1))
+    adapter = adapters.ResNetAdapter(adapters.AdapterConfig(generator.config.dim, 1, hidden=16))
+    torch.nn.init.xavier_uniform_(generator.head.head.weight)
+    torch.nn.init.normal_(adapter.blocks[0].project.weight, std=0.3)
+    return generator.requires_grad_(False), adapter.requires_grad_(False)
+
+
+CFG = evaluate.Config(videos=5, batch=2, steps=2, guidance=1.0, dtype="float32", compile=False)
+
+
+def test_generate_hands_each_video_its_own_inputs(world):
+    codec, few = ToyCodec(), evaluate.subset(world, range(5))
+    seen = []
+
+    def truthful(first, text, empty, traj, samples):
+        seen.extend(samples)
+        part = evaluate.subset(few, samples)
+        latents = codec.encode_video(part.video)
+        assert torch.equal(first, latents[:, :, :1])
+        assert torch.equal(text, codec.encode_text(part.captions)) and not empty.any()
+        maps = torch.stack([part.trajectory(i).maps("box") for i in range(len(samples))])
+        assert torch.equal(traj, codec.encode_video(maps))
+        return latents
+
+    video, seconds = evaluate.generate(truthful, few, CFG, ALONE, "truth")
+    assert torch.equal(video, few.video) and seen == [0, 1, 2, 3, 4] and seconds > 0
+
+
+def test_samples_do_not_depend_on_the_batch(world):
+    few = evaluate.subset(world, range(3))
+    sampler = evaluate.slow_sampler(*networks(), CFG)
+    in_pairs, _ = evaluate.generate(sampler, few, CFG, ALONE, "pairs")
+    at_once, _ = evaluate.generate(sampler, few, dataclasses.replace(CFG, batch=3), ALONE, "all")
+    assert torch.allclose(in_pairs, at_once, atol=1e-4)
+    assert torch.equal(in_pairs[:, :, 0], few.video[:, :, 0])
+    other = evaluate.slow_sampler(*networks(), dataclasses.replace(CFG, seed=1))
+    assert not torch.allclose(evaluate.generate(other, few, CFG, ALONE, "seed")[0], in_pairs, atol=1e-2)
+
+
+def test_adapter_guidance_and_captions_reach_the_sample(world):
+    few = evaluate.subset(world, range(2))
+    generator, adapter = networks()
+    calls = []
+    adapter.register_forward_hook(lambda *_: calls.append(1))
+
+    def run(batch=few, helper=adapter, **changes):
+        cfg = dataclasses.replace(CFG, **changes)
+        return evaluate.generate(evaluate.slow_sampler(generator, helper, cfg), batch, cfg, ALONE, "run")[0]
+
+    base = run()
+    assert len(calls) == 1  # once a clip, whatever the steps
+    assert torch.equal(run(), base)
+    mute = dataclasses.replace(few, captions=["", ""])
+    for other in (run(helper=None), run(maps="mask"), run(guidance=3.0), run(steps=4), run(shift=1.0), run(batch=mute)):
+        assert not torch.allclose(other, base, atol=1e-3)
+    assert torch.allclose(run(guidance=0.0), run(batch=mute), atol=1e-4)  # scale 0 is the branch without text
+    silent = adapters.ResNetAdapter(adapter.config)  # its projection still is zero
+    assert torch.equal(run(helper=silent), run(helper=None))
+
+
+def test_broken_weights_are_the_users_fault(world):
+    few = evaluate.subset(world, range(2))
+    with pytest.raises(common.UserError, match="fast: generates values that are no numbers"):
+        evaluate.generate(lambda first, *_: first.expand(-1, -1, 9, -1, -1) * math.nan, few, CFG, ALONE, "fast")
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path) -> dict[str, str]:
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("generator", "adapter")}
+    for (option, path), name, net in zip(paths.items(), ("SlowGenerator", "SlowAdapter"), networks(), strict=True):
+        save_network(Path(path), name, net.config, net.state_dict())
+        assert option in evaluate.Config.__dataclass_fields__
+    return paths
+
+
+def test_main_writes_rows_and_sheet(tmp_path, weights, capsys):
+    out = tmp_path / "results" / "rows.json"
+    cfg = evaluate.Config(**weights, out=str(out), videos=6, batch=4, steps=2, compile=False)
+    evaluate.main(cfg)
+    rows = json.loads(out.read_text())
+    counts = ToyWorld("test").batch(list(range(6))).count
+    adapted = "SlowGenerator + SlowAdapter"
+    expected = [("true video", "all"), ("SlowGenerator", "all"), (adapted, "all")]
+    expected += [(adapted, n) for n in counts.unique().tolist()]
+    assert [(row["name"], row["objects"]) for row in rows] == expected
+    assert [row["videos"] for row in rows] == [6, 6, 6, *counts.unique(return_counts=True)[1].tolist()]
+    keys = ["name", "steps", "videos", "objects", "mask_iou", "box_iou", "sharpness", "fvd", "prompt_accuracy",
+            "clockwise_when_untold", "seconds_per_video", "command", "machine"]  # fmt: skip
+    assert all(list(row) == keys for row in rows)
+    assert rows[0]["mask_iou"] == rows[0]["box_iou"] == rows[0]["sharpness"] == 1 and rows[0]["fvd"] == 0
+    assert rows[0]["seconds_per_video"] is None and all(row["seconds_per_video"] > 0 for row in rows[1:])
+    assert rows[1]["fvd"] > 0 and all(row["fvd"] is None for row in rows[3:])  # too few videos
+    assert rows[0]["command"].startswith(f"python evaluate.py --generator {weights['generator']}")
+    assert rows[0]["command"].endswith("--videos 6 --steps 2 --batch 4 --compile false")
+    assert "threads, torch" in rows[0]["machine"]
+    sheet = iio.imread(out.with_suffix(".png"))
+    assert sheet.shape[1] == 2 * (9 * 98 + 12) and sheet.shape[0] % (4 * 98 + 12) == 0
+    assert {path.name for path in out.parent.iterdir()} == {"rows.json", "rows.png"}  # nothing temporary is left
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 + len(rows) and len({len(line) for line in printed}) == 1
+
+
+def test_parts_weigh_as_the_whole(world):
+    """Rows by number of objects are the same measures on a part: over objects they average to the whole."""
+    still = world.video[:, :, :1].expand_as(world.video)
+    total, objects = 0, 0
+    for n in range(1, 4):
+        keep = torch.nonzero(world.count == n)[:, 0].tolist()
+        part = evaluate.subset(world, keep)
+        values = evaluate.mask_iou(evaluate.find_objects(still[keep], part), part.masks)
+        cases = (~values.isnan()).sum().item()
+        total, objects = total + cases * evaluate.score(still[keep], part)["mask_iou"], objects + cases
+    assert evaluate.score(still, world)["mask_iou"] == pytest.approx(total / objects)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"videos": 1}, "--videos 1: must be at least 2"),
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"batch": 0}, "--batch 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"shift": 0.0}, "--shift 0.0: must be at least 0.01"),
+        ({"out": "rows.txt"}, "--out rows.txt: must end in .json"),
+        ({"generator": "no.safetensors"}, "no.safetensors: no such file"),
+    ],
+)
+def test_bad_options(changes, words, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(common.UserError) as error:
+        evaluate.main(evaluate.Config(**{**weights, "compile": False, **changes}))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_networks_that_do_not_fit(weights, tmp_path):
+    config = adapters.AdapterConfig(64, 2, hidden=16)
+    save_network(Path(weights["adapter"]), "SlowAdapter", config, adapters.ResNetAdapter(config).state_dict())
+    wrong = "adapter.safetensors: has 2 blocks of width 64, but --generator"
+    with pytest.raises(common.UserError, match=wrong.replace(".", r"\.")):
+        evaluate.main(evaluate.Config(**weights, out=str(tmp_path / "rows.json"), compile=False))
+
+
+def test_errors_end_in_one_line(weights, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = [f"--{name}={value}" for name, value in weights.items()]
+    script = Path(evaluate.__file__)
+    result = subprocess.run(
+        [sys.executable, script, *flags, f"--out={tmp_path / 'file' / 'rows.json'}", "--compile=false"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("evaluate.py: ") and "file" in result.stderr
+
+
+def test_help_describes_every_flag():
+    text = common.help_text(evaluate.Config)
+    assert all(f"--{field.name} " in text for field in dataclasses.fields(evaluate.Config))

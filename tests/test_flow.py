@@ -1,0 +1,86 @@
+"""The rectified-flow maths against answers worked out by hand."""
+
+import pytest
+import torch
+
+import flow
+
+
+def test_path_and_its_inverse():
+    x0, noise = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2)
+    level = flow.frame_sigma(torch.tensor([0.3, 0.8]), 4)
+    assert level.tolist() == [[0, *[pytest.approx(0.3)] * 3], [0, *[pytest.approx(0.8)] * 3]]
+    x_t = flow.add_noise(x0, noise, level)
+    assert torch.equal(x_t[:, :, 0], x0[:, :, 0])  # the first frame stays clean
+    torch.testing.assert_close(x_t[1, :, 1:], 0.2 * x0[1, :, 1:] + 0.8 * noise[1, :, 1:])
+    torch.testing.assert_close(flow.velocity_to_x0(x_t, noise - x0, level), x0)
+    torch.testing.assert_close(flow.x0_to_velocity(x_t, x0, level)[:, :, 1:], (noise - x0)[:, :, 1:])
+
+
+def test_schedule():
+    assert flow.sigma_schedule(4, 1) == [1, 0.75, 0.5, 0.25, 0]
+    assert flow.sigma_schedule(4, 5) == pytest.approx([1, 15 / 16, 5 / 6, 5 / 8, 0])  # 5u / (1 + 4u)
+    with pytest.raises(ValueError, match="at least 1"):
+        flow.sigma_schedule(0, 5)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_samplers_reach_a_point_mass(steps):
+    """Where all data is one point c, the exact velocity is (x - c) / sigma: every sampler must land on c."""
+    c, first = torch.full((2, 3, 4, 2, 2), 0.7), torch.randn(2, 3, 1, 2, 2)
+    seen = []
+
+    def velocity(x, t):
+        seen.append(t)
+        assert torch.equal(x[:, :, :1], first)  # the clean frame is in every input
+        return (x - c) / (t[:, None, :, None, None] / 1000).clamp_min(1e-3)
+
+    noise = torch.randn(steps, 2, 3, 4, 2, 2)
+    sigmas = flow.sigma_schedule(steps, 3)
+    for out in (flow.sample_multistep(velocity, first, noise[0], sigmas),
+                flow.sample_fewstep(velocity, first, noise, sigmas)):  # fmt: skip
+        torch.testing.assert_close(out[:, :, 1:], c[:, :, 1:])
+        assert torch.equal(out[:, :, :1], first)
+    assert len(seen) == 2 * steps and all((t[:, 0] == 0).all() for t in seen)
+    assert [t[0, 1].item() for t in seen[:steps]] == pytest.approx([1000 * s for s in sigmas[:-1]])
+
+
+def test_multistep_integrates_the_ode():
+    """Gaussian data N(0, d^2): the flow is linear with a known solution, x(0) = d * x(1); Euler converges to it."""
+    d, noise = 0.5, torch.randn(1, 1, 2, 4, 4)
+
+    def velocity(x, t):
+        s = t[:, None, :, None, None] / 1000
+        return x * (s - (1 - s) * d**2) / (s**2 + (1 - s) ** 2 * d**2)  # E[noise - x0 | x_t]
+
+    errors = []
+    for steps in (10, 100):
+        out = flow.sample_multistep(velocity, noise[:, :, :1], noise, flow.sigma_schedule(steps, 1))
+        errors.append((out - d * noise)[:, :, 1:].abs().max().item())
+    assert errors[1] < errors[0] / 5 and errors[1] < 0.02
+
+
+def test_guidance():
+    def one(x, t):
+        return x + 1
+
+    def boom(x, t):
+        raise AssertionError("evaluated for nothing")
+
+    x = torch.zeros(1)
+    assert flow.guided(one, boom, 1)(x, x) == 1
+    assert flow.guided(one, lambda x, t: x, 6)(x, x) == 6
+
+
+def test_loss_is_that_of_the_network_it_was_given():
+    x0, noise, sigma = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.tensor([0.2, 0.9])
+    assert flow.flow_matching_loss(lambda x, t: noise - x0, x0, noise, sigma) == 0
+    off = [flow.flow_matching_loss(lambda x, t: noise - x0 + 2, x0, noise, sigma, power).item() for power in (0, 2)]
+    assert off == pytest.approx([4, 4 * (0.2**2 + 0.9**2) / 2], rel=1e-5)
+
+    def wrong_in_frame_0(x, t):
+        v = noise - x0
+        v[:, :, 0] += 5  # given, so it does not count
+        return v
+
+    assert flow.flow_matching_loss(wrong_in_frame_0, x0, noise, sigma) == 0

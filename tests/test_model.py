@@ -1,0 +1,136 @@
+"""VideoDiT against diffusers' WanTransformer3DModel, its sizes, and its files."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import common
+from model import PRESETS, DiTConfig, VideoDiT, save_network
+
+SMALL = DiTConfig(128, 256, 4, 3, text_dim=40, text_tokens=7)
+ONE_WIDE_BLOCK = dataclasses.replace(PRESETS["wan5b"], layers=1)
+
+
+def to_diffusers(name: str) -> str:
+    """Our parameter names (the original ones) in diffusers' vocabulary."""
+    if name.startswith("blocks."):
+        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"), ("norm3", "norm2"), (".q.", ".to_q."),
+                             (".k.", ".to_k."), (".v.", ".to_v."), (".o.", ".to_out.0."), ("ffn.0", "ffn.net.0.proj"),
+                             ("ffn.2", "ffn.net.2"), ("modulation", "scale_shift_table")):  # fmt: skip
+            name = name.replace(ours, theirs)
+        return name
+    for ours, theirs in (("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+                         ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+                         ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+                         ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+                         ("time_projection.1", "condition_embedder.time_proj"), ("head.head", "proj_out"),
+                         ("head.modulation", "scale_shift_table")):  # fmt: skip
+        name = name.replace(ours, theirs)
+    return name
+
+
+def diffusers_model(config: DiTConfig):
+    reference = pytest.importorskip("diffusers", reason="parity needs requirements-dev.txt").WanTransformer3DModel
+    return reference(
+        patch_size=config.patch, num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads,
+        in_channels=config.channels, out_channels=config.channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim, num_layers=config.layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        eps=config.eps,
+    )  # fmt: skip
+
+
+CASES = {"small": (SMALL, (3, 8, 12)), "wan5b block": (ONE_WIDE_BLOCK, (2, 4, 6))}
+
+
+@pytest.mark.parametrize("config, grid", CASES.values(), ids=CASES.keys())
+def test_parity_with_diffusers(config, grid):
+    torch.manual_seed(0)
+    model = VideoDiT(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5 * config.dim**-0.5)  # nothing at zero: every parameter takes part
+    reference = diffusers_model(config)
+    reference.load_state_dict({to_diffusers(n): p for n, p in model.state_dict().items()})  # strict
+    x, text = torch.randn(2, 48, *grid), torch.randn(2, config.text_tokens, config.text_dim)
+    t = torch.tensor([700.0, 311.5])[:, None].repeat(1, grid[0])
+    t[:, 0] = 0  # image-to-video: the first frame is clean
+    per_token = t.repeat_interleave(grid[1] * grid[2] // 4, 1)
+    weight = torch.randn(x.shape)  # a random direction for the gradient
+
+    results = []
+    for call in (lambda y: model(y, t, text), lambda y: reference(y, per_token, text, return_dict=False)[0]):
+        y = x.clone().requires_grad_()
+        out = call(y)
+        (grad,) = torch.autograd.grad((out * weight).sum(), y)
+        results.append((out.detach(), grad))
+    with torch.no_grad():
+        fused = model(x, t, text)  # without gradient attention takes another path
+    (ours, our_grad), (theirs, their_grad) = results
+    for a, b in ((ours, theirs), (fused, theirs), (our_grad, their_grad)):
+        assert ((a - b).norm() / b.norm()).item() < 1e-5
+
+
+def test_parameter_count_of_wan5b():
+    with torch.device("meta"):
+        ours = sum(p.numel() for p in VideoDiT(PRESETS["wan5b"]).parameters())
+        theirs = sum(p.numel() for p in diffusers_model(PRESETS["wan5b"]).parameters())
+    assert ours == theirs == 4_999_787_712
+
+
+def test_sample_prediction_is_converted_to_velocity():
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, prediction="sample")
+    sample = VideoDiT(config)
+    torch.nn.init.normal_(sample.head.head.weight)
+    raw = VideoDiT(SMALL)
+    raw.load_state_dict(sample.state_dict())
+    x, text = torch.randn(1, 48, 3, 4, 4), torch.randn(1, 7, 40)
+    t = torch.tensor([[0.0, 500, 20]])
+    with torch.no_grad():
+        v, x0 = sample(x, t, text), raw(x, t, text)
+    torch.testing.assert_close(v[:, :, 1], (x - x0)[:, :, 1] / 0.5)
+    torch.testing.assert_close(v[:, :, 2], (x - x0)[:, :, 2] / 0.04)  # the floor
+
+
+def test_taps_and_residuals():
+    torch.manual_seed(0)
+    model = VideoDiT(SMALL)
+    torch.nn.init.normal_(model.head.head.weight)
+    x, text, t = torch.randn(1, 48, 2, 4, 4), torch.randn(1, 7, 40), torch.full((1, 2), 500.0)
+    with torch.no_grad():
+        plain, features = model(x, t, text, taps=(0, 2))
+        assert [f.shape for f in features] == [(1, 8, 128)] * 2
+        residuals = [torch.zeros(1, 8, 128) for _ in range(3)]
+        assert torch.equal(model(x, t, text, residuals), plain)
+        residuals[1] += 1
+        moved, after = model(x, t, text, residuals, taps=(0, 1))
+    assert torch.equal(after[0], features[0])  # block 0 is before the residual
+    assert not torch.allclose(moved, plain)
+
+
+def test_export_round_trip_and_refusals(tmp_path):
+    torch.manual_seed(0)
+    model, path = VideoDiT(SMALL), tmp_path / "g.safetensors"
+    save_network(path, "SlowGenerator", SMALL, model.state_dict(), torch.float32)
+    again = VideoDiT.from_pretrained(path, "SlowGenerator")
+    assert again.config == SMALL
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+    def refused(message, network="SlowGenerator"):
+        with pytest.raises(common.UserError, match=message) as caught:
+            VideoDiT.from_pretrained(path, network)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    refused("holds a SlowGenerator, expected a FastGenerator", "FastGenerator")
+    tensors = model.state_dict()
+    del tensors["head.head.bias"]
+    tensors["head.extra"] = torch.zeros(1)
+    tensors["patch_embedding.bias"] = torch.zeros(5)
+    save_network(path, "SlowGenerator", SMALL, tensors)
+    refused(r"missing: head.head.bias; unexpected: head.extra; wrong shape: patch_embedding.bias is \[5\]")
+    path.write_bytes(path.read_bytes()[:1000])
+    refused("not a readable safetensors file")
+    path.write_text("hello")
+    refused("not a readable safetensors file")
+    path.unlink()
+    refused("no such file")

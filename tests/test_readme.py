@@ -1,0 +1,60 @@
+"""Every command and every figure of the README pages is real."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import evaluate
+
+ROOT = Path(evaluate.__file__).parent
+PAGES = ("README.md", "checkpoints/tiny/README.md")
+# The same command made short. Later flags win.
+SHORT = {
+    "sample.py": ["--steps", 2],
+    "data.py": [],
+    "evaluate.py": ["--videos", 4, "--steps", 2, "--batch", 4, "--compile", "false", "--out", "runs/e/rows.json"],
+    "train_slow_generator.py": ["--steps", 2, "--batch", 2, "--compile", "false"],
+    "train_slow_adapter.py": ["--steps", 2, "--batch", 2, "--compile", "false"],
+}
+
+
+def commands() -> list[str]:
+    blocks = [b for page in PAGES for b in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)]
+    lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return sorted({line for line in lines if line})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command, run):
+    words = shlex.split(command)
+    if words[0] == "make":  # `make test` is what runs this, and `make demo` installs: only their targets are checked
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        return
+    processes = 1
+    if words[0] == "torchrun":
+        processes = int(words.pop(1).removeprefix("--nproc_per_node="))
+    launcher, script, *flags = words
+    assert launcher in ("python", "torchrun") and script in SHORT
+    short = [] if "--help" in flags else SHORT[script]
+    job = run(script, *flags, *short, processes=processes)
+    assert job.returncode == 0, job.stderr[-2000:]
+
+
+def test_results_table_is_the_committed_one():
+    rows = json.loads((ROOT / "results/slow.json").read_text())
+    assert evaluate.markdown(rows) in (ROOT / "README.md").read_text()
+    by_name = {(row["name"], row["objects"]): row for row in rows}
+    alone, both = by_name["SlowGenerator", "all"], by_name["SlowGenerator + SlowAdapter", "all"]
+    assert both["videos"] >= 256 and both["mask_iou"] >= 0.88 and both["box_iou"] >= 0.88
+    assert 0.9 <= both["sharpness"] <= 1.1 and both["prompt_accuracy"] >= 0.9
+    assert alone["mask_iou"] < 0.5 and 0.1 < both["clockwise_when_untold"] < 0.9
+    assert {(both["name"], n) for n in (1, 2, 3)} <= by_name.keys()
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+            assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target

@@ -1,0 +1,136 @@
+"""sample.py as a user runs it: the shipped example, its cost, and every kind of bad input."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import common
+import sample
+from model import PRESETS, DiTConfig, VideoDiT, save_network
+from trajectory import TrajectoryError
+
+ROOT = Path(sample.__file__).parent
+
+
+def test_shipped_example(run, tmp_path):
+    """No arguments: a video and its overlay, in under 60 s and 2 GiB."""
+    script = "import os, resource, sys, subprocess; code = subprocess.call([sys.executable, sys.argv[1]]); " \
+             "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"  # fmt: skip
+    began = time.time()
+    job = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT / "sample.py")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert job.returncode == 0, job.stderr
+    assert time.time() - began < 60
+    assert int(job.stdout.split()[-1]) < 2 << 20  # KiB
+    assert "denoise" in job.stdout and "out/sample.mp4" in job.stdout
+    video, overlay = (iio.imread(tmp_path / "out" / name) for name in ("sample.mp4", "sample.boxes.mp4"))
+    assert video.shape == overlay.shape == (9, 384, 384, 3)
+    image = iio.imread(ROOT / "examples/image.png").repeat(8, 0).repeat(8, 1).astype(float)
+    assert np.abs(video[0] - image).mean() < 4  # it starts from the image
+    assert np.abs(video[8].astype(float) - video[0]).mean() > 4  # and moves
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sample.boxes.mp4", "sample.mp4"]
+
+
+def test_seed_and_prompt_matter_and_runs_repeat(run, tmp_path):
+    def pixels(*flags):
+        job = run("sample.py", "--steps", 2, "--scale", 2, *flags)
+        assert job.returncode == 0, job.stderr
+        return iio.imread(tmp_path / "out/sample.mp4")
+
+    first = pixels()
+    assert np.array_equal(first, pixels())
+    assert not np.array_equal(first, pixels("--seed", 1))
+    assert not np.array_equal(first, pixels("--guidance", 1))
+
+
+GOOD = {"objects": [{"boxes": {"0": [4, 4, 20, 20], "8": [20, 20, 40, 40]}}]}
+
+
+def boxes(**changes) -> dict:
+    return {"objects": [{**GOOD["objects"][0], **changes}]}
+
+
+def image(path: Path, shape=(48, 48, 3)) -> None:
+    iio.imwrite(path, np.full(shape, 90, np.uint8))
+
+
+# name -> (what to put in boxes.json, or None to leave it out; further flags; what the line must say)
+BAD = {
+    "missing image": (GOOD, ["--image", "none.png"], "none.png: no such image"),
+    "not an image": (GOOD, ["--image", "text.png"], "text.png: not a readable image"),
+    "a cut image": (GOOD, ["--image", "cut.png"], "cut.png: not a readable image"),
+    "not square": (GOOD, ["--image", "wide.png"], "wide.png: is 60x48"),
+    "missing boxes": (None, [], "boxes.json: no such file"),
+    "not JSON": ("{,", [], "boxes.json: line 1: not valid JSON"),
+    "not an object": ([], [], "boxes.json: top level"),
+    "unknown field": ({**GOOD, "boxs": 1}, [], "boxes.json: boxs: unknown field"),
+    "unknown object field": (boxes(colour=[1, 2, 3]), [], "boxes.json: objects[0].colour: unknown field"),
+    "no objects": ({"objects": []}, [], "boxes.json: objects: "),
+    "outside": (boxes(boxes={"0": [4, 4, 20, 60]}), [], 'objects[0].boxes["0"]: [4, 4, 20, 60] reaches outside'),
+    "zero area": (boxes(boxes={"0": [4, 4, 4, 20]}), [], 'objects[0].boxes["0"]: [4, 4, 4, 20] has no area'),
+    "keyframe beyond": (boxes(boxes={"0": [4, 4, 9, 9], "9": [4, 4, 9, 9]}), [], "frame 9 is beyond num_frames 9"),
+    "NaN": (boxes(boxes={"0": [4, float("nan"), 9, 9]}), [], 'objects[0].boxes["0"]: [4, NaN, 9, 9] is not a box'),
+    "num_frames": ({**GOOD, "num_frames": 49}, [], "num_frames is 49 but the video has 9 frames"),
+    "mask of another size": (boxes(mask="wide.png"), [], "objects[0].mask: "),
+    "mask missing": (boxes(mask="none.png"), [], "objects[0].mask: "),
+    "unknown flag": (GOOD, ["--stpes", "3"], "unknown flag --stpes; the flags are --image"),
+    "flag's type": (GOOD, ["--steps", "few"], "--steps few: not a valid value; it takes int"),
+    "no steps": (GOOD, ["--steps", "0"], "--steps 0: at least 1"),
+    "not an mp4": (GOOD, ["--out", "out/x.avi"], "--out out/x.avi: the name must end in .mp4"),
+    "no weights": (GOOD, ["--weights", "nowhere"], "nowhere/slow_generator.safetensors: no such file"),
+    "another preset": (GOOD, ["--weights", "other"], "other/slow_generator.safetensors: is no network of preset tiny"),
+    "wrong network": (GOOD, ["--weights", "swapped"], "holds a SlowAdapter, expected a SlowGenerator"),
+    "broken weights": (GOOD, ["--weights", "broken"], "not a readable safetensors file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, capsys):
+    content, flags, message = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    image(tmp_path / "x.png")
+    image(tmp_path / "wide.png", (48, 60, 3))
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:60])
+    if content is not None:
+        (tmp_path / "boxes.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    if name == "another preset":
+        config = DiTConfig(64, 64, 2, 1, text_dim=64, text_tokens=32)
+        path = tmp_path / "other/slow_generator.safetensors"
+        save_network(path, "SlowGenerator", config, VideoDiT(config).state_dict())
+    if name == "wrong network":
+        save_network(tmp_path / "swapped/slow_generator.safetensors", "SlowAdapter", PRESETS["tiny"], {})
+    if name == "broken weights":
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken/slow_generator.safetensors").write_bytes(os.urandom(4096))
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--image", "x.png", "--traj", "boxes.json", *flags])
+    with pytest.raises(SystemExit) as caught:
+        common.run_script(sample.main, sample.Config, TrajectoryError)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("sample.py: ") and message in err, err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_exit_status_of_the_script_itself(run, tmp_path):
+    job = run("sample.py", "--image", "none.png")
+    assert (job.returncode, job.stdout) == (2, "") and job.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_of_another_size_is_resized(tmp_path):
+    image(tmp_path / "big.png", (96, 96, 3))
+    pixels, size = sample.load_image(str(tmp_path / "big.png"), 48)
+    assert pixels.shape == (1, 3, 1, 48, 48) and size == (96, 96)
+    torch.testing.assert_close(pixels, torch.full_like(pixels, 90 / 127.5 - 1))

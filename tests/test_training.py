@@ -1,0 +1,120 @@
+"""The training scripts as a user runs them: exact resume after kill -9, and the same curve on two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+import common
+from model import PRESETS, VideoDiT, save_network
+
+SCRIPTS = {"train_slow_generator.py": "slow_generator", "train_slow_adapter.py": "slow_adapter"}
+SHORT = ("--steps", 10, "--batch", 2, "--save_every", 5, "--sample_every", 1000, "--log_every", 1, "--compile", "false",
+         "--dtype", "float32", "--warmup", 2)  # fmt: skip
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """Flags of a short run: the adapter trains on a random generator."""
+    torch.manual_seed(0)
+    generator = VideoDiT(PRESETS["tiny"])
+    torch.nn.init.normal_(generator.head.head.weight, std=0.02)
+    path = tmp_path / "generator.safetensors"
+    save_network(path, "SlowGenerator", PRESETS["tiny"], generator.state_dict())
+    return {
+        "train_slow_generator.py": SHORT,
+        "train_slow_adapter.py": (*SHORT, "--generator", path, "--mask_steps", 4, "--sparse", 0.5),
+    }
+
+
+def outcome(tmp_path, name: str, network: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    log = [json.loads(line) for line in (tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()]
+    return log, safetensors.torch.load_file(tmp_path / "runs" / name / f"{network}.safetensors")
+
+
+def finish(job) -> None:
+    assert job.returncode == 0, job.stderr[-2000:]
+
+
+def kill_at_checkpoint(job, folder) -> None:
+    """kill -9 of the whole process group as soon as the checkpoint stands."""
+    deadline = time.time() + 200
+    while not folder.exists():
+        assert time.time() < deadline and job.poll() is None, job.communicate()[1][-2000:]
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ten_steps_equal_five_kill_and_five_more(run, flags, tmp_path, script, processes):
+    network = SCRIPTS[script]
+    finish(run(script, *flags[script], "--name", "whole", processes=processes))
+    job = run(script, *flags[script], "--name", "cut", processes=processes, wait=False)
+    kill_at_checkpoint(job, tmp_path / "runs" / "cut" / "ckpt" / "step_00000005")
+    assert not (tmp_path / "runs" / "cut" / f"{network}.safetensors").exists()
+    finish(run(script, *flags[script], "--name", "cut", processes=processes))
+
+    (log, weights), (cut_log, cut_weights) = (outcome(tmp_path, name, network) for name in ("whole", "cut"))
+    assert [line["step"] for line in log] == list(range(1, 11)) and log == cut_log  # losses, to the last digit
+    assert weights.keys() == cut_weights.keys() and all(torch.equal(weights[n], cut_weights[n]) for n in weights)
+    assert sorted(p.name for p in (tmp_path / "runs" / "cut" / "ckpt").iterdir()) == ["step_00000005", "step_00000010"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_follow_the_curve_of_one(run, flags, tmp_path, script):
+    for processes in (1, 2):
+        finish(run(script, *flags[script], "--name", f"on{processes}", processes=processes))
+    (one, one_weights), (two, two_weights) = (outcome(tmp_path, f"on{n}", SCRIPTS[script]) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-5)
+    distance = sum((one_weights[n].float() - two_weights[n].float()).square().sum() for n in one_weights).sqrt()
+    size = sum(one_weights[n].float().square().sum() for n in one_weights).sqrt()
+    assert distance / size < 5e-3  # exports are bf16
+
+
+def test_kill_while_a_checkpoint_is_written_loses_only_that_one(run, flags, tmp_path):
+    """The process dies after the data and before the rename, and again amid the data: what stood before stands."""
+    script, all_flags = "train_slow_generator.py", [str(f) for f in flags["train_slow_generator.py"]]
+    folder = tmp_path / "runs" / "k" / "ckpt"
+    killer = tmp_path / "killer.py"
+    killer.write_text(f"""
+import os, pathlib, signal, sys
+sys.path.insert(0, {str(common.__file__).removesuffix("/common.py")!r})
+import common, train_slow_generator
+def die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)
+moment, step = sys.argv.pop(1), sys.argv.pop(1)
+if moment == "rename":
+    rename = os.rename
+    os.rename = lambda a, b: die() if step in str(b) else rename(a, b)
+else:  # the second of its writes to that folder
+    import torch.distributed.checkpoint as dcp
+    save = dcp.save
+    def cut(state, checkpoint_id, **k):
+        save(state, checkpoint_id=checkpoint_id, **k)
+        if step in str(checkpoint_id):
+            data = max(pathlib.Path(checkpoint_id).iterdir(), key=lambda p: p.stat().st_size)
+            os.truncate(data, data.stat().st_size // 2)
+            die()
+    dcp.save = cut
+common.run_script(train_slow_generator.main, train_slow_generator.Config)
+""")
+    for moment, step, left in (("rename", "00000005", []), ("write", "00000010", ["step_00000005"])):
+        command = [sys.executable, str(killer), moment, step, *all_flags, "--name", "k"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        job = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert job.returncode == -signal.SIGKILL, job.stderr[-2000:]
+        assert sorted(p.name for p in folder.glob("step_*")) == left
+    finish(run(script, *all_flags, "--name", "k"))
+    finish(run(script, *all_flags, "--name", "whole"))
+    assert outcome(tmp_path, "k", "slow_generator")[0] == outcome(tmp_path, "whole", "slow_generator")[0]
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000005", "step_00000010"]

@@ -1,0 +1,466 @@
+"""Trajectories: known maps pixel by pixel, known curves, every error a user can meet, and maps read back from files."""
+
+import itertools
+import json
+import time
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import ToyWorld
+from trajectory import PALETTE, Trajectory, TrajectoryError, draw_overlay, load_trajectory
+
+CELLS = {".": (0, 0, 0), "a": PALETTE[0], "b": PALETTE[1]}
+
+
+def drawn(text: str) -> torch.Tensor:
+    """ASCII art -> one frame of a map, [3, height, width]."""
+    rgb = np.array([[CELLS[c] for c in line] for line in text.split()], dtype=np.float32)
+    return torch.from_numpy(rgb).permute(2, 0, 1) / 127.5 - 1
+
+
+def write(folder, **top):
+    path = folder / "boxes.json"
+    path.write_text(json.dumps(top))
+    return path
+
+
+def load(folder, boxes, frames=9, size=(48, 48), source=None, **fields) -> Trajectory:
+    """One object with these boxes and fields, through a file."""
+    return load_trajectory(write(folder, objects=[{"boxes": boxes, **fields}]), size, frames, source)
+
+
+def two_objects() -> Trajectory:
+    boxes = np.array([[[1, 1, 5, 5], [0, 0, 6, 4]], [[4, 2, 8, 6], [3, 2, 8, 6]]], dtype=float)
+    masks = np.zeros((2, 2, 6, 8), dtype=bool)
+    masks[0, 0, 1:5, 1:5] = masks[1, 0, 2:6, 4:8] = True
+    masks[0, 1, 0:2, 0:2] = masks[1, 1, 1:3, 1:3] = True
+    return Trajectory(boxes, masks, np.array(PALETTE[:2], dtype=np.uint8), ["one", "two"])
+
+
+FILLED = """
+........
+.aaaa...
+.aaabbbb
+.aaabbbb
+.aaabbbb
+....bbbb"""
+
+
+def test_box_map_pixel_by_pixel():
+    maps = two_objects().maps("box")
+    outlines = """
+    aaaaaa..
+    a....a..
+    a..bbbbb
+    aaabaa.b
+    ...b...b
+    ...bbbbb"""
+    assert maps.dtype == torch.float32 and maps.shape == (3, 2, 6, 8)
+    assert torch.equal(maps[:, 0], drawn(FILLED))
+    assert torch.equal(maps[:, 1], drawn(outlines))
+
+
+def test_mask_map_pixel_by_pixel():
+    maps = two_objects().maps("mask")
+    assert torch.equal(maps[:, 0], drawn(FILLED))
+    assert torch.equal(maps[:, 1], drawn("aa...... abb..... .bb..... ........ ........ ........"))
+
+
+def test_first_frame_masks_serve_box_maps_only():
+    full = two_objects()
+    first = Trajectory(full.boxes, full.masks[:, 0], full.colors, full.names)
+    assert torch.equal(first.maps(), full.maps())
+    with pytest.raises(ValueError, match="every frame"):
+        first.maps("mask")
+    with pytest.raises(ValueError, match="kind"):
+        full.maps("boxes")
+
+
+@pytest.mark.parametrize("size, thickness", [((48, 48), 1), ((704, 1280), 7), ((480, 720), 4)])
+def test_outline_thickness(size, thickness):
+    boxes = np.array([[[10, 10, 40, 40]] * 2], dtype=float)
+    maps = Trajectory(boxes, np.zeros((1, *size), bool), np.array([[128, 32, 32]], np.uint8), ["x"]).maps()
+    lit = maps[0, 1] > -1
+    assert lit[25].nonzero().flatten().tolist() == [*range(10, 10 + thickness), *range(40 - thickness, 40)]
+    assert lit[:, 25].nonzero().flatten().tolist() == [*range(10, 10 + thickness), *range(40 - thickness, 40)]
+    assert not maps[0, 0].gt(-1).any()
+
+
+def test_edges_round_to_the_nearest_pixel_and_stay_inside():
+    boxes = np.array([[[0, 0, 1, 1], [1.5, 1.49, 4.5, 4.49], [-3, 2, 20, 4], [6.1, 5.2, 6.2, 5.3], [9, 9, 12, 12]]])
+    maps = Trajectory(boxes, np.zeros((1, 6, 8), bool), np.array(PALETTE[:1], np.uint8), ["x"]).maps()
+    empty = "........ " * 6
+    assert torch.equal(maps[:, 1], drawn("........ ..aaa... ..a.a... ..aaa... ........ ........"))
+    assert torch.equal(maps[:, 2], drawn("........ ........ aaaaaaaa aaaaaaaa ........ ........"))
+    assert torch.equal(maps[:, 3], drawn("........ ........ ........ ........ ........ ......a."))  # never nothing
+    assert torch.equal(maps[:, 4], drawn(empty))
+
+
+def test_palette_colors_are_far_apart():
+    pairs = itertools.combinations(np.array(PALETTE, dtype=float), 2)
+    assert len(PALETTE) >= 12
+    assert min(np.linalg.norm(a - b) for a, b in pairs) >= 45
+
+
+def test_smooth_passes_keyframes_and_equals_hand_computed_values(tmp_path):
+    # x0: 0, 10, 40 at frames 0, 2, 8. Secants 5 and 5: a straight line. y0: 0, 12, 18, secants 6 and 1, h = 2 and 6:
+    # inner slope (14 + 10) / (14 / 6 + 10 / 1) = 72 / 37. At t = 1, s = 1/2: 6 + 2/4 * (0 - (72/37 - 6) / 2).
+    # At t = 5, s = 1/2: 15 + 6/4 * ((72/37 - 1) / 2 - 0).
+    keys = {"0": [0, 0, 4, 25], "2": [10, 12, 14, 25], "8": [40, 18, 44, 25]}
+    track = load(tmp_path, keys).boxes[0]
+    for frame, box in keys.items():
+        assert track[int(frame)].tolist() == box
+    np.testing.assert_allclose(track[:, 0], 5 * np.arange(9), atol=1e-12)
+    np.testing.assert_allclose(track[1, 1], 6 - (72 / 37 - 6) / 4, rtol=1e-12)
+    np.testing.assert_allclose(track[5, 1], 15 + 0.75 * (72 / 37 - 1), rtol=1e-12)
+    assert (track[:, 3] == 25).all()
+
+
+def test_smooth_never_overshoots_and_differs_from_linear(tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        frames = np.sort(rng.choice(41, 6, replace=False))
+        low = rng.uniform(0, 20, (6, 2)).round(2)
+        keys = {str(t): [*low[i], *(low[i] + 25)] for i, t in enumerate(frames)}
+        track = load(tmp_path, keys, frames=41).boxes[0]
+        for i in range(5):
+            piece, ends = track[frames[i] : frames[i + 1] + 1, :2], low[i : i + 2]
+            assert (piece >= ends.min(0) - 1e-9).all() and (piece <= ends.max(0) + 1e-9).all()
+            assert (np.diff(piece, axis=0) * np.sign(ends[1] - ends[0]) >= -1e-9).all()  # and never turns back
+        assert not np.allclose(track, load(tmp_path, keys, frames=41, interpolate="linear").boxes[0], atol=0.1)
+
+
+def test_linear_midpoint_and_held_ends(tmp_path):
+    keys = {"6": [20, 30, 40, 40], "2": [0, 10, 10, 20]}  # in any order
+    for kind in ("linear", "smooth"):  # two keyframes make a straight line in both
+        track = load(tmp_path, keys, interpolate=kind).boxes[0]
+        assert track[4].tolist() == [10, 20, 25, 30]
+        assert (track[:3] == keys["2"]).all() and (track[6:] == keys["6"]).all()
+
+
+def test_list_of_boxes_and_single_keyframe(tmp_path):
+    boxes = [[t, 0, t + 4, 5] for t in range(9)]
+    assert load(tmp_path, boxes).boxes[0].tolist() == boxes
+    assert (load(tmp_path, {"3": [1, 2, 3, 4]}).boxes[0] == [1, 2, 3, 4]).all()
+
+
+def test_none_and_sparse_leave_frames_black(tmp_path):
+    box = [4, 4, 20, 20]
+    none = load(tmp_path, {"0": box, "5": box}, interpolate="none")
+    kept = load(tmp_path, {"0": box}).sparse([5])
+    for trajectory in (none, kept):
+        assert np.isfinite(trajectory.boxes[0]).all(1).nonzero()[0].tolist() == [0, 5]
+        lit = (trajectory.maps() > -1).any(0).flatten(1).any(1)
+        assert lit.nonzero().flatten().tolist() == [0, 5]
+        assert trajectory.maps()[0, 0, 4:20, 4:20].gt(-1).all()  # frame 0 is still filled
+    masks = two_objects().sparse([])
+    assert torch.equal(masks.maps("mask")[:, 0], drawn(FILLED)) and (masks.maps("mask")[:, 1] == -1).all()
+
+
+def test_visible_limits_the_outline_but_not_the_first_mask(tmp_path):
+    trajectory = load(tmp_path, {"0": [4, 4, 20, 20]}, visible=[[2, 3], [6, 8]])
+    assert np.isfinite(trajectory.boxes[0]).all(1).nonzero()[0].tolist() == [2, 3, 6, 7, 8]
+    lit = (trajectory.maps() > -1).any(0).flatten(1).any(1)
+    assert lit.nonzero().flatten().tolist() == [0, 2, 3, 6, 7, 8]
+
+
+def test_scaling_from_the_source_to_the_generated_size(tmp_path):
+    keys = {"0": [320, 176, 640, 352]}
+    for scaled in (
+        load_trajectory(write(tmp_path, width=1280, height=704, objects=[{"boxes": keys}]), (48, 48), 9),
+        load(tmp_path, keys, source=(704, 1280)),
+        load_trajectory(write(tmp_path, width=1280, height=704, objects=[{"boxes": keys}]), (48, 48), 9, (99, 77)),
+    ):
+        assert (scaled.boxes[0] == [12, 12, 24, 24]).all()
+        assert np.argwhere(scaled.masks[0]).tolist() == [[y, x] for y in range(12, 24) for x in range(12, 24)]
+    assert load(tmp_path, {"0": [1, 2, 3, 4]}).boxes[0, 0].tolist() == [1, 2, 3, 4]  # nothing stated: generated pixels
+
+
+def test_mask_image_defaults_and_fields(tmp_path):
+    mask = np.zeros((8, 16), dtype=np.uint8)
+    mask[5:, 13:] = 1  # any value but 0 is inside; the pixel under a centre counts, not the corner's
+    Image.fromarray(mask).save(tmp_path / "cat.png")
+    item = {"mask": "cat.png", "boxes": {"2": [0, 0, 8, 8]}, "interpolate": "none"}
+    other = {"name": "dog", "color": [1, 2, 3], "boxes": {"0": [0, 0, 8, 8]}}
+    path = write(tmp_path, num_frames=3, width=16, height=8, objects=[item, other])
+    trajectory = load_trajectory(path, (4, 4), 3)
+    assert np.argwhere(trajectory.masks[0]).tolist() == [[2, 3], [3, 3]]
+    assert np.isnan(trajectory.boxes[0, :2]).all()
+    assert trajectory.names == ["object 0", "dog"] and trajectory.colors.tolist() == [list(PALETTE[0]), [1, 2, 3]]
+    assert trajectory.num_frames == 3 and trajectory.size == (4, 4)
+    # Outside may be transparent instead of black; a mask may have the user's image's size where the boxes have another.
+    rgba = np.full((24, 48, 4), 255, dtype=np.uint8)
+    rgba[..., 3] = 255 * np.kron(mask, np.ones((3, 3), dtype=np.uint8))
+    Image.fromarray(rgba).save(tmp_path / "cat.png")
+    assert (load_trajectory(path, (4, 4), 3, source_size=(24, 48)).masks == trajectory.masks).all()
+
+
+BOX = {"0": [4, 4, 20, 20]}
+GOOD = {"boxes": BOX}
+
+
+def one(**fields):
+    return {"objects": [{**GOOD, **fields}]}
+
+
+def at_zero(*box):
+    return one(boxes={"0": list(box)})
+
+
+TURNS = {"0": [0, 0, 12, 9], "2": [10, 0, 12, 9], "6": [30, 0, 32, 9], "8": [30, 0, 44, 9]}  # left early, right late
+
+ERRORS = {  # name: (what boxes.json holds, the field the message must name, a part of the mend or problem)
+    "not JSON": ('{"objects":\n [}', "line 2", "not valid JSON"),
+    "not text": (b"\x89PNG\r\n\xff\xfe\x00", "boxes.json", "a map video"),
+    "nested without end": ("[" * 200_000, "boxes.json", "can't be read as JSON"),
+    "top level": ([1], "top level", "num_frames, width, height, objects"),
+    "unknown top field": ({"objects": [GOOD], "fps": 24}, "fps", "num_frames, width, height, objects"),
+    "unknown object field": (one(colour=[1, 2, 3]), "objects[0].colour", "name, mask, color"),
+    "unknown field breaks lines": (one(**{"a\nb\u2028c": 1}), "objects[0].a b c", "unknown"),
+    "objects missing": ({}, "objects", "list of 1 to 64"),
+    "objects empty": ({"objects": []}, "objects", "at least one"),
+    "objects no list": ({"objects": GOOD}, "objects", "list"),
+    "too many objects": ({"objects": [GOOD] * 65}, "objects", "1 to 64"),
+    "object no object": ({"objects": [GOOD, 3]}, "objects[1]", "boxes"),
+    "name": (one(name=3), "objects[0].name", "quotes"),
+    "other num_frames": ({"num_frames": 121, "objects": [GOOD]}, "num_frames", "change it or pass --frames 121"),
+    "num_frames zero": ({"num_frames": 0, "objects": [GOOD]}, "num_frames", "whole number"),
+    "num_frames true": ({"num_frames": True, "objects": [GOOD]}, "num_frames", "whole number"),
+    "width fraction": ({"width": 1.5, "height": 3, "objects": [GOOD]}, "width", "whole number"),
+    "height negative": ({"width": 48, "height": -48, "objects": [GOOD]}, "height", "whole number"),
+    "height gigantic": ({"width": 48, "height": 10**400, "objects": [GOOD]}, "height", "whole number"),
+    "width text": ({"width": "48", "height": 48, "objects": [GOOD]}, "width", "whole number"),
+    "width alone": ({"width": 48, "objects": [GOOD]}, "width", "both"),
+    "boxes missing": ({"objects": [{}]}, "objects[0].boxes", "missing"),
+    "boxes empty": (one(boxes={}), "objects[0].boxes", "empty"),
+    "boxes empty list": (one(boxes=[]), "objects[0].boxes", "empty"),
+    "boxes text": (one(boxes="all"), "objects[0].boxes", "give"),
+    "three numbers": (at_zero(1, 2, 3), 'objects[0].boxes["0"]', "four finite numbers"),
+    "NaN": (at_zero(1, 2, float("nan"), 4), 'objects[0].boxes["0"]', "finite"),
+    "Infinity": (at_zero(1, 2, float("inf"), 4), 'objects[0].boxes["0"]', "finite"),
+    "boolean": (at_zero(False, 2, 3, 4), 'objects[0].boxes["0"]', "four finite numbers"),
+    "text": (at_zero("1", 2, 3, 4), 'objects[0].boxes["0"]', "four finite numbers"),
+    "box null": (one(boxes={"0": None}), 'objects[0].boxes["0"]', "four finite numbers"),
+    "box in a list": (one(boxes=[BOX["0"]] * 8 + [[1, 2]]), "objects[0].boxes[8]", "four finite numbers"),
+    "zero area": (at_zero(5, 2, 5, 4), 'objects[0].boxes["0"]', "no area"),
+    "negative area": (at_zero(1, 9, 5, 4), 'objects[0].boxes["0"]', "no area"),
+    "outside right": (at_zero(1, 2, 48.5, 4), 'objects[0].boxes["0"]', "0 to 48"),
+    "outside left": (at_zero(-1, 2, 8, 4), 'objects[0].boxes["0"]', "0 to 48"),
+    "outside by far": (at_zero(1, 2, 10**400, 4), 'objects[0].boxes["0"]', "outside"),
+    "keyframe beyond": (one(boxes={**BOX, "9": BOX["0"]}), 'objects[0].boxes["9"]', "beyond num_frames 9; use 0 to 8"),
+    "keyframe negative": (one(boxes={"-1": BOX["0"]}), 'objects[0].boxes["-1"]', "negative"),
+    "keyframe text": (one(boxes={"first": BOX["0"]}), 'objects[0].boxes["first"]', "frame number"),
+    "keyframe fraction": (one(boxes={"0.5": BOX["0"]}), 'objects[0].boxes["0.5"]', "frame number"),
+    "keyframe twice": (one(boxes={"0": BOX["0"], "00": BOX["0"]}), 'objects[0].boxes["00"]', "frame number"),
+    "keyframe gigantic": (one(boxes={"9" * 5000: BOX["0"]}), "objects[0].boxes[", "frame number"),
+    "list too short": (one(boxes=[BOX["0"]] * 8), "objects[0].boxes", "8 boxes for 9 frames"),
+    "interpolate": (one(interpolate="cubic"), "objects[0].interpolate", "smooth, linear or none"),
+    "interpolate list": (one(interpolate=[]), "objects[0].interpolate", "smooth, linear or none"),
+    "sides cross": (one(boxes=TURNS), "objects[0].boxes", "inside out in frame 3; add a keyframe"),
+    "nothing in frame 0": (one(boxes={"3": BOX["0"]}, interpolate="none"), "objects[0].boxes", "mask"),
+    "colour of two": (one(color=[1, 2]), "objects[0].color", "[red, green, blue]"),
+    "colour too bright": (one(color=[1, 2, 256]), "objects[0].color", "0 to 255"),
+    "colour fraction": (one(color=[0.5, 0, 0]), "objects[0].color", "whole numbers"),
+    "colour name": (one(color="red"), "objects[0].color", "[red, green, blue]"),
+    "colour black": (one(color=[0, 0, 0]), "objects[0].color", "background"),
+    "colour twice": ({"objects": [one(color=list(PALETTE[1]))["objects"][0], GOOD]}, "objects[1].color", "objects[0]"),
+    "colour beyond palette": ({"objects": [GOOD] * 17}, "objects[16].color", "missing"),
+    "visible number": (one(visible=3), "objects[0].visible", "[[first, last], ...]"),
+    "visible empty": (one(visible=[]), "objects[0].visible", "[[first, last], ...]"),
+    "visible one range bare": (one(visible=[0, 3]), "objects[0].visible[0]", "[[first, last], ...]"),
+    "visible backwards": (one(visible=[[0, 2], [5, 4]]), "objects[0].visible[1]", "[[first, last], ...]"),
+    "visible beyond": (one(visible=[[0, 9]]), "objects[0].visible[0]", "0 to 8"),
+    "visible fraction": (one(visible=[[0, 2.5]]), "objects[0].visible[0]", "[[first, last], ...]"),
+    "mask number": (one(mask=3), "objects[0].mask", "file name"),
+    "mask missing": (one(mask="nowhere.png"), "objects[0].mask", "does not exist"),
+    "mask no image": (one(mask="boxes.json"), "objects[0].mask", "not an image"),
+    "mask folder": (one(mask="."), "objects[0].mask", "not an image"),
+    "mask truncated": (one(mask="truncated.png"), "objects[0].mask", "not an image"),
+    "mask of another size": (one(mask="wide.png"), "objects[0].mask", "is 64x48 but the image is 48x48"),
+    "mask empty": (one(mask="empty.png"), "objects[0].mask", "empty"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_is_one_line_naming_file_field_and_mend(tmp_path, name):
+    content, field, mend = ERRORS[name]
+    Image.fromarray(np.full((48, 64), 255, dtype=np.uint8)).save(tmp_path / "wide.png")
+    Image.fromarray(np.zeros((48, 48, 3), dtype=np.uint8)).save(tmp_path / "empty.png")
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "truncated.png")
+    (tmp_path / "truncated.png").write_bytes((tmp_path / "truncated.png").read_bytes()[:1000])
+    path = tmp_path / "boxes.json"
+    if isinstance(content, dict | list):
+        content = json.dumps(content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(TrajectoryError) as caught:
+        load_trajectory(path, (48, 48), 9)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and field in message and mend in message
+    assert len(message.splitlines()) == 1 and len(message) < len(str(path)) * 2 + 250
+
+
+def test_the_good_object_of_the_error_cases_is_good(tmp_path):
+    assert load_trajectory(write(tmp_path, **one()), (48, 48), 9).boxes.shape == (1, 9, 4)
+
+
+def test_error_for_missing_and_large_files(tmp_path):
+    for path in (tmp_path / "boxes.json", tmp_path / ("x" * 300)):
+        with pytest.raises(TrajectoryError, match="no such file") as caught:
+            load_trajectory(path, (48, 48), 9)
+        assert str(caught.value).startswith(str(path))
+    with open(tmp_path / "boxes.json", "wb") as file:
+        file.truncate((16 << 20) + 1)  # sparse: takes no disk
+    with pytest.raises(TrajectoryError, match=r"boxes\.json: larger than 16 MiB"):
+        load_trajectory(tmp_path / "boxes.json", (48, 48), 9)
+
+
+def moving(size, frames=9, colors=(0, 2)) -> Trajectory:
+    """An object that goes right and one that goes down and ends before the last frame."""
+    height, width = size
+    t = np.arange(frames)[:, None]
+    right = np.array([4, 6, 24, 30]) + t * [2, 0, 2, 0]
+    down = np.array([width - 30, 4, width - 10, 22]) + t * [0, 2, 0, 2]
+    boxes = np.stack([right, down]).astype(float)
+    boxes[1, -1] = np.nan
+    masks = np.zeros((2, height, width), dtype=bool)
+    masks[0, 6:30, 4:24] = masks[1, 4:22, width - 30 : width - 10] = True
+    return Trajectory(boxes, masks, np.array(PALETTE, dtype=np.uint8)[list(colors)], ["right", "down"])
+
+
+def frames_of(trajectory: Trajectory) -> np.ndarray:
+    return ((trajectory.maps() + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+
+
+def matched(found: Trajectory, truth: Trajectory) -> list[int]:
+    """For each true object the found one of the nearest colour."""
+    distance = np.linalg.norm(truth.colors[:, None].astype(float) - found.colors[None].astype(float), axis=-1)
+    assert distance.min(1).max() < 16
+    return distance.argmin(1).tolist()
+
+
+@pytest.mark.parametrize("size, colors", [((64, 96), (0, 2)), ((64, 96), (1, 3)), ((480, 720), (0, 1))])
+def test_map_video_round_trip(tmp_path, size, colors):
+    truth = moving(size, colors=colors)
+    iio.imwrite(tmp_path / "maps.mp4", frames_of(truth), plugin="FFMPEG", fps=8, macro_block_size=1)
+    found = load_trajectory(tmp_path / "maps.mp4", size, 9)
+    assert found.names == ["object 0", "object 1"]
+    order = matched(found, truth)
+    assert sorted(order) == [0, 1]
+    np.testing.assert_allclose(found.boxes[order], truth.boxes, atol=1.01)  # NaN equals NaN
+    for k in range(2):
+        mask, true = found.masks[order[k]], truth.masks[k]
+        assert (mask & true).sum() / (mask | true).sum() > 0.8
+    assert not torch.equal(found.maps(), truth.maps())  # the codec's noise is real
+    assert (found.maps() - truth.maps()).abs().mean() < 0.03
+    assert torch.equal(found.maps("mask"), found.maps("box"))
+
+
+def test_blends_at_edges_are_not_taken_for_another_object(tmp_path):
+    y, x = np.mgrid[:480, :720] + 0.5
+    discs = [(201, 163, 97.5), (503, 301, 120.5), (90, 400, 60.5)]
+    masks = np.stack([np.hypot(x - cx, y - cy) < r for cx, cy, r in discs])
+    boxes = np.array([[[cx - r, cy - r, cx + r, cy + r]] * 3 for cx, cy, r in discs])
+    colors = np.array([[128, 32, 32], [128, 80, 80], [128, 59, 26]], dtype=np.uint8)  # MagicMotion's first three
+    truth = Trajectory(boxes, masks, colors, ["red", "pink", "orange"])
+    iio.imwrite(tmp_path / "maps.mp4", frames_of(truth), plugin="FFMPEG", fps=8, macro_block_size=1)
+    found = load_trajectory(tmp_path / "maps.mp4", (480, 720), 3)
+    np.testing.assert_allclose(found.boxes[matched(found, truth)], boxes, atol=1.01)
+
+
+def test_png_folder_round_trip_is_exact(tmp_path):
+    truth = moving((48, 64), frames=12)
+    for t, frame in enumerate(frames_of(truth)):
+        Image.fromarray(frame).save(tmp_path / f"{t}.png")  # 10.png comes after 9.png
+    (tmp_path / "notes.txt").write_text("not a map")
+    found = load_trajectory(tmp_path, (48, 64), 12)
+    assert torch.equal(found.maps(), truth.maps())
+    order = matched(found, truth)
+    assert (found.colors[order] == truth.colors).all() and (found.masks[order] == truth.masks).all()
+    np.testing.assert_array_equal(found.boxes[order], truth.boxes)
+    half = load_trajectory(tmp_path, (24, 32), 12)
+    np.testing.assert_array_equal(half.boxes[order], truth.boxes / 2)
+    assert half.maps().shape == (3, 12, 24, 32)
+    sparse = found.sparse([4])
+    lit = (sparse.maps() > -1).any(0).flatten(1).any(1)
+    assert lit.nonzero().flatten().tolist() == [0, 4] and np.isnan(sparse.boxes[:, 3]).all()
+    assert (found.maps()[:, 3] > -1).any()  # and the original is untouched
+
+
+def test_map_errors(tmp_path):
+    def message(path, frames=9) -> str:
+        with pytest.raises(TrajectoryError) as caught:
+            load_trajectory(path, (64, 96), frames)
+        assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    maps = frames_of(moving((64, 96)))
+    iio.imwrite(tmp_path / "maps.mp4", maps, plugin="FFMPEG", fps=8, macro_block_size=1)
+    assert "pass --frames 9" in message(tmp_path / "maps.mp4", 8)
+    assert "pass --frames 9" in message(tmp_path / "maps.mp4", 10)
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    assert "can't be decoded" in message(tmp_path / "bad.mp4")
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    assert "without PNG" in message(folder)
+    for t, frame in enumerate(maps):
+        Image.fromarray(frame).save(folder / f"{t}.png")
+    Image.fromarray(maps[3][:32]).save(folder / "3.png")
+    assert "frame 3: is of another size" in message(folder)
+    (folder / "3.png").write_bytes(b"no image")
+    assert "can't be decoded" in message(folder)
+    Image.fromarray(maps[0] * 0).save(folder / "0.png")
+    assert "frame 0: shows no object" in message(folder)
+    blocks = np.arange(96)[None, :] // 4 * 10 + np.arange(64)[:, None] // 4 * 1000
+    Image.fromarray(np.stack([blocks % 256, blocks // 256 * 16 % 256, blocks * 7 % 256], -1).astype(np.uint8)).save(
+        folder / "0.png"
+    )
+    assert "over 64" in message(folder)
+
+
+def test_toy_world_mask_maps_are_its_masks_painted():
+    batch = ToyWorld("train").batch(list(range(6)))
+    assert set(batch.count.tolist()) == {1, 2, 3}
+    for i in range(6):
+        maps = batch.trajectory(i).maps("mask")
+        assert maps.shape == batch.video[i].shape
+        painted = torch.full_like(maps, -1)
+        for k in range(int(batch.count[i])):  # the visible parts of objects never overlap
+            color = torch.tensor(PALETTE[k])[:, None] / 127.5 - 1
+            painted[:, batch.masks[i, k]] = color
+        assert torch.equal(maps, painted)
+        assert torch.equal(batch.trajectory(i).maps("box")[:, 0], painted[:, 0])
+
+
+def test_maps_are_cheap_enough_for_a_training_step():
+    batch = ToyWorld("train").batch(list(range(16)))
+    trajectory = next(batch.trajectory(i) for i in range(16) if batch.count[i] == 3)
+    seconds = []
+    for kind in ["box", "mask"] * 20:
+        start = time.perf_counter()
+        trajectory.maps(kind)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds[0::2]) < 2e-3 and min(seconds[1::2]) < 2e-3  # about 0.1 ms; the rest is for a busy machine
+
+
+def test_overlay(tmp_path):
+    truth = moving((48, 64))
+    gray = torch.zeros(3, 9, 48, 64)
+    overlay = draw_overlay(gray, truth, scale=3)
+    assert overlay.shape == (9, 144, 192, 3) and overlay.dtype == np.uint8
+    bright = [255, 64, 64]  # (128, 32, 32) with its brightest channel at 255
+    assert overlay[2, 18, 24:84].tolist() == [bright] * 60  # the upper edge of box [8, 6, 28, 30], three times as large
+    assert overlay[2, 17, 30].tolist() == overlay[2, 20, 30].tolist() == [128] * 3
+    for t in range(9):  # a dot at every centre of the path, in every frame
+        assert (overlay[:, 54, 3 * (14 + 2 * t)] == bright).all()
+    green = (overlay[-1] == [64, 255, 64]).all(-1)
+    assert 0 < green.sum() <= 8 * 4  # no box in the last frame, only dots
+    assert draw_overlay(gray, truth).shape == (9, 48, 64, 3)
+    given = Trajectory(truth.boxes, truth.masks, truth.colors, truth.names, truth.maps())
+    assert (draw_overlay(gray, given, scale=3) == overlay).all()
+    with pytest.raises(ValueError, match="trajectory"):
+        draw_overlay(gray[:, :5], truth)

@@ -1,0 +1,119 @@
+"""Stage 1: train the SlowAdapter, which makes a frozen SlowGenerator follow a trajectory. The reference loop: read it
+first.
+
+    python train_slow_adapter.py                                  # preset tiny on this machine, from the shipped
+    generator torchrun --nproc_per_node=8 train_slow_adapter.py
+
+The loss is the generator's own flow-matching loss; only the adapter learns (paper, stage 1). Training starts with
+dense masks, which show every pixel of an object, and goes on with boxes; a share of the boxes is sparse. To resume,
+run the same command again.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import adapter as adapters
+import common
+import flow
+from codec import ToyCodec
+from data import ToyLatents
+from model import VideoDiT, save_network
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of stage 1."""
+
+    name: str = "slow_adapter"  # run folder under runs/
+    preset: Literal["tiny"] = "tiny"  # size of the networks and their world
+    generator: str = "checkpoints/tiny/slow_generator.safetensors"  # the frozen SlowGenerator
+    steps: int = 4000  # optimizer steps in all
+    mask_steps: int = 800  # first steps with dense masks; boxes from then on
+    sparse: float = 0.15  # share of trajectories with frames blacked out, once boxes have begun
+    batch: int = 16  # videos a step, over all processes
+    accumulate: int = 1  # micro-batches a step
+    lr: float = 6e-3  # peak learning rate of the matrices
+    warmup: int = 100  # steps of linear warm-up before the cosine
+    weight_decay: float = 0.01  # decoupled
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.999  # decay of the averaged weights, the ones exported
+    shift: float = 3.0  # warp of training noise levels towards noise
+    power: float = 1.5  # of sigma, the loss's weight; 0 for networks that predict the velocity
+    drop_text: float = 0.1  # share of empty captions, for guidance
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward pass; the adapter's weights stay float32
+    compile: bool = True  # torch.compile each block
+    seed: int = 1  # of weights, data order and noise
+    log_every: int = 20  # steps
+    save_every: int = 500  # steps
+    sample_every: int = 1000  # steps
+
+
+def main(cfg: Config) -> None:
+    procs = common.init_processes()
+    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
+    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator").requires_grad_(False)
+    generator = common.prepare(generator, procs, cfg.compile)
+    adapter = common.prepare(adapters.ResNetAdapter(adapters.PRESETS[cfg.preset]), procs, cfg.compile)
+    optimizers = common.make_optimizers(adapter, cfg.weight_decay)
+    ema = common.EMA(adapter, cfg.ema)
+    codec = ToyCodec()
+    data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
+
+    parts = {"adapter": (adapter, optimizers, ema)}
+    run = common.Run(f"runs/{cfg.name}", cfg, procs)
+    start = common.load_checkpoint(run.folder, parts, procs)
+    run.rewind(start)
+
+    def train_step(step: int) -> tuple[Tensor, Tensor]:
+        kind, sparse = ("mask", 0.0) if step < cfg.mask_steps else ("box", cfg.sparse)
+        losses = []
+        for samples in procs.share(cfg.batch, cfg.accumulate, step):
+            x0, text, traj = (x.to(procs.device) for x in data.batch(samples, kind, sparse, cfg.drop_text))
+            noise = common.sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
+            u = common.sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
+            sigma = flow.shift_sigma(u, cfg.shift)
+            with common.autocast(procs, cfg.dtype):
+                loss = flow.flow_matching_loss(
+                    lambda x, t: generator(x, t, text, adapter(x, t, text, traj)), x0, noise, sigma, cfg.power
+                )
+            (loss / cfg.accumulate).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean(), common.clip_and_step(adapter, optimizers, cfg.clip)
+
+    def write_samples(step: int) -> None:
+        """Four held-out trajectories: truth and sample in turn."""
+        x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
+        noise = common.sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
+        with ema.applied(), torch.no_grad(), common.autocast(procs, cfg.dtype):
+            residuals = adapter(None, None, None, traj)
+            out = flow.sample_multistep(
+                lambda x, t: generator(x, t, text, residuals), x0[:, :, :1], noise, flow.sigma_schedule(20, cfg.shift)
+            )
+        pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
+        run.samples(step, pairs.flatten(0, 1))
+
+    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=procs.rank > 0):
+        last = step == cfg.steps
+        if (step % cfg.sample_every == 0 and step > start) or last:
+            write_samples(step)
+        if (step % cfg.save_every == 0 and step > start) or last:
+            common.save_checkpoint(run.folder, step, parts, procs)
+        if last:
+            break
+        lr = common.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
+        common.set_lr(optimizers, lr)
+        loss, norm = train_step(step)
+        ema.update(step)
+        if (step + 1) % cfg.log_every == 0:
+            run.log(step + 1, loss=procs.mean(loss), grad_norm=norm.item(), lr=lr)
+    weights = ema.weights()
+    if procs.rank == 0:
+        save_network(run.folder / "slow_adapter.safetensors", "SlowAdapter", adapter.config, weights)
+
+
+if __name__ == "__main__":
+    common.run_script(main, Config)
