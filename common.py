@@ -1,4 +1,4 @@
-"""Plumbing shared by the scripts: configs, processes and sharding, noise, schedule, EMA, checkpoints, logs, pictures.
+"""Plumbing shared by the scripts: configs, processes and sharding, noise, checkpoints, logs, pictures.
 
 Nothing here knows about FlashMotion. A script is a frozen dataclass of options and a `main(cfg)`; `run_script` joins
 them.
@@ -27,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -93,6 +94,8 @@ def run_script(main: Callable, config_class: type, *user_errors: type[Exception]
     """Parse the command line and call `main(cfg)`. User errors end as one line on stderr and exit status 2."""
     try:
         main(parse_config(config_class, sys.argv[1:]))
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while another still talks
     except (UserError, *user_errors) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -166,11 +169,16 @@ def prepare(model: nn.Module, procs: Processes, compile: bool) -> nn.Module:
             fully_shard(block, mesh=procs.mesh, mp_policy=policy)
     if procs.mesh is not None:
         fully_shard(model, mesh=procs.mesh, mp_policy=policy)
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # warns of in-place sums; there are none
     return model
 
 
-def autocast(procs: Processes, dtype: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(procs.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """`dtype` is "bfloat16", "float32", or "auto": bfloat16 unless a CPU would have to emulate it."""
+    if dtype == "auto":
+        can = torch.cpu.get_capabilities()
+        dtype = "bfloat16" if device.type == "cuda" or can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -178,7 +186,7 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# --- randomness, schedule, averages -----------------------------------------------------------------------------------
+# --- randomness -------------------------------------------------------------------------------------------------------
 
 
 def generator(*key: int) -> torch.Generator:
@@ -192,88 +200,15 @@ def sample_noise(shape: Sequence[int], samples: Sequence[int], *key: int) -> Ten
     return torch.stack([torch.randn(*shape, generator=generator(*key, sample)) for sample in samples])
 
 
-def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Linear warm-up, then cosine to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def sample_uniform(samples: Sequence[int], batch: int, *key: int) -> Tensor:
     """One number in [0, 1) a sample, stratified: the i-th of a batch of n falls in [i/n, (i+1)/n)."""
     u = torch.cat([torch.rand(1, generator=generator(*key, sample, 1)) for sample in samples])
     return (torch.tensor([sample % batch for sample in samples]) + u) / batch
 
 
-def make_optimizers(model: nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW at 0.4 of its rate for all else (embeddings, head, biases)."""
-    inside = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad]
-    outside = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in inside)]
-    muon = torch.optim.Muon(inside, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW([{"params": outside, "lr_scale": 0.4}], betas=(0.9, 0.99), weight_decay=weight_decay)
-    return [muon, adamw]
-
-
-def set_lr(optimizers: Sequence[torch.optim.Optimizer], lr: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1)
-
-
-def clip_and_step(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float) -> Tensor:
-    """Clip the gradient, step, clear the gradient. Returns the norm before clipping."""
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return full(norm)
-
-
-class EMA:
-    """Exponential moving average of a network's trainable parameters, in float32, sharded as they are."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.average = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
-        self.source = {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """The decay warms up, so that a short run isn't dominated by its initial weights."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, average in self.average.items():
-            average.lerp_(self.source[name].float(), 1 - decay)
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside this context the network holds the averages."""
-        saved = {n: p.detach().clone() for n, p in self.source.items()}
-        self._fill(self.average)
-        try:
-            yield
-        finally:
-            self._fill(saved)
-
-    def weights(self) -> dict[str, Tensor]:
-        """The averages as whole tensors; every rank must call."""
-        return {name: full(average) for name, average in self.average.items()}
-
-    @torch.no_grad()
-    def _fill(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.source.items():
-            parameter.copy_(values[name])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.average
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, average in self.average.items():
-            average.copy_(state[name])
-
-
 # --- runs: checkpoints, exports, logs ---------------------------------------------------------------------------------
 
-Part = tuple[nn.Module, Sequence[torch.optim.Optimizer], EMA]
+Part = tuple[nn.Module, Sequence[torch.optim.Optimizer], Stateful]  # the last: its averages
 
 
 def _state(parts: dict[str, Part]) -> dict:

@@ -60,7 +60,7 @@ class Config:
     guidance: float = 2.0  # strength of the prompt; 1 switches guidance off and halves the work
     shift: float = 3.0  # warp of the sampler's noise levels towards noise
     batch: int = 32  # videos sampled at once
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward pass
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of the noise that sampling starts from
 
@@ -268,7 +268,7 @@ def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: common.Proces
         first, captions = codec.encode_video(batch.video[samples][:, :, :1]), [batch.captions[i] for i in samples]
         text, empty = codec.encode_text(captions), codec.encode_text([""] * len(samples))
         clock = perf_counter()
-        with torch.no_grad(), common.autocast(procs, cfg.dtype):
+        with torch.no_grad(), common.autocast(procs.device, cfg.dtype):
             latents = sample(*(x.to(procs.device) for x in (first, text, empty, maps)), samples)
         videos.append(codec.decode_video(latents).cpu())
         seconds.append((perf_counter() - clock) / len(samples))

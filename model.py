@@ -40,9 +40,8 @@ class DiTConfig:
 
 
 PRESETS = {
-    # Width 192 equals the 192 pixel values of a token, too few to carry noise through: so this preset predicts the
-    # sample.
-    "tiny": DiTConfig(256, 768, 4, 4, text_dim=64, text_tokens=32, prediction="sample"),
+    # A token holds 192 pixel values, as many as the width: noise can't pass, so this preset predicts the sample.
+    "tiny": DiTConfig(192, 768, 3, 6, text_dim=64, text_tokens=32, prediction="sample"),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
 

@@ -46,7 +46,7 @@ class Config:
     frames: int = 9  # length of the video
     fps: int = 8  # frames a second
     scale: int = 8  # enlarge the written video so many times
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward pass
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
 
 
 def load_image(path: str, size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -103,7 +103,7 @@ def main(cfg: Config) -> None:
         first = codec.encode_video(image).to(procs.device)
         traj = codec.encode_video(trajectory.maps("box")[None]).to(procs.device)
         text, empty = codec.encode_text([cfg.prompt, ""]).to(procs.device).split(1)
-    with timed("denoise"), torch.no_grad(), common.autocast(procs, cfg.dtype):
+    with timed("denoise"), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
         residuals = adapter(None, None, None, traj)  # static: once per clip
         velocity = flow.guided(
             lambda x, t: generator(x, t, text, residuals), lambda x, t: generator(x, t, empty, residuals), cfg.guidance

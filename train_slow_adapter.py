@@ -19,6 +19,7 @@ from tqdm import tqdm
 import adapter as adapters
 import common
 import flow
+import optim
 from codec import ToyCodec
 from data import ToyLatents
 from model import VideoDiT, save_network
@@ -44,7 +45,7 @@ class Config:
     shift: float = 3.0  # warp of training noise levels towards noise
     power: float = 1.5  # of sigma, the loss's weight; 0 for networks that predict the velocity
     drop_text: float = 0.1  # share of empty captions, for guidance
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward pass; the adapter's weights stay float32
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
     seed: int = 1  # of weights, data order and noise
     log_every: int = 20  # steps
@@ -58,8 +59,8 @@ def main(cfg: Config) -> None:
     generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator").requires_grad_(False)
     generator = common.prepare(generator, procs, cfg.compile)
     adapter = common.prepare(adapters.ResNetAdapter(adapters.PRESETS[cfg.preset]), procs, cfg.compile)
-    optimizers = common.make_optimizers(adapter, cfg.weight_decay)
-    ema = common.EMA(adapter, cfg.ema)
+    optimizers = optim.make_optimizers(adapter, cfg.weight_decay)
+    ema = optim.EMA(adapter, cfg.ema)
     codec = ToyCodec()
     data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
 
@@ -76,19 +77,19 @@ def main(cfg: Config) -> None:
             noise = common.sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
             u = common.sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
             sigma = flow.shift_sigma(u, cfg.shift)
-            with common.autocast(procs, cfg.dtype):
+            with common.autocast(procs.device, cfg.dtype):
                 loss = flow.flow_matching_loss(
                     lambda x, t: generator(x, t, text, adapter(x, t, text, traj)), x0, noise, sigma, cfg.power
                 )
             (loss / cfg.accumulate).backward()
             losses.append(loss.detach())
-        return torch.stack(losses).mean(), common.clip_and_step(adapter, optimizers, cfg.clip)
+        return torch.stack(losses).mean(), optim.clip_and_step(adapter, optimizers, cfg.clip)
 
     def write_samples(step: int) -> None:
         """Four held-out trajectories: truth and sample in turn."""
         x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
         noise = common.sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
-        with ema.applied(), torch.no_grad(), common.autocast(procs, cfg.dtype):
+        with ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
             residuals = adapter(None, None, None, traj)
             out = flow.sample_multistep(
                 lambda x, t: generator(x, t, text, residuals), x0[:, :, :1], noise, flow.sigma_schedule(20, cfg.shift)
@@ -104,8 +105,8 @@ def main(cfg: Config) -> None:
             common.save_checkpoint(run.folder, step, parts, procs)
         if last:
             break
-        lr = common.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
-        common.set_lr(optimizers, lr)
+        lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
+        optim.set_lr(optimizers, lr)
         loss, norm = train_step(step)
         ema.update(step)
         if (step + 1) % cfg.log_every == 0:

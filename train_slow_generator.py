@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import common
 import flow
+import optim
 from codec import ToyCodec
 from data import ToyLatents
 from model import PRESETS, VideoDiT, save_network
@@ -39,7 +40,7 @@ class Config:
     shift: float = 2.0  # warp of training noise levels towards noise
     power: float = 1.0  # of sigma, the loss's weight; 0 for networks that predict the velocity
     drop_text: float = 0.1  # share of empty captions, for guidance
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward pass; weights stay float32
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of weights, data order and noise
     log_every: int = 20  # steps
@@ -52,8 +53,8 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     model = VideoDiT.from_pretrained(cfg.init, "SlowGenerator") if cfg.init else VideoDiT(PRESETS[cfg.preset])
     model = common.prepare(model, procs, cfg.compile)
-    optimizers = common.make_optimizers(model, cfg.weight_decay)
-    ema = common.EMA(model, cfg.ema)
+    optimizers = optim.make_optimizers(model, cfg.weight_decay)
+    ema = optim.EMA(model, cfg.ema)
     codec = ToyCodec()
     data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
 
@@ -69,17 +70,17 @@ def main(cfg: Config) -> None:
             noise = common.sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
             u = common.sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
             sigma = flow.shift_sigma(u, cfg.shift)
-            with common.autocast(procs, cfg.dtype):
+            with common.autocast(procs.device, cfg.dtype):
                 loss = flow.flow_matching_loss(lambda x, t: model(x, t, text), x0, noise, sigma, cfg.power)
             (loss / cfg.accumulate).backward()
             losses.append(loss.detach())
-        return torch.stack(losses).mean(), common.clip_and_step(model, optimizers, cfg.clip)
+        return torch.stack(losses).mean(), optim.clip_and_step(model, optimizers, cfg.clip)
 
     def write_samples(step: int) -> None:
         """Four held-out images set in motion: truth and sample in turn."""
         x0, text, _ = (x if x is None else x.to(procs.device) for x in held_out.batch(list(range(4))))
         noise = common.sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
-        with ema.applied(), torch.no_grad(), common.autocast(procs, cfg.dtype):
+        with ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
             out = flow.sample_multistep(
                 lambda x, t: model(x, t, text), x0[:, :, :1], noise, flow.sigma_schedule(20, cfg.shift)
             )
@@ -94,8 +95,8 @@ def main(cfg: Config) -> None:
             common.save_checkpoint(run.folder, step, parts, procs)
         if last:
             break
-        lr = common.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
-        common.set_lr(optimizers, lr)
+        lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
+        optim.set_lr(optimizers, lr)
         loss, norm = train_step(step)
         ema.update(step)
         if (step + 1) % cfg.log_every == 0:

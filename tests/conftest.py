@@ -1,6 +1,7 @@
 """Tests run from any folder: the flat scripts are importable, and `run` starts one as a user would."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,25 +14,33 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
 
-@pytest.fixture
-def run(tmp_path):
-    """run("sample.py", "--steps", "2") in an empty folder that sees the shipped examples and weights."""
+def start_in(folder: Path):
+    """start("sample.py", "--steps", "2") in a folder that then sees the shipped examples and weights."""
     for name in ("examples", "checkpoints"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
 
     def start(script: str, *flags: object, processes: int = 1, wait: bool = True):
         launcher = [sys.executable]
         if processes > 1:
-            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
         command = [*launcher, str(ROOT / script), *(str(flag) for flag in flags)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         job = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, text=True, start_new_session=True,
+            command, cwd=folder, env=environment, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         if not wait:
             return job
-        out, err = job.communicate(timeout=300)
+        try:
+            out, err = job.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            raise
         return subprocess.CompletedProcess(command, job.returncode, out, err)
 
     return start
+
+
+@pytest.fixture
+def run(tmp_path):
+    return start_in(tmp_path)

@@ -3,8 +3,8 @@
 import torch
 
 import adapter as adapters
-import common
 import flow
+import optim
 from model import PRESETS, VideoDiT
 
 
@@ -22,7 +22,7 @@ def test_fresh_adapter_changes_nothing():
     generator, adapter, x, t, text, traj = networks()
     with torch.no_grad():
         residuals = adapter(x, t, text, traj)
-        assert len(residuals) == 4 and all(r.shape == (2, 12, 256) for r in residuals)
+        assert len(residuals) == 6 and all(r.shape == (2, 12, 192) for r in residuals)
         assert torch.equal(generator(x, t, text, residuals), generator(x, t, text))
 
 
@@ -31,8 +31,8 @@ def test_one_step_changes_the_adapter_alone():
     generator.requires_grad_(False)
     frozen = {n: p.clone() for n, p in generator.named_parameters()}
     before = {n: p.clone() for n, p in adapter.named_parameters()}
-    optimizers = common.make_optimizers(adapter, 0.01)
-    common.set_lr(optimizers, 1e-2)
+    optimizers = optim.make_optimizers(adapter, 0.01)
+    optim.set_lr(optimizers, 1e-2)
     owned = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     assert owned == {id(p) for p in adapter.parameters()}
     for _ in range(2):  # the first step moves the zero projections alone, the second what lies behind them
@@ -40,7 +40,7 @@ def test_one_step_changes_the_adapter_alone():
             lambda x, t: generator(x, t, text, adapter(x, t, text, traj)), x, traj, t[:, 1] / 1000
         )
         loss.backward()
-        common.clip_and_step(adapter, optimizers, 1.0)
+        optim.clip_and_step(adapter, optimizers, 1.0)
     assert all(p.grad is None and torch.equal(p, frozen[n]) for n, p in generator.named_parameters())
     assert not any(torch.equal(p, before[n]) for n, p in adapter.named_parameters())
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import common
+import optim
 import train_slow_adapter
 from codec import ToyCodec
 
@@ -77,36 +78,6 @@ def test_randomness_depends_on_its_key_alone():
     assert torch.equal(u[4:6], common.sample_uniform([36, 37], 16, 0))
 
 
-def test_learning_rate():
-    rates = [common.learning_rate(step, 2.0, 10, 110) for step in range(110)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
-    assert rates[60] == pytest.approx(1.0) and rates[-1] < 1e-3 and rates[10:] == sorted(rates[10:], reverse=True)
-
-
-def test_ema_follows_and_lends_its_weights():
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    ema = common.EMA(model, 0.5)
-    with torch.no_grad():
-        model.weight.fill_(1)
-    ema.update(step=100)
-    ema.update(step=101)
-    assert ema.average["weight"].item() == pytest.approx(0.75)
-    with ema.applied():
-        assert model.weight.item() == pytest.approx(0.75)
-    assert model.weight.item() == 1
-
-
-def test_optimizers_hold_every_parameter_once():
-    model = torch.nn.Module()
-    model.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
-    model.head = torch.nn.Linear(4, 2)
-    muon, adamw = common.make_optimizers(model, 0.0)
-    assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model.blocks[0].weight)]
-    rest = {id(p) for g in adamw.param_groups for p in g["params"]}
-    assert rest == {id(p) for p in model.parameters()} - {id(model.blocks[0].weight)}
-
-
 def test_log_rewinds_and_survives_a_cut_line(tmp_path):
     run = common.Run(tmp_path / "r", Options(), common.Processes(0, 1, torch.device("cpu"), None))
     for step in (1, 2, 3):
@@ -125,7 +96,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     def part(width):
         model = torch.nn.Sequential(torch.nn.Linear(4, width))
         model.blocks = model[:]
-        return {"net": (model, common.make_optimizers(model, 0.0), common.EMA(model, 0.9))}
+        return {"net": (model, optim.make_optimizers(model, 0.0), optim.EMA(model, 0.9))}
 
     common.save_checkpoint(tmp_path, 3, part(4), procs)
     assert common.load_checkpoint(tmp_path, part(4), procs) == 3

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import start_in
 
 import common
 from model import PRESETS, VideoDiT, save_network
@@ -19,18 +21,41 @@ SHORT = ("--steps", 10, "--batch", 2, "--save_every", 5, "--sample_every", 1000,
          "--dtype", "float32", "--warmup", 2)  # fmt: skip
 
 
-@pytest.fixture
-def flags(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def flags(folder):
     """Flags of a short run: the adapter trains on a random generator."""
     torch.manual_seed(0)
     generator = VideoDiT(PRESETS["tiny"])
     torch.nn.init.normal_(generator.head.head.weight, std=0.02)
-    path = tmp_path / "generator.safetensors"
+    path = folder / "generator.safetensors"
     save_network(path, "SlowGenerator", PRESETS["tiny"], generator.state_dict())
     return {
         "train_slow_generator.py": SHORT,
         "train_slow_adapter.py": (*SHORT, "--generator", path, "--mask_steps", 4, "--sparse", 0.5),
     }
+
+
+@pytest.fixture(scope="module")
+def start(folder):
+    return start_in(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(start, folder, flags):
+    """The log and weights of an uninterrupted run of a script on so many processes."""
+
+    @cache
+    def train(script: str, processes: int):
+        name = f"whole{processes}_{SCRIPTS[script]}"
+        finish(start(script, *flags[script], "--name", name, processes=processes))
+        return outcome(folder, name, SCRIPTS[script])
+
+    return train
 
 
 def outcome(tmp_path, name: str, network: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -39,40 +64,49 @@ def outcome(tmp_path, name: str, network: str) -> tuple[list[dict], dict[str, to
 
 
 def finish(job) -> None:
-    assert job.returncode == 0, job.stderr[-2000:]
+    assert job.returncode == 0, job.stderr[-20000:]
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants: torchrun's workers lead process groups of their own."""
+    lines = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.splitlines()
+    pairs = [tuple(map(int, line.split())) for line in lines]
+    found = [pid]
+    for parent in found:
+        found += [child for child, its_parent in pairs if its_parent == parent]
+    return found
 
 
 def kill_at_checkpoint(job, folder) -> None:
-    """kill -9 of the whole process group as soon as the checkpoint stands."""
+    """kill -9 of every process as soon as the checkpoint stands."""
     deadline = time.time() + 200
     while not folder.exists():
         assert time.time() < deadline and job.poll() is None, job.communicate()[1][-2000:]
         time.sleep(0.01)
-    os.killpg(job.pid, signal.SIGKILL)
+    for pid in family(job.pid):
+        os.kill(pid, signal.SIGKILL)
     job.communicate()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_ten_steps_equal_five_kill_and_five_more(run, flags, tmp_path, script, processes):
-    network = SCRIPTS[script]
-    finish(run(script, *flags[script], "--name", "whole", processes=processes))
-    job = run(script, *flags[script], "--name", "cut", processes=processes, wait=False)
-    kill_at_checkpoint(job, tmp_path / "runs" / "cut" / "ckpt" / "step_00000005")
-    assert not (tmp_path / "runs" / "cut" / f"{network}.safetensors").exists()
-    finish(run(script, *flags[script], "--name", "cut", processes=processes))
+def test_ten_steps_equal_five_kill_and_five_more(start, folder, flags, whole, script, processes):
+    network, name = SCRIPTS[script], f"cut{processes}_{SCRIPTS[script]}"
+    job = start(script, *flags[script], "--name", name, processes=processes, wait=False)
+    kill_at_checkpoint(job, folder / "runs" / name / "ckpt" / "step_00000005")
+    assert not (folder / "runs" / name / f"{network}.safetensors").exists()
+    finish(start(script, *flags[script], "--name", name, processes=processes))
 
-    (log, weights), (cut_log, cut_weights) = (outcome(tmp_path, name, network) for name in ("whole", "cut"))
+    (log, weights), (cut_log, cut_weights) = whole(script, processes), outcome(folder, name, network)
     assert [line["step"] for line in log] == list(range(1, 11)) and log == cut_log  # losses, to the last digit
     assert weights.keys() == cut_weights.keys() and all(torch.equal(weights[n], cut_weights[n]) for n in weights)
-    assert sorted(p.name for p in (tmp_path / "runs" / "cut" / "ckpt").iterdir()) == ["step_00000005", "step_00000010"]
+    checkpoints = sorted(p.name for p in (folder / "runs" / name / "ckpt").iterdir())
+    assert checkpoints == ["step_00000005", "step_00000010"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_follow_the_curve_of_one(run, flags, tmp_path, script):
-    for processes in (1, 2):
-        finish(run(script, *flags[script], "--name", f"on{processes}", processes=processes))
-    (one, one_weights), (two, two_weights) = (outcome(tmp_path, f"on{n}", SCRIPTS[script]) for n in (1, 2))
+def test_two_processes_follow_the_curve_of_one(whole, script):
+    (one, one_weights), (two, two_weights) = (whole(script, processes) for processes in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
@@ -82,7 +116,7 @@ def test_two_processes_follow_the_curve_of_one(run, flags, tmp_path, script):
     assert distance / size < 5e-3  # exports are bf16
 
 
-def test_kill_while_a_checkpoint_is_written_loses_only_that_one(run, flags, tmp_path):
+def test_kill_while_a_checkpoint_is_written_loses_only_that_one(run, whole, flags, tmp_path):
     """The process dies after the data and before the rename, and again amid the data: what stood before stands."""
     script, all_flags = "train_slow_generator.py", [str(f) for f in flags["train_slow_generator.py"]]
     folder = tmp_path / "runs" / "k" / "ckpt"
@@ -115,6 +149,5 @@ common.run_script(train_slow_generator.main, train_slow_generator.Config)
         assert job.returncode == -signal.SIGKILL, job.stderr[-2000:]
         assert sorted(p.name for p in folder.glob("step_*")) == left
     finish(run(script, *all_flags, "--name", "k"))
-    finish(run(script, *all_flags, "--name", "whole"))
-    assert outcome(tmp_path, "k", "slow_generator")[0] == outcome(tmp_path, "whole", "slow_generator")[0]
+    assert outcome(tmp_path, "k", "slow_generator")[0] == whole(script, 1)[0]
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000005", "step_00000010"]
