@@ -5,33 +5,93 @@ Every codec has `encode_video`, `decode_video`, `encode_text` and the attributes
 """
 
 import zlib
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from einops import rearrange
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import load_strict, read_network
+
+TOY_WEIGHTS = Path(__file__).parent / "checkpoints/tiny/codec.safetensors"
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shapes of a ToyAutoencoder."""
+
+    channels: int = 16  # of the latent
+    hidden: int = 96
+    depth: int = 3  # residual blocks of the decoder
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.convs[1](F.silu(self.convs[0](F.silu(h))))
+
+
+class ToyAutoencoder(nn.Module):
+    """Frames to latents of a quarter of their side and back. The work is in the decoder: training never decodes."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        width = config.hidden
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(4), nn.Conv2d(48, width, 1), nn.SiLU(), nn.Conv2d(width, config.channels, 3, padding=1)
+        )
+        self.norm = nn.BatchNorm2d(config.channels, affine=False, momentum=0.02)  # latents of mean 0 and variance 1
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.channels, width, 3, padding=1),
+            *(ResidualBlock(width) for _ in range(config.depth)),
+            nn.SiLU(),
+            nn.Conv2d(width, 48, 3, padding=1),
+            nn.PixelShuffle(4),
+        )
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """[B, 3, height, width] in [-1, 1] -> [B, channels, height / 4, width / 4]."""
+        return self.norm(self.encoder(frames))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents)
 
 
 class ToyCodec:
-    """The toy world's codec: pixel-unshuffle by 4 (exactly invertible) and a fixed embedding of words.
+    """The toy world's codec: a small learned autoencoder, frame by frame, and a fixed embedding of words.
 
-    48 channels like Wan's VAE, one latent frame a video frame. A word becomes a random vector seeded by its bytes,
-    beside the mean vector of its clause (the words between commas): so "clockwise" carries which object it speaks of,
-    as it would after a real text encoder.
+    One latent frame a video frame. A word becomes a random vector seeded by its bytes, beside the mean vector of its
+    clause (the words between commas): so "clockwise" carries which object it speaks of, as it would after a real text
+    encoder.
     """
 
-    channels, spatial, temporal = 48, 4, 1
+    spatial, temporal = 4, 1
 
-    def __init__(self, text_dim: int = 64, text_tokens: int = 32):
+    def __init__(self, weights: Path | str = TOY_WEIGHTS, text_dim: int = 64, text_tokens: int = 32):
+        config, tensors = read_network(weights, "ToyAutoencoder")
+        self.network = ToyAutoencoder(AutoencoderConfig(**config)).eval().requires_grad_(False)
+        load_strict(self.network, tensors, weights)
+        self.channels = self.network.config.channels
         self.text_dim, self.text_tokens = text_dim, text_tokens
         self._words: dict[str, Tensor] = {}
 
     def encode_video(self, video: Tensor) -> Tensor:
-        """[B, 3, T, height, width] in [-1, 1] -> [B, 48, T, height / 4, width / 4]."""
-        return rearrange(video, "b c t (h p) (w q) -> b (c p q) t h w", p=4, q=4)
+        """[B, 3, T, height, width] in [-1, 1] -> [B, channels, T, height / 4, width / 4]."""
+        return self._by_frame(self.network.encode, video)
 
     def decode_video(self, latents: Tensor) -> Tensor:
-        """[B, 48, T, H, W] -> [B, 3, T, 4 H, 4 W], clamped to [-1, 1]."""
-        return rearrange(latents, "b (c p q) t h w -> b c t (h p) (w q)", p=4, q=4).clamp(-1, 1)
+        """[B, channels, T, H, W] -> [B, 3, T, 4 H, 4 W], clamped to [-1, 1]."""
+        return self._by_frame(self.network.decode, latents).clamp(-1, 1)
+
+    def _by_frame(self, function, x: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            frames = function(x.float().cpu().transpose(1, 2).flatten(0, 1))
+        return frames.unflatten(0, (len(x), -1)).transpose(1, 2).contiguous()
 
     def _word(self, word: str) -> Tensor:
         if word not in self._words:

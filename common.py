@@ -208,14 +208,14 @@ def sample_uniform(samples: Sequence[int], batch: int, *key: int) -> Tensor:
 
 # --- runs: checkpoints, exports, logs ---------------------------------------------------------------------------------
 
-Part = tuple[nn.Module, Sequence[torch.optim.Optimizer], Stateful]  # the last: its averages
+Part = tuple[nn.Module, Sequence[torch.optim.Optimizer], Stateful | None]  # the last: its averages, if it has any
 
 
 def _state(parts: dict[str, Part]) -> dict:
     state = {}
     for name, (model, optimizers, ema) in parts.items():
         weights, optim = get_state_dict(model, optimizers)
-        state[name] = {"weights": weights, "optimizers": optim, "ema": ema.state_dict()}
+        state[name] = {"weights": weights, "optimizers": optim} | ({"ema": ema.state_dict()} if ema else {})
     return state
 
 
@@ -254,7 +254,8 @@ def load_checkpoint(run: Path, parts: dict[str, Part], procs: Processes) -> int:
     for name, (model, optimizers, ema) in parts.items():
         part = state[name]
         set_state_dict(model, optimizers, model_state_dict=part["weights"], optim_state_dict=part["optimizers"])
-        ema.load_state_dict(part["ema"])
+        if ema:
+            ema.load_state_dict(part["ema"])
     return int(found[-1].name.removeprefix("step_"))
 
 

@@ -40,8 +40,7 @@ class DiTConfig:
 
 
 PRESETS = {
-    # A token holds 192 pixel values, as many as the width: noise can't pass, so this preset predicts the sample.
-    "tiny": DiTConfig(192, 768, 3, 6, text_dim=64, text_tokens=32, prediction="sample"),
+    "tiny": DiTConfig(192, 768, 3, 6, text_dim=64, text_tokens=32, channels=16),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
 

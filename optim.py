@@ -12,7 +12,9 @@ from common import full
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal by Newton-Schulz iterations (Jordan et al. 2024). For matrices alone.
+    """Momentum whose update is made orthogonal by Newton-Schulz iterations (Jordan et al. 2024).
+
+    For matrices, and for the kernels of convolutions, whose rows are output channels.
 
     `torch.optim.Muon` iterates in bfloat16, which a CPU without such instructions emulates 60 times slower than
     float32, and shard by shard, with hundreds of collectives a step. Here matrices of one shape iterate as one batch,
@@ -29,7 +31,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
+            for params in shapes.values():
                 updates = []
                 for p in params:
                     if not self.state[p]:
@@ -37,8 +39,9 @@ class Muon(torch.optim.Optimizer):
                     momentum = self.state[p]["momentum"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(full(p.grad.lerp(momentum, group["momentum"])))  # Nesterov's
-                scale = 0.2 * max(shape) ** 0.5  # the typical size of an AdamW update, so that both share a rate
-                for p, update in zip(params, orthogonal(torch.stack(updates)), strict=True):
+                matrices = torch.stack(updates).flatten(2)
+                scale = 0.2 * max(matrices.shape[1:]) ** 0.5  # the usual size of an AdamW update: both share a rate
+                for p, update in zip(params, orthogonal(matrices).view(-1, *params[0].shape), strict=True):
                     if isinstance(p, DTensor):
                         update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
@@ -56,9 +59,10 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def make_optimizers(model: nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, blocks: nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW at 0.4 of its rate for all else (embeddings, head, biases)."""
-    inside = [p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad]
+    layers = [m for m in blocks.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    inside = [layer.weight for layer in layers if layer.weight.requires_grad]
     outside = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in inside)]
     adamw = torch.optim.AdamW([{"params": outside, "lr_scale": 0.4}], betas=(0.9, 0.99), weight_decay=weight_decay)
     return [Muon(inside, weight_decay), adamw]

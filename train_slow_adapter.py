@@ -59,7 +59,7 @@ def main(cfg: Config) -> None:
     generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator").requires_grad_(False)
     generator = common.prepare(generator, procs, cfg.compile)
     adapter = common.prepare(adapters.ResNetAdapter(adapters.PRESETS[cfg.preset]), procs, cfg.compile)
-    optimizers = optim.make_optimizers(adapter, cfg.weight_decay)
+    optimizers = optim.make_optimizers(adapter, adapter.blocks, cfg.weight_decay)
     ema = optim.EMA(adapter, cfg.ema)
     codec = ToyCodec()
     data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")

@@ -53,7 +53,7 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     model = VideoDiT.from_pretrained(cfg.init, "SlowGenerator") if cfg.init else VideoDiT(PRESETS[cfg.preset])
     model = common.prepare(model, procs, cfg.compile)
-    optimizers = optim.make_optimizers(model, cfg.weight_decay)
+    optimizers = optim.make_optimizers(model, model.blocks, cfg.weight_decay)
     ema = optim.EMA(model, cfg.ema)
     codec = ToyCodec()
     data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")

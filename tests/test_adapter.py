@@ -13,7 +13,7 @@ def networks():
     generator = VideoDiT(PRESETS["tiny"])
     torch.nn.init.normal_(generator.head.head.weight, std=0.02)
     adapter = adapters.ResNetAdapter(adapters.PRESETS["tiny"])
-    x, traj = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 48, 3, 4, 4)
+    x, traj = torch.randn(2, 16, 3, 4, 4), torch.randn(2, 16, 3, 4, 4)
     t, text = torch.tensor([[0.0, 400, 400], [0, 900, 900]]), torch.randn(2, 32, 64)
     return generator, adapter, x, t, text, traj
 
@@ -31,7 +31,7 @@ def test_one_step_changes_the_adapter_alone():
     generator.requires_grad_(False)
     frozen = {n: p.clone() for n, p in generator.named_parameters()}
     before = {n: p.clone() for n, p in adapter.named_parameters()}
-    optimizers = optim.make_optimizers(adapter, 0.01)
+    optimizers = optim.make_optimizers(adapter, adapter.blocks, 0.01)
     optim.set_lr(optimizers, 1e-2)
     owned = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     assert owned == {id(p) for p in adapter.parameters()}

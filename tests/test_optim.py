@@ -59,7 +59,7 @@ def test_optimizers_hold_every_parameter_once():
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
     model.head = torch.nn.Linear(4, 2)
-    muon, adamw = optim.make_optimizers(model, 0.0)
+    muon, adamw = optim.make_optimizers(model, model.blocks, 0.0)
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model.blocks[0].weight)]
     rest = {id(p) for g in adamw.param_groups for p in g["params"]}
     assert rest == {id(p) for p in model.parameters()} - {id(model.blocks[0].weight)}

@@ -1,0 +1,99 @@
+"""Before stage 0: train the toy world's codec, an autoencoder of single frames.
+
+    python train_codec.py                                         # one process, some ten minutes on two cores
+
+Frames of videos and of trajectory maps. Noise on the latents makes the decoder bear what a generator gets wrong.
+To resume, run the same command again.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import common
+import optim
+from codec import AutoencoderConfig, ToyAutoencoder
+from data import ToyWorld
+from model import save_network
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the codec's training."""
+
+    name: str = "codec"  # run folder under runs/
+    steps: int = 1200  # optimizer steps in all
+    batch: int = 16  # videos a step
+    frames: int = 4  # of each video, and as many of its maps every fourth time
+    lr: float = 4e-3  # peak learning rate of the kernels
+    warmup: int = 50  # steps of linear warm-up before the cosine
+    noise: float = 0.1  # standard deviation of the noise on the latents, whose own is 1
+    clip: float = 1.0  # largest gradient norm
+    seed: int = 0  # of weights, data order and noise
+    log_every: int = 20  # steps
+    save_every: int = 250  # steps
+    sample_every: int = 500  # steps
+
+
+def frames_of(world: ToyWorld, samples: list[int], number: int, seed: int) -> Tensor:
+    """`number` frames of each video, a quarter of them replaced by frames of its maps: [B * number, 3, S, S]."""
+    batch = world.batch(samples)
+    draw = common.generator(seed, samples[0])
+    frames = []
+    for i, video in enumerate(batch.video):
+        maps = batch.trajectory(i).maps("box")
+        for t in torch.randint(world.frames, (number,), generator=draw).tolist():
+            frames.append((maps if torch.rand((), generator=draw) < 0.25 else video)[:, t])
+    return torch.stack(frames)
+
+
+def main(cfg: Config) -> None:
+    procs = common.Processes(0, 1, torch.device("cpu"), None)
+    torch.manual_seed(cfg.seed)
+    model = ToyAutoencoder(AutoencoderConfig())
+    optimizers = optim.make_optimizers(model, model, weight_decay=0.01)
+    world, held_out = ToyWorld(), ToyWorld("validation")
+    parts = {"codec": (model, optimizers, None)}
+    run = common.Run(f"runs/{cfg.name}", cfg, procs)
+    start = common.load_checkpoint(run.folder, parts, procs)
+    run.rewind(start)
+
+    def train_step(step: int) -> tuple[Tensor, Tensor]:
+        samples = list(range(step * cfg.batch, (step + 1) * cfg.batch))
+        frames = frames_of(world, samples, cfg.frames, cfg.seed)
+        latents = model.encode(frames)
+        noise = torch.randn(latents.shape, generator=common.generator(cfg.seed, step, 1))
+        loss = nn.functional.l1_loss(model.decode(latents + cfg.noise * noise), frames)
+        loss.backward()
+        return loss.detach(), optim.clip_and_step(model, optimizers, cfg.clip)
+
+    @torch.no_grad()
+    def write_samples(step: int) -> None:
+        """Held-out videos and maps, and below each what comes back."""
+        batch = held_out.batch(list(range(3)))
+        videos = [clip for i in range(3) for clip in (batch.video[i], batch.trajectory(i).maps("box"))]
+        model.eval()
+        back = [model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos]
+        model.train()
+        run.samples(step, [clip for pair in zip(videos, back, strict=True) for clip in pair])
+        run.log(step, held_out_error=float((torch.stack(back) - torch.stack(videos)).square().mean()))
+
+    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps):
+        last = step == cfg.steps
+        if (step % cfg.sample_every == 0 and step > start) or last:
+            write_samples(step)
+        if (step % cfg.save_every == 0 and step > start) or last:
+            common.save_checkpoint(run.folder, step, parts, procs)
+        if last:
+            break
+        optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
+        loss, norm = train_step(step)
+        if (step + 1) % cfg.log_every == 0:
+            run.log(step + 1, loss=loss.item(), grad_norm=norm.item())
+    save_network(run.folder / "codec.safetensors", "ToyAutoencoder", model.config, model.state_dict())
+
+
+if __name__ == "__main__":
+    common.run_script(main, Config)
