@@ -24,6 +24,7 @@ class AutoencoderConfig:
     channels: int = 16  # of the latent
     hidden: int = 96
     depth: int = 3  # residual blocks of the decoder
+    fine: int = 24  # its width at full resolution
 
 
 class ResidualBlock(nn.Module):
@@ -50,8 +51,12 @@ class ToyAutoencoder(nn.Module):
             nn.Conv2d(config.channels, width, 3, padding=1),
             *(ResidualBlock(width) for _ in range(config.depth)),
             nn.SiLU(),
-            nn.Conv2d(width, 48, 3, padding=1),
+            nn.Conv2d(width, 16 * config.fine, 1),
             nn.PixelShuffle(4),
+            nn.SiLU(),
+            nn.Conv2d(config.fine, config.fine, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(config.fine, 3, 1),
         )
 
     def encode(self, frames: Tensor) -> Tensor:

@@ -2,19 +2,24 @@
 
     python train_codec.py                                         # one process, some ten minutes on two cores
 
-Frames of videos and of trajectory maps. Noise on the latents makes the decoder bear what a generator gets wrong.
+It sees frames of videos and of trajectory maps. Noise on the latents makes the decoder bear a generator's errors.
 To resume, run the same command again.
+
+    python train_codec.py --decoder_only true --init checkpoints/tiny/codec.safetensors --name decoder
+
+goes on with the decoder alone: the latents, and with them all other networks, stay valid.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 import common
 import optim
-from codec import AutoencoderConfig, ToyAutoencoder
+from codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
 from data import ToyWorld
 from model import save_network
 
@@ -24,12 +29,15 @@ class Config:
     """Options of the codec's training."""
 
     name: str = "codec"  # run folder under runs/
+    init: str = ""  # a codec to go on from; random weights if empty
+    decoder_only: bool = False  # leave the latents as they are, for the networks that know them
     steps: int = 1200  # optimizer steps in all
     batch: int = 16  # videos a step
-    frames: int = 4  # of each video, and as many of its maps every fourth time
+    frames: int = 4  # of each video; one in four is of its maps
     lr: float = 4e-3  # peak learning rate of the kernels
     warmup: int = 50  # steps of linear warm-up before the cosine
     noise: float = 0.1  # standard deviation of the noise on the latents, whose own is 1
+    detail: float = 0.1  # weight of the error of the Laplacian, for crisp edges
     clip: float = 1.0  # largest gradient norm
     seed: int = 0  # of weights, data order and noise
     log_every: int = 20  # steps
@@ -49,10 +57,20 @@ def frames_of(world: ToyWorld, samples: list[int], number: int, seed: int) -> Te
     return torch.stack(frames)
 
 
+def laplacian(frames: Tensor) -> Tensor:
+    """Each pixel's difference to the mean of its four neighbours: [B, 3, S, S] -> [B, 3, S - 2, S - 2]."""
+    x, y = frames[..., 1:-1], frames[..., 1:-1, :]
+    return x[..., 1:-1, :] - (x[..., :-2, :] + x[..., 2:, :] + y[..., :-2] + y[..., 2:]) / 4
+
+
 def main(cfg: Config) -> None:
     procs = common.Processes(0, 1, torch.device("cpu"), None)
     torch.manual_seed(cfg.seed)
-    model = ToyAutoencoder(AutoencoderConfig())
+    model = ToyCodec(cfg.init).network.train() if cfg.init else ToyAutoencoder(AutoencoderConfig())
+    model.requires_grad_(True)
+    if cfg.decoder_only:
+        model.encoder.requires_grad_(False)
+        model.norm.eval()
     optimizers = optim.make_optimizers(model, model, weight_decay=0.01)
     world, held_out = ToyWorld(), ToyWorld("validation")
     parts = {"codec": (model, optimizers, None)}
@@ -65,7 +83,8 @@ def main(cfg: Config) -> None:
         frames = frames_of(world, samples, cfg.frames, cfg.seed)
         latents = model.encode(frames)
         noise = torch.randn(latents.shape, generator=common.generator(cfg.seed, step, 1))
-        loss = nn.functional.l1_loss(model.decode(latents + cfg.noise * noise), frames)
+        out = model.decode(latents + cfg.noise * noise)
+        loss = F.l1_loss(out, frames) + cfg.detail * F.l1_loss(laplacian(out), laplacian(frames))
         loss.backward()
         return loss.detach(), optim.clip_and_step(model, optimizers, cfg.clip)
 
@@ -77,6 +96,7 @@ def main(cfg: Config) -> None:
         model.eval()
         back = [model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos]
         model.train()
+        model.norm.train(not cfg.decoder_only)
         run.samples(step, [clip for pair in zip(videos, back, strict=True) for clip in pair])
         run.log(step, held_out_error=float((torch.stack(back) - torch.stack(videos)).square().mean()))
 

@@ -43,7 +43,6 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights, the ones exported
     shift: float = 3.0  # warp of training noise levels towards noise
-    power: float = 1.5  # of sigma, the loss's weight; 0 for networks that predict the velocity
     drop_text: float = 0.1  # share of empty captions, for guidance
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
@@ -79,7 +78,7 @@ def main(cfg: Config) -> None:
             sigma = flow.shift_sigma(u, cfg.shift)
             with common.autocast(procs.device, cfg.dtype):
                 loss = flow.flow_matching_loss(
-                    lambda x, t: generator(x, t, text, adapter(x, t, text, traj)), x0, noise, sigma, cfg.power
+                    lambda x, t: generator(x, t, text, adapter(x, t, text, traj)), x0, noise, sigma
                 )
             (loss / cfg.accumulate).backward()
             losses.append(loss.detach())

@@ -37,8 +37,7 @@ class Config:
     weight_decay: float = 0.05  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights, the ones exported
-    shift: float = 2.0  # warp of training noise levels towards noise
-    power: float = 1.0  # of sigma, the loss's weight; 0 for networks that predict the velocity
+    shift: float = 3.0  # warp of training noise levels towards noise
     drop_text: float = 0.1  # share of empty captions, for guidance
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
@@ -71,7 +70,7 @@ def main(cfg: Config) -> None:
             u = common.sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
             sigma = flow.shift_sigma(u, cfg.shift)
             with common.autocast(procs.device, cfg.dtype):
-                loss = flow.flow_matching_loss(lambda x, t: model(x, t, text), x0, noise, sigma, cfg.power)
+                loss = flow.flow_matching_loss(lambda x, t: model(x, t, text), x0, noise, sigma)
             (loss / cfg.accumulate).backward()
             losses.append(loss.detach())
         return torch.stack(losses).mean(), optim.clip_and_step(model, optimizers, cfg.clip)
