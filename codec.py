@@ -28,6 +28,8 @@ class AutoencoderConfig:
 
 
 class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a skip: [B, width, H, W] -> the same shape."""
+
     def __init__(self, width: int):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
@@ -64,6 +66,7 @@ class ToyAutoencoder(nn.Module):
         return self.norm(self.encoder(frames))
 
     def decode(self, latents: Tensor) -> Tensor:
+        """[B, channels, H, W] -> [B, 3, 4 H, 4 W], not clamped."""
         return self.decoder(latents)
 
 
