@@ -21,7 +21,8 @@ TOY_WEIGHTS = Path(__file__).parent / "checkpoints/tiny/codec.safetensors"
 class AutoencoderConfig:
     """Shapes of a ToyAutoencoder."""
 
-    channels: int = 16  # of the latent
+    spatial: int = 6  # pixels a latent position, each way
+    channels: int = 24  # of the latent
     hidden: int = 96
     depth: int = 3  # residual blocks of the decoder
     fine: int = 24  # its width at full resolution
@@ -39,35 +40,55 @@ class ResidualBlock(nn.Module):
 
 
 class ToyAutoencoder(nn.Module):
-    """Frames to latents of a quarter of their side and back. The work is in the decoder: training never decodes."""
+    """Frames to latents and back. The encoder is linear, principal components of 6 x 6 pixels, so that latents are as
+    smooth in what they show as pixels are. The decoder adds to the linear inverse what was lost: crisp edges.
+    """
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        width = config.hidden
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(4), nn.Conv2d(48, width, 1), nn.SiLU(), nn.Conv2d(width, config.channels, 3, padding=1)
-        )
-        self.norm = nn.BatchNorm2d(config.channels, affine=False, momentum=0.02)  # latents of mean 0 and variance 1
-        self.decoder = nn.Sequential(
+        width, values = config.hidden, 3 * config.spatial**2
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(config.spatial), nn.Conv2d(values, config.channels, 1))
+        self.linear = nn.Sequential(nn.Conv2d(config.channels, values, 1), nn.PixelShuffle(config.spatial))
+        self.detail = nn.Sequential(
             nn.Conv2d(config.channels, width, 3, padding=1),
             *(ResidualBlock(width) for _ in range(config.depth)),
             nn.SiLU(),
-            nn.Conv2d(width, 16 * config.fine, 1),
-            nn.PixelShuffle(4),
+            nn.Conv2d(width, config.fine * config.spatial**2, 1),
+            nn.PixelShuffle(config.spatial),
             nn.SiLU(),
             nn.Conv2d(config.fine, config.fine, 3, padding=1),
             nn.SiLU(),
-            nn.Conv2d(config.fine, 3, 1),
+            nn.Conv2d(config.fine, 3, 3, padding=1),
         )
 
+    @torch.no_grad()
+    def fit_linear(self, frames: Tensor, whitening: float = 0.5) -> None:
+        """Set the encoder to the principal components of frames [B, 3, height, width], and `linear` to its inverse.
+
+        Each component of standard deviation s is divided by s^whitening, then all by one number that makes their mean
+        variance 1: strong, coarse components stay stronger, and rise first out of the noise.
+        """
+        patches = self.encoder[0](frames).transpose(0, 1).flatten(1).double()  # (values, n)
+        mean = patches.mean(1)
+        variance, axes = torch.linalg.eigh(patches.cov())  # ascending
+        variance, axes = variance.flip(0)[: self.config.channels], axes.flip(1)[:, : self.config.channels]
+        axes = axes * axes.sum(0).sign()  # an eigenvector's sign is arbitrary
+        scale = variance ** (-whitening / 2)
+        scale = scale / (variance * scale**2).mean().sqrt()
+        down, up = scale[:, None] * axes.T, axes / scale
+        self.encoder[1].weight.copy_(down[..., None, None])
+        self.encoder[1].bias.copy_(-down @ mean)
+        self.linear[0].weight.copy_(up[..., None, None])
+        self.linear[0].bias.copy_(mean)
+
     def encode(self, frames: Tensor) -> Tensor:
-        """[B, 3, height, width] in [-1, 1] -> [B, channels, height / 4, width / 4]."""
-        return self.norm(self.encoder(frames))
+        """[B, 3, height, width] in [-1, 1] -> [B, channels, height / spatial, width / spatial]."""
+        return self.encoder(frames)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, channels, H, W] -> [B, 3, 4 H, 4 W], not clamped."""
-        return self.decoder(latents)
+        """[B, channels, H, W] -> [B, 3, spatial * H, spatial * W], not clamped."""
+        return self.linear(latents) + self.detail(latents)
 
 
 class ToyCodec:
@@ -78,22 +99,22 @@ class ToyCodec:
     encoder.
     """
 
-    spatial, temporal = 4, 1
+    temporal = 1
 
     def __init__(self, weights: Path | str = TOY_WEIGHTS, text_dim: int = 64, text_tokens: int = 32):
         config, tensors = read_network(weights, "ToyAutoencoder")
         self.network = ToyAutoencoder(AutoencoderConfig(**config)).eval().requires_grad_(False)
         load_strict(self.network, tensors, weights)
-        self.channels = self.network.config.channels
+        self.channels, self.spatial = self.network.config.channels, self.network.config.spatial
         self.text_dim, self.text_tokens = text_dim, text_tokens
         self._words: dict[str, Tensor] = {}
 
     def encode_video(self, video: Tensor) -> Tensor:
-        """[B, 3, T, height, width] in [-1, 1] -> [B, channels, T, height / 4, width / 4]."""
+        """[B, 3, T, height, width] in [-1, 1] -> [B, channels, T, height / spatial, width / spatial]."""
         return self._by_frame(self.network.encode, video)
 
     def decode_video(self, latents: Tensor) -> Tensor:
-        """[B, channels, T, H, W] -> [B, 3, T, 4 H, 4 W], clamped to [-1, 1]."""
+        """[B, channels, T, H, W] -> [B, 3, T, spatial * H, spatial * W], clamped to [-1, 1]."""
         return self._by_frame(self.network.decode, latents).clamp(-1, 1)
 
     def _by_frame(self, function, x: Tensor) -> Tensor:

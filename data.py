@@ -1,7 +1,7 @@
 """Data: the toy world, a procedural video set whose every truth can be computed.
 
-One to three pinwheels (discs, squares and diamonds cut into two-coloured sectors) move on cubic Bezier paths over a
-soft gradient, change size, pass in front of one another, and spin. Spin rate and direction are random: only half the
+One to three pinwheels (discs, squares and diamonds cut into sectors of two neighbouring colours) move on cubic Bezier
+paths over a soft gradient, change size, pass in front of one another, and spin. Spin rate and direction are random: only half the
 captions tell the direction, and none the rate, so image and boxes do not determine the video, and a model that
 averages over what it can't know blurs.
 
@@ -25,12 +25,13 @@ import common
 from trajectory import PALETTE, Trajectory
 
 SPLITS = {"train": 0, "validation": 1 << 40, "test": 2 << 40}  # first seed of each split
-COLORS = {
-    "red": (1.0, 0.1, 0.1), "orange": (1.0, 0.55, 0.1), "yellow": (1.0, 1.0, 0.1), "green": (0.1, 0.85, 0.1),
-    "cyan": (0.1, 1.0, 1.0), "blue": (0.1, 0.2, 1.0), "purple": (0.55, 0.1, 1.0), "pink": (1.0, 0.1, 0.8),
+COLORS = {  # in the order of hue: the mixture of two neighbours is as saturated as they are
+    "red": (1.0, 0.1, 0.1), "yellow": (1.0, 1.0, 0.1), "green": (0.1, 1.0, 0.1),
+    "cyan": (0.1, 1.0, 1.0), "blue": (0.1, 0.1, 1.0), "magenta": (1.0, 0.1, 1.0),
 }  # fmt: skip
 SHAPES = ("disc", "square", "diamond")
 MOST = 3  # objects in one video
+RAMP = 3  # pixels from one sector's colour to the next one's: an edge that a lens would make
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class ToyWorld:
         count = draw.integer((), 1, MOST)
         shape = draw.integer((K,), 0, len(SHAPES) - 1)
         sectors = 2 * draw.integer((K,), 1, 2)
-        colors = draw((len(COLORS),)).argsort(1)[:, : 2 * K].unflatten(1, (K, 2))  # no colour twice in one video
+        pair = 2 * draw((K,)).argsort(1) + draw.integer((1,), 0, 1)  # no colour twice in one video
+        order = draw.integer((K,), 0, 1)
+        colors = torch.stack([pair + order, pair + 1 - order], dim=2) % len(COLORS)  # (B, K, 2)
         spin = (draw((K,)) * 2 - 1).sign() * torch.deg2rad(draw.between((K,), 10, 30))
         phase = draw.between((K,), 0, 2 * math.pi)
         first, last = draw.between((2, K, 1), 14, 23).unbind(1)
@@ -107,8 +110,10 @@ class ToyWorld:
         inside = torch.stack([dx**2 + dy**2 <= 1, torch.maximum(dx.abs(), dy.abs()) <= 1, dx.abs() + dy.abs() <= 1], 2)
         inside = inside[torch.arange(B)[:, None], torch.arange(K), shape] & used[:, :, None, None, None]
         angle = (phase[:, :, None] + spin[:, :, None] * torch.arange(T)).float()  # (B, K, T)
-        turn = (torch.atan2(dy, dx) - angle[..., None, None]) / (2 * math.pi)
-        second = (turn * sectors[..., None, None, None]).floor() % 2 == 1  # (B, K, T, S, S)
+        periods = (sectors / 2)[..., None, None, None]
+        wave = (periods * (torch.atan2(dy, dx) - angle[..., None, None])).sin() / periods
+        across = wave * torch.hypot(dx, dy) * (side / 2)[..., None, None]  # pixels to the sectors' edge, near it
+        mix = (0.5 - across / RAMP).clamp(0, 1)  # (B, K, T, S, S)
 
         # A gradient between two greyish colours, then the objects from back to front.
         ends = (draw.between((2, 1), 0.2, 0.8) + draw.between((2, 3), -0.08, 0.08)).float()
@@ -121,7 +126,7 @@ class ToyWorld:
         masks = inside.clone()
         for k in range(K):
             first, other = (palette[:, k, i, :, None, None, None] for i in range(2))
-            video = torch.where(inside[:, None, k], torch.where(second[:, None, k], other, first), video)
+            video = torch.where(inside[:, None, k], torch.lerp(first, other, mix[:, None, k]), video)
             masks[:, :k] &= ~inside[:, k : k + 1]
 
         told = draw(()) < 0.5

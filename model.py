@@ -40,7 +40,7 @@ class DiTConfig:
 
 
 PRESETS = {
-    "tiny": DiTConfig(192, 768, 3, 6, text_dim=64, text_tokens=32, channels=16),
+    "tiny": DiTConfig(192, 768, 3, 6, text_dim=64, text_tokens=32, channels=24),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
 

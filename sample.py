@@ -26,7 +26,7 @@ from codec import ToyCodec
 from model import PRESETS, VideoDiT
 from trajectory import TrajectoryError, draw_overlay, load_trajectory
 
-EXAMPLE = "an orange and green disc spinning clockwise, a cyan and red diamond spinning counterclockwise"
+EXAMPLE = "a yellow and red disc spinning clockwise, a cyan and green diamond spinning counterclockwise"
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""Before stage 0: train the toy world's codec, an autoencoder of single frames.
+"""Before stage 0: make the toy world's codec, an autoencoder of single frames.
 
     python train_codec.py                                         # one process, some ten minutes on two cores
 
-It sees frames of videos and of trajectory maps. Noise on the latents makes the decoder bear a generator's errors.
-To resume, run the same command again.
+The encoder is computed, principal components of the first videos' frames; the decoder is trained, on frames of videos
+and of trajectory maps. Noise on the latents makes it bear a generator's errors. To resume, run the same command again.
 
-    python train_codec.py --decoder_only true --init checkpoints/tiny/codec.safetensors --name decoder
+    python train_codec.py --init checkpoints/tiny/codec.safetensors --name decoder
 
-goes on with the decoder alone: the latents, and with them all other networks, stay valid.
+goes on with the decoder of a codec: its latents, and with them all other networks, stay valid.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class Config:
     """Options of the codec's training."""
 
     name: str = "codec"  # run folder under runs/
-    init: str = ""  # a codec to go on from; random weights if empty
-    decoder_only: bool = False  # leave the latents as they are, for the networks that know them
+    init: str = ""  # a codec whose decoder to go on with; a new one if empty
+    fit: int = 256  # videos that the principal components are from
     steps: int = 1200  # optimizer steps in all
     batch: int = 16  # videos a step
     frames: int = 4  # of each video; one in four is of its maps
@@ -66,13 +66,14 @@ def laplacian(frames: Tensor) -> Tensor:
 def main(cfg: Config) -> None:
     procs = common.Processes(0, 1, torch.device("cpu"), None)
     torch.manual_seed(cfg.seed)
-    model = ToyCodec(cfg.init).network.train() if cfg.init else ToyAutoencoder(AutoencoderConfig())
-    model.requires_grad_(True)
-    if cfg.decoder_only:
-        model.encoder.requires_grad_(False)
-        model.norm.eval()
-    optimizers = optim.make_optimizers(model, model, weight_decay=0.01)
     world, held_out = ToyWorld(), ToyWorld("validation")
+    if cfg.init:
+        model = ToyCodec(cfg.init).network.train()
+    else:
+        model = ToyAutoencoder(AutoencoderConfig())
+        model.fit_linear(world.batch(list(range(cfg.fit))).video.transpose(1, 2).flatten(0, 1))
+    decoder = model.requires_grad_(False).detail.requires_grad_(True)
+    optimizers = optim.make_optimizers(decoder, decoder, weight_decay=0.01)
     parts = {"codec": (model, optimizers, None)}
     run = common.Run(f"runs/{cfg.name}", cfg, procs)
     start = common.load_checkpoint(run.folder, parts, procs)
@@ -86,17 +87,14 @@ def main(cfg: Config) -> None:
         out = model.decode(latents + cfg.noise * noise)
         loss = F.l1_loss(out, frames) + cfg.detail * F.l1_loss(laplacian(out), laplacian(frames))
         loss.backward()
-        return loss.detach(), optim.clip_and_step(model, optimizers, cfg.clip)
+        return loss.detach(), optim.clip_and_step(decoder, optimizers, cfg.clip)
 
     @torch.no_grad()
     def write_samples(step: int) -> None:
         """Held-out videos and maps, and below each what comes back."""
         batch = held_out.batch(list(range(3)))
         videos = [clip for i in range(3) for clip in (batch.video[i], batch.trajectory(i).maps("box"))]
-        model.eval()
         back = [model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos]
-        model.train()
-        model.norm.train(not cfg.decoder_only)
         run.samples(step, [clip for pair in zip(videos, back, strict=True) for clip in pair])
         run.log(step, held_out_error=float((torch.stack(back) - torch.stack(videos)).square().mean()))
 

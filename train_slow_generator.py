@@ -37,7 +37,7 @@ class Config:
     weight_decay: float = 0.05  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights, the ones exported
-    shift: float = 3.0  # warp of training noise levels towards noise
+    shift: float = 2.0  # warp of training noise levels towards noise
     drop_text: float = 0.1  # share of empty captions, for guidance
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block

@@ -13,7 +13,7 @@ from data import ToyWorld
 def test_videos_survive():
     codec, batch = ToyCodec(), ToyWorld("test").batch(list(range(24)))
     latents = codec.encode_video(batch.video)
-    assert latents.shape == (24, 16, 9, 12, 12)
+    assert latents.shape == (24, 24, 9, 8, 8)
     assert (latents.mean((0, 2, 3, 4)).abs() < 0.3).all() and latents.std((0, 2, 3, 4)).sub(1).abs().max() < 0.3
     scores = evaluate.score(codec.decode_video(latents), batch)
     assert scores["mask_iou"] > 0.94 and scores["box_iou"] > 0.96 and scores["prompt_accuracy"] > 0.97

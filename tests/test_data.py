@@ -47,7 +47,10 @@ def test_boxes_and_masks_are_exact():
         colors = torch.tensor(list(data.COLORS.values()))[batch.colors[b]] * 2 - 1  # (K, 2, 3)
         for k in range(batch.count[b]):
             pixels = batch.video[b].permute(1, 2, 3, 0)[batch.masks[b, k]]
-            assert ((pixels[:, None] - colors[k]).abs().amax(-1).amin(1) < 1e-6).all()  # of the object's two colours
+            share = (pixels - colors[k, 0]) @ (colors[k, 1] - colors[k, 0]) / (colors[k, 1] - colors[k, 0]).square().sum()
+            mixed = torch.lerp(colors[k, :1], colors[k, 1:], share[:, None])  # the object's two colours and between
+            assert torch.allclose(pixels, mixed, atol=1e-5) and share.min() > -1e-5 and share.max() < 1 + 1e-5
+            assert ((share < 1e-5) | (share > 1 - 1e-5)).float().mean() > 0.3
 
 
 def test_captions_tell_what_is_there_and_half_the_directions():
@@ -88,7 +91,7 @@ def test_training_batches():
     codec = ToyCodec()
     source = data.ToyLatents(codec)
     x0, text, none = source.batch([1, 2, 3], drop_text=0.0)
-    assert x0.shape == (3, 16, 9, 12, 12) and text.shape == (3, 32, 64) and none is None
+    assert x0.shape == (3, 24, 9, 8, 8) and text.shape == (3, 32, 64) and none is None
     empty = source.batch(list(range(200)), drop_text=0.3)[1].flatten(1).abs().amax(1) == 0
     assert 0.2 < empty.float().mean() < 0.4
     other = data.ToyLatents(codec, seed=1)

@@ -21,7 +21,7 @@ from codec import ToyCodec
 from data import COLORS, ToyBatch, ToyWorld
 from model import PRESETS, VideoDiT, save_network
 
-RED, ORANGE = (list(COLORS).index(name) for name in ("red", "orange"))
+RED, YELLOW = (list(COLORS).index(name) for name in ("red", "yellow"))
 ALONE = common.Processes(0, 1, torch.device("cpu"), None)
 
 
@@ -39,10 +39,10 @@ def scene(masks: Tensor, size: int = 48, **changes) -> ToyBatch:
         masks=masks[:, None],
         boxes=torch.zeros(B, 1, T, 4, dtype=torch.long),
         count=torch.ones(B, dtype=torch.long),
-        colors=torch.tensor([[[RED, ORANGE]]]).expand(B, 1, 2),
+        colors=torch.tensor([[[RED, YELLOW]]]).expand(B, 1, 2),
         sectors=torch.full((B, 1), 2),
         spin=torch.ones(B, 1),
-        captions=["a red and orange square"] * B,
+        captions=["a red and yellow square"] * B,
         told=torch.ones(B, dtype=torch.bool),
     )
     return dataclasses.replace(batch, **changes)
@@ -148,12 +148,12 @@ def test_bounding_boxes_are_x_y_and_exclusive():
 
 
 def checkerboard(low: float = 0, high: float = 1) -> ToyBatch:
-    """An object that fills the frame with pixels of red and orange in turn, mixed by these shares of orange."""
+    """An object that fills the frame with pixels of red and yellow in turn, mixed by these shares of yellow."""
     batch = scene(square(0, 0, 48, 48))
     odd = (torch.arange(48) + torch.arange(48)[:, None]) % 2
-    red, orange = (torch.tensor(COLORS[name])[:, None, None, None] for name in ("red", "orange"))
+    red, yellow = (torch.tensor(COLORS[name])[:, None, None, None] for name in ("red", "yellow"))
     share = low + (high - low) * odd
-    return dataclasses.replace(batch, video=((1 - share) * red + share * orange).expand(1, 3, 9, 48, 48) * 2 - 1)
+    return dataclasses.replace(batch, video=((1 - share) * red + share * yellow).expand(1, 3, 9, 48, 48) * 2 - 1)
 
 
 def test_sharpness_of_a_checkerboard():
@@ -161,9 +161,9 @@ def test_sharpness_of_a_checkerboard():
     found = evaluate.find_objects(truth.video, truth)
     assert evaluate.sharpness(truth.video, found, truth) == 1
     energy, pixels = evaluate.detail(truth.video, found)
-    # Every neighbour differs by the same step, orange - red = (0, 0.45, 0), twice that in [-1, 1].
+    # Every neighbour differs by the same step, yellow - red = (0, 0.9, 0), twice that in [-1, 1].
     assert pixels.item() == 8 * 46**2
-    assert energy.item() == pytest.approx(8 * 46**2 * (4 * 0.9) ** 2, rel=1e-5)
+    assert energy.item() == pytest.approx(8 * 46**2 * (4 * 1.8) ** 2, rel=1e-5)
     # A 3x3 box blur leaves 5/9 of a pixel's own colour and 4/9 of the other: a ninth of the contrast.
     blurred = checkerboard(4 / 9, 5 / 9).video
     box = F.avg_pool2d(truth.video[0].transpose(0, 1), 3, 1).transpose(0, 1)
@@ -287,7 +287,7 @@ def networks(seed: int = 0) -> tuple[VideoDiT, adapters.ResNetAdapter]:
     """One-layer networks with random weights everywhere, so that every input matters."""
     torch.manual_seed(seed)
     generator = VideoDiT(dataclasses.replace(PRESETS["tiny"], layers=1))
-    adapter = adapters.ResNetAdapter(adapters.AdapterConfig(generator.config.dim, 1, hidden=16, channels=16))
+    adapter = adapters.ResNetAdapter(adapters.AdapterConfig(generator.config.dim, 1, hidden=16, channels=24))
     torch.nn.init.xavier_uniform_(generator.head.head.weight)
     torch.nn.init.normal_(adapter.blocks[0].project.weight, std=0.3)
     return generator.requires_grad_(False), adapter.requires_grad_(False)
