@@ -34,7 +34,7 @@ class ResNetBlock(nn.Module):
 
     def __init__(self, hidden: int, dim: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(8, hidden), nn.GroupNorm(8, hidden)
+        self.norm1, self.norm2, self.norm3 = (nn.GroupNorm(8, hidden) for _ in range(3))
         self.space = nn.Conv3d(hidden, hidden, (1, 3, 3), padding=(0, 1, 1))
         self.time = nn.Conv3d(hidden, hidden, (3, 1, 1), padding=(1, 0, 0))
         self.project = nn.Linear(hidden, dim)  # the zero-initialised 1x1 convolution, on tokens
@@ -43,7 +43,7 @@ class ResNetBlock(nn.Module):
         """h [B, hidden, F, h, w] -> the next h, and this block's residual [B, N, dim]."""
         y = self.space(F.silu(self.norm1(h)))
         h = h + self.time(F.silu(self.norm2(y)))
-        return h, self.project(h.flatten(2).transpose(1, 2))
+        return h, self.project(F.silu(self.norm3(h)).flatten(2).transpose(1, 2))
 
 
 class ResNetAdapter(nn.Module):
@@ -56,6 +56,8 @@ class ResNetAdapter(nn.Module):
     def __init__(self, config: AdapterConfig):
         super().__init__()
         self.config = config
+        # A codec's latent of black is far from 0 and most of a map is black: without this, constants drown the lines.
+        self.norm = nn.GroupNorm(config.channels, config.channels)
         # Frame 0 holds the objects' masks. Every frame sees its own map beside it, so identity needs no long reach in
         # time.
         self.patch_embedding = nn.Linear(2 * config.channels * config.patch[1] * config.patch[2], config.hidden)
@@ -75,6 +77,7 @@ class ResNetAdapter(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> list[Tensor]:
         """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""
+        traj = self.norm(traj)
         traj = torch.cat([traj, traj[:, :, :1].expand_as(traj)], dim=1)
         _, q, r = self.config.patch
         tokens = rearrange(traj, "b c f (h q) (w r) -> b f h w (c q r)", q=q, r=r)

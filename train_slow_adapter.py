@@ -1,8 +1,8 @@
 """Stage 1: train the SlowAdapter, which makes a frozen SlowGenerator follow a trajectory. The reference loop: read it
 first.
 
-    python train_slow_adapter.py                                  # preset tiny on this machine, from the shipped
-    generator torchrun --nproc_per_node=8 train_slow_adapter.py
+    python train_slow_adapter.py                # preset tiny on this machine, from the shipped generator
+    torchrun --nproc_per_node=8 train_slow_adapter.py
 
 The loss is the generator's own flow-matching loss; only the adapter learns (paper, stage 1). Training starts with
 dense masks, which show every pixel of an object, and goes on with boxes; a share of the boxes is sparse. To resume,

@@ -4,7 +4,10 @@
     torchrun --nproc_per_node=8 train_slow_generator.py
 
 The paper starts from Wan2.2-TI2V-5B, whose owners did this stage; the toy world has no published generator, so we train
-one. To resume, run the same command again.
+one. Wan has seen so much that an adapter finds in it whatever it needs. A network of four million numbers holds only
+what its training asked for, so in a share of the videos an adapter, the *guide*, tells it the trajectory: it learns
+what to do when told where things are. The guide is trained with it and no part of what is exported as SlowGenerator.
+To resume, run the same command again.
 """
 
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import adapter as adapters
 import common
 import flow
 import optim
@@ -29,6 +33,8 @@ class Config:
     name: str = "slow_generator"  # run folder under runs/
     preset: Literal["tiny"] = "tiny"  # size of the network and its world
     init: str = ""  # a SlowGenerator to fine-tune; random weights if empty
+    guided: float = 0.7  # share of videos whose trajectory the guide tells
+    sparse: float = 0.15  # share of trajectories with frames blacked out
     steps: int = 8000  # optimizer steps in all
     batch: int = 16  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step
@@ -52,12 +58,14 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     model = VideoDiT.from_pretrained(cfg.init, "SlowGenerator") if cfg.init else VideoDiT(PRESETS[cfg.preset])
     model = common.prepare(model, procs, cfg.compile)
+    guide = common.prepare(adapters.ResNetAdapter(adapters.PRESETS[cfg.preset]), procs, cfg.compile)
     optimizers = optim.make_optimizers(model, model.blocks, cfg.weight_decay)
-    ema = optim.EMA(model, cfg.ema)
+    guide_optimizers = optim.make_optimizers(guide, guide.blocks, cfg.weight_decay)
+    ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
     codec = ToyCodec()
     data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
 
-    parts = {"generator": (model, optimizers, ema)}
+    parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
     run = common.Run(f"runs/{cfg.name}", cfg, procs)
     start = common.load_checkpoint(run.folder, parts, procs)
     run.rewind(start)
@@ -65,26 +73,29 @@ def main(cfg: Config) -> None:
     def train_step(step: int) -> tuple[Tensor, Tensor]:
         losses = []
         for samples in procs.share(cfg.batch, cfg.accumulate, step):
-            x0, text, _ = (x if x is None else x.to(procs.device) for x in data.batch(samples, drop_text=cfg.drop_text))
+            x0, text, traj = (x.to(procs.device) for x in data.batch(samples, "box", cfg.sparse, cfg.drop_text))
             noise = common.sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
             u = common.sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
             sigma = flow.shift_sigma(u, cfg.shift)
+            told = common.sample_uniform(samples, 1, cfg.seed, step, 2).to(procs.device) < cfg.guided
             with common.autocast(procs.device, cfg.dtype):
-                loss = flow.flow_matching_loss(lambda x, t: model(x, t, text), x0, noise, sigma)
+                residuals = [r * told[:, None, None] for r in guide(None, None, None, traj)]
+                loss = flow.flow_matching_loss(lambda x, t: model(x, t, text, residuals), x0, noise, sigma)
             (loss / cfg.accumulate).backward()
             losses.append(loss.detach())
+        optim.clip_and_step(guide, guide_optimizers, cfg.clip)
         return torch.stack(losses).mean(), optim.clip_and_step(model, optimizers, cfg.clip)
 
     def write_samples(step: int) -> None:
-        """Four held-out images set in motion: truth and sample in turn."""
-        x0, text, _ = (x if x is None else x.to(procs.device) for x in held_out.batch(list(range(4))))
+        """Four held-out images set in motion: truth, a sample of the generator alone, and a guided one, in turn."""
+        x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
         noise = common.sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
-        with ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
-            out = flow.sample_multistep(
-                lambda x, t: model(x, t, text), x0[:, :, :1], noise, flow.sigma_schedule(20, cfg.shift)
-            )
-        pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
-        run.samples(step, pairs.flatten(0, 1))
+        with ema.applied(), guide_ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
+            sigmas, videos = flow.sigma_schedule(20, cfg.shift), [x0]
+            for residuals in (None, guide(None, None, None, traj)):
+                velocity = lambda x, t, residuals=residuals: model(x, t, text, residuals)  # noqa: E731
+                videos.append(flow.sample_multistep(velocity, x0[:, :, :1], noise, sigmas))
+        run.samples(step, torch.stack([codec.decode_video(video) for video in videos], dim=1).flatten(0, 1))
 
     for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=procs.rank > 0):
         last = step == cfg.steps
@@ -95,14 +106,16 @@ def main(cfg: Config) -> None:
         if last:
             break
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
-        optim.set_lr(optimizers, lr)
+        optim.set_lr([*optimizers, *guide_optimizers], lr)
         loss, norm = train_step(step)
         ema.update(step)
+        guide_ema.update(step)
         if (step + 1) % cfg.log_every == 0:
             run.log(step + 1, loss=procs.mean(loss), grad_norm=norm.item(), lr=lr)
-    weights = ema.weights()
+    weights, guide_weights = ema.weights(), guide_ema.weights()
     if procs.rank == 0:
         save_network(run.folder / "slow_generator.safetensors", "SlowGenerator", model.config, weights)
+        save_network(run.folder / "guide.safetensors", "SlowAdapter", guide.config, guide_weights)
 
 
 if __name__ == "__main__":
