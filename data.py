@@ -1,9 +1,9 @@
 """Data: the toy world, a procedural video set whose every truth can be computed.
 
-One to three pinwheels (discs, squares and diamonds cut into sectors of two neighbouring colours) move on cubic Bezier
-paths over a soft gradient, change size, pass in front of one another, and spin. Spin rate and direction are random: only half the
-captions tell the direction, and none the rate, so image and boxes do not determine the video, and a model that
-averages over what it can't know blurs.
+One to three pinwheels (discs, squares and diamonds cut into sectors of two neighbouring hues) move on cubic Bezier
+paths over a soft gradient, change size, pass in front of one another, and spin. Spin rate and direction are random:
+only half the captions tell the direction, and none the rate, so image and boxes do not determine the video, and a model
+that averages over what it can't know blurs.
 
 Everything derives from one integer a video, and the three splits use disjoint ranges of integers.
 

@@ -131,12 +131,14 @@ def bounding_boxes(masks: Tensor) -> Tensor:
 def detail(video: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Squared RGB Laplacian summed inside the masks, frames 1 to T-1, and the number of pixels it is from: [B] and [B].
 
-    video [B,3,T,S,S], masks [B,K,T,S,S]. Masks are eroded by one pixel (3x3), so that silhouettes never count.
+    video [B,3,T,S,S], masks [B,K,T,S,S]. Masks are eroded by two pixels (5x5), over which a codec may spread a silhouette
+    without its counting as detail.
     """
-    x, y = video[..., 1:-1], video[..., 1:-1, :]  # without the outer columns, rows
-    laplacian = 4 * x[..., 1:-1, :] - x[..., :-2, :] - x[..., 2:, :] - y[..., :-2] - y[..., 2:]
-    inner = -F.max_pool2d(-masks.flatten(0, 2).float()[:, None], 3, stride=1)
-    inside = inner[:, 0].unflatten(0, masks.shape[:3]).bool().any(1)[:, 1:]  # (B, T-1, S-2, S-2)
+    x, y = video[..., 2:-2], video[..., 2:-2, :]
+    middle = x[..., 2:-2, :]  # without the two outer columns and rows, as all that follows
+    laplacian = 4 * middle - x[..., 1:-3, :] - x[..., 3:-1, :] - y[..., 1:-3] - y[..., 3:-1]
+    inner = -F.max_pool2d(-masks.flatten(0, 2).float()[:, None], 5, stride=1)
+    inside = inner[:, 0].unflatten(0, masks.shape[:3]).bool().any(1)[:, 1:]  # (B, T-1, S-4, S-4)
     energy = laplacian[:, :, 1:].square().sum(1) * inside
     return energy.double().sum((1, 2, 3)), inside.sum((1, 2, 3))
 

@@ -32,6 +32,7 @@ class Config:
     name: str = "slow_adapter"  # run folder under runs/
     preset: Literal["tiny"] = "tiny"  # size of the networks and their world
     generator: str = "checkpoints/tiny/slow_generator.safetensors"  # the frozen SlowGenerator
+    init: str = ""  # a SlowAdapter to go on from, such as stage 0's guide; random weights if empty
     steps: int = 4000  # optimizer steps in all
     mask_steps: int = 800  # first steps with dense masks; boxes from then on
     sparse: float = 0.15  # share of trajectories with frames blacked out, once boxes have begun
@@ -57,7 +58,11 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator").requires_grad_(False)
     generator = common.prepare(generator, procs, cfg.compile)
-    adapter = common.prepare(adapters.ResNetAdapter(adapters.PRESETS[cfg.preset]), procs, cfg.compile)
+    if cfg.init:
+        adapter = adapters.ResNetAdapter.from_pretrained(cfg.init, "SlowAdapter")
+    else:
+        adapter = adapters.ResNetAdapter(adapters.PRESETS[cfg.preset])
+    adapter = common.prepare(adapter, procs, cfg.compile)
     optimizers = optim.make_optimizers(adapter, adapter.blocks, cfg.weight_decay)
     ema = optim.EMA(adapter, cfg.ema)
     codec = ToyCodec()

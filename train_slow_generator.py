@@ -4,13 +4,14 @@
     torchrun --nproc_per_node=8 train_slow_generator.py
 
 The paper starts from Wan2.2-TI2V-5B, whose owners did this stage; the toy world has no published generator, so we train
-one. Wan has seen so much that an adapter finds in it whatever it needs. A network of four million numbers holds only
-what its training asked for, so in a share of the videos an adapter, the *guide*, tells it the trajectory: it learns
-what to do when told where things are. The guide is trained with it and no part of what is exported as SlowGenerator.
+one. Frozen, a network this small proved hard to steer (docs/LOG.md), so in a share of the videos an adapter, the
+*guide*, tells it the trajectory, and it learns what to do when told where things are. The guide trains along; it is
+exported beside the generator, for stage 1 to start from.
 To resume, run the same command again.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -32,7 +33,7 @@ class Config:
 
     name: str = "slow_generator"  # run folder under runs/
     preset: Literal["tiny"] = "tiny"  # size of the network and its world
-    init: str = ""  # a SlowGenerator to fine-tune; random weights if empty
+    init: str = ""  # folder of a slow_generator.safetensors and slow_adapter.safetensors to go on from; none: random
     guided: float = 0.7  # share of videos whose trajectory the guide tells
     sparse: float = 0.15  # share of trajectories with frames blacked out
     steps: int = 8000  # optimizer steps in all
@@ -56,9 +57,12 @@ class Config:
 def main(cfg: Config) -> None:
     procs = common.init_processes()
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
-    model = VideoDiT.from_pretrained(cfg.init, "SlowGenerator") if cfg.init else VideoDiT(PRESETS[cfg.preset])
-    model = common.prepare(model, procs, cfg.compile)
-    guide = common.prepare(adapters.ResNetAdapter(adapters.PRESETS[cfg.preset]), procs, cfg.compile)
+    if cfg.init:
+        model = VideoDiT.from_pretrained(Path(cfg.init, "slow_generator.safetensors"), "SlowGenerator")
+        guide = adapters.ResNetAdapter.from_pretrained(Path(cfg.init, "slow_adapter.safetensors"), "SlowAdapter")
+    else:
+        model, guide = VideoDiT(PRESETS[cfg.preset]), adapters.ResNetAdapter(adapters.PRESETS[cfg.preset])
+    model, guide = (common.prepare(network, procs, cfg.compile) for network in (model, guide))
     optimizers = optim.make_optimizers(model, model.blocks, cfg.weight_decay)
     guide_optimizers = optim.make_optimizers(guide, guide.blocks, cfg.weight_decay)
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
@@ -115,7 +119,7 @@ def main(cfg: Config) -> None:
     weights, guide_weights = ema.weights(), guide_ema.weights()
     if procs.rank == 0:
         save_network(run.folder / "slow_generator.safetensors", "SlowGenerator", model.config, weights)
-        save_network(run.folder / "guide.safetensors", "SlowAdapter", guide.config, guide_weights)
+        save_network(run.folder / "slow_adapter.safetensors", "SlowAdapter", guide.config, guide_weights)
 
 
 if __name__ == "__main__":

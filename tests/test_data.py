@@ -47,7 +47,8 @@ def test_boxes_and_masks_are_exact():
         colors = torch.tensor(list(data.COLORS.values()))[batch.colors[b]] * 2 - 1  # (K, 2, 3)
         for k in range(batch.count[b]):
             pixels = batch.video[b].permute(1, 2, 3, 0)[batch.masks[b, k]]
-            share = (pixels - colors[k, 0]) @ (colors[k, 1] - colors[k, 0]) / (colors[k, 1] - colors[k, 0]).square().sum()
+            axis = colors[k, 1] - colors[k, 0]
+            share = (pixels - colors[k, 0]) @ axis / axis.square().sum()
             mixed = torch.lerp(colors[k, :1], colors[k, 1:], share[:, None])  # the object's two colours and between
             assert torch.allclose(pixels, mixed, atol=1e-5) and share.min() > -1e-5 and share.max() < 1 + 1e-5
             assert ((share < 1e-5) | (share > 1 - 1e-5)).float().mean() > 0.3

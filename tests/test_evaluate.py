@@ -162,8 +162,8 @@ def test_sharpness_of_a_checkerboard():
     assert evaluate.sharpness(truth.video, found, truth) == 1
     energy, pixels = evaluate.detail(truth.video, found)
     # Every neighbour differs by the same step, yellow - red = (0, 0.9, 0), twice that in [-1, 1].
-    assert pixels.item() == 8 * 46**2
-    assert energy.item() == pytest.approx(8 * 46**2 * (4 * 1.8) ** 2, rel=1e-5)
+    assert pixels.item() == 8 * 44**2
+    assert energy.item() == pytest.approx(8 * 44**2 * (4 * 1.8) ** 2, rel=1e-5)
     # A 3x3 box blur leaves 5/9 of a pixel's own colour and 4/9 of the other: a ninth of the contrast.
     blurred = checkerboard(4 / 9, 5 / 9).video
     box = F.avg_pool2d(truth.video[0].transpose(0, 1), 3, 1).transpose(0, 1)
@@ -181,8 +181,8 @@ def test_sharpness_ignores_displacement_and_counts_what_is_missing():
     truth = dataclasses.replace(truth, video=torch.where(truth.masks, pattern, outside))
     moved = torch.where(square(24, 20, 16, 16)[:, None], pattern, outside)
     assert evaluate.sharpness(moved, evaluate.find_objects(moved, truth), truth) == pytest.approx(1)
-    half = torch.where(square(4, 4, 16, 9)[:, None], pattern, outside)  # 14 x 7 inner pixels of 14 x 14
-    assert evaluate.sharpness(half, evaluate.find_objects(half, truth), truth) == pytest.approx(0.5)
+    half = torch.where(square(4, 4, 16, 9)[:, None], pattern, outside)  # 12 x 5 inner pixels of 12 x 12
+    assert evaluate.sharpness(half, evaluate.find_objects(half, truth), truth) == pytest.approx(5 / 12)
     larger = torch.where(square(4, 4, 32, 32)[:, None], pattern, outside)
     assert evaluate.sharpness(larger, evaluate.find_objects(larger, truth), truth) == pytest.approx(1)
 
