@@ -40,8 +40,8 @@ class ResidualBlock(nn.Module):
 
 
 class ToyAutoencoder(nn.Module):
-    """Frames to latents and back. The encoder is linear, principal components of 6 x 6 pixels, so that latents are as
-    smooth in what they show as pixels are. The decoder adds to the linear inverse what was lost: crisp edges.
+    """Frames to latents and back. The encoder is linear, principal components of squares of pixels, so that latents are
+    as smooth in what they show as pixels are. The decoder adds to the linear inverse what was lost: crisp edges.
     """
 
     def __init__(self, config: AutoencoderConfig):
@@ -63,18 +63,17 @@ class ToyAutoencoder(nn.Module):
         )
 
     @torch.no_grad()
-    def fit_linear(self, frames: Tensor, whitening: float = 0.5) -> None:
+    def fit_linear(self, frames: Tensor) -> None:
         """Set the encoder to the principal components of frames [B, 3, height, width], and `linear` to its inverse.
 
-        Each component of standard deviation s is divided by s^whitening, then all by one number that makes their mean
-        variance 1: strong, coarse components stay stronger, and rise first out of the noise.
+        Each component of standard deviation s is divided by its square root, then all by one number that makes their
+        mean variance 1: strong, coarse components stay stronger, and rise first out of the noise.
         """
         patches = self.encoder[0](frames).transpose(0, 1).flatten(1).double()  # (values, n)
         mean = patches.mean(1)
         variance, axes = torch.linalg.eigh(patches.cov())  # ascending
         variance, axes = variance.flip(0)[: self.config.channels], axes.flip(1)[:, : self.config.channels]
-        axes = axes * axes.sum(0).sign()  # an eigenvector's sign is arbitrary
-        scale = variance ** (-whitening / 2)
+        scale = variance**-0.25
         scale = scale / (variance * scale**2).mean().sqrt()
         down, up = scale[:, None] * axes.T, axes / scale
         self.encoder[1].weight.copy_(down[..., None, None])

@@ -338,6 +338,12 @@ def contact_sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
     )
 
 
+def laplacian(frames: Tensor) -> Tensor:
+    """Each pixel's difference to the mean of its four neighbours: [..., H, W] -> [..., H - 2, W - 2]."""
+    x, y = frames[..., 1:-1], frames[..., 1:-1, :]
+    return x[..., 1:-1, :] - (x[..., :-2, :] + x[..., 2:, :] + y[..., :-2] + y[..., 2:]) / 4
+
+
 def write_video(path: Path | str, frames: np.ndarray, fps: int) -> None:
     """[T, H, W, 3] uint8 -> an h264 mp4 that plays anywhere."""
     with atomic(path) as temporary:

@@ -74,9 +74,9 @@ class ToyWorld:
         count = draw.integer((), 1, MOST)
         shape = draw.integer((K,), 0, len(SHAPES) - 1)
         sectors = 2 * draw.integer((K,), 1, 2)
-        pair = 2 * draw((K,)).argsort(1) + draw.integer((1,), 0, 1)  # no colour twice in one video
+        hue = 2 * draw((K,)).argsort(1) + draw.integer((1,), 0, 1)  # no colour twice in one video
         order = draw.integer((K,), 0, 1)
-        colors = torch.stack([pair + order, pair + 1 - order], dim=2) % len(COLORS)  # (B, K, 2)
+        colors = torch.stack([hue + order, hue + 1 - order], dim=2) % len(COLORS)  # (B, K, 2)
         spin = (draw((K,)) * 2 - 1).sign() * torch.deg2rad(draw.between((K,), 10, 30))
         phase = draw.between((K,), 0, 2 * math.pi)
         first, last = draw.between((2, K, 1), 14, 23).unbind(1)
@@ -104,15 +104,16 @@ class ToyWorld:
 
         # Silhouettes and sectors from pixel centres relative to the box.
         center, side = (boxes[..., :2] + boxes[..., 2:]).float() / 2, side.float()
+        radius = (side / 2)[..., None, None]
         pixel = torch.arange(size) + 0.5
-        dx = (pixel - center[..., 0:1])[..., None, :] / (side / 2)[..., None, None]  # (B, K, T, 1, S)
-        dy = (pixel - center[..., 1:2])[..., :, None] / (side / 2)[..., None, None]  # (B, K, T, S, 1)
+        dx = (pixel - center[..., 0:1])[..., None, :] / radius  # (B, K, T, 1, S)
+        dy = (pixel - center[..., 1:2])[..., :, None] / radius  # (B, K, T, S, 1)
         inside = torch.stack([dx**2 + dy**2 <= 1, torch.maximum(dx.abs(), dy.abs()) <= 1, dx.abs() + dy.abs() <= 1], 2)
         inside = inside[torch.arange(B)[:, None], torch.arange(K), shape] & used[:, :, None, None, None]
         angle = (phase[:, :, None] + spin[:, :, None] * torch.arange(T)).float()  # (B, K, T)
         periods = (sectors / 2)[..., None, None, None]
         wave = (periods * (torch.atan2(dy, dx) - angle[..., None, None])).sin() / periods
-        across = wave * torch.hypot(dx, dy) * (side / 2)[..., None, None]  # pixels to the sectors' edge, near it
+        across = wave * torch.hypot(dx, dy) * radius  # pixels to the sectors' edge, near it
         mix = (0.5 - across / RAMP).clamp(0, 1)  # (B, K, T, S, S)
 
         # A gradient between two greyish colours, then the objects from back to front.

@@ -131,12 +131,10 @@ def bounding_boxes(masks: Tensor) -> Tensor:
 def detail(video: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Squared RGB Laplacian summed inside the masks, frames 1 to T-1, and the number of pixels it is from: [B] and [B].
 
-    video [B,3,T,S,S], masks [B,K,T,S,S]. Masks are eroded by two pixels (5x5), over which a codec may spread a silhouette
-    without its counting as detail.
+    video [B,3,T,S,S], masks [B,K,T,S,S]. Masks are eroded by two pixels (5x5), over which a codec may spread a
+    silhouette without its counting as detail.
     """
-    x, y = video[..., 2:-2], video[..., 2:-2, :]
-    middle = x[..., 2:-2, :]  # without the two outer columns and rows, as all that follows
-    laplacian = 4 * middle - x[..., 1:-3, :] - x[..., 3:-1, :] - y[..., 1:-3] - y[..., 3:-1]
+    laplacian = 4 * common.laplacian(video)[..., 1:-1, 1:-1]  # as far inside as the eroded masks reach
     inner = -F.max_pool2d(-masks.flatten(0, 2).float()[:, None], 5, stride=1)
     inside = inner[:, 0].unflatten(0, masks.shape[:3]).bool().any(1)[:, 1:]  # (B, T-1, S-4, S-4)
     energy = laplacian[:, :, 1:].square().sum(1) * inside

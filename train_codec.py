@@ -36,7 +36,7 @@ class Config:
     frames: int = 4  # of each video; one in four is of its maps
     lr: float = 4e-3  # peak learning rate of the kernels
     warmup: int = 50  # steps of linear warm-up before the cosine
-    noise: float = 0.1  # standard deviation of the noise on the latents, whose own is 1
+    noise: float = 0.1  # standard deviation of the noise on the latents, whose mean variance is 1
     detail: float = 0.1  # weight of the error of the Laplacian, for crisp edges
     clip: float = 1.0  # largest gradient norm
     seed: int = 0  # of weights, data order and noise
@@ -55,12 +55,6 @@ def frames_of(world: ToyWorld, samples: list[int], number: int, seed: int) -> Te
         for t in torch.randint(world.frames, (number,), generator=draw).tolist():
             frames.append((maps if torch.rand((), generator=draw) < 0.25 else video)[:, t])
     return torch.stack(frames)
-
-
-def laplacian(frames: Tensor) -> Tensor:
-    """Each pixel's difference to the mean of its four neighbours: [B, 3, S, S] -> [B, 3, S - 2, S - 2]."""
-    x, y = frames[..., 1:-1], frames[..., 1:-1, :]
-    return x[..., 1:-1, :] - (x[..., :-2, :] + x[..., 2:, :] + y[..., :-2] + y[..., 2:]) / 4
 
 
 def main(cfg: Config) -> None:
@@ -85,7 +79,7 @@ def main(cfg: Config) -> None:
         latents = model.encode(frames)
         noise = torch.randn(latents.shape, generator=common.generator(cfg.seed, step, 1))
         out = model.decode(latents + cfg.noise * noise)
-        loss = F.l1_loss(out, frames) + cfg.detail * F.l1_loss(laplacian(out), laplacian(frames))
+        loss = F.l1_loss(out, frames) + cfg.detail * F.l1_loss(common.laplacian(out), common.laplacian(frames))
         loss.backward()
         return loss.detach(), optim.clip_and_step(decoder, optimizers, cfg.clip)
 

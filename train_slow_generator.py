@@ -4,13 +4,13 @@
     torchrun --nproc_per_node=8 train_slow_generator.py
 
 The paper starts from Wan2.2-TI2V-5B, whose owners did this stage; the toy world has no published generator, so we train
-one. Frozen, a network this small proved hard to steer (docs/LOG.md), so in a share of the videos an adapter, the
-*guide*, tells it the trajectory, and it learns what to do when told where things are. The guide trains along; it is
-exported beside the generator, for stage 1 to start from.
-To resume, run the same command again.
+one. An adapter on a frozen network this small learned slowly (docs/LOG.md), so in a share of the videos an adapter, the
+*guide*, tells the generator the trajectory, and it learns what to do when told where things are. The guide trains
+along and is exported beside the generator, for stage 1 to start from. To resume, run the same command again.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -97,7 +97,7 @@ def main(cfg: Config) -> None:
         with ema.applied(), guide_ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
             sigmas, videos = flow.sigma_schedule(20, cfg.shift), [x0]
             for residuals in (None, guide(None, None, None, traj)):
-                velocity = lambda x, t, residuals=residuals: model(x, t, text, residuals)  # noqa: E731
+                velocity = partial(model, text=text, residuals=residuals)
                 videos.append(flow.sample_multistep(velocity, x0[:, :, :1], noise, sigmas))
         run.samples(step, torch.stack([codec.decode_video(video) for video in videos], dim=1).flatten(0, 1))
 
