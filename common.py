@@ -92,16 +92,25 @@ def help_text(config_class: type) -> str:
 
 def run_script(main: Callable, config_class: type, *user_errors: type[Exception]) -> None:
     """Parse the command line and call `main(cfg)`. User errors end as one line on stderr and exit status 2."""
+    status = 0
     try:
         main(parse_config(config_class, sys.argv[1:]))
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another still talks
     except (UserError, *user_errors) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        status = 2
     finally:
-        if dist.is_initialized():
+        if parallel := dist.is_initialized():
             dist.destroy_process_group()
+    if parallel:
+        # Gloo's threads outlive their process group, and one that drops its last tensor while the interpreter shuts
+        # down aborts the process. So there is no shutdown.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 # --- processes and sharding -------------------------------------------------------------------------------------------
