@@ -26,7 +26,7 @@ class AdapterConfig:
     patch: tuple[int, int, int] = (1, 2, 2)
 
 
-PRESETS = {"tiny": AdapterConfig(192, 6, channels=24), "wan5b": AdapterConfig(3072, 30)}
+PRESETS = {"tiny": AdapterConfig(160, 6, hidden=96, channels=16), "wan5b": AdapterConfig(3072, 30)}
 
 
 class ResNetBlock(nn.Module):

@@ -21,9 +21,9 @@ TOY_WEIGHTS = Path(__file__).parent / "checkpoints/tiny/codec.safetensors"
 class AutoencoderConfig:
     """Shapes of a ToyAutoencoder."""
 
-    spatial: int = 6  # pixels a latent position, each way
-    channels: int = 24  # of the latent
-    hidden: int = 96
+    spatial: int = 4  # pixels a latent position, each way
+    channels: int = 16  # of the latent
+    hidden: int = 64
     depth: int = 3  # residual blocks of the decoder
     fine: int = 24  # its width at full resolution
 

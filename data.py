@@ -77,7 +77,7 @@ class ToyWorld:
         hue = 2 * draw((K,)).argsort(1) + draw.integer((1,), 0, 1)  # no colour twice in one video
         order = draw.integer((K,), 0, 1)
         colors = torch.stack([hue + order, hue + 1 - order], dim=2) % len(COLORS)  # (B, K, 2)
-        spin = (draw((K,)) * 2 - 1).sign() * torch.deg2rad(draw.between((K,), 10, 30))
+        spin = (draw((K,)) * 2 - 1).sign() * torch.deg2rad(draw.between((K,), 10, 20))
         phase = draw.between((K,), 0, 2 * math.pi)
         first, last = draw.between((2, K, 1), 14, 23).unbind(1)
         diameter = torch.lerp(first, last, torch.linspace(0, 1, T).double())  # (B, K, T)

@@ -57,7 +57,7 @@ class Config:
     videos: int = 256  # how many of the split, from its first
     maps: Literal["box", "mask"] = "box"  # how the trajectory is drawn
     steps: int = 30  # of the slow sampler
-    guidance: float = 2.0  # strength of the prompt; 1 switches guidance off and halves the work
+    guidance: float = 1.0  # strength of prompt and trajectory; 1 switches guidance off and halves the work
     shift: float = 3.0  # warp of the sampler's noise levels towards noise
     batch: int = 32  # videos sampled at once
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
@@ -243,13 +243,15 @@ Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 
 
 def slow_sampler(generator: VideoDiT, adapter: ResNetAdapter | None, cfg: Config) -> Sampler:
-    """Euler steps of the SlowGenerator, with the SlowAdapter unless that is None."""
+    """Euler steps of the SlowGenerator, with the SlowAdapter unless that is None, guided away from what the generator
+    makes of the image alone.
+    """
 
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
         noise = common.sample_noise(traj.shape[1:], samples, cfg.seed).to(first.device)
         residuals = None if adapter is None else adapter(None, None, None, traj)  # once a clip: the adapter is static
         velocity = flow.guided(
-            lambda x, t: generator(x, t, text, residuals), lambda x, t: generator(x, t, empty, residuals), cfg.guidance
+            lambda x, t: generator(x, t, text, residuals), lambda x, t: generator(x, t, empty), cfg.guidance
         )
         return flow.sample_multistep(velocity, first, noise, flow.sigma_schedule(cfg.steps, cfg.shift))
 

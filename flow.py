@@ -51,22 +51,14 @@ def velocity_to_x0(x_t: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     return x_t - _wide(sigma) * v
 
 
-def x0_to_velocity(x_t: Tensor, x0: Tensor, sigma: Tensor, floor: float = 0.04) -> Tensor:
-    """Equation (3) solved for v. The floor on sigma bounds the division where there is almost no noise left."""
-    return (x_t - x0) / _wide(sigma).clamp_min(floor)
+def flow_matching_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """`|| v(x_t, t) - (noise - x0) ||^2`, averaged over every frame but the given first one.
 
-
-def flow_matching_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor, power: float = 0) -> Tensor:
-    """`sigma^power * || v(x_t, t) - (noise - x0) ||^2`, averaged over every frame but the given first one.
-
-    x0, noise [B,C,F,H,W]; sigma [B]. Power 0 is the loss of the velocity, power 2 that of the sample, by (3). A network
-    that predicts the sample wants power 1 to 2: at 0 the gradient of the least noisy videos, where errors count
-    1 / sigma^2 times, drowns all others.
+    x0, noise [B,C,F,H,W]; sigma [B].
     """
     level = frame_sigma(sigma, x0.shape[2])  # (B, F)
     v = velocity(add_noise(x0, noise, level), timestep(level))
-    error = (v.float() - (noise - x0))[:, :, 1:].square().mean((1, 2, 3, 4))  # (B,)
-    return (sigma**power * error).mean()
+    return (v.float() - (noise - x0))[:, :, 1:].square().mean()
 
 
 def sigma_schedule(steps: int, shift: float) -> list[float]:

@@ -19,7 +19,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common import UserError, atomic
-from flow import x0_to_velocity
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,10 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, height, width of a token
     freq_dim: int = 256  # sinusoidal features of the timestep
     eps: float = 1e-6
-    prediction: str = "velocity"  # what the last layer's numbers are: "velocity" or "sample"
 
 
 PRESETS = {
-    "tiny": DiTConfig(192, 768, 3, 6, text_dim=64, text_tokens=32, channels=24),
+    "tiny": DiTConfig(160, 640, 4, 6, text_dim=64, text_tokens=32, channels=16),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
 
@@ -259,8 +257,6 @@ class VideoDiT(nn.Module):
             "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
             f=frames, h=height, w=width, p=p, q=q, r=r,
         )  # fmt: skip
-        if self.config.prediction == "sample":
-            out = x0_to_velocity(x.float(), out.float(), t / 1000)
         return (out, tapped) if taps else out
 
 

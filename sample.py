@@ -40,7 +40,7 @@ class Config:
     preset: Literal["tiny"] = "tiny"  # size of the networks and their world
     weights: str = "checkpoints/tiny"  # folder of slow_generator.safetensors and slow_adapter.safetensors
     steps: int = 30  # denoising steps
-    guidance: float = 2.0  # strength of the prompt; 1 switches guidance off and halves the work
+    guidance: float = 1.0  # strength of prompt and trajectory; 1 switches guidance off and halves the work
     shift: float = 3.0  # warp of the noise levels towards noise
     seed: int = 0  # another seed, another video
     frames: int = 9  # length of the video
@@ -106,7 +106,7 @@ def main(cfg: Config) -> None:
     with timed("denoise"), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
         residuals = adapter(None, None, None, traj)  # static: once per clip
         velocity = flow.guided(
-            lambda x, t: generator(x, t, text, residuals), lambda x, t: generator(x, t, empty, residuals), cfg.guidance
+            lambda x, t: generator(x, t, text, residuals), lambda x, t: generator(x, t, empty), cfg.guidance
         )
         noise = common.sample_noise((first.shape[1], cfg.frames, *first.shape[3:]), [0], cfg.seed).to(procs.device)
         latents = flow.sample_multistep(velocity, first, noise, flow.sigma_schedule(cfg.steps, cfg.shift))

@@ -13,7 +13,7 @@ def networks():
     generator = VideoDiT(PRESETS["tiny"])
     torch.nn.init.normal_(generator.head.head.weight, std=0.02)
     adapter = adapters.ResNetAdapter(adapters.PRESETS["tiny"])
-    x, traj = torch.randn(2, 24, 3, 4, 4), torch.randn(2, 24, 3, 4, 4)
+    x, traj = torch.randn(2, 2, 16, 3, 4, 4)
     t, text = torch.tensor([[0.0, 400, 400], [0, 900, 900]]), torch.randn(2, 32, 64)
     return generator, adapter, x, t, text, traj
 
@@ -22,7 +22,7 @@ def test_fresh_adapter_changes_nothing():
     generator, adapter, x, t, text, traj = networks()
     with torch.no_grad():
         residuals = adapter(x, t, text, traj)
-        assert len(residuals) == 6 and all(r.shape == (2, 12, 192) for r in residuals)
+        assert len(residuals) == 6 and all(r.shape == (2, 12, 160) for r in residuals)
         assert torch.equal(generator(x, t, text, residuals), generator(x, t, text))
 
 

@@ -14,7 +14,6 @@ def test_path_and_its_inverse():
     assert torch.equal(x_t[:, :, 0], x0[:, :, 0])  # the first frame stays clean
     torch.testing.assert_close(x_t[1, :, 1:], 0.2 * x0[1, :, 1:] + 0.8 * noise[1, :, 1:])
     torch.testing.assert_close(flow.velocity_to_x0(x_t, noise - x0, level), x0)
-    torch.testing.assert_close(flow.x0_to_velocity(x_t, x0, level)[:, :, 1:], (noise - x0)[:, :, 1:])
 
 
 def test_schedule():
@@ -75,8 +74,7 @@ def test_guidance():
 def test_loss_is_that_of_the_network_it_was_given():
     x0, noise, sigma = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.tensor([0.2, 0.9])
     assert flow.flow_matching_loss(lambda x, t: noise - x0, x0, noise, sigma) == 0
-    off = [flow.flow_matching_loss(lambda x, t: noise - x0 + 2, x0, noise, sigma, power).item() for power in (0, 2)]
-    assert off == pytest.approx([4, 4 * (0.2**2 + 0.9**2) / 2], rel=1e-5)
+    assert flow.flow_matching_loss(lambda x, t: noise - x0 + 2, x0, noise, sigma).item() == pytest.approx(4, rel=1e-5)
 
     def wrong_in_frame_0(x, t):
         v = noise - x0

@@ -35,7 +35,7 @@ def test_shipped_example(run, tmp_path):
     video, overlay = (iio.imread(tmp_path / "out" / name) for name in ("sample.mp4", "sample.boxes.mp4"))
     assert video.shape == overlay.shape == (9, 384, 384, 3)
     image = iio.imread(ROOT / "examples/image.png").repeat(8, 0).repeat(8, 1).astype(float)
-    assert np.abs(video[0] - image).mean() < 8  # it starts from the image, as the codec has it
+    assert np.abs(video[0] - image).mean() < 4  # it starts from the image, as the codec has it
     assert np.abs(video[8].astype(float) - video[0]).mean() > 4  # and moves
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sample.boxes.mp4", "sample.mp4"]
 
@@ -49,7 +49,7 @@ def test_seed_and_prompt_matter_and_runs_repeat(run, tmp_path):
     first = pixels()
     assert np.array_equal(first, pixels())
     assert not np.array_equal(first, pixels("--seed", 1))
-    assert not np.array_equal(first, pixels("--guidance", 1))
+    assert not np.array_equal(first, pixels("--guidance", 2))
 
 
 GOOD = {"objects": [{"boxes": {"0": [4, 4, 20, 20], "8": [20, 20, 40, 40]}}]}
