@@ -94,8 +94,8 @@ class ToyCodec:
     """The toy world's codec: a small learned autoencoder, frame by frame, and a fixed embedding of words.
 
     One latent frame a video frame. A word becomes a random vector seeded by its bytes, beside the mean vector of its
-    clause (the words between commas): so "clockwise" carries which object it speaks of, as it would after a real text
-    encoder.
+    clause (the words between commas) plus one for the clause's place: so "clockwise" carries which object it speaks of,
+    as it would after a real text encoder.
     """
 
     temporal = 1
@@ -132,9 +132,10 @@ class ToyCodec:
         out = torch.zeros(len(prompts), self.text_tokens, self.text_dim)
         for row, prompt in zip(out, prompts, strict=True):
             tokens = []
-            for clause in prompt.lower().split(","):
+            for number, clause in enumerate(prompt.lower().split(",")):
                 words = [self._word(word) for word in clause.split()]
-                tokens += [torch.cat([word, torch.stack(words).mean(0) * len(words) ** 0.5]) for word in words]
+                place = self._word(f"clause {number}")
+                tokens += [torch.cat([word, torch.stack(words).mean(0) * len(words) ** 0.5 + place]) for word in words]
             if tokens:
                 row[: len(tokens)] = torch.stack(tokens)[: self.text_tokens]
         return out

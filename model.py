@@ -200,8 +200,10 @@ class VideoDiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         nn.init.zeros_(self.patch_embedding.bias)
-        for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
+        for layer in (self.time_embedding[0], self.time_embedding[2]):
             nn.init.normal_(layer.weight, std=0.02)
+        for layer in (self.text_embedding[0], self.text_embedding[2]):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # Wan's 0.02 is about that of its 4,096 inputs
         for part in (*self.blocks, self.head):
             nn.init.normal_(part.modulation, std=self.config.dim**-0.5)
         nn.init.zeros_(self.head.head.weight)

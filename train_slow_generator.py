@@ -6,7 +6,8 @@
 The paper starts from Wan2.2-TI2V-5B, whose owners did this stage; the toy world has no published generator, so we train
 one. An adapter on a frozen network this small learned slowly (docs/LOG.md), so in a share of the videos an adapter, the
 *guide*, tells the generator the trajectory, and it learns what to do when told where things are. The guide trains
-along and is exported beside the generator, for stage 1 to start from. To resume, run the same command again.
+along and is exported beside the generator, for stage 1 to start from. Training begins with pure noise, from which a
+video must be made whole, and which alone taught the network to read the prompt. To resume, run the same command again.
 """
 
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights, the ones exported
     shift: float = 2.5  # warp of training noise levels towards noise
+    pure_noise: float = 1.0  # share of videos at noise level 1, falling linearly to none: there the prompt counts most
     drop_text: float = 0.1  # share of empty captions, for guidance
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
@@ -81,6 +83,8 @@ def main(cfg: Config) -> None:
             noise = common.sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
             u = common.sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
             sigma = flow.shift_sigma(u, cfg.shift)
+            pure = cfg.pure_noise * (1 - step / cfg.steps)
+            sigma[common.sample_uniform(samples, 1, cfg.seed, step, 3).to(procs.device) < pure] = 1
             told = common.sample_uniform(samples, 1, cfg.seed, step, 2).to(procs.device) < cfg.guided
             with common.autocast(procs.device, cfg.dtype):
                 residuals = [r * told[:, None, None] for r in guide(None, None, None, traj)]
