@@ -93,19 +93,31 @@ def sample_multistep(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: S
     return x
 
 
+def backward_simulation(
+    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float], last: int
+) -> Tensor:
+    """The few-step sampler from its start to step `last`, whose prediction of x0 is returned and alone has a gradient.
+
+    first [B,C,1,H,W]; noise [steps,B,C,F,H,W], fresh for every step; returns x0 [B,C,F,H,W] in float32. A generator
+    trained so sees the inputs that it will meet in use, its own earlier predictions (DMD2, section 4.5).
+    """
+    x = torch.cat([first, noise[0][:, :, 1:]], dim=2).float()
+    for step in range(last + 1):
+        level = frame_sigma(x.new_full((x.shape[0],), sigmas[step]), x.shape[2])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and step == last):
+            x0 = velocity_to_x0(x, velocity(x, timestep(level)).float(), level)  # frame 0 has sigma 0: unchanged
+        if step < last:
+            following = frame_sigma(x.new_full((x.shape[0],), sigmas[step + 1]), x.shape[2])
+            x = add_noise(x0, noise[step + 1].float(), following)
+    return x0
+
+
 @torch.no_grad()
 def sample_fewstep(
     velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float]
 ) -> Tensor:
     """Predict x0, noise it again to the next level, repeat: the sampler of distilled generators (DMD, consistency).
 
-    first [B,C,1,H,W]; noise [steps,B,C,F,H,W], fresh for every step; returns x0 [B,C,F,H,W] in float32.
+    `sigmas` as `sigma_schedule` makes them, 0 at the end. Shapes as in `backward_simulation`.
     """
-    x = torch.cat([first, noise[0][:, :, 1:]], dim=2).float()
-    for step, (sigma, following) in enumerate(pairwise(sigmas)):
-        level = frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])
-        x = velocity_to_x0(x, velocity(x, timestep(level)).float(), level)  # frame 0 has sigma 0: unchanged
-        if following > 0:
-            level = frame_sigma(x.new_full((x.shape[0],), following), x.shape[2])
-            x = add_noise(x, noise[step + 1].float(), level)
-    return x
+    return backward_simulation(velocity, first, noise, sigmas, len(sigmas) - 2)

@@ -68,6 +68,12 @@ def make_optimizers(model: nn.Module, blocks: nn.Module, weight_decay: float) ->
     return [Muon(inside, weight_decay), adamw]
 
 
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW without momentum, as adversarial and score-matching games are played (betas as in Wan2.2-TI2V-5B-Turbo)."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, betas=(0.0, 0.999), weight_decay=weight_decay)
+
+
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     """Linear warm-up, then cosine to zero."""
     if step < warmup:

@@ -82,3 +82,18 @@ def test_loss_is_that_of_the_network_it_was_given():
         return v
 
     assert flow.flow_matching_loss(wrong_in_frame_0, x0, noise, sigma) == 0
+
+
+@pytest.mark.parametrize("last", range(4))
+def test_backward_simulation_has_gradient_in_its_last_step_alone(last):
+    seen, sigmas = [], flow.sigma_schedule(4, 3)
+
+    def velocity(x, t):
+        seen.append((t[0, 1].item() / 1000, torch.is_grad_enabled()))
+        return weight * x
+
+    weight, first = torch.tensor(0.5, requires_grad=True), torch.randn(2, 3, 1, 2, 2)
+    x0 = flow.backward_simulation(velocity, first, torch.randn(4, 2, 3, 4, 2, 2), sigmas, last)
+    assert [sigma for sigma, _ in seen] == pytest.approx(sigmas[: last + 1])
+    assert [on for _, on in seen] == [False] * last + [True]
+    assert x0.requires_grad and torch.equal(x0[:, :, :1], first)

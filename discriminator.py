@@ -1,0 +1,138 @@
+"""The diffusion discriminator: is this noisy latent a real video that follows its trajectory? And the two GAN losses.
+
+The backbone is the frozen SlowGenerator, which reads a noisy latent; features of some of its blocks go to a classifier,
+the only part that learns. There a learned query looks at the first frame and the text, then at the trajectory, then at
+the video, and one number judges what it saw (paper, section on the diffusion discriminator).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import PatchEmbedding, VideoDiT, load_strict, read_network, rotary_table
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Shapes of a classifier, and which of its attentions are in use (paper, table 3)."""
+
+    dim: int  # width of the backbone
+    text_dim: int
+    taps: tuple[int, ...]  # numbers of the backbone's blocks whose outputs are judged
+    hidden: int = 128  # width of the query
+    heads: int = 4
+    channels: int = 48  # of the trajectory latent
+    patch: tuple[int, int, int] = (1, 2, 2)
+    position_dim: int = 64  # the backbone's head width: its rotary angles tell where a token lies
+    semantic: bool = True  # self-attention of the query with first-frame and text tokens
+    trajectory: bool = True  # cross-attention to the trajectory's tokens
+    video: bool = True  # cross-attention to the video's tokens
+
+
+PRESETS = {
+    "tiny": ClassifierConfig(160, 64, taps=(1, 3, 5), channels=16, position_dim=40),
+    "wan5b": ClassifierConfig(3072, 4096, taps=(13, 21, 29), hidden=1024, heads=8, position_dim=128),
+}
+
+
+class ClassifierBlock(nn.Module):
+    """One tapped block's judge: a query through three attentions and a feed-forward."""
+
+    def __init__(self, config: ClassifierConfig):
+        super().__init__()
+        width, heads = config.hidden, config.heads
+        used = {"semantic": config.semantic, "trajectory": config.trajectory, "video": config.video}
+        self.query = nn.Parameter(torch.empty(1, 1, width))
+        self.tokens = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, width))
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(width) for name in used if used[name]})
+        self.attentions = nn.ModuleDict(
+            {name: nn.MultiheadAttention(width, heads, batch_first=True) for name in used if used[name]}
+        )
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, features: Tensor, text: Tensor, traj: Tensor, where: Tensor, per_frame: int) -> Tensor:
+        """features [B,N,D]; text [B,L,hidden]; traj [B,N,hidden]; where [N,hidden]; tokens of a frame -> [B,hidden]."""
+        video = self.tokens(features) + where
+        query = self.query.expand(len(video), -1, -1)
+        for name, attention in self.attentions.items():
+            y = self.norms[name](query)
+            seen = {"semantic": torch.cat([y, video[:, :per_frame], text], 1), "trajectory": traj, "video": video}[name]
+            query = query + attention(y, seen, seen, need_weights=False)[0]
+        return (query + self.ffn(query))[:, 0]
+
+
+class Classifier(nn.Module):
+    """The trainable part of the discriminator."""
+
+    def __init__(self, config: ClassifierConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = PatchEmbedding(config.channels, config.patch, config.hidden)
+        self.text = nn.Linear(config.text_dim, config.hidden)
+        self.position = nn.Linear(config.position_dim, config.hidden)
+        self.blocks = nn.ModuleList(ClassifierBlock(config) for _ in config.taps)
+        self.norm = nn.LayerNorm(config.hidden * len(config.taps))
+        self.logit = nn.Linear(config.hidden * len(config.taps), 1)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier matrices, small queries, a logit that starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.patch_embedding.bias)
+        for block in self.blocks:
+            nn.init.normal_(block.query, std=0.02)
+        nn.init.zeros_(self.logit.weight)
+
+    def forward(self, features: list[Tensor], text: Tensor, traj: Tensor) -> Tensor:
+        """Tapped features [B,N,D] each, text [B,L,Dt], traj [B,C,F,H,W] -> logits [B], large for real."""
+        frames, height, width = (n // p for n, p in zip(traj.shape[2:], self.config.patch, strict=True))
+        cos, sin = rotary_table(frames, height, width, self.config.position_dim, traj.device)
+        where = self.position(torch.cat([cos, sin], dim=1))  # (N, hidden)
+        tokens, text = self.patch_embedding(traj) + where, self.text(text)
+        seen = [
+            block(feature.float(), text, tokens, where, height * width)
+            for block, feature in zip(self.blocks, features, strict=True)
+        ]
+        return self.logit(self.norm(torch.cat(seen, dim=1)))[:, 0].float()
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str) -> "Classifier":
+        """Read an own export."""
+        config, tensors = read_network(path, "Classifier")
+        classifier = cls(ClassifierConfig(**{**config, "patch": tuple(config["patch"]), "taps": tuple(config["taps"])}))
+        load_strict(classifier, tensors, path)
+        return classifier
+
+
+class DiffusionDiscriminator(nn.Module):
+    """`discriminator(x_t, t, text, traj)` -> logits [B]. The gradient passes through the backbone, which stays."""
+
+    def __init__(self, backbone: VideoDiT, classifier: Classifier):
+        super().__init__()
+        self.backbone, self.classifier = backbone.requires_grad_(False), classifier
+
+    def features(self, x_t: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+        """What the tapped blocks make of a noisy latent [B,C,F,H,W]: [B,N,D] each."""
+        return self.backbone(x_t, t, text, taps=self.classifier.config.taps)[1]
+
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> Tensor:
+        return self.classifier(self.features(x_t, t, text), text, traj)
+
+
+def adversarial_loss(fake: Tensor) -> Tensor:
+    """`softplus(-D(fake))` [paper, L_G]: falls as the discriminator takes the fake for real. Logits [B] -> scalar."""
+    return F.softplus(-fake).mean()
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """`softplus(-D(real)) + softplus(D(fake))` [paper, L_D]. Logits [B] each -> scalar."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()

@@ -1,0 +1,96 @@
+"""The discriminator learns alone, passes its gradient on, and sees what each of its attentions is for."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import discriminator as discriminators
+import optim
+from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
+from model import PRESETS, VideoDiT
+
+
+def build(**switches):
+    torch.manual_seed(0)
+    backbone = VideoDiT(PRESETS["tiny"])
+    classifier = Classifier(replace(discriminators.PRESETS["tiny"], **switches))
+    torch.nn.init.normal_(classifier.logit.weight)
+    return DiffusionDiscriminator(backbone, classifier)
+
+
+def inputs():
+    x_t, traj = torch.randn(2, 2, 16, 3, 4, 4)
+    return x_t, torch.tensor([[0.0, 400, 400], [0, 900, 900]]), torch.randn(2, 32, 64), traj
+
+
+def test_losses_by_hand():
+    zero, large = torch.zeros(3), torch.full((3,), 50.0)
+    assert adversarial_loss(zero).item() == pytest.approx(math.log(2))
+    assert adversarial_loss(large).item() == pytest.approx(0, abs=1e-9)  # taken for real: nothing left to gain
+    assert adversarial_loss(-large).item() == pytest.approx(50)
+    assert discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
+    assert discriminator_loss(large, -large).item() == pytest.approx(0, abs=1e-9)
+    assert discriminator_loss(-large, large).item() == pytest.approx(100)
+
+
+def test_only_the_classifier_learns_and_the_gradient_reaches_the_latent():
+    discriminator, (x_t, t, text, traj) = build(), inputs()
+    frozen = {n: p.clone() for n, p in discriminator.backbone.named_parameters()}
+    before = {n: p.clone() for n, p in discriminator.classifier.named_parameters()}
+    optimizer = optim.adamw(discriminator.classifier, 0.0)
+    optim.set_lr([optimizer], 1e-3)
+    x_t.requires_grad_()
+    logits = discriminator(x_t, t, text, traj)
+    assert logits.shape == (2,) and logits[0] != logits[1]
+    adversarial_loss(logits).backward()
+    optim.clip_and_step(discriminator.classifier, [optimizer], 1.0)
+    assert x_t.grad.abs().amax((1, 2, 3, 4)).min() > 0
+    assert all(p.grad is None and torch.equal(p, frozen[n]) for n, p in discriminator.backbone.named_parameters())
+    assert not any(torch.equal(p, before[n]) for n, p in discriminator.classifier.named_parameters())
+
+
+# What each attention is alone to see. The frozen backbone reads the text too: it enters here by the features.
+SEES = {"semantic": {"first frame", "text"}, "trajectory": {"trajectory"}, "video": {"first frame", "later frames"}}
+
+
+@pytest.mark.parametrize("alone", SEES)
+def test_each_attention_sees_its_part_and_can_be_switched_off(alone):
+    classifier = build(**{name: name == alone for name in SEES}).classifier
+    features, text, traj = (
+        [torch.randn(1, 12, 160) for _ in range(3)],
+        torch.randn(1, 32, 64),
+        torch.randn(1, 16, 3, 4, 4),
+    )
+    first, later = ([f.clone() for f in features] for _ in range(2))
+    for f, g in zip(first, later, strict=True):
+        f[:, :4] += torch.randn(160)
+        g[:, 4:] += torch.randn(160)
+    with torch.no_grad():
+        logit = classifier(features, text, traj)
+        other = {
+            "first frame": classifier(first, text, traj),
+            "later frames": classifier(later, text, traj),
+            "text": classifier(features, torch.randn(1, 32, 64), traj),
+            "trajectory": classifier(features, text, torch.randn(1, 16, 3, 4, 4)),
+        }
+    assert {name for name, value in other.items() if not torch.equal(value, logit)} == SEES[alone]
+
+
+def test_presets_fit_their_networks():
+    for name, shape in discriminators.PRESETS.items():
+        network = PRESETS[name]
+        assert (shape.dim, shape.text_dim, shape.channels) == (network.dim, network.text_dim, network.channels)
+        assert shape.patch == network.patch and shape.position_dim == network.dim // network.heads
+        assert max(shape.taps) == network.layers - 1
+
+
+def test_export_reads_back(tmp_path):
+    from model import save_network
+
+    classifier, (_, _, text, traj) = build().classifier, inputs()
+    save_network(tmp_path / "c.safetensors", "Classifier", classifier.config, classifier.state_dict(), torch.float32)
+    features = [torch.randn(2, 12, 160) for _ in range(3)]
+    again = Classifier.from_pretrained(tmp_path / "c.safetensors")
+    assert torch.equal(again(features, text, traj), classifier(features, text, traj))
