@@ -1,13 +1,33 @@
 PYTHON ?= python3
 BIN = .venv/bin
+SEEDS = 0 1 2
+VARIANTS = no_diffusion no_gan constant decay grow no_semantic no_trajectory no_video
+RUNS = $(foreach v,$(VARIANTS),$(foreach s,$(SEEDS),runs/ablation/$v_$s/fast_adapter.safetensors))
 
-.PHONY: demo test
+no_diffusion = --use_diffusion false
+no_gan = --use_gan false
+constant = --diffusion_scale constant
+decay = --diffusion_scale decay
+grow = --diffusion_scale grow
+no_semantic = --semantic false
+no_trajectory = --trajectory false
+no_video = --video false
+
+.PHONY: demo test ablation
 
 demo: .venv/ready
 	$(BIN)/python sample.py
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -q
+
+# About HOURS hours on two cores; killed, it goes on where it was.
+ablation: $(RUNS)
+	$(BIN)/python evaluate.py --ablation --out results/ablation.json
+
+runs/ablation/%/fast_adapter.safetensors: | .venv/ready
+	$(BIN)/python finetune_hybrid.py --name ablation/$* --seed $(lastword $(subst _, ,$*)) \
+		$($(patsubst %_$(lastword $(subst _, ,$*)),%,$*))
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

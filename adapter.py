@@ -5,6 +5,7 @@ output of DiT block i, so a fresh adapter changes nothing, to the bit.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model import load_strict, read_network
+from flow import Velocity
+from model import VideoDiT, load_strict, read_network
 
 
 @dataclass(frozen=True)
@@ -95,3 +97,9 @@ class ResNetAdapter(nn.Module):
         adapter = cls(AdapterConfig(**{**config, "patch": tuple(config["patch"])}))
         load_strict(adapter, tensors, path)
         return adapter
+
+
+def steer(generator: VideoDiT, adapter: ResNetAdapter | None, text: Tensor, traj: Tensor | None = None) -> Velocity:
+    """The generator's velocity under this text and, unless the adapter is None, this trajectory, which is read once."""
+    residuals = None if adapter is None else adapter(None, None, text, traj)
+    return partial(generator, text=text, residuals=residuals)

@@ -56,6 +56,8 @@ def parse_config(config_class: type, argv: Sequence[str]):
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in types:
             raise UserError(f"unknown flag {flag}; the flags are {flags}")
+        if types[name] is bool and not inline and (not rest or rest[0].startswith("--")):
+            inline = "true"  # a switch may stand alone
         if not inline and not rest:
             raise UserError(f"{flag} needs a value ({_describe(types[name])})")
         values[name] = _convert(flag, inline or rest.pop(0), types[name])

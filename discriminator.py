@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import PatchEmbedding, VideoDiT, load_strict, read_network, rotary_table
+from model import PatchEmbedding, VideoDiT, init_xavier, load_strict, read_network, rotary_table
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,7 @@ class Classifier(nn.Module):
 
     def init_weights(self) -> None:
         """Xavier matrices, small queries, a logit that starts at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.patch_embedding.bias)
+        init_xavier(self)
         for block in self.blocks:
             nn.init.normal_(block.query, std=0.02)
         nn.init.zeros_(self.logit.weight)

@@ -13,9 +13,21 @@ keeps frame 0 clean: its sigma is 0, and (1) then leaves it untouched without an
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Sampling(NamedTuple):
+    """How many steps, over noise levels warped by how much."""
+
+    steps: int
+    shift: float
+
+
+# Of preset tiny. The slow sampler's long last steps leave less noise in the video: docs/LOG.md.
+SLOW, FAST = Sampling(50, 12.0), Sampling(4, 3.0)
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,F,H,W], t [B,F]) -> v [B,C,F,H,W]
 

@@ -120,6 +120,14 @@ class PatchEmbedding(nn.Module):
         return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)  # (B, N, D)
 
 
+def init_xavier(model: nn.Module) -> None:
+    """Xavier matrices and zero biases, in every linear layer and patch embedding."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | PatchEmbedding):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            nn.init.zeros_(module.bias)
+
+
 class Attention(nn.Module):
     """Attention with RMS norm of queries and keys over the full width. Serves self- and cross-attention."""
 
@@ -194,12 +202,7 @@ class VideoDiT(nn.Module):
 
     def init_weights(self) -> None:
         """All initialisation in one place: Xavier matrices, small embeddings, a head that starts at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.patch_embedding.bias)
+        init_xavier(self)
         for layer in (self.time_embedding[0], self.time_embedding[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (self.text_embedding[0], self.text_embedding[2]):

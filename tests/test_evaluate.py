@@ -1,283 +1,32 @@
-"""Measures against answers computed by hand; sampling and the script with random networks."""
+"""Sampling and the script with random networks."""
 
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import adapter as adapters
 import common
 import evaluate
 from codec import ToyCodec
-from data import COLORS, ToyBatch, ToyWorld
+from data import ToyBatch, ToyWorld
+from measures import subset
 from model import PRESETS, VideoDiT, save_network
 
-RED, YELLOW = (list(COLORS).index(name) for name in ("red", "yellow"))
 ALONE = common.Processes(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture(scope="module")
 def world() -> ToyBatch:
-    return ToyWorld("test").batch(list(range(128)))
-
-
-def scene(masks: Tensor, size: int = 48, **changes) -> ToyBatch:
-    """Videos of single objects with these masks [B, T, S, S] in red on grey."""
-    B, T = masks.shape[:2]
-    red = torch.tensor(COLORS["red"])[:, None, None, None] * 2 - 1
-    batch = ToyBatch(
-        video=torch.where(masks[:, None], red, torch.zeros(())),
-        masks=masks[:, None],
-        boxes=torch.zeros(B, 1, T, 4, dtype=torch.long),
-        count=torch.ones(B, dtype=torch.long),
-        colors=torch.tensor([[[RED, YELLOW]]]).expand(B, 1, 2),
-        sectors=torch.full((B, 1), 2),
-        spin=torch.ones(B, 1),
-        captions=["a red and yellow square"] * B,
-        told=torch.ones(B, dtype=torch.bool),
-    )
-    return dataclasses.replace(batch, **changes)
-
-
-def square(x: int, y: int, width: int, height: int, frames: int = 9) -> Tensor:
-    """Masks [1, T, 48, 48] of a rectangle that stands still."""
-    masks = torch.zeros(1, frames, 48, 48, dtype=torch.bool)
-    masks[..., y : y + height, x : x + width] = True
-    return masks
-
-
-# --- finding objects --------------------------------------------------------------------------------------------------
-
-
-def test_objects_of_true_videos_are_found_exactly(world):
-    assert torch.equal(evaluate.find_objects(world.video, world), world.masks)
-
-
-def test_background_and_unused_slots_are_never_found(world):
-    found = evaluate.find_objects(torch.zeros_like(world.video), world)
-    assert not found.any()
-    loud = evaluate.find_objects(torch.rand(world.video.shape, generator=common.generator(0)) * 2 - 1, world)
-    unused = torch.arange(3) >= world.count[:, None]
-    assert loud.any() and not loud[unused].any()
-
-
-def test_true_videos_score_the_ceiling(world):
-    scores = evaluate.score(world.video, world)
-    assert (scores["mask_iou"], scores["box_iou"], scores["sharpness"]) == (1, 1, 1)
-    assert scores["fvd"] < 1e-4
-    assert scores["prompt_accuracy"] >= 0.97
-    untold = world.spin[~world.told][torch.arange(3) < world.count[~world.told][:, None]]
-    assert scores["clockwise_when_untold"] == pytest.approx((untold > 0).float().mean().item(), abs=0.03)
-
-
-# --- overlap ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("shift", "expected"), [(0, 1), (1, 15 / 17), (2, 14 / 18), (16, 0)])
-def test_a_square_beside_itself(shift, expected):
-    batch, moved = scene(square(10, 10, 16, 16)), scene(square(10 + shift, 10, 16, 16))
-    found = evaluate.find_objects(moved.video, batch)
-    assert evaluate.mask_iou(found, batch.masks).item() == pytest.approx(expected)
-    assert evaluate.box_iou(found, batch.masks).item() == pytest.approx(expected)
-
-
-def test_a_video_that_repeats_frame_0(world):
-    still = world.video[:, :, :1].expand_as(world.video)
-    measured = evaluate.mask_iou(evaluate.find_objects(still, world), world.masks)
-    for b, k in np.ndindex(*measured.shape):
-        truth, ious = world.masks[b, k].numpy(), []
-        for frame in truth[1:]:
-            if frame.sum() >= 20:
-                ious.append((truth[0] & frame).sum() / (truth[0] | frame).sum())
-        assert measured[b, k].item() == pytest.approx(np.mean(ious), nan_ok=True) if ious else measured[b, k].isnan()
-    assert evaluate.score(still, world)["mask_iou"] == pytest.approx(np.nanmean(measured.numpy()), abs=1e-6)
-
-
-def test_frame_0_does_not_count():
-    batch = scene(square(10, 10, 16, 16))
-    found = batch.masks.clone()
-    found[:, :, 0] = False
-    assert evaluate.mask_iou(found, batch.masks).item() == evaluate.box_iou(found, batch.masks).item() == 1
-
-
-def test_frames_where_little_is_visible_are_left_out():
-    masks = square(10, 10, 16, 16)
-    masks[:, 5:] = square(10, 10, 19, 1, frames=4)  # 19 pixels: one too few
-    batch = scene(masks)
-    found = batch.masks.clone()
-    found[:, :, 5:] = False
-    assert evaluate.mask_iou(found, batch.masks).item() == 1
-    assert evaluate.mask_iou(found[:, :, 4:], batch.masks[:, :, 4:]).isnan().all()
-    masks[:, 5:] = square(10, 10, 20, 1, frames=4)  # enough for a mask, too thin for a box
-    assert evaluate.mask_iou(found, scene(masks).masks).item() == pytest.approx(0.5)
-    assert evaluate.box_iou(found, scene(masks).masks).item() == 1
-
-
-def test_nothing_found_is_zero():
-    batch = scene(square(10, 10, 16, 16))
-    found = torch.zeros_like(batch.masks)
-    assert evaluate.mask_iou(found, batch.masks).item() == evaluate.box_iou(found, batch.masks).item() == 0
-
-
-def test_strays_and_thin_lines_do_not_stretch_boxes():
-    batch = scene(square(10, 10, 16, 16))
-    found = batch.masks.clone()
-    found[..., 45, 2::4] = True
-    found[..., 40] = True
-    assert evaluate.box_iou(found, batch.masks).item() == 1
-    found[..., 10:26, 26:30] = True  # a thick slab does: 20 wide instead of 16
-    assert evaluate.box_iou(found, batch.masks).item() == pytest.approx(16 / 20)
-
-
-def test_bounding_boxes_are_x_y_and_exclusive():
-    assert evaluate.bounding_boxes(square(3, 10, 5, 7, frames=1)).tolist() == [[[3, 10, 8, 17]]]
-    assert evaluate.bounding_boxes(torch.ones(2, 48, 48, dtype=torch.bool)).tolist() == [[0, 0, 48, 48]] * 2
-    assert evaluate.bounding_boxes(torch.zeros(1, 48, 48, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
-
-
-# --- sharpness --------------------------------------------------------------------------------------------------------
-
-
-def checkerboard(low: float = 0, high: float = 1) -> ToyBatch:
-    """An object that fills the frame with pixels of red and yellow in turn, mixed by these shares of yellow."""
-    batch = scene(square(0, 0, 48, 48))
-    odd = (torch.arange(48) + torch.arange(48)[:, None]) % 2
-    red, yellow = (torch.tensor(COLORS[name])[:, None, None, None] for name in ("red", "yellow"))
-    share = low + (high - low) * odd
-    return dataclasses.replace(batch, video=((1 - share) * red + share * yellow).expand(1, 3, 9, 48, 48) * 2 - 1)
-
-
-def test_sharpness_of_a_checkerboard():
-    truth = checkerboard()
-    found = evaluate.find_objects(truth.video, truth)
-    assert evaluate.sharpness(truth.video, found, truth) == 1
-    energy, pixels = evaluate.detail(truth.video, found)
-    # Every neighbour differs by the same step, yellow - red = (0, 0.9, 0), twice that in [-1, 1].
-    assert pixels.item() == 8 * 44**2
-    assert energy.item() == pytest.approx(8 * 44**2 * (4 * 1.8) ** 2, rel=1e-5)
-    # A 3x3 box blur leaves 5/9 of a pixel's own colour and 4/9 of the other: a ninth of the contrast.
-    blurred = checkerboard(4 / 9, 5 / 9).video
-    box = F.avg_pool2d(truth.video[0].transpose(0, 1), 3, 1).transpose(0, 1)
-    assert torch.allclose(box, blurred[0, ..., 1:-1, 1:-1], atol=1e-6)
-    found = evaluate.find_objects(blurred, truth)
-    assert evaluate.sharpness(blurred, found, truth) == pytest.approx(1 / 81, rel=1e-4)
-    flat = checkerboard(0.5, 0.5).video
-    assert evaluate.sharpness(flat, evaluate.find_objects(flat, truth), truth) == pytest.approx(0, abs=1e-9)
-
-
-def test_sharpness_ignores_displacement_and_counts_what_is_missing():
-    pattern = checkerboard().video
-    outside = torch.zeros(())
-    truth = scene(square(4, 4, 16, 16))
-    truth = dataclasses.replace(truth, video=torch.where(truth.masks, pattern, outside))
-    moved = torch.where(square(24, 20, 16, 16)[:, None], pattern, outside)
-    assert evaluate.sharpness(moved, evaluate.find_objects(moved, truth), truth) == pytest.approx(1)
-    half = torch.where(square(4, 4, 16, 9)[:, None], pattern, outside)  # 12 x 5 inner pixels of 12 x 12
-    assert evaluate.sharpness(half, evaluate.find_objects(half, truth), truth) == pytest.approx(5 / 12)
-    larger = torch.where(square(4, 4, 32, 32)[:, None], pattern, outside)
-    assert evaluate.sharpness(larger, evaluate.find_objects(larger, truth), truth) == pytest.approx(1)
-
-
-def test_a_flat_silhouette_has_no_detail():
-    batch = scene(square(10, 10, 16, 16))
-    assert evaluate.detail(batch.video, batch.masks)[0].item() == pytest.approx(0, abs=1e-9)
-
-
-# --- spin -------------------------------------------------------------------------------------------------------------
-
-
-def test_spin_of_true_videos(world):
-    spin = evaluate.spin_direction(world.video, world.masks, world)
-    used = torch.arange(3) < world.count[:, None]
-    assert torch.equal(spin.isnan(), ~used)
-    assert (spin.sign() == world.spin.sign())[used].float().mean() >= 0.97
-    single = world.count == 1
-    assert torch.allclose(spin[single, 0], world.spin[single, 0].float(), atol=math.radians(3))
-    assert (spin[single, 0] - world.spin[single, 0]).abs().mean() < math.radians(1)
-
-
-def test_spin_follows_mirrors_and_displacement(world):
-    single = evaluate.subset(world, torch.nonzero(world.count == 1)[:, 0].tolist())
-    for video, sign in ((single.video.flip(-1), -1), (single.video.flip(2), -1), (single.video.flip((-1, -2)), 1)):
-        found = evaluate.find_objects(video, single)
-        spin = evaluate.spin_direction(video, found, single)[:, 0]
-        assert torch.equal(spin.sign(), sign * single.spin[:, 0].sign().float())
-
-
-def test_no_spin_without_motion_or_object(world):
-    still = world.video[:, :, :1].expand_as(world.video)
-    for video in (still, torch.zeros_like(still)):
-        spin = evaluate.spin_direction(video, evaluate.find_objects(video, world), world)
-        assert torch.equal(spin.nan_to_num(0), torch.zeros_like(spin))
-
-
-def test_prompt_accuracy_by_hand():
-    batch = scene(square(0, 0, 4, 4).repeat(4, 1, 1, 1))
-    spin = torch.tensor([[1.0, -1, 1], [-1, 1, 0], [1, 1, 0], [1, 0, 0]])
-    told = torch.tensor([True, True, False, False])
-    batch = dataclasses.replace(batch, spin=spin, told=told)
-    nan = math.nan
-    measured = torch.tensor([[0.2, -0.3, -0.1], [0.0, nan, nan], [0.3, -0.2, nan], [0.1, 0.0, nan]])
-    assert evaluate.prompt_accuracy(measured, batch) == pytest.approx(2 / 4)  # no motion is no obedience
-    assert evaluate.clockwise_when_untold(measured, batch) == pytest.approx(2 / 3)  # and no direction
-    assert math.isnan(evaluate.prompt_accuracy(measured, dataclasses.replace(batch, told=~told & told)))
-    assert math.isnan(evaluate.clockwise_when_untold(measured, dataclasses.replace(batch, told=told | ~told)))
-
-
-# --- Frechet distance -------------------------------------------------------------------------------------------------
-
-
-def sample(*shape: int, key: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=common.generator(key), dtype=torch.float64)
-
-
-def test_frechet_closed_forms():
-    a, b = 2 * sample(100, 1) + 3, 0.5 * sample(80, 1, key=1)
-    expected = (a.mean() - b.mean()) ** 2 + (a.std(correction=0) - b.std(correction=0)) ** 2
-    assert evaluate.frechet_video_distance(a, b) == pytest.approx(expected.item())
-    # Diagonal: orthonormal, centred columns scaled by hand.
-    q, _ = torch.linalg.qr(sample(50, 4) - sample(50, 4).mean(0))
-    unit = q * 50**0.5  # covariance is the identity
-    s, t = torch.tensor([1.0, 2, 3, 0]).double(), torch.tensor([4.0, 2, 1, 1]).double()
-    assert evaluate.frechet_video_distance(unit * s + 1, unit * t) == pytest.approx(4 + 9 + 0 + 4 + 1)
-    # Two dimensions that don't commute: tr (AB)^1/2 = (tr AB + 2 (det AB)^1/2)^1/2.
-    a, b = sample(30, 2) @ sample(2, 2, key=2), sample(30, 2, key=3) @ sample(2, 2, key=4)
-    A, B = (x.T.cov(correction=0) for x in (a, b))
-    cross = ((A @ B).trace() + 2 * (A @ B).det().sqrt()).sqrt()
-    expected = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
-    assert evaluate.frechet_video_distance(a, b) == pytest.approx(expected.item())
-    assert evaluate.frechet_video_distance(b, a) == pytest.approx(expected.item())
-
-
-def test_frechet_of_identical_and_of_tiny_sets():
-    a = sample(200, 16)
-    assert evaluate.frechet_video_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert evaluate.frechet_video_distance(a[:3], a[:3]) == pytest.approx(0, abs=1e-6)  # singular covariance
-    assert evaluate.frechet_video_distance(a[:1], a[1:2]) == pytest.approx((a[0] - a[1]).square().sum().item())
-
-
-def test_features_are_fixed_and_see_detail_and_motion(world):
-    few = world.video[:40]
-    features = evaluate.video_features(few)
-    assert features.shape == (40, evaluate.FEATURES) and features.dtype == torch.float64
-    assert torch.allclose(features[35:], evaluate.video_features(few[35:]), rtol=1e-5)
-    assert torch.equal(features, evaluate.video_features(few))
-    truth = evaluate.video_features(world.video)
-    blurred = F.avg_pool3d(world.video, (1, 3, 3), 1, (0, 1, 1))
-    jumbled = world.video[:, :, [0, 3, 1, 5, 2, 7, 4, 8, 6]]
-    other = evaluate.video_features(ToyWorld("validation").batch(list(range(128))).video)
-    chance = evaluate.frechet_video_distance(other, truth)
-    for worse in (blurred, jumbled):
-        assert evaluate.frechet_video_distance(evaluate.video_features(worse), truth) > 2 * chance
+    return ToyWorld("test").batch(list(range(16)))
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -297,12 +46,12 @@ CFG = evaluate.Config(videos=5, batch=2, steps=2, guidance=1.0, dtype="float32",
 
 
 def test_generate_hands_each_video_its_own_inputs(world):
-    codec, few = ToyCodec(), evaluate.subset(world, range(5))
+    codec, few = ToyCodec(), subset(world, range(5))
     seen = []
 
     def truthful(first, text, empty, traj, samples):
         seen.extend(samples)
-        part = evaluate.subset(few, samples)
+        part = subset(few, samples)
         latents = codec.encode_video(part.video)
         assert torch.allclose(first, latents[:, :, :1], atol=1e-5)
         assert torch.equal(text, codec.encode_text(part.captions)) and not empty.any()
@@ -310,33 +59,54 @@ def test_generate_hands_each_video_its_own_inputs(world):
         assert torch.equal(traj, codec.encode_video(maps))
         return latents
 
-    video, seconds = evaluate.generate(truthful, few, CFG, ALONE, "truth")
+    video = evaluate.generate(truthful, few, CFG, ALONE, "truth")
     truth = codec.decode_video(codec.encode_video(few.video))
-    assert torch.allclose(video, truth, atol=1e-4) and seen == [0, 1, 2, 3, 4] and seconds > 0
+    assert torch.allclose(video, truth, atol=1e-4) and seen == [0, 1, 2, 3, 4]
 
 
-def test_samples_do_not_depend_on_the_batch(world):
-    few = evaluate.subset(world, range(3))
-    sampler = evaluate.slow_sampler(*networks(), CFG)
-    in_pairs, _ = evaluate.generate(sampler, few, CFG, ALONE, "pairs")
-    at_once, _ = evaluate.generate(sampler, few, dataclasses.replace(CFG, batch=3), ALONE, "all")
-    assert torch.allclose(in_pairs, at_once, atol=1e-4)
-    given = few.video[:, :, :1]
-    codec = ToyCodec()
-    assert torch.allclose(in_pairs[:, :, :1], codec.decode_video(codec.encode_video(given)), atol=1e-4)
-    other = evaluate.slow_sampler(*networks(), dataclasses.replace(CFG, seed=1))
-    assert not torch.allclose(evaluate.generate(other, few, CFG, ALONE, "seed")[0], in_pairs, atol=1e-2)
+@pytest.mark.parametrize("kind", ["slow", "fast"])
+def test_samples_do_not_depend_on_the_batch(world, kind):
+    few, codec = subset(world, range(3)), ToyCodec()
+
+    def run(**changes):
+        cfg = dataclasses.replace(CFG, **changes)
+        sampler = (
+            evaluate.slow_sampler(*networks(), cfg) if kind == "slow" else evaluate.fast_sampler(*networks(), cfg, 2)
+        )
+        return evaluate.generate(sampler, few, cfg, ALONE, kind)
+
+    in_pairs = run()
+    assert torch.allclose(in_pairs, run(batch=3), atol=1e-4)
+    given = codec.decode_video(codec.encode_video(few.video[:, :, :1]))
+    assert torch.allclose(in_pairs[:, :, :1], given, atol=1e-4)
+    assert not torch.allclose(run(seed=1), in_pairs, atol=1e-2)
+
+
+def test_times_are_of_each_sampler(world):
+    """Each takes its turn six times, the first uncounted."""
+    turns = []
+
+    def sampler(name, pause):
+        def sample(first, text, empty, traj, samples):
+            turns.append(name)
+            time.sleep(pause if len(turns) > 2 else 0.2)
+            return traj
+
+        return sample
+
+    a, b = evaluate.seconds_per_clip([sampler("a", 0.02), sampler("b", 0.06)], world, CFG, ALONE)
+    assert turns == ["a", "b"] * 6 and 0.02 <= a < 0.05 < b < 0.15
 
 
 def test_adapter_guidance_and_captions_reach_the_sample(world):
-    few = evaluate.subset(world, range(2))
+    few = subset(world, range(2))
     generator, adapter = networks()
     calls = []
     adapter.register_forward_hook(lambda *_: calls.append(1))
 
     def run(batch=few, helper=adapter, **changes):
         cfg = dataclasses.replace(CFG, **changes)
-        return evaluate.generate(evaluate.slow_sampler(generator, helper, cfg), batch, cfg, ALONE, "run")[0]
+        return evaluate.generate(evaluate.slow_sampler(generator, helper, cfg), batch, cfg, ALONE, "run")
 
     base = run()
     assert len(calls) == 1  # once a clip, whatever the steps
@@ -351,7 +121,7 @@ def test_adapter_guidance_and_captions_reach_the_sample(world):
 
 
 def test_broken_weights_are_the_users_fault(world):
-    few = evaluate.subset(world, range(2))
+    few = subset(world, range(2))
     with pytest.raises(common.UserError, match="fast: generates values that are no numbers"):
         evaluate.generate(lambda first, *_: first.expand(-1, -1, 9, -1, -1) * math.nan, few, CFG, ALONE, "fast")
 
@@ -361,11 +131,17 @@ def test_broken_weights_are_the_users_fault(world):
 
 @pytest.fixture
 def weights(tmp_path) -> dict[str, str]:
-    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("generator", "adapter")}
-    for (option, path), name, net in zip(paths.items(), ("SlowGenerator", "SlowAdapter"), networks(), strict=True):
-        save_network(Path(path), name, net.config, net.state_dict())
-        assert option in evaluate.Config.__dataclass_fields__
-    return paths
+    """Options that name files of four random networks."""
+    options = {}
+    for speed in ("slow", "fast"):
+        for part, net in zip(("generator", "adapter"), networks(len(options)), strict=True):
+            path = tmp_path / f"{speed}_{part}.safetensors"
+            save_network(path, f"{speed.title()}{part.title()}", net.config, net.state_dict())
+            options[f"{speed}_{part}"] = str(path)
+    return options
+
+
+MEASURES = ["mask_iou", "box_iou", "sharpness", "fvd", "prompt_accuracy"]
 
 
 def test_main_writes_rows_and_sheet(tmp_path, weights, capsys):
@@ -373,44 +149,76 @@ def test_main_writes_rows_and_sheet(tmp_path, weights, capsys):
     cfg = evaluate.Config(**weights, out=str(out), videos=6, batch=4, steps=2, compile=False)
     evaluate.main(cfg)
     rows = json.loads(out.read_text())
-    counts = ToyWorld("test").batch(list(range(6))).count
-    adapted = "SlowGenerator + SlowAdapter"
-    expected = [("true video", "all"), ("through the codec", "all"), ("SlowGenerator", "all"), (adapted, "all")]
-    expected += [(adapted, n) for n in counts.unique().tolist()]
-    assert [(row["name"], row["objects"]) for row in rows] == expected
-    assert [row["videos"] for row in rows] == [6, 6, 6, 6, *counts.unique(return_counts=True)[1].tolist()]
-    keys = ["name", "steps", "videos", "objects", "mask_iou", "box_iou", "sharpness", "fvd", "prompt_accuracy",
-            "clockwise_when_untold", "seconds_per_video", "command", "machine"]  # fmt: skip
+    counts, sizes = ToyWorld("test").batch(list(range(6))).count.unique(return_counts=True)
+    slow, fast = "SlowGenerator + SlowAdapter", "FastGenerator + FastAdapter"
+    by_count = list(zip(["all", *counts.tolist()], [6, *sizes.tolist()], strict=True))
+    expected = [("true video", 0, "all", 6), ("through the codec", 0, "all", 6), ("SlowGenerator", 2, "all", 6)]
+    expected += [(slow, 2, *some) for some in by_count] + [("FastGenerator", 4, "all", 6)]
+    expected += [(fast, 4, *some) for some in by_count]
+    assert [(row["name"], row["steps"], row["objects"], row["videos"]) for row in rows] == expected
+    keys = [
+        "name",
+        "steps",
+        "videos",
+        "objects",
+        *MEASURES,
+        "clockwise_when_untold",
+        "seconds_per_clip",
+        "command",
+        "machine",
+    ]
     assert all(list(row) == keys for row in rows)
     assert rows[0]["mask_iou"] == rows[0]["box_iou"] == rows[0]["sharpness"] == 1 and rows[0]["fvd"] == 0
     assert rows[1]["mask_iou"] > 0.95
-    assert rows[0]["seconds_per_video"] is None and all(row["seconds_per_video"] > 0 for row in rows[2:])
-    assert rows[2]["fvd"] > 0 and all(row["fvd"] is None for row in rows[4:])  # too few videos
-    assert rows[0]["command"].startswith(f"python evaluate.py --generator {weights['generator']}")
+    whole = [row for row in rows if row["steps"] and row["objects"] == "all"]
+    assert all(row["seconds_per_clip"] > 0 and row["fvd"] > 0 for row in whole) and rows[0]["seconds_per_clip"] is None
+    assert len({row["mask_iou"] for row in whole}) == 4  # four ways
+    assert all(row["fvd"] is None for row in rows if row["objects"] != "all")  # too few videos
+    assert rows[0]["command"].startswith(f"python evaluate.py --slow_generator {weights['slow_generator']}")
     assert rows[0]["command"].endswith("--videos 6 --steps 2 --batch 4 --compile false")
     assert "threads, torch" in rows[0]["machine"]
     sheet = iio.imread(out.with_suffix(".png"))
-    assert sheet.shape[1] == 2 * (9 * 98 + 12) and sheet.shape[0] % (4 * 98 + 12) == 0
-    assert {path.name for path in out.parent.iterdir()} == {
-        "rows.json",
-        "rows.md",
-        "rows.png",
-    }  # nothing temporary is left
+    assert sheet.shape[1] == 2 * (9 * 98 + 12) and sheet.shape[0] % (6 * 98 + 12) == 0
+    assert {path.name for path in out.parent.iterdir()} == {"rows.json", "rows.md", "rows.png"}  # nothing temporary
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1 + len(rows) and len({len(line) for line in printed}) == 1
 
 
-def test_parts_weigh_as_the_whole(world):
-    """Rows by number of objects are the same measures on a part: over objects they average to the whole."""
-    still = world.video[:, :, :1].expand_as(world.video)
-    total, objects = 0, 0
-    for n in range(1, 4):
-        keep = torch.nonzero(world.count == n)[:, 0].tolist()
-        part = evaluate.subset(world, keep)
-        values = evaluate.mask_iou(evaluate.find_objects(still[keep], part), part.masks)
-        cases = (~values.isnan()).sum().item()
-        total, objects = total + cases * evaluate.score(still[keep], part)["mask_iou"], objects + cases
-    assert evaluate.score(still, world)["mask_iou"] == pytest.approx(total / objects)
+def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch):
+    """Every variant's runs are found, each with its own adapter; a row holds mean and range over them."""
+    monkeypatch.chdir(tmp_path)
+    cfg = evaluate.Config(**weights, out="rows.json", ablation=True, videos=4, batch=4, steps=3, compile=False)
+    with pytest.raises(common.UserError, match=r"no_diffusion_0.*: no such run"):
+        evaluate.main(cfg)
+    assert not Path("rows.json").exists()
+    for i, variant in enumerate(evaluate.VARIANTS):
+        for seed in range(2):
+            net = networks(10 + 2 * i + seed)[1]
+            save_network(
+                evaluate.RUNS / f"{variant}_{seed}/fast_adapter.safetensors",
+                "FastAdapter",
+                net.config,
+                net.state_dict(),
+            )
+    evaluate.main(cfg)
+    rows = json.loads(Path("rows.json").read_text())
+    slow, both, method = "SlowGenerator + SlowAdapter", "FastGenerator + SlowAdapter", "FlashMotion: "
+    assert [(row["name"], row["steps"], row["seeds"]) for row in rows[:3]] == [(slow, 3, 1), (slow, 4, 1), (both, 4, 1)]
+    assert [row["steps"] for row in rows[3:]] == [4] * 8 + [2] * 6 + [1] * 6
+    assert {row["name"].removeprefix(method) for row in rows[3:11]} == set(evaluate.VARIANTS.values())
+    assert {row["name"] for row in rows if row["name"].startswith(method)} == {
+        method + evaluate.VARIANTS[evaluate.METHOD]
+    }
+    assert all(row["seeds"] == 2 for row in rows[3:11])
+    for row in rows[3:11]:
+        for key in MEASURES:
+            low, high = row[f"{key}_range"]
+            assert row[key] == pytest.approx((low + high) / 2, abs=1e-4)
+        assert row["mask_iou_range"][0] < row["mask_iou_range"][1]
+    assert len({row["mask_iou"] for row in rows}) == len(rows)  # each its own adapter and steps
+    assert f"({rows[3]['fvd_range'][0]} to " in Path("rows.md").read_text()
+    sheet = iio.imread("rows.png")
+    assert sheet.shape[0] % ((2 + 3 + 8) * 98 + 12) == 0
 
 
 @pytest.mark.parametrize(
@@ -422,7 +230,7 @@ def test_parts_weigh_as_the_whole(world):
         ({"seed": -1}, "--seed -1: must be at least 0"),
         ({"shift": 0.0}, "--shift 0.0: must be at least 0.01"),
         ({"out": "rows.txt"}, "--out rows.txt: must end in .json"),
-        ({"generator": "no.safetensors"}, "no.safetensors: no such file"),
+        ({"fast_generator": "no.safetensors"}, "no.safetensors: no such file"),
     ],
 )
 def test_bad_options(changes, words, weights, tmp_path, monkeypatch):
@@ -436,9 +244,10 @@ def test_bad_options(changes, words, weights, tmp_path, monkeypatch):
 
 def test_networks_that_do_not_fit(weights, tmp_path):
     config = adapters.AdapterConfig(64, 2, hidden=16)
-    save_network(Path(weights["adapter"]), "SlowAdapter", config, adapters.ResNetAdapter(config).state_dict())
-    wrong = "adapter.safetensors: has 2 blocks of width 64, but --generator"
-    with pytest.raises(common.UserError, match=wrong.replace(".", r"\.")):
+    path = Path(weights["slow_adapter"])
+    save_network(path, "SlowAdapter", config, adapters.ResNetAdapter(config).state_dict())
+    wrong = f"{path}: has 2 blocks of width 64, but {weights['slow_generator']} has 1 blocks of width 160"
+    with pytest.raises(common.UserError, match=re.escape(wrong)):
         evaluate.main(evaluate.Config(**weights, out=str(tmp_path / "rows.json"), compile=False))
 
 

@@ -19,6 +19,8 @@ SHORT = {
     "train_codec.py": ["--steps", 2, "--batch", 2],
     "train_slow_generator.py": ["--steps", 2, "--batch", 2, "--compile", "false"],
     "train_slow_adapter.py": ["--steps", 2, "--batch", 2, "--compile", "false"],
+    "distill_fast.py": ["--steps", 5, "--batch", 2, "--compile", "false"],
+    "finetune_hybrid.py": ["--steps", 5, "--batch", 2, "--compile", "false"],
 }
 
 

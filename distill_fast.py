@@ -1,0 +1,168 @@
+"""Stage 2: distil the SlowGenerator into the FastGenerator, which needs four steps, by distribution matching.
+
+    python distill_fast.py                                  # preset tiny on this machine, from the shipped generator
+    torchrun --nproc_per_node=8 distill_fast.py
+
+Three copies of the SlowGenerator. The *generator* learns to predict, in four steps, clean videos from noise. The *real
+score*, frozen, tells where a noisy video should go to look like data; the *fake score*, trained all along on what the
+generator makes, where it should go to look like the generator's. Their difference is the gradient (DMD; paper, stage
+2). No trajectory takes part: the adapter comes back in stage 3. To resume, run the same command again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import common
+import flow
+import optim
+from codec import ToyCodec
+from data import ToyLatents
+from flow import Velocity
+from model import VideoDiT, save_network
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of stage 2."""
+
+    name: str = "fast_generator"  # run folder under runs/
+    preset: Literal["tiny"] = "tiny"  # size of the networks and their world
+    generator: str = "checkpoints/tiny/slow_generator.safetensors"  # the SlowGenerator all three networks start from
+    steps: int = 2000  # updates of the fake score; the generator learns in every `ratio`-th
+    ratio: int = 5  # fake-score updates for one of the generator
+    denoising_steps: int = flow.FAST.steps  # of the generator
+    batch: int = 16  # videos a step, over all processes
+    accumulate: int = 1  # micro-batches a step
+    lr: float = 1e-4  # peak learning rate of the generator
+    fake_lr: float = 1e-4  # peak learning rate of the fake score
+    warmup: int = 50  # steps of linear warm-up before the cosine
+    weight_decay: float = 0.01  # decoupled
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.99  # decay of the averaged generator, the one exported
+    guidance: float = 2.0  # of the real score; the fake score has none
+    shift: float = flow.FAST.shift  # warp of all noise levels towards noise
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
+    compile: bool = True  # torch.compile each block
+    seed: int = 0  # of data order and noise
+    log_every: int = 20  # steps
+    save_every: int = 250  # steps
+    sample_every: int = 500  # steps
+
+
+def generator_loss(
+    generator: Velocity, fake: Velocity, real: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float],
+    last: int, renoise: Tensor, sigma: Tensor,
+) -> Tensor:  # fmt: skip
+    """Distribution matching: move the generator's x0 against `fake(x_t) - real(x_t)`, both read as clean videos.
+
+    first [B,C,1,H,W]; noise [steps,B,C,F,H,W] for the generator's own sampling, whose step `last` gets the gradient;
+    renoise [B,C,F,H,W] and sigma [B] make x_t of its result. The difference is divided by the mean of |x0 - real(x_t)|
+    of each video, so that all noise levels pull alike (DMD, eq. 8). The returned value has that gradient; it is no
+    distance, and does not fall.
+    """
+    x0 = flow.backward_simulation(generator, first, noise, sigmas, last)
+    with torch.no_grad():
+        level = flow.frame_sigma(sigma, x0.shape[2])
+        x_t, t = flow.add_noise(x0, renoise, level), flow.timestep(level)
+        x_fake, x_real = (flow.velocity_to_x0(x_t, score(x_t, t).float(), level)[:, :, 1:] for score in (fake, real))
+        scale = (x0[:, :, 1:] - x_real).abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-6)
+        target = x0[:, :, 1:] - (x_fake - x_real) / scale
+    return 0.5 * (x0[:, :, 1:] - target).square().mean()
+
+
+def fake_score_loss(
+    fake: Velocity, generator: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float],
+    last: int, renoise: Tensor, sigma: Tensor,
+) -> Tensor:  # fmt: skip
+    """The flow-matching loss of the fake score on what the generator makes. Arguments as in `generator_loss`."""
+    with torch.no_grad():
+        x0 = flow.backward_simulation(generator, first, noise, sigmas, last)
+    return flow.flow_matching_loss(fake, x0, renoise, sigma)
+
+
+def main(cfg: Config) -> None:
+    procs = common.init_processes()
+    generator, fake, real = (VideoDiT.from_pretrained(cfg.generator, "SlowGenerator") for _ in range(3))
+    real.requires_grad_(False)
+    generator, fake, real = (common.prepare(network, procs, cfg.compile) for network in (generator, fake, real))
+    optimizers = [optim.adamw(generator, cfg.weight_decay)]
+    fake_optimizers = [optim.adamw(fake, cfg.weight_decay)]
+    ema = optim.EMA(generator, cfg.ema)
+    codec = ToyCodec()
+    data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
+    empty = codec.encode_text([""]).to(procs.device)
+    sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
+
+    parts = {"generator": (generator, optimizers, ema), "fake": (fake, fake_optimizers, None)}
+    run = common.Run(f"runs/{cfg.name}", cfg, procs)
+    start = common.load_checkpoint(run.folder, parts, procs)
+    run.rewind(start)
+
+    def inputs(samples: list[int], turn: int) -> tuple[Tensor, ...]:
+        """First frames, text, the sampler's noise, and the noise and its level that x_t is made with."""
+        x0, text, _ = (x if x is None else x.to(procs.device) for x in data.batch(samples))
+        noise = common.sample_noise((cfg.denoising_steps + 1, *x0.shape[1:]), samples, cfg.seed, turn)
+        noise = noise.transpose(0, 1).to(procs.device)
+        u = common.sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
+        return x0[:, :, :1], text, noise[:-1], noise[-1], flow.shift_sigma(u, cfg.shift).clamp(0.02, 0.98)
+
+    def exit_step(turn: int) -> int:
+        """Where backward simulation ends: the same on every rank, for they run in lockstep."""
+        return int(torch.randint(cfg.denoising_steps, (), generator=common.generator(cfg.seed, turn, 2)))
+
+    def train_step(step: int, learner: Literal["fake", "generator"]) -> dict[str, Tensor]:
+        turn, losses = 2 * step + (learner == "generator"), []
+        for samples in procs.share(cfg.batch, cfg.accumulate, turn):
+            first, text, noise, renoise, sigma = inputs(samples, turn)
+            ours, theirs = partial(generator, text=text), partial(fake, text=text)
+            truth = flow.guided(partial(real, text=text), partial(real, text=empty.expand_as(text)), cfg.guidance)
+            rest = (first, noise, sigmas, exit_step(turn), renoise, sigma)
+            with common.autocast(procs.device, cfg.dtype):
+                if learner == "fake":
+                    loss = fake_score_loss(theirs, ours, *rest)
+                else:
+                    loss = generator_loss(ours, theirs, truth, *rest)
+            (loss / cfg.accumulate).backward()
+            losses.append(loss.detach())
+        network, its_optimizers = (fake, fake_optimizers) if learner == "fake" else (generator, optimizers)
+        norm = optim.clip_and_step(network, its_optimizers, cfg.clip)
+        return {f"{learner}_loss": torch.stack(losses).mean(), f"{learner}_grad_norm": norm}
+
+    def write_samples(step: int) -> None:
+        """Four held-out images set in motion in a few steps: truth and sample in turn."""
+        x0, text, _ = (x if x is None else x.to(procs.device) for x in held_out.batch(list(range(4))))
+        noise = common.sample_noise((cfg.denoising_steps, *x0.shape[1:]), range(4), cfg.seed).transpose(0, 1)
+        with ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
+            out = flow.sample_fewstep(partial(generator, text=text), x0[:, :, :1], noise.to(procs.device), sigmas)
+        pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
+        run.samples(step, pairs.flatten(0, 1))
+
+    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=procs.rank > 0):
+        last = step == cfg.steps
+        if (step % cfg.sample_every == 0 and step > start) or last:
+            write_samples(step)
+        if (step % cfg.save_every == 0 and step > start) or last:
+            common.save_checkpoint(run.folder, step, parts, procs)
+        if last:
+            break
+        optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
+        optim.set_lr(fake_optimizers, optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps))
+        values = train_step(step, "fake")
+        if (step + 1) % cfg.ratio == 0:
+            values |= train_step(step, "generator")
+            ema.update(step)
+        if (step + 1) % cfg.log_every == 0:
+            run.log(step + 1, **{name: procs.mean(value) for name, value in values.items()})
+    weights = ema.weights()
+    if procs.rank == 0:
+        save_network(run.folder / "fast_generator.safetensors", "FastGenerator", generator.config, weights)
+
+
+if __name__ == "__main__":
+    common.run_script(main, Config)

@@ -1,0 +1,207 @@
+"""Stage 3: fine-tune the SlowAdapter into the FastAdapter, which steers the FastGenerator in four steps.
+
+    python finetune_hybrid.py                                  # preset tiny on this machine, from the shipped networks
+    torchrun --nproc_per_node=8 finetune_hybrid.py
+
+The diffusion loss alone keeps to the trajectory and blurs; the adversarial loss alone is sharp and drifts. The adapter
+gets both, weighed `loss = adversarial + lambda(step) * diffusion` (paper, stage 3). The discriminator learns at every
+step, the adapter at every fifth; all else is frozen. To resume, run the same command again.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import common
+import discriminator as discriminators
+import flow
+import optim
+from adapter import ResNetAdapter, steer
+from codec import ToyCodec
+from data import ToyLatents
+from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
+from flow import Velocity
+from model import VideoDiT, save_network
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of stage 3."""
+
+    name: str = "fast_adapter"  # run folder under runs/
+    preset: Literal["tiny"] = "tiny"  # size of the networks and their world
+    generator: str = "checkpoints/tiny/fast_generator.safetensors"  # the frozen FastGenerator
+    adapter: str = "checkpoints/tiny/slow_adapter.safetensors"  # the SlowAdapter that training starts from
+    backbone: str = "checkpoints/tiny/slow_generator.safetensors"  # the SlowGenerator inside the discriminator
+    steps: int = 1000  # discriminator updates; the adapter learns in every `ratio`-th
+    ratio: int = 5  # discriminator updates for one of the adapter
+    denoising_steps: int = flow.FAST.steps  # of the generator
+    use_gan: bool = True  # the adversarial loss
+    use_diffusion: bool = True  # the diffusion loss
+    gan_scale: float = 0.1  # weight of the adversarial loss
+    diffusion_scale: Literal["decay", "grow", "constant"] = "decay"  # lambda, the diffusion loss's weight over time
+    semantic: bool = True  # the discriminator's attention to first frame and text
+    trajectory: bool = True  # the discriminator's attention to the trajectory
+    video: bool = True  # the discriminator's attention to the video
+    sparse: float = 0.15  # share of trajectories with frames blacked out
+    batch: int = 16  # videos a step, over all processes
+    accumulate: int = 1  # micro-batches a step
+    lr: float = 2e-4  # peak learning rate of the adapter
+    classifier_lr: float = 1e-3  # peak learning rate of the discriminator's classifier
+    momentum: float = 0.9  # of the classifier's updates; the adapter's have none
+    warmup: int = 20  # steps of linear warm-up before the cosine
+    weight_decay: float = 0.01  # decoupled
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.95  # decay of the averaged adapter, the one exported
+    shift: float = flow.FAST.shift  # warp of the sampler's noise levels towards noise
+    judge_shift: float = 1.0  # warp of the noise levels at which videos are judged
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
+    compile: bool = True  # torch.compile each block
+    seed: int = 0  # of the classifier's weights, data order and noise
+    log_every: int = 20  # steps
+    save_every: int = 250  # steps
+    sample_every: int = 500  # steps
+
+
+def diffusion_weight(kind: str, progress: float) -> float:
+    """lambda at `progress` in [0, 1] of the training. The paper's formulas are over its 1,000 steps."""
+    step = 1000 * progress
+    return {"decay": 1 / (4e-3 * step + 0.1), "grow": 0.25e-3 * step + 0.1, "constant": 1.0}[kind]
+
+
+def diffusion_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """`|| G(x_t, t, traj) - x0 ||^2` at one of the sampler's noise levels [paper, L_diffusion], but for frame 0.
+
+    x0, noise [B,C,F,H,W], sigma [B].
+    """
+    level = flow.frame_sigma(sigma, x0.shape[2])
+    x_t = flow.add_noise(x0, noise, level)
+    predicted = flow.velocity_to_x0(x_t, velocity(x_t, flow.timestep(level)).float(), level)
+    return (predicted - x0)[:, :, 1:].square().mean()
+
+
+def main(cfg: Config) -> None:
+    if not (cfg.use_gan or cfg.use_diffusion):
+        raise common.UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
+    procs = common.init_processes()
+    torch.manual_seed(cfg.seed)  # the same initial classifier on every rank
+    generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator").requires_grad_(False)
+    backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator").requires_grad_(False)
+    adapter = ResNetAdapter.from_pretrained(cfg.adapter, "SlowAdapter")
+    shape = replace(
+        discriminators.PRESETS[cfg.preset], semantic=cfg.semantic, trajectory=cfg.trajectory, video=cfg.video
+    )
+    generator, backbone, adapter, classifier = (
+        common.prepare(network, procs, cfg.compile) for network in (generator, backbone, adapter, Classifier(shape))
+    )
+    discriminator = DiffusionDiscriminator(backbone, classifier)
+    optimizers = [optim.adamw(adapter, cfg.weight_decay)]
+    classifier_optimizers = [optim.adamw(classifier, cfg.weight_decay, cfg.momentum)]
+    ema = optim.EMA(adapter, cfg.ema)
+    codec = ToyCodec()
+    data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
+    sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
+
+    parts = {"adapter": (adapter, optimizers, ema), "classifier": (classifier, classifier_optimizers, None)}
+    run = common.Run(f"runs/{cfg.name}", cfg, procs)
+    start = common.load_checkpoint(run.folder, parts, procs)
+    run.rewind(start)
+
+    def inputs(samples: list[int], turn: int) -> tuple[Tensor, ...]:
+        """Videos, text, trajectories, the sampler's noise, and the noise and its level that both judged videos get."""
+        x0, text, traj = (x.to(procs.device) for x in data.batch(samples, "box", cfg.sparse))
+        noise = common.sample_noise((cfg.denoising_steps + 1, *x0.shape[1:]), samples, cfg.seed, turn)
+        noise = noise.transpose(0, 1).to(procs.device)
+        u = common.sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
+        sigma = flow.shift_sigma(u, cfg.judge_shift).clamp(0.02, 0.98)
+        return x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2])
+
+    def exit_step(turn: int) -> int:
+        """Where backward simulation ends: the same on every rank, for they run in lockstep."""
+        return int(torch.randint(cfg.denoising_steps, (), generator=common.generator(cfg.seed, turn, 2)))
+
+    def discriminator_step(step: int) -> dict[str, Tensor]:
+        """The classifier learns to tell noisy videos from what the generator makes. No gradient but its own."""
+        turn, losses = 2 * step, []
+        for samples in procs.share(cfg.batch, cfg.accumulate, turn):
+            x0, text, traj, noise, renoise, level = inputs(samples, turn)
+            with common.autocast(procs.device, cfg.dtype):
+                with torch.no_grad():
+                    velocity = steer(generator, adapter, text, traj)
+                    fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, exit_step(turn))
+                    x_t = torch.cat([flow.add_noise(x, renoise, level) for x in (x0, fake)])
+                    t, text, traj = (torch.cat([x, x]) for x in (flow.timestep(level), text, traj))
+                    features = discriminator.features(x_t, t, text)
+                loss = discriminator_loss(*classifier(features, text, traj).chunk(2))
+            (loss / cfg.accumulate).backward()
+            losses.append(loss.detach())
+        norm = optim.clip_and_step(classifier, classifier_optimizers, cfg.clip)
+        return {"discriminator_loss": torch.stack(losses).mean(), "discriminator_grad_norm": norm}
+
+    def adapter_step(step: int) -> dict[str, Tensor]:
+        """The adapter learns from both losses; the gradient passes through the frozen networks."""
+        turn, weight, logged = 2 * step + 1, diffusion_weight(cfg.diffusion_scale, step / cfg.steps), []
+        for samples in procs.share(cfg.batch, cfg.accumulate, turn):
+            x0, text, traj, noise, renoise, level = inputs(samples, turn)
+            zero = torch.zeros((), device=procs.device)
+            with common.autocast(procs.device, cfg.dtype):
+                velocity = steer(generator, adapter, text, traj)
+
+                # 1. Diffusion: the true video, seen at one of the sampler's noise levels.
+                diffusion = zero
+                if cfg.use_diffusion:
+                    u = common.sample_uniform(samples, cfg.batch, cfg.seed, turn, 3)
+                    picked = [sigmas[int(v * cfg.denoising_steps)] for v in u]
+                    diffusion = diffusion_loss(velocity, x0, renoise, torch.tensor(picked, device=procs.device))
+
+                # 2. Generator: what a few steps make, noised, is to pass for real.
+                adversarial = zero
+                if cfg.use_gan:
+                    fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, exit_step(turn))
+                    x_t = flow.add_noise(fake, renoise, level)
+                    adversarial = adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
+            ((cfg.gan_scale * adversarial + weight * diffusion) / cfg.accumulate).backward()
+            logged.append(torch.stack([adversarial.detach(), diffusion.detach()]))
+        classifier.zero_grad()  # the gradient passed through it on its way; its own comes from the step above
+        norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
+        adversarial, diffusion = torch.stack(logged).mean(0)
+        return {"adversarial_loss": adversarial, "diffusion_loss": diffusion, "adapter_grad_norm": norm}
+
+    def write_samples(step: int) -> None:
+        """Four held-out trajectories: truth and sample in turn."""
+        x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
+        noise = common.sample_noise((cfg.denoising_steps, *x0.shape[1:]), range(4), cfg.seed).transpose(0, 1)
+        with ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
+            velocity = steer(generator, adapter, text, traj)
+            out = flow.sample_fewstep(velocity, x0[:, :, :1], noise.to(procs.device), sigmas)
+        pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
+        run.samples(step, pairs.flatten(0, 1))
+
+    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=procs.rank > 0):
+        last = step == cfg.steps
+        if (step % cfg.sample_every == 0 and step > start) or last:
+            write_samples(step)
+        if (step % cfg.save_every == 0 and step > start) or last:
+            common.save_checkpoint(run.folder, step, parts, procs)
+        if last:
+            break
+        optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
+        classifier_lr = optim.learning_rate(step, cfg.classifier_lr, cfg.warmup, cfg.steps)
+        optim.set_lr(classifier_optimizers, classifier_lr)
+        values = discriminator_step(step) if cfg.use_gan else {}
+        if (step + 1) % cfg.ratio == 0:
+            values |= adapter_step(step)
+            ema.update(step)
+        if (step + 1) % cfg.log_every == 0:
+            run.log(step + 1, **{name: procs.mean(value) for name, value in values.items()})
+    weights, classifier_weights = ema.weights(), {n: common.full(p) for n, p in classifier.named_parameters()}
+    if procs.rank == 0:
+        save_network(run.folder / "fast_adapter.safetensors", "FastAdapter", adapter.config, weights)
+        save_network(run.folder / "classifier.safetensors", "Classifier", classifier.config, classifier_weights)
+
+
+if __name__ == "__main__":
+    common.run_script(main, Config)

@@ -1,0 +1,176 @@
+"""Distribution matching: each loss moves its own network and no other, and a known distribution is matched."""
+
+import pytest
+import torch
+from torch import nn
+
+import flow
+import optim
+from distill_fast import fake_score_loss, generator_loss
+from model import PRESETS, VideoDiT
+
+SIGMAS = flow.sigma_schedule(4, 3)
+
+
+def networks():
+    torch.manual_seed(0)
+    made = [VideoDiT(PRESETS["tiny"]) for _ in range(3)]
+    for network in made:
+        nn.init.normal_(network.head.head.weight, std=0.02)
+    made[2].requires_grad_(False)
+    return made  # generator, fake score, real score
+
+
+def losses(generator, fake, real, last=2):
+    draw = torch.Generator().manual_seed(1)
+    shape = (2, 16, 3, 4, 4)
+    noise, renoise = torch.randn(4, *shape, generator=draw), torch.randn(shape, generator=draw)
+    first, text = torch.randn(2, 16, 1, 4, 4, generator=draw), torch.randn(2, 32, 64, generator=draw)
+    sigma = torch.tensor([0.4, 0.9])
+    networks = [lambda x, t, n=n: n(x, t, text) for n in (generator, fake, real)]
+    rest = (first, noise, SIGMAS, last, renoise, sigma)
+    return generator_loss(*networks, *rest), fake_score_loss(networks[1], networks[0], *rest)
+
+
+def test_each_loss_reads_the_right_networks():
+    generator, fake, real = networks()
+    before = losses(generator, fake, real)
+    moved = {}
+    for name, network in (("generator", generator), ("fake", fake), ("real", real)):
+        bias = network.head.head.bias
+        bias.data += 0.1
+        moved[name] = [a.item() != b.item() for a, b in zip(losses(generator, fake, real), before, strict=True)]
+        bias.data -= 0.1
+    assert moved == {"generator": [True, True], "fake": [True, True], "real": [True, False]}
+
+
+def test_each_loss_moves_its_own_network_alone():
+    generator, fake, real = networks()
+    for which, learner in enumerate((generator, fake)):
+        losses(generator, fake, real)[which].backward()
+        with_gradient = [n for n in (generator, fake, real) if any(p.grad is not None for p in n.parameters())]
+        assert with_gradient == [learner]
+        learner.zero_grad()
+    optimizers = [optim.adamw(network, 0.0) for network in (generator, fake)]
+    owned = [{id(p) for g in o.param_groups for p in g["params"]} for o in optimizers]
+    assert not owned[0] & owned[1] and not (owned[0] | owned[1]) & {id(p) for p in real.parameters()}
+
+
+@pytest.mark.parametrize("last", range(4))
+def test_backward_simulation_has_gradient_in_its_last_step_alone(last):
+    seen = []
+
+    def velocity(x, t):
+        seen.append((t[0, 1].item() / 1000, torch.is_grad_enabled()))
+        return weight * x
+
+    weight, first = torch.tensor(0.5, requires_grad=True), torch.randn(2, 3, 1, 2, 2)
+    x0 = flow.backward_simulation(velocity, first, torch.randn(4, 2, 3, 4, 2, 2), SIGMAS, last)
+    assert [sigma for sigma, _ in seen] == pytest.approx(SIGMAS[: last + 1])
+    assert [on for _, on in seen] == [False] * last + [True]
+    assert x0.requires_grad and torch.equal(x0[:, :, :1], first)
+
+
+def test_gradient_is_the_normalised_difference_of_the_scores():
+    """With fake(x_t) = a and real(x_t) = b as clean videos: (a - b) / mean of |x0 - b|, over the number of values."""
+    x0 = torch.randn(2, 1, 3, 2, 2, requires_grad=True)
+    first, noise = x0[:, :, :1].detach(), torch.zeros(1, 2, 1, 3, 2, 2)
+
+    def lands_on(c):  # the velocity at which equation (3) gives c
+        return lambda x, t: (x - c) / (t[:, None, :, None, None] / 1000).clamp_min(1e-9)
+
+    loss = generator_loss(
+        lands_on(x0), lands_on(0.7), lands_on(0.2), first, noise, [1.0, 0.0], 0, torch.randn_like(noise[0]),
+        torch.full((2,), 0.5),
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, x0)
+    scale = (x0[:, :, 1:] - 0.2).abs().mean((1, 2, 3, 4), keepdim=True)
+    expected = (0.5 / scale / x0[:, :, 1:].numel()).expand_as(x0[:, :, 1:])
+    torch.testing.assert_close(gradient[:, :, 1:], expected, rtol=1e-3, atol=1e-6)
+    assert (gradient[:, :, 0] == 0).all()
+
+
+class Points(nn.Module):
+    """A velocity of points in the plane. A "video" is 64 of them, in frame 1 of [B,2,2,8,8], under one noise level."""
+
+    def __init__(self, width: int = 128):
+        super().__init__()
+        layers = [nn.Linear(2 + 16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)]
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x, t):
+        angle = t[:, 1:2] / 1000 * torch.arange(1, 9) * torch.pi / 2
+        time = torch.cat([angle.cos(), angle.sin()], dim=1)[:, None].expand(-1, 64, -1)
+        return as_video(self.net(torch.cat([as_points(x), time], dim=2)))
+
+
+def as_points(x):
+    return x[:, :, 1].flatten(2).transpose(1, 2)  # (B, 64, 2)
+
+
+def as_video(points):
+    frame = points.transpose(1, 2).unflatten(2, (8, 8))
+    return torch.stack([torch.zeros_like(frame), frame], dim=2)
+
+
+CENTERS = torch.tensor([[-1.0, 0.0], [1.0, 0.6], [0.6, -1.2]])
+SPREAD = torch.tensor([[0.30, 0.15], [0.15, 0.30], [0.22, 0.22]])  # standard deviations along the axes
+SHARES = torch.tensor([0.5, 0.3, 0.2])
+
+
+def mixture_velocity(x, t):
+    """The exact velocity of the mixture: E[noise - x0 | x_t], a component at a time (flow.py, eq. 1 and 2)."""
+    sigma, point = t[:, 1, None, None, None] / 1000, as_points(x)[:, :, None]  # (B, 1, 1, 1), (B, 64, 1, 2)
+    variance = (1 - sigma) ** 2 * SPREAD**2 + sigma**2  # (B, 1, 3, 2), of x_t under each component
+    offset = point - (1 - sigma) * CENTERS
+    log = SHARES.log() - 0.5 * (offset**2 / variance + variance.log()).sum(3)
+    x0 = CENTERS + (1 - sigma) * SPREAD**2 / variance * offset
+    noise = sigma / variance * offset
+    return as_video((log.softmax(2)[..., None] * (noise - x0)).sum(2))
+
+
+def test_distilled_sampler_matches_a_gaussian_mixture():
+    """Four steps of a small network, distilled by the same two losses from the mixture's exact score."""
+    torch.manual_seed(0)
+    generator, fake, batch, steps = Points(), Points(), 8, 4000
+    first, sigmas = torch.zeros(batch, 2, 1, 8, 8), flow.sigma_schedule(4, 1)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=2e-3)
+    for _ in range(600):  # as in stage 2, all begin at the slow network: here, a regression on the exact velocity
+        x, t = torch.randn(batch, 2, 2, 8, 8) * 1.2, 1000 * flow.frame_sigma(torch.rand(batch), 2)
+        optimizer.zero_grad()
+        (generator(x, t) - mixture_velocity(x, t)).square().mean().backward()
+        optimizer.step()
+    fake.load_state_dict(generator.state_dict())
+    rates = {generator: 1e-3, fake: 2e-3}
+    optimizers = {network: torch.optim.Adam(network.parameters(), betas=(0.0, 0.999)) for network in rates}
+    ema = optim.EMA(generator, 0.99)
+    for step in range(steps):
+        noise, sigma, last = (
+            torch.randn(5, batch, 2, 2, 8, 8),
+            0.02 + 0.96 * torch.rand(batch),
+            int(torch.randint(4, ())),
+        )
+        rest = (first, noise[:-1], sigmas, last, noise[-1], sigma)
+        for learner in (fake, generator) if step % 5 == 4 else (fake,):
+            optim.set_lr([optimizers[learner]], rates[learner] * (1 - step / steps))
+            optimizers[learner].zero_grad()
+            if learner is fake:
+                fake_score_loss(fake, generator, *rest).backward()
+            else:
+                generator_loss(generator, fake, mixture_velocity, *rest).backward()
+            optimizers[learner].step()
+        ema.update(step)
+
+    count = 128
+    with ema.applied():
+        noise = torch.randn(4, count, 2, 2, 8, 8)
+        points = as_points(flow.sample_fewstep(generator, torch.zeros(count, 2, 1, 8, 8), noise, sigmas)).flatten(0, 1)
+    nearest = ((points[:, None] - CENTERS) / SPREAD).square().sum(2).argmin(1)
+    for k in range(3):
+        mine = points[nearest == k]
+        print(len(mine) / len(points), mine.mean(0) - CENTERS[k], mine.T.cov() - torch.diag(SPREAD[k] ** 2))
+    for k in range(3):
+        mine = points[nearest == k]
+        assert len(mine) / len(points) == pytest.approx(SHARES[k].item(), abs=0.05)
+        torch.testing.assert_close(mine.mean(0), CENTERS[k], atol=0.08, rtol=0)
+        torch.testing.assert_close(mine.T.cov(), torch.diag(SPREAD[k] ** 2), atol=0.03, rtol=0)
