@@ -50,8 +50,7 @@ class Config:
     batch: int = 16  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step
     lr: float = 2e-4  # peak learning rate of the adapter
-    classifier_lr: float = 1e-3  # peak learning rate of the discriminator's classifier
-    momentum: float = 0.9  # of the classifier's updates; the adapter's have none
+    classifier_lr: float = 3e-3  # peak learning rate of the discriminator's classifier
     warmup: int = 20  # steps of linear warm-up before the cosine
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
@@ -99,7 +98,7 @@ def main(cfg: Config) -> None:
     )
     discriminator = DiffusionDiscriminator(backbone, classifier)
     optimizers = [optim.adamw(adapter, cfg.weight_decay)]
-    classifier_optimizers = [optim.adamw(classifier, cfg.weight_decay, cfg.momentum)]
+    classifier_optimizers = optim.make_optimizers(classifier, classifier.blocks, cfg.weight_decay)
     ema = optim.EMA(adapter, cfg.ema)
     codec = ToyCodec()
     data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")

@@ -68,10 +68,10 @@ def make_optimizers(model: nn.Module, blocks: nn.Module, weight_decay: float) ->
     return [Muon(inside, weight_decay), adamw]
 
 
-def adamw(model: nn.Module, weight_decay: float, momentum: float = 0.0) -> torch.optim.Optimizer:
-    """AdamW, by default without momentum, as score-matching games are played (betas as in Wan2.2-TI2V-5B-Turbo)."""
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW without momentum, as adversarial and score-matching games are played (betas as in Wan2.2-TI2V-5B-Turbo)."""
     params = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(params, betas=(momentum, 0.999), weight_decay=weight_decay)
+    return torch.optim.AdamW(params, betas=(0.0, 0.999), weight_decay=weight_decay)
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
