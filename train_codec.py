@@ -3,7 +3,9 @@
     python train_codec.py                                         # one process, some ten minutes on two cores
 
 The encoder is computed, principal components of the first videos' frames; the decoder is trained, on frames of videos
-and of trajectory maps. Noise on the latents makes it bear a generator's errors. To resume, run the same command again.
+and of trajectory maps. Noise on the latents makes it bear a generator's errors; an error of each pixel alone would make
+it blur where it is not sure, so how much detail there is around a pixel counts too. To resume, run the same command
+again.
 
     python train_codec.py --init checkpoints/tiny/codec.safetensors --name decoder
 
@@ -36,8 +38,9 @@ class Config:
     frames: int = 4  # of each video; one in four is of its maps
     lr: float = 4e-3  # peak learning rate of the kernels
     warmup: int = 50  # steps of linear warm-up before the cosine
-    noise: float = 0.1  # standard deviation of the noise on the latents, whose mean variance is 1
+    noise: float = 0.06  # standard deviation of the noise on the latents, whose mean variance is 1
     detail: float = 0.1  # weight of the error of the Laplacian, for crisp edges
+    energy: float = 0.3  # weight of the error of the Laplacian's energy around each pixel, against blur
     clip: float = 1.0  # largest gradient norm
     seed: int = 0  # of weights, data order and noise
     log_every: int = 20  # steps
@@ -55,6 +58,13 @@ def frames_of(world: ToyWorld, samples: list[int], number: int, seed: int) -> Te
         for t in torch.randint(world.frames, (number,), generator=draw).tolist():
             frames.append((maps if torch.rand((), generator=draw) < 0.25 else video)[:, t])
     return torch.stack(frames)
+
+
+def decoder_loss(out: Tensor, frames: Tensor, detail: float, energy: float) -> Tensor:
+    """L1 errors of the pixels, of their Laplacian, and of its root mean square in 5 x 5 pixels. [B, 3, S, S] each."""
+    laplacians = [common.laplacian(x) for x in (out, frames)]
+    energies = [(F.avg_pool2d(x.square().sum(1, keepdim=True), 5, stride=2) + 1e-4).sqrt() for x in laplacians]
+    return F.l1_loss(out, frames) + detail * F.l1_loss(*laplacians) + energy * F.l1_loss(*energies)
 
 
 def main(cfg: Config) -> None:
@@ -78,8 +88,7 @@ def main(cfg: Config) -> None:
         frames = frames_of(world, samples, cfg.frames, cfg.seed)
         latents = model.encode(frames)
         noise = torch.randn(latents.shape, generator=common.generator(cfg.seed, step, 1))
-        out = model.decode(latents + cfg.noise * noise)
-        loss = F.l1_loss(out, frames) + cfg.detail * F.l1_loss(common.laplacian(out), common.laplacian(frames))
+        loss = decoder_loss(model.decode(latents + cfg.noise * noise), frames, cfg.detail, cfg.energy)
         loss.backward()
         return loss.detach(), optim.clip_and_step(decoder, optimizers, cfg.clip)
 
