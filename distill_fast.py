@@ -37,15 +37,15 @@ class Config:
     steps: int = 2000  # updates of the fake score; the generator learns in every `ratio`-th
     ratio: int = 5  # fake-score updates for one of the generator
     denoising_steps: int = flow.FAST.steps  # of the generator
-    batch: int = 16  # videos a step, over all processes
+    batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step
-    lr: float = 1e-4  # peak learning rate of the generator
-    fake_lr: float = 1e-4  # peak learning rate of the fake score
+    lr: float = 2e-4  # peak learning rate of the generator
+    fake_lr: float = 4e-4  # peak learning rate of the fake score
     warmup: int = 50  # steps of linear warm-up before the cosine
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.99  # decay of the averaged generator, the one exported
-    guidance: float = 2.0  # of the real score; the fake score has none
+    guidance: float = 1.5  # of the real score; the fake score has none
     shift: float = flow.FAST.shift  # warp of all noise levels towards noise
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
@@ -86,6 +86,16 @@ def fake_score_loss(
     return flow.flow_matching_loss(fake, x0, renoise, sigma)
 
 
+def levels_above(u: Tensor, last: int, steps: int) -> Tensor:
+    """Uniform u in [0, 1) -> uniform over the levels, before the shift, from that of step `last + 1` to pure noise.
+
+    To that level the sampler noises what step `last` predicts, so how its prediction looks with less noise is never
+    seen. Judged there as well, the vague predictions of the first steps blend with those of the last step in the fake
+    score, and the last step overshoots to make up for them. (As in trajectory distribution matching and Self-Forcing.)
+    """
+    return 1 - (1 - u) * (last + 1) / steps
+
+
 def main(cfg: Config) -> None:
     procs = common.init_processes()
     generator, fake, real = (VideoDiT.from_pretrained(cfg.generator, "SlowGenerator") for _ in range(3))
@@ -104,13 +114,14 @@ def main(cfg: Config) -> None:
     start = common.load_checkpoint(run.folder, parts, procs)
     run.rewind(start)
 
-    def inputs(samples: list[int], turn: int) -> tuple[Tensor, ...]:
+    def inputs(samples: list[int], turn: int, last: int) -> tuple[Tensor, ...]:
         """First frames, text, the sampler's noise, and the noise and its level that x_t is made with."""
         x0, text, _ = (x if x is None else x.to(procs.device) for x in data.batch(samples))
         noise = common.sample_noise((cfg.denoising_steps + 1, *x0.shape[1:]), samples, cfg.seed, turn)
         noise = noise.transpose(0, 1).to(procs.device)
         u = common.sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
-        return x0[:, :, :1], text, noise[:-1], noise[-1], flow.shift_sigma(u, cfg.shift).clamp(0.02, 0.98)
+        sigma = flow.shift_sigma(levels_above(u, last, cfg.denoising_steps), cfg.shift).clamp(0.02, 0.98)
+        return x0[:, :, :1], text, noise[:-1], noise[-1], sigma
 
     def exit_step(turn: int) -> int:
         """Where backward simulation ends: the same on every rank, for they run in lockstep."""
@@ -118,11 +129,12 @@ def main(cfg: Config) -> None:
 
     def train_step(step: int, learner: Literal["fake", "generator"]) -> dict[str, Tensor]:
         turn, losses = 2 * step + (learner == "generator"), []
+        last = exit_step(turn)
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
-            first, text, noise, renoise, sigma = inputs(samples, turn)
+            first, text, noise, renoise, sigma = inputs(samples, turn, last)
             ours, theirs = partial(generator, text=text), partial(fake, text=text)
             truth = flow.guided(partial(real, text=text), partial(real, text=empty.expand_as(text)), cfg.guidance)
-            rest = (first, noise, sigmas, exit_step(turn), renoise, sigma)
+            rest = (first, noise, sigmas, last, renoise, sigma)
             with common.autocast(procs.device, cfg.dtype):
                 if learner == "fake":
                     loss = fake_score_loss(theirs, ours, *rest)
