@@ -287,6 +287,17 @@ def _fsync_folder(folder: Path) -> None:
     os.close(handle)
 
 
+def output_path(text: str, suffix: str) -> Path:
+    """`--out` as a path, checked before any work is done: its ending, and that its folder is or can be made."""
+    path = Path(text)
+    if path.suffix != suffix:
+        raise UserError(f"--out {text}: the name must end in {suffix}")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--out {text}: {nearest} is no folder that can be written to")
+    return path
+
+
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it on success, removes it on any failure."""

@@ -52,10 +52,10 @@ METHOD = finetune_hybrid.Config.diffusion_scale  # the full method is the hybrid
 class Config:
     """Options of the evaluation."""
 
-    slow_generator: str = "checkpoints/tiny/slow_generator.safetensors"
-    slow_adapter: str = "checkpoints/tiny/slow_adapter.safetensors"
-    fast_generator: str = "checkpoints/tiny/fast_generator.safetensors"
-    fast_adapter: str = "checkpoints/tiny/fast_adapter.safetensors"
+    slow_generator: str = "checkpoints/tiny/slow_generator.safetensors"  # of stage 0
+    slow_adapter: str = "checkpoints/tiny/slow_adapter.safetensors"  # of stage 1
+    fast_generator: str = "checkpoints/tiny/fast_generator.safetensors"  # of stage 2
+    fast_adapter: str = "checkpoints/tiny/fast_adapter.safetensors"  # of stage 3
     ablation: bool = False  # the runs under runs/ablation instead of the shipped FastAdapter
     out: str = "runs/evaluate/rows.json"  # rows; .md and the contact sheet's .png go beside it
     split: Literal["test", "validation"] = "test"  # of the toy world; neither is trained on
@@ -117,7 +117,7 @@ def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: common.Proces
     return torch.cat(videos)
 
 
-def seconds_per_clip(samplers: Sequence[Sampler], batch: ToyBatch, cfg: Config, procs: common.Processes) -> list[float]:
+def seconds_per_video(samplers: Sequence[Sampler], batch: ToyBatch, cfg: Config, procs: common.Processes) -> list[float]:
     """How long each sampler takes to denoise one clip alone: the median of five rounds in which they take turns."""
     clip, rounds = inputs(batch, [0], ToyCodec(), cfg, procs.device), []
     for _ in range(6):
@@ -134,7 +134,7 @@ def make_row(
     name: str, steps: int, video: Tensor, batch: ToyBatch, seconds: float = math.nan, objects: str | int = "all"
 ) -> dict:
     """One row: what was scored, the measures to four decimals, null where there is no case."""
-    scores = {**score(video, batch), "seconds_per_clip": seconds}
+    scores = {**score(video, batch), "seconds_per_video": seconds}
     if objects != "all" and len(video) <= FEATURES:
         scores["fvd"] = math.nan  # the covariance of so few videos is singular
     rounded = {key: round(value, 4) if math.isfinite(value) else None for key, value in scores.items()}
@@ -225,7 +225,7 @@ def compare(cfg: Config, batch: ToyBatch, procs: common.Processes) -> tuple[list
         "FastGenerator": (flow.FAST.steps, fast_sampler(fast, None, cfg, flow.FAST.steps)),
         "FastGenerator + FastAdapter": (flow.FAST.steps, fast_sampler(fast, fast_adapter, cfg, flow.FAST.steps)),
     }
-    seconds = seconds_per_clip([sample for _, sample in ways.values()], batch, cfg, procs)
+    seconds = seconds_per_video([sample for _, sample in ways.values()], batch, cfg, procs)
     for (name, (steps, sample)), its_seconds in zip(ways.items(), seconds, strict=True):
         videos.append(generate(sample, batch, cfg, procs, name))
         rows.append(make_row(name, steps, videos[-1], batch, its_seconds))
@@ -266,9 +266,7 @@ def main(cfg: Config) -> None:
     for name, least in (("videos", 2), ("steps", 1), ("batch", 1), ("seed", 0), ("shift", 0.01)):
         if getattr(cfg, name) < least:
             raise common.UserError(f"--{name} {getattr(cfg, name)}: must be at least {least}")
-    out = Path(cfg.out)
-    if out.suffix != ".json":
-        raise common.UserError(f"--out {out}: must end in .json")
+    out = common.output_path(cfg.out, ".json")
     procs = common.init_processes()
     batch = ToyWorld(cfg.split).batch(list(range(cfg.videos)))
     rows, videos = (ablate if cfg.ablation else compare)(cfg, batch, procs)

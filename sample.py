@@ -2,8 +2,10 @@
 
     python sample.py                                                       # the shipped example
     python sample.py --image x.png --traj boxes.json --prompt "a red and blue disc spinning clockwise"
+    python sample.py --speed slow
 
-Writes `--out` and, beside it, the same video with the boxes drawn over it. SlowGenerator + SlowAdapter, Euler steps.
+Writes `--out` and, beside it, the same video with the boxes drawn over it. Fast: FastGenerator + FastAdapter in 4 steps
+that predict the clean video and noise it again. Slow: SlowGenerator + SlowAdapter in 50 Euler steps.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ from torch import Tensor
 import common
 import flow
 from adapter import PRESETS as ADAPTERS
-from adapter import ResNetAdapter
+from adapter import ResNetAdapter, steer
 from codec import ToyCodec
 from model import PRESETS, VideoDiT
 from trajectory import TrajectoryError, draw_overlay, load_trajectory
@@ -38,10 +40,10 @@ class Config:
     prompt: str = EXAMPLE  # what the video shows
     out: str = "out/sample.mp4"  # the video; <out>.boxes.mp4 is written beside it
     preset: Literal["tiny"] = "tiny"  # size of the networks and their world
-    weights: str = "checkpoints/tiny"  # folder of slow_generator.safetensors and slow_adapter.safetensors
-    steps: int = 30  # denoising steps
-    guidance: float = 1.0  # strength of prompt and trajectory; 1 switches guidance off and halves the work
-    shift: float = 3.0  # warp of the noise levels towards noise
+    weights: str = "checkpoints/tiny"  # folder of <speed>_generator.safetensors and <speed>_adapter.safetensors
+    speed: Literal["fast", "slow"] = "fast"  # which networks, and their sampler
+    steps: int = 0  # denoising steps; 0 is the sampler's own number: 4 fast, 50 slow
+    guidance: float = 1.0  # slow only: strength of prompt and trajectory; 1 switches it off and halves the work
     seed: int = 0  # another seed, another video
     frames: int = 9  # length of the video
     fps: int = 8  # frames a second
@@ -68,14 +70,15 @@ def load_image(path: str, size: int) -> tuple[Tensor, tuple[int, int]]:
 
 
 def main(cfg: Config) -> None:
-    if cfg.steps < 1:
-        raise common.UserError(f"--steps {cfg.steps}: at least 1")
+    if cfg.steps < 0:
+        raise common.UserError(f"--steps {cfg.steps}: at least 1, or 0 for the sampler's own number")
+    if cfg.speed == "fast" and cfg.guidance != 1:
+        raise common.UserError(f"--guidance {cfg.guidance}: the fast networks have none; add --speed slow")
     if cfg.scale < 1 or cfg.fps < 1:
         raise common.UserError(f"--scale {cfg.scale} --fps {cfg.fps}: both at least 1")
     if cfg.frames < 2 or cfg.seed < 0:
         raise common.UserError(f"--frames {cfg.frames} --seed {cfg.seed}: at least 2, and no seed below 0")
-    if Path(cfg.out).suffix != ".mp4":
-        raise common.UserError(f"--out {cfg.out}: the name must end in .mp4")
+    out = common.output_path(cfg.out, ".mp4")
     procs = common.init_processes()
     size = 48
     took: dict[str, float] = {}
@@ -90,13 +93,12 @@ def main(cfg: Config) -> None:
         image, source_size = load_image(cfg.image, size)
         trajectory = load_trajectory(cfg.traj, (size, size), cfg.frames, source_size)
     with timed("load networks"):
-        folder = Path(cfg.weights)
-        generator = VideoDiT.from_pretrained(folder / "slow_generator.safetensors", "SlowGenerator")
-        if generator.config != PRESETS[cfg.preset]:
-            raise common.UserError(f"{folder / 'slow_generator.safetensors'}: is no network of preset {cfg.preset}")
-        adapter = ResNetAdapter.from_pretrained(folder / "slow_adapter.safetensors", "SlowAdapter")
-        if adapter.config != ADAPTERS[cfg.preset]:
-            raise common.UserError(f"{folder / 'slow_adapter.safetensors'}: is no adapter of preset {cfg.preset}")
+        paths = [Path(cfg.weights) / f"{cfg.speed}_{part}.safetensors" for part in ("generator", "adapter")]
+        generator = VideoDiT.from_pretrained(paths[0], f"{cfg.speed.title()}Generator")
+        adapter = ResNetAdapter.from_pretrained(paths[1], f"{cfg.speed.title()}Adapter")
+        for path, network, presets in zip(paths, (generator, adapter), (PRESETS, ADAPTERS), strict=True):
+            if network.config != presets[cfg.preset]:
+                raise common.UserError(f"{path}: is no network of preset {cfg.preset}")
         generator, adapter = generator.to(procs.device), adapter.to(procs.device)
         codec = ToyCodec()
     with timed("encode"):
@@ -104,20 +106,25 @@ def main(cfg: Config) -> None:
         traj = codec.encode_video(trajectory.maps("box")[None]).to(procs.device)
         text, empty = codec.encode_text([cfg.prompt, ""]).to(procs.device).split(1)
     with timed("denoise"), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
-        residuals = adapter(None, None, None, traj)  # static: once per clip
-        velocity = flow.guided(
-            lambda x, t: generator(x, t, text, residuals), lambda x, t: generator(x, t, empty), cfg.guidance
-        )
-        noise = common.sample_noise((first.shape[1], cfg.frames, *first.shape[3:]), [0], cfg.seed).to(procs.device)
-        latents = flow.sample_multistep(velocity, first, noise, flow.sigma_schedule(cfg.steps, cfg.shift))
+        velocity, shape = steer(generator, adapter, text, traj), (first.shape[1], cfg.frames, *first.shape[3:])
+        sampling = flow.FAST if cfg.speed == "fast" else flow.SLOW
+        steps = cfg.steps or sampling.steps
+        sigmas = flow.sigma_schedule(steps, sampling.shift)
+        if cfg.speed == "fast":
+            noise = common.sample_noise((steps, *shape), [0], cfg.seed).transpose(0, 1).to(procs.device)
+            latents = flow.sample_fewstep(velocity, first, noise, sigmas)
+        else:
+            noise = common.sample_noise(shape, [0], cfg.seed).to(procs.device)
+            velocity = flow.guided(velocity, steer(generator, None, empty), cfg.guidance)
+            latents = flow.sample_multistep(velocity, first, noise, sigmas)
     with timed("decode"):
         video = codec.decode_video(latents)[0]
     with timed("write"):
-        overlay = Path(cfg.out).with_suffix(".boxes.mp4")
-        common.write_video(cfg.out, common.to_uint8(video, cfg.scale), cfg.fps)
+        overlay = out.with_suffix(".boxes.mp4")
+        common.write_video(out, common.to_uint8(video, cfg.scale), cfg.fps)
         common.write_video(overlay, draw_overlay(video, trajectory, cfg.scale), cfg.fps)
     print("  ".join(f"{part} {seconds:.2f} s" for part, seconds in took.items()))
-    print(f"{cfg.steps} steps on {procs.device}: {cfg.out} and {overlay}")
+    print(f"{steps} steps on {procs.device}: {out} and {overlay}")
 
 
 if __name__ == "__main__":

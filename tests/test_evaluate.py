@@ -94,7 +94,7 @@ def test_times_are_of_each_sampler(world):
 
         return sample
 
-    a, b = evaluate.seconds_per_clip([sampler("a", 0.02), sampler("b", 0.06)], world, CFG, ALONE)
+    a, b = evaluate.seconds_per_video([sampler("a", 0.02), sampler("b", 0.06)], world, CFG, ALONE)
     assert turns == ["a", "b"] * 6 and 0.02 <= a < 0.05 < b < 0.15
 
 
@@ -163,7 +163,7 @@ def test_main_writes_rows_and_sheet(tmp_path, weights, capsys):
         "objects",
         *MEASURES,
         "clockwise_when_untold",
-        "seconds_per_clip",
+        "seconds_per_video",
         "command",
         "machine",
     ]
@@ -171,7 +171,7 @@ def test_main_writes_rows_and_sheet(tmp_path, weights, capsys):
     assert rows[0]["mask_iou"] == rows[0]["box_iou"] == rows[0]["sharpness"] == 1 and rows[0]["fvd"] == 0
     assert rows[1]["mask_iou"] > 0.95
     whole = [row for row in rows if row["steps"] and row["objects"] == "all"]
-    assert all(row["seconds_per_clip"] > 0 and row["fvd"] > 0 for row in whole) and rows[0]["seconds_per_clip"] is None
+    assert all(row["seconds_per_video"] > 0 and row["fvd"] > 0 for row in whole) and rows[0]["seconds_per_video"] is None
     assert len({row["mask_iou"] for row in whole}) == 4  # four ways
     assert all(row["fvd"] is None for row in rows if row["objects"] != "all")  # too few videos
     assert rows[0]["command"].startswith(f"python evaluate.py --slow_generator {weights['slow_generator']}")
@@ -215,7 +215,7 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch):
             low, high = row[f"{key}_range"]
             assert row[key] == pytest.approx((low + high) / 2, abs=1e-4)
         assert row["mask_iou_range"][0] < row["mask_iou_range"][1]
-    assert len({row["mask_iou"] for row in rows}) == len(rows)  # each its own adapter and steps
+    assert len({row["fvd"] for row in rows}) == len(rows)  # each its own adapter and steps
     assert f"({rows[3]['fvd_range'][0]} to " in Path("rows.md").read_text()
     sheet = iio.imread("rows.png")
     assert sheet.shape[0] % ((2 + 3 + 8) * 98 + 12) == 0
@@ -229,7 +229,7 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch):
         ({"batch": 0}, "--batch 0: must be at least 1"),
         ({"seed": -1}, "--seed -1: must be at least 0"),
         ({"shift": 0.0}, "--shift 0.0: must be at least 0.01"),
-        ({"out": "rows.txt"}, "--out rows.txt: must end in .json"),
+        ({"out": "rows.txt"}, "--out rows.txt: the name must end in .json"),
         ({"fast_generator": "no.safetensors"}, "no.safetensors: no such file"),
     ],
 )

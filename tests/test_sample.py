@@ -49,7 +49,8 @@ def test_seed_and_prompt_matter_and_runs_repeat(run, tmp_path):
     first = pixels()
     assert np.array_equal(first, pixels())
     assert not np.array_equal(first, pixels("--seed", 1))
-    assert not np.array_equal(first, pixels("--guidance", 2))
+    slow = pixels("--speed", "slow")
+    assert not np.array_equal(first, slow) and not np.array_equal(slow, pixels("--speed", "slow", "--guidance", 2))
 
 
 GOOD = {"objects": [{"boxes": {"0": [4, 4, 20, 20], "8": [20, 20, 40, 40]}}]}
@@ -84,11 +85,12 @@ BAD = {
     "mask missing": (boxes(mask="none.png"), [], "objects[0].mask: "),
     "unknown flag": (GOOD, ["--stpes", "3"], "unknown flag --stpes; the flags are --image"),
     "flag's type": (GOOD, ["--steps", "few"], "--steps few: not a valid value; it takes int"),
-    "no steps": (GOOD, ["--steps", "0"], "--steps 0: at least 1"),
+    "no steps": (GOOD, ["--steps", "-1"], "--steps -1: at least 1"),
+    "guidance where none is": (GOOD, ["--guidance", "2"], "--guidance 2.0: the fast networks have none"),
     "not an mp4": (GOOD, ["--out", "out/x.avi"], "--out out/x.avi: the name must end in .mp4"),
-    "no weights": (GOOD, ["--weights", "nowhere"], "nowhere/slow_generator.safetensors: no such file"),
-    "another preset": (GOOD, ["--weights", "other"], "other/slow_generator.safetensors: is no network of preset tiny"),
-    "wrong network": (GOOD, ["--weights", "swapped"], "holds a SlowAdapter, expected a SlowGenerator"),
+    "no weights": (GOOD, ["--weights", "nowhere"], "nowhere/fast_generator.safetensors: no such file"),
+    "another preset": (GOOD, ["--weights", "other"], "other/fast_generator.safetensors: is no network of preset tiny"),
+    "wrong network": (GOOD, ["--weights", "swapped"], "holds a SlowAdapter, expected a FastGenerator"),
     "broken weights": (GOOD, ["--weights", "broken"], "not a readable safetensors file"),
 }
 
@@ -106,13 +108,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
         (tmp_path / "boxes.json").write_text(content if isinstance(content, str) else json.dumps(content))
     if name == "another preset":
         config = DiTConfig(64, 64, 2, 1, text_dim=64, text_tokens=32)
-        path = tmp_path / "other/slow_generator.safetensors"
-        save_network(path, "SlowGenerator", config, VideoDiT(config).state_dict())
+        path = tmp_path / "other/fast_generator.safetensors"
+        save_network(path, "FastGenerator", config, VideoDiT(config).state_dict())
     if name == "wrong network":
-        save_network(tmp_path / "swapped/slow_generator.safetensors", "SlowAdapter", PRESETS["tiny"], {})
+        save_network(tmp_path / "swapped/fast_generator.safetensors", "SlowAdapter", PRESETS["tiny"], {})
     if name == "broken weights":
         (tmp_path / "broken").mkdir()
-        (tmp_path / "broken/slow_generator.safetensors").write_bytes(os.urandom(4096))
+        (tmp_path / "broken/fast_generator.safetensors").write_bytes(os.urandom(4096))
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["sample.py", "--image", "x.png", "--traj", "boxes.json", *flags])
     with pytest.raises(SystemExit) as caught:
