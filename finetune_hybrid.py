@@ -4,8 +4,9 @@
     torchrun --nproc_per_node=8 finetune_hybrid.py
 
 The diffusion loss alone keeps to the trajectory and blurs; the adversarial loss alone is sharp and drifts. The adapter
-gets both, weighed `loss = adversarial + lambda(step) * diffusion` (paper, stage 3). The discriminator learns at every
-step, the adapter at every fifth; all else is frozen. To resume, run the same command again.
+gets both, weighed `loss = adversarial + lambda(step) * diffusion` (paper, stage 3). The discriminator judges what all
+steps together make. It learns at every step, the adapter at every fifth, once there is something to learn from; all
+else is frozen. To resume, run the same command again.
 """
 
 from dataclasses import dataclass, replace
@@ -36,18 +37,19 @@ class Config:
     generator: str = "checkpoints/tiny/fast_generator.safetensors"  # the frozen FastGenerator
     adapter: str = "checkpoints/tiny/slow_adapter.safetensors"  # the SlowAdapter that training starts from
     backbone: str = "checkpoints/tiny/slow_generator.safetensors"  # the SlowGenerator inside the discriminator
-    steps: int = 1000  # discriminator updates; the adapter learns in every `ratio`-th
+    steps: int = 300  # discriminator updates; the adapter learns in every `ratio`-th
     ratio: int = 5  # discriminator updates for one of the adapter
+    wait: int = 100  # discriminator updates before the adapter's first: until then it has nothing to say
     denoising_steps: int = flow.FAST.steps  # of the generator
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss
-    gan_scale: float = 0.1  # weight of the adversarial loss
+    gan_scale: float = 0.3  # weight of the adversarial loss
     diffusion_scale: Literal["decay", "grow", "constant"] = "decay"  # lambda, the diffusion loss's weight over time
     semantic: bool = True  # the discriminator's attention to first frame and text
     trajectory: bool = True  # the discriminator's attention to the trajectory
     video: bool = True  # the discriminator's attention to the video
     sparse: float = 0.15  # share of trajectories with frames blacked out
-    batch: int = 16  # videos a step, over all processes
+    batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step
     lr: float = 2e-4  # peak learning rate of the adapter
     classifier_lr: float = 3e-3  # peak learning rate of the discriminator's classifier
@@ -56,13 +58,13 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.95  # decay of the averaged adapter, the one exported
     shift: float = flow.FAST.shift  # warp of the sampler's noise levels towards noise
-    judge_shift: float = 1.0  # warp of the noise levels at which videos are judged
+    judge_shift: float = 0.3  # warp of the noise levels at which videos are judged
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of the classifier's weights, data order and noise
     log_every: int = 20  # steps
-    save_every: int = 250  # steps
-    sample_every: int = 500  # steps
+    save_every: int = 50  # steps
+    sample_every: int = 150  # steps
 
 
 def diffusion_weight(kind: str, progress: float) -> float:
@@ -85,6 +87,8 @@ def diffusion_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor)
 def main(cfg: Config) -> None:
     if not (cfg.use_gan or cfg.use_diffusion):
         raise common.UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
+    if cfg.wait >= cfg.steps:
+        raise common.UserError(f"--wait {cfg.wait}: the adapter would never learn; give less than --steps {cfg.steps}")
     procs = common.init_processes()
     torch.manual_seed(cfg.seed)  # the same initial classifier on every rank
     generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator").requires_grad_(False)
@@ -118,10 +122,6 @@ def main(cfg: Config) -> None:
         sigma = flow.shift_sigma(u, cfg.judge_shift).clamp(0.02, 0.98)
         return x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2])
 
-    def exit_step(turn: int) -> int:
-        """Where backward simulation ends: the same on every rank, for they run in lockstep."""
-        return int(torch.randint(cfg.denoising_steps, (), generator=common.generator(cfg.seed, turn, 2)))
-
     def discriminator_step(step: int) -> dict[str, Tensor]:
         """The classifier learns to tell noisy videos from what the generator makes. No gradient but its own."""
         turn, losses = 2 * step, []
@@ -130,7 +130,7 @@ def main(cfg: Config) -> None:
             with common.autocast(procs.device, cfg.dtype):
                 with torch.no_grad():
                     velocity = steer(generator, adapter, text, traj)
-                    fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, exit_step(turn))
+                    fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, cfg.denoising_steps - 1)
                     x_t = torch.cat([flow.add_noise(x, renoise, level) for x in (x0, fake)])
                     t, text, traj = (torch.cat([x, x]) for x in (flow.timestep(level), text, traj))
                     features = discriminator.features(x_t, t, text)
@@ -142,7 +142,8 @@ def main(cfg: Config) -> None:
 
     def adapter_step(step: int) -> dict[str, Tensor]:
         """The adapter learns from both losses; the gradient passes through the frozen networks."""
-        turn, weight, logged = 2 * step + 1, diffusion_weight(cfg.diffusion_scale, step / cfg.steps), []
+        progress = (step - cfg.wait) / (cfg.steps - cfg.wait)
+        turn, weight, logged = 2 * step + 1, diffusion_weight(cfg.diffusion_scale, progress), []
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             x0, text, traj, noise, renoise, level = inputs(samples, turn)
             zero = torch.zeros((), device=procs.device)
@@ -159,7 +160,7 @@ def main(cfg: Config) -> None:
                 # 2. Generator: what a few steps make, noised, is to pass for real.
                 adversarial = zero
                 if cfg.use_gan:
-                    fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, exit_step(turn))
+                    fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, cfg.denoising_steps - 1)
                     x_t = flow.add_noise(fake, renoise, level)
                     adversarial = adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
             ((cfg.gan_scale * adversarial + weight * diffusion) / cfg.accumulate).backward()
@@ -187,11 +188,12 @@ def main(cfg: Config) -> None:
             common.save_checkpoint(run.folder, step, parts, procs)
         if last:
             break
-        optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
+        if step >= cfg.wait:
+            optim.set_lr(optimizers, optim.learning_rate(step - cfg.wait, cfg.lr, cfg.warmup, cfg.steps - cfg.wait))
         classifier_lr = optim.learning_rate(step, cfg.classifier_lr, cfg.warmup, cfg.steps)
         optim.set_lr(classifier_optimizers, classifier_lr)
         values = discriminator_step(step) if cfg.use_gan else {}
-        if (step + 1) % cfg.ratio == 0:
+        if step >= cfg.wait and (step + 1) % cfg.ratio == 0:
             values |= adapter_step(step)
             ema.update(step)
         if (step + 1) % cfg.log_every == 0:
