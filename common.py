@@ -289,13 +289,12 @@ def _fsync_folder(folder: Path) -> None:
 
 def output_path(text: str, suffix: str) -> Path:
     """`--out` as a path, checked before any work is done: its ending, and that its folder is or can be made."""
-    path = Path(text)
-    if path.suffix != suffix:
+    if Path(text).suffix != suffix:
         raise UserError(f"--out {text}: the name must end in {suffix}")
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    nearest = next(folder for folder in Path(text).absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--out {text}: {nearest} is no folder that can be written to")
-    return path
+    return Path(text)
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: common.Proces
     return torch.cat(videos)
 
 
-def seconds_per_video(samplers: Sequence[Sampler], batch: ToyBatch, cfg: Config, procs: common.Processes) -> list[float]:
+def seconds_per_video(samplers: list[Sampler], batch: ToyBatch, cfg: Config, procs: common.Processes) -> list[float]:
     """How long each sampler takes to denoise one clip alone: the median of five rounds in which they take turns."""
     clip, rounds = inputs(batch, [0], ToyCodec(), cfg, procs.device), []
     for _ in range(6):

@@ -93,13 +93,14 @@ def main(cfg: Config) -> None:
         image, source_size = load_image(cfg.image, size)
         trajectory = load_trajectory(cfg.traj, (size, size), cfg.frames, source_size)
     with timed("load networks"):
-        paths = [Path(cfg.weights) / f"{cfg.speed}_{part}.safetensors" for part in ("generator", "adapter")]
-        generator = VideoDiT.from_pretrained(paths[0], f"{cfg.speed.title()}Generator")
-        adapter = ResNetAdapter.from_pretrained(paths[1], f"{cfg.speed.title()}Adapter")
-        for path, network, presets in zip(paths, (generator, adapter), (PRESETS, ADAPTERS), strict=True):
+        networks = []
+        for part, kind, presets in (("generator", VideoDiT, PRESETS), ("adapter", ResNetAdapter, ADAPTERS)):
+            path = Path(cfg.weights) / f"{cfg.speed}_{part}.safetensors"
+            network = kind.from_pretrained(path, f"{cfg.speed}_{part}".title().replace("_", ""))
             if network.config != presets[cfg.preset]:
                 raise common.UserError(f"{path}: is no network of preset {cfg.preset}")
-        generator, adapter = generator.to(procs.device), adapter.to(procs.device)
+            networks.append(network.to(procs.device))
+        generator, adapter = networks
         codec = ToyCodec()
     with timed("encode"):
         first = codec.encode_video(image).to(procs.device)

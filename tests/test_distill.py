@@ -155,18 +155,18 @@ def errors(points):
 def test_distilled_sampler_matches_a_gaussian_mixture():
     """Four steps of a small network, distilled by the same two losses from the mixture's exact score."""
     torch.manual_seed(0)
-    generator, fake, batch, steps = Points(), Points(), 128, 5000
+    generator, fake, batch, steps = Points(), Points(), 128, 4000
     first, sigmas = torch.zeros(batch, 2, 1, 2, 2), flow.sigma_schedule(4, 1)
     optimizers = {network: optim.adamw(network, 0.0) for network in (generator, fake)}
     ema = optim.EMA(generator, 0.99)
 
     def sampled_errors():
-        noise = torch.randn(4, 4096, 2, 2, 2, 2)
-        video = flow.sample_fewstep(generator, torch.zeros(4096, 2, 1, 2, 2), noise, sigmas)
+        noise = torch.randn(4, 16384, 2, 2, 2, 2)
+        video = flow.sample_fewstep(generator, torch.zeros(16384, 2, 1, 2, 2), noise, sigmas)
         return torch.tensor(errors(as_points(video).flatten(0, 1)))
 
-    tolerances = torch.tensor([0.02, 0.06, 0.06])  # of shares, 0.2 to 0.5; of means; of covariances, up to 0.36
-    assert (sampled_errors() > 1.5 * tolerances).all()  # the slow network, in so few steps, misses each
+    tolerances = torch.tensor([0.03, 0.08, 0.08])  # of shares, 0.2 to 0.5; of means; of covariances, up to 0.36
+    assert (sampled_errors() > 2 * tolerances).all()  # the slow network, in so few steps, misses each
     for step in range(steps):
         noise, last = torch.randn(5, batch, 2, 2, 2, 2), int(torch.randint(4, ()))
         sigma = levels_above(torch.rand(batch), last, 4).clamp(0.02, 0.98)
@@ -187,6 +187,7 @@ def test_distilled_sampler_matches_a_gaussian_mixture():
 
 def test_levels_above_what_the_sampler_noises_to():
     """Each step's prediction is judged from the next step's level up, the last one's everywhere."""
-    u, shifted = torch.arange(100) / 100, [flow.shift_sigma(levels_above(torch.zeros(1), k, 4), 3).item() for k in range(4)]
-    assert shifted == pytest.approx(SIGMAS[1:])
-    assert torch.equal(levels_above(u, 3, 4), u) and levels_above(u, 0, 4).max() < 1
+    u, zero = torch.arange(100) / 100, torch.zeros(())
+    lowest = [flow.shift_sigma(levels_above(zero, k, 4), 3).item() for k in range(4)]
+    assert lowest == pytest.approx(SIGMAS[1:])
+    assert torch.allclose(levels_above(u, 3, 4), u) and levels_above(u, 0, 4).max() < 1
