@@ -19,10 +19,12 @@ demo: .venv/ready
 	$(BIN)/python sample.py
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
-# About HOURS hours on two cores; killed, it goes on where it was.
-ablation: $(RUNS)
+# Killed, it goes on where it was.
+ablation: .venv/ready
+	@echo "$(words $(RUNS)) runs of stage 3 from the shipped networks, two at a time: about HOURS hours on two cores."
+	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUNS)
 	$(BIN)/python evaluate.py --ablation --out results/ablation.json
 
 runs/ablation/%/fast_adapter.safetensors: | .venv/ready
