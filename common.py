@@ -211,6 +211,11 @@ def sample_noise(shape: Sequence[int], samples: Sequence[int], *key: int) -> Ten
     return torch.stack([torch.randn(*shape, generator=generator(*key, sample)) for sample in samples])
 
 
+def step_noise(steps: int, shape: Sequence[int], samples: Sequence[int], *key: int) -> Tensor:
+    """Fresh noise for each step of a sampler: [steps, len(samples), *shape], drawn as `sample_noise` draws."""
+    return sample_noise((steps, *shape), samples, *key).transpose(0, 1)
+
+
 def sample_uniform(samples: Sequence[int], batch: int, *key: int) -> Tensor:
     """One number in [0, 1) a sample, stratified: the i-th of a batch of n falls in [i/n, (i+1)/n)."""
     u = torch.cat([torch.rand(1, generator=generator(*key, sample, 1)) for sample in samples])
@@ -357,12 +362,6 @@ def contact_sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
     return np.concatenate(
         [np.concatenate([np.pad(f, border, constant_values=255) for f in row], axis=1) for row in rows], axis=0
     )
-
-
-def laplacian(frames: Tensor) -> Tensor:
-    """Each pixel's difference to the mean of its four neighbours: [..., H, W] -> [..., H - 2, W - 2]."""
-    x, y = frames[..., 1:-1], frames[..., 1:-1, :]
-    return x[..., 1:-1, :] - (x[..., :-2, :] + x[..., 2:, :] + y[..., :-2] + y[..., 2:]) / 4
 
 
 def write_video(path: Path | str, frames: np.ndarray, fps: int) -> None:

@@ -117,19 +117,15 @@ def main(cfg: Config) -> None:
     def inputs(samples: list[int], turn: int, last: int) -> tuple[Tensor, ...]:
         """First frames, text, the sampler's noise, and the noise and its level that x_t is made with."""
         x0, text, _ = (x if x is None else x.to(procs.device) for x in data.batch(samples))
-        noise = common.sample_noise((cfg.denoising_steps + 1, *x0.shape[1:]), samples, cfg.seed, turn)
-        noise = noise.transpose(0, 1).to(procs.device)
+        noise = common.step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
         u = common.sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
         sigma = flow.shift_sigma(levels_above(u, last, cfg.denoising_steps), cfg.shift).clamp(0.02, 0.98)
         return x0[:, :, :1], text, noise[:-1], noise[-1], sigma
 
-    def exit_step(turn: int) -> int:
-        """Where backward simulation ends: the same on every rank, for they run in lockstep."""
-        return int(torch.randint(cfg.denoising_steps, (), generator=common.generator(cfg.seed, turn, 2)))
-
     def train_step(step: int, learner: Literal["fake", "generator"]) -> dict[str, Tensor]:
         turn, losses = 2 * step + (learner == "generator"), []
-        last = exit_step(turn)
+        # Where backward simulation ends: the same on every rank, for they run in lockstep.
+        last = int(torch.randint(cfg.denoising_steps, (), generator=common.generator(cfg.seed, turn, 2)))
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             first, text, noise, renoise, sigma = inputs(samples, turn, last)
             ours, theirs = partial(generator, text=text), partial(fake, text=text)
@@ -149,9 +145,9 @@ def main(cfg: Config) -> None:
     def write_samples(step: int) -> None:
         """Four held-out images set in motion in a few steps: truth and sample in turn."""
         x0, text, _ = (x if x is None else x.to(procs.device) for x in held_out.batch(list(range(4))))
-        noise = common.sample_noise((cfg.denoising_steps, *x0.shape[1:]), range(4), cfg.seed).transpose(0, 1)
+        noise = common.step_noise(cfg.denoising_steps, x0.shape[1:], range(4), cfg.seed).to(procs.device)
         with ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
-            out = flow.sample_fewstep(partial(generator, text=text), x0[:, :, :1], noise.to(procs.device), sigmas)
+            out = flow.sample_fewstep(partial(generator, text=text), x0[:, :, :1], noise, sigmas)
         pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
         run.samples(step, pairs.flatten(0, 1))
 

@@ -89,7 +89,7 @@ def fast_sampler(generator: VideoDiT, adapter: ResNetAdapter | None, cfg: Config
     """The few steps that stages 2 and 3 train for, or fewer."""
 
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
-        noise = common.sample_noise((steps, *traj.shape[1:]), samples, cfg.seed).transpose(0, 1).to(first.device)
+        noise = common.step_noise(steps, traj.shape[1:], samples, cfg.seed).to(first.device)
         sigmas = flow.sigma_schedule(steps, flow.FAST.shift)
         return flow.sample_fewstep(steer(generator, adapter, text, traj), first, noise, sigmas)
 
@@ -112,9 +112,10 @@ def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: common.Proces
         with torch.no_grad(), common.autocast(procs.device, cfg.dtype):
             latents = sample(*inputs(batch, samples, codec, cfg, procs.device), samples)
         videos.append(codec.decode_video(latents).cpu())
-    if not torch.cat(videos).isfinite().all():
+    video = torch.cat(videos)
+    if not video.isfinite().all():
         raise common.UserError(f"{name}: generates values that are no numbers; give other weights")
-    return torch.cat(videos)
+    return video
 
 
 def seconds_per_video(samplers: list[Sampler], batch: ToyBatch, cfg: Config, procs: common.Processes) -> list[float]:
@@ -215,10 +216,7 @@ def compare(cfg: Config, batch: ToyBatch, procs: common.Processes) -> tuple[list
     slow, slow_adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     fast, fast_adapter = load_pair(cfg.fast_generator, cfg.fast_adapter, "Fast", cfg, procs)
     coded = torch.cat([codec.decode_video(codec.encode_video(part)) for part in batch.video.split(cfg.batch)])
-    rows, videos = (
-        [make_row(n, 0, v, batch) for n, v in (("true video", batch.video), ("through the codec", coded))],
-        [],
-    )
+    rows, videos = [make_row("true video", 0, batch.video, batch), make_row("through the codec", 0, coded, batch)], []
     ways = {
         "SlowGenerator": (cfg.steps, slow_sampler(slow, None, cfg)),
         "SlowGenerator + SlowAdapter": (cfg.steps, slow_sampler(slow, slow_adapter, cfg)),

@@ -39,7 +39,7 @@ class Config:
     backbone: str = "checkpoints/tiny/slow_generator.safetensors"  # the SlowGenerator inside the discriminator
     steps: int = 300  # discriminator updates; the adapter learns in every `ratio`-th
     ratio: int = 5  # discriminator updates for one of the adapter
-    wait: int = 100  # discriminator updates before the adapter's first: until then it has nothing to say
+    adapter_start: int = 100  # step from which the adapter learns; until then the discriminator has nothing to say
     denoising_steps: int = flow.FAST.steps  # of the generator
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss
@@ -87,8 +87,8 @@ def diffusion_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor)
 def main(cfg: Config) -> None:
     if not (cfg.use_gan or cfg.use_diffusion):
         raise common.UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
-    if cfg.wait >= cfg.steps:
-        raise common.UserError(f"--wait {cfg.wait}: the adapter would never learn; give less than --steps {cfg.steps}")
+    if not 0 <= cfg.adapter_start < cfg.steps:
+        raise common.UserError(f"--adapter_start {cfg.adapter_start}: give a step from 0 to below --steps {cfg.steps}")
     procs = common.init_processes()
     torch.manual_seed(cfg.seed)  # the same initial classifier on every rank
     generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator").requires_grad_(False)
@@ -116,8 +116,7 @@ def main(cfg: Config) -> None:
     def inputs(samples: list[int], turn: int) -> tuple[Tensor, ...]:
         """Videos, text, trajectories, the sampler's noise, and the noise and its level that both judged videos get."""
         x0, text, traj = (x.to(procs.device) for x in data.batch(samples, "box", cfg.sparse))
-        noise = common.sample_noise((cfg.denoising_steps + 1, *x0.shape[1:]), samples, cfg.seed, turn)
-        noise = noise.transpose(0, 1).to(procs.device)
+        noise = common.step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
         u = common.sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
         sigma = flow.shift_sigma(u, cfg.judge_shift).clamp(0.02, 0.98)
         return x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2])
@@ -130,7 +129,7 @@ def main(cfg: Config) -> None:
             with common.autocast(procs.device, cfg.dtype):
                 with torch.no_grad():
                     velocity = steer(generator, adapter, text, traj)
-                    fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, cfg.denoising_steps - 1)
+                    fake = flow.sample_fewstep(velocity, x0[:, :, :1], noise, sigmas)
                     x_t = torch.cat([flow.add_noise(x, renoise, level) for x in (x0, fake)])
                     t, text, traj = (torch.cat([x, x]) for x in (flow.timestep(level), text, traj))
                     features = discriminator.features(x_t, t, text)
@@ -140,10 +139,9 @@ def main(cfg: Config) -> None:
         norm = optim.clip_and_step(classifier, classifier_optimizers, cfg.clip)
         return {"discriminator_loss": torch.stack(losses).mean(), "discriminator_grad_norm": norm}
 
-    def adapter_step(step: int) -> dict[str, Tensor]:
-        """The adapter learns from both losses; the gradient passes through the frozen networks."""
-        progress = (step - cfg.wait) / (cfg.steps - cfg.wait)
-        turn, weight, logged = 2 * step + 1, diffusion_weight(cfg.diffusion_scale, progress), []
+    def adapter_step(step: int, weight: float) -> dict[str, Tensor]:
+        """The adapter learns from both losses, diffusion's weighed; the gradient passes through the frozen networks."""
+        turn, logged = 2 * step + 1, []
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             x0, text, traj, noise, renoise, level = inputs(samples, turn)
             zero = torch.zeros((), device=procs.device)
@@ -173,10 +171,10 @@ def main(cfg: Config) -> None:
     def write_samples(step: int) -> None:
         """Four held-out trajectories: truth and sample in turn."""
         x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
-        noise = common.sample_noise((cfg.denoising_steps, *x0.shape[1:]), range(4), cfg.seed).transpose(0, 1)
+        noise = common.step_noise(cfg.denoising_steps, x0.shape[1:], range(4), cfg.seed).to(procs.device)
         with ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
             velocity = steer(generator, adapter, text, traj)
-            out = flow.sample_fewstep(velocity, x0[:, :, :1], noise.to(procs.device), sigmas)
+            out = flow.sample_fewstep(velocity, x0[:, :, :1], noise, sigmas)
         pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
         run.samples(step, pairs.flatten(0, 1))
 
@@ -188,13 +186,12 @@ def main(cfg: Config) -> None:
             common.save_checkpoint(run.folder, step, parts, procs)
         if last:
             break
-        if step >= cfg.wait:
-            optim.set_lr(optimizers, optim.learning_rate(step - cfg.wait, cfg.lr, cfg.warmup, cfg.steps - cfg.wait))
-        classifier_lr = optim.learning_rate(step, cfg.classifier_lr, cfg.warmup, cfg.steps)
-        optim.set_lr(classifier_optimizers, classifier_lr)
+        optim.set_lr(classifier_optimizers, optim.learning_rate(step, cfg.classifier_lr, cfg.warmup, cfg.steps))
         values = discriminator_step(step) if cfg.use_gan else {}
-        if step >= cfg.wait and (step + 1) % cfg.ratio == 0:
-            values |= adapter_step(step)
+        age, lifetime = step - cfg.adapter_start, cfg.steps - cfg.adapter_start
+        if age >= 0 and (step + 1) % cfg.ratio == 0:
+            optim.set_lr(optimizers, optim.learning_rate(age, cfg.lr, cfg.warmup, lifetime))
+            values |= adapter_step(step, diffusion_weight(cfg.diffusion_scale, age / lifetime))
             ema.update(step)
         if (step + 1) % cfg.log_every == 0:
             run.log(step + 1, **{name: procs.mean(value) for name, value in values.items()})

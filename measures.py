@@ -90,16 +90,22 @@ def bounding_boxes(masks: Tensor) -> Tensor:
     return torch.cat([low, high.where(lines.any(-1), 0)], dim=-1)
 
 
+def laplacian(frames: Tensor) -> Tensor:
+    """Each pixel's difference to the mean of its four neighbours: [..., H, W] -> [..., H - 2, W - 2]."""
+    x, y = frames[..., 1:-1], frames[..., 1:-1, :]
+    return x[..., 1:-1, :] - (x[..., :-2, :] + x[..., 2:, :] + y[..., :-2] + y[..., 2:]) / 4
+
+
 def detail(video: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Squared RGB Laplacian summed inside the masks, frames 1 to T-1, and the number of pixels it is from: [B] and [B].
 
     video [B,3,T,S,S], masks [B,K,T,S,S]. Masks are eroded by two pixels (5x5), over which a codec may spread a
     silhouette without its counting as detail.
     """
-    laplacian = common.laplacian(video)[..., 1:-1, 1:-1]  # as far inside as the eroded masks reach
+    inner_laplacian = laplacian(video)[..., 1:-1, 1:-1]  # as far inside as the eroded masks reach
     inner = -F.max_pool2d(-masks.flatten(0, 2).float()[:, None], 5, stride=1)
     inside = inner[:, 0].unflatten(0, masks.shape[:3]).bool().any(1)[:, 1:]  # (B, T-1, S-4, S-4)
-    energy = laplacian[:, :, 1:].square().sum(1) * inside
+    energy = inner_laplacian[:, :, 1:].square().sum(1) * inside
     return energy.double().sum((1, 2, 3)), inside.sum((1, 2, 3))
 
 

@@ -96,7 +96,7 @@ def main(cfg: Config) -> None:
         networks = []
         for part, kind, presets in (("generator", VideoDiT, PRESETS), ("adapter", ResNetAdapter, ADAPTERS)):
             path = Path(cfg.weights) / f"{cfg.speed}_{part}.safetensors"
-            network = kind.from_pretrained(path, f"{cfg.speed}_{part}".title().replace("_", ""))
+            network = kind.from_pretrained(path, cfg.speed.title() + part.title())
             if network.config != presets[cfg.preset]:
                 raise common.UserError(f"{path}: is no network of preset {cfg.preset}")
             networks.append(network.to(procs.device))
@@ -112,7 +112,7 @@ def main(cfg: Config) -> None:
         steps = cfg.steps or sampling.steps
         sigmas = flow.sigma_schedule(steps, sampling.shift)
         if cfg.speed == "fast":
-            noise = common.sample_noise((steps, *shape), [0], cfg.seed).transpose(0, 1).to(procs.device)
+            noise = common.step_noise(steps, shape, [0], cfg.seed).to(procs.device)
             latents = flow.sample_fewstep(velocity, first, noise, sigmas)
         else:
             noise = common.sample_noise(shape, [0], cfg.seed).to(procs.device)

@@ -23,6 +23,7 @@ import common
 import optim
 from codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
 from data import ToyWorld
+from measures import laplacian
 from model import save_network
 
 
@@ -62,7 +63,7 @@ def frames_of(world: ToyWorld, samples: list[int], number: int, seed: int) -> Te
 
 def decoder_loss(out: Tensor, frames: Tensor, detail: float, energy: float) -> Tensor:
     """L1 errors of the pixels, of their Laplacian, and of its root mean square in 5 x 5 pixels. [B, 3, S, S] each."""
-    laplacians = [common.laplacian(x) for x in (out, frames)]
+    laplacians = [laplacian(x) for x in (out, frames)]
     energies = [(F.avg_pool2d(x.square().sum(1, keepdim=True), 5, stride=2) + 1e-4).sqrt() for x in laplacians]
     return F.l1_loss(out, frames) + detail * F.l1_loss(*laplacians) + energy * F.l1_loss(*energies)
 

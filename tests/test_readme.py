@@ -20,7 +20,7 @@ SHORT = {
     "train_slow_generator.py": ["--steps", 2, "--batch", 2, "--compile", "false"],
     "train_slow_adapter.py": ["--steps", 2, "--batch", 2, "--compile", "false"],
     "distill_fast.py": ["--steps", 5, "--batch", 2, "--compile", "false"],
-    "finetune_hybrid.py": ["--steps", 5, "--wait", 0, "--batch", 2, "--compile", "false"],
+    "finetune_hybrid.py": ["--steps", 5, "--adapter_start", 0, "--batch", 2, "--compile", "false"],
 }
 
 
@@ -62,6 +62,11 @@ def test_results_table_is_the_committed_one():
     assert fast["mask_iou"] >= slow["mask_iou"] - 0.02 and fast["box_iou"] >= slow["box_iou"] - 0.02
     assert fast["seconds_per_video"] <= slow["seconds_per_video"] / 10
     assert {(way["name"], n) for way in (slow, fast) for n in (1, 2, 3)} <= by_name.keys()
+
+
+def test_training_times_are_the_committed_ones():
+    for row in json.loads((ROOT / "results/training.json").read_text()):
+        assert f"stage {row['stage']} took {row['seconds'] / 60:.0f} minutes" in (ROOT / "README.md").read_text()
 
 
 def test_links_lead_somewhere():

@@ -48,7 +48,7 @@ def flags(folder):
         "train_slow_generator.py": SHORT,
         "train_slow_adapter.py": (*SHORT, "--generator", slow, "--mask_steps", 4, "--sparse", 0.5),
         "distill_fast.py": (*SHORT, "--generator", slow, "--ratio", 3),
-        "finetune_hybrid.py": (*SHORT, *networks, "--ratio", 3, "--wait", 1, "--sparse", 0.5),
+        "finetune_hybrid.py": (*SHORT, *networks, "--ratio", 3, "--adapter_start", 1, "--sparse", 0.5),
     }
 
 
