@@ -5,7 +5,7 @@ latent frames). So a video streams through in chunks; what a layer needs of the 
 once or a latent frame at a time: the same numbers. Parameter names are those of `Wan2.2_VAE.pth`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -86,11 +86,14 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj = nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        frames = rearrange(x, "b c t h w -> (b t) c h w")
+    def attend(self, frames: Tensor) -> Tensor:
+        """[n, C, h, w] -> the same shape."""
         q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (s c) h w -> s n 1 (h w) c", s=3)
-        seen = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=x.shape[3])
-        return x + rearrange(self.proj(seen), "(b t) c h w -> b c t h w", b=len(x))
+        seen = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(seen, "n 1 (h w) c -> n c h w", h=frames.shape[2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + by_frame(self.attend, x)
 
 
 class ResidualBlock(nn.Module):
@@ -106,6 +109,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         return run([self.shortcut], x, stream) + run(self.residual, x, stream)
+
+
+def residual_blocks(inputs: int, outputs: int, number: int) -> list[ResidualBlock]:
+    """The first changes the width."""
+    return [ResidualBlock(a, b) for a, b in pairwise([inputs] + [outputs] * number)]
 
 
 class Downsample(nn.Module):
@@ -131,14 +139,13 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int, temporal: bool):
         super().__init__()
-        self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(width, width, 3, padding=1)
-        )
+        double = nn.Upsample(scale_factor=2, mode="nearest-exact")
+        self.resample = nn.Sequential(double, nn.Conv2d(width, width, 3, padding=1))
         self.time_conv = CausalConv3d(width, 2 * width, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None:
-            alone = 1 if stream.starts(self) else 0
+            alone = int(stream.starts(self))
             first, rest = x[:, :, :alone], x[:, :, alone:]
             if rest.shape[2]:
                 rest = rearrange(self.time_conv(rest, stream), "b (p c) t h w -> b c (t p) h w", p=2)
@@ -152,9 +159,8 @@ class DownBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, blocks: int, halve: bool, temporal: bool):
         super().__init__()
         self.outputs, self.space, self.time = outputs, 1 + halve, 1 + temporal
-        widths = [inputs] + [outputs] * blocks
-        layers = [ResidualBlock(a, b) for a, b in pairwise(widths)]
-        self.downsamples = nn.Sequential(*layers, *([Downsample(outputs, temporal)] if halve else []))
+        resample = [Downsample(outputs, temporal)] if halve else []
+        self.downsamples = nn.Sequential(*residual_blocks(inputs, outputs, blocks), *resample)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         skip = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.time, 0))  # frame 0 is alone: zeros stand before it
@@ -169,9 +175,8 @@ class UpBlock(nn.Module):
         super().__init__()
         self.double, self.time = double, 1 + temporal
         self.copies = outputs * self.time * 4 // inputs
-        widths = [inputs] + [outputs] * blocks
-        layers = [ResidualBlock(a, b) for a, b in pairwise(widths)]
-        self.upsamples = nn.Sequential(*layers, *([Upsample(outputs, temporal)] if double else []))
+        resample = [Upsample(outputs, temporal)] if double else []
+        self.upsamples = nn.Sequential(*residual_blocks(inputs, outputs, blocks), *resample)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         out = run(self.upsamples, x, stream)
@@ -192,8 +197,8 @@ def run(layers: Iterable[nn.Module], x: Tensor, stream: Stream) -> Tensor:
 STREAMED = (CausalConv3d, ResidualBlock, Downsample, Upsample, DownBlock, UpBlock)
 
 
-def by_frame(function: nn.Module, x: Tensor) -> Tensor:
-    """A network of images on each frame of a video."""
+def by_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What works on images, on each frame of a video."""
     return rearrange(function(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=len(x))
 
 
@@ -238,6 +243,11 @@ def middle(width: int) -> nn.Sequential:
     return nn.Sequential(ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width))
 
 
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """MEAN and STD, [C, 1, 1, 1] each, where and of what type x is."""
+    return tuple(torch.tensor(v).to(x)[:, None, None, None] for v in (MEAN, STD))
+
+
 class WanVAE(nn.Module):
     """The autoencoder: `encode` and `decode`, both without gradient."""
 
@@ -249,32 +259,26 @@ class WanVAE(nn.Module):
         self.conv1 = nn.Conv3d(2 * config.channels, 2 * config.channels, 1)
         self.conv2 = nn.Conv3d(config.channels, config.channels, 1)
 
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(v[: self.config.channels]).to(x)[:, None, None, None] for v in (MEAN, STD))
-        return mean, std
-
     @torch.no_grad()
     def encode(self, video: Tensor, chunk: int = 1) -> Tensor:
         """Normalised latents, the mean of what the encoder believes: [B,3,T,h,w] in [-1, 1] -> [B,C,F,h/16,w/16].
 
         T = 4 n + 1. `chunk`: latent frames at a time; more cost memory, and change nothing but rounding.
         """
-        weight = self.conv1.weight
         x = rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=self.config.patch, r=self.config.patch)
         stream, latents = Stream(), []
-        for start, end in pairwise(
-            [0, *range(1 + self.temporal * (chunk - 1), x.shape[2], self.temporal * chunk), x.shape[2]]
-        ):
-            z = self.conv1(self.encoder(x[:, :, start:end].to(weight), stream))
+        cuts = range(1 + self.temporal * (chunk - 1), x.shape[2], self.temporal * chunk)
+        for start, end in pairwise([0, *cuts, x.shape[2]]):
+            z = self.conv1(self.encoder(x[:, :, start:end].to(self.conv1.weight), stream))
             latents.append(z[:, : self.config.channels].to(video.dtype))
         z = torch.cat(latents, dim=2)
-        mean, std = self._statistics(z)
+        mean, std = statistics(z)
         return (z - mean) / std
 
     @torch.no_grad()
     def frames(self, latents: Tensor, chunk: int = 1) -> Iterator[Tensor]:
         """The video in pieces, as they are decoded, `chunk` latent frames each: [B,3,t,h,w] in [-1, 1]."""
-        mean, std = self._statistics(latents)
+        mean, std = statistics(latents)
         z = (latents * std + mean).to(self.conv2.weight)
         stream = Stream()
         for part in z.split(chunk, dim=2):
@@ -288,21 +292,15 @@ class WanVAE(nn.Module):
         less memory; neighbours share `overlap` positions, where one fades into the next.
         """
         height, width = latents.shape[3:]
-        shape = (
-            len(latents),
-            3,
-            self.temporal * (latents.shape[2] - 1) + 1,
-            self.spatial * height,
-            self.spatial * width,
-        )
-        video = latents.new_zeros(shape)
+        length = self.temporal * (latents.shape[2] - 1) + 1
+        video = latents.new_zeros(len(latents), 3, length, self.spatial * height, self.spatial * width)
         rows, columns = (tiles(n, tile, overlap, self.spatial) for n in (height, width))
         for (y, fade_y), (x, fade_x) in product(rows, columns):
             fade, start = (fade_y[:, None] * fade_x).to(video), 0
             area = (slice(self.spatial * n.start, self.spatial * n.stop) for n in (y, x))
             target = video[..., *area]
             for part in self.frames(latents[..., y, x], chunk):
-                target[:, :, start : start + part.shape[2]] += fade * part
+                target[:, :, start : start + part.shape[2]].addcmul_(fade, part.to(video))
                 start += part.shape[2]
         return video
 
@@ -319,8 +317,8 @@ def tiles(length: int, tile: int, overlap: int, spatial: int) -> list[tuple[slic
     number = -(-(length - overlap) // (tile - overlap))
     starts = [min(n * (tile - overlap), length - tile) for n in range(number)]
     place = torch.arange(spatial * length) + 0.5
-    depth = [torch.minimum(place - spatial * n, spatial * (n + tile) - place).clamp(min=0) for n in starts]
-    depth = [d.clamp(max=spatial * overlap) for d in depth]
+    inside = [torch.minimum(place - spatial * n, spatial * (n + tile) - place) for n in starts]
+    depth = [x.clamp(0, spatial * overlap) for x in inside]
     total = torch.stack(depth).sum(0)
     counts = [(d / total)[spatial * n : spatial * (n + tile)] for n, d in zip(starts, depth, strict=True)]
     return [(slice(n, n + tile), count) for n, count in zip(starts, counts, strict=True)]
