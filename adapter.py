@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flow import Velocity
-from model import VideoDiT, load_strict, read_network
+from model import VideoDiT
+from weights import load, read_network
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ class ResNetAdapter(nn.Module):
     def from_pretrained(cls, path: Path | str, network: str) -> "ResNetAdapter":
         """Read an own export. `network`: the name it must carry, "SlowAdapter" or "FastAdapter"."""
         config, tensors = read_network(path, network)
-        adapter = cls(AdapterConfig(**{**config, "patch": tuple(config["patch"])}))
-        load_strict(adapter, tensors, path)
-        return adapter
+        return load(lambda: cls(AdapterConfig(**config)), tensors, path)
 
 
 def steer(generator: VideoDiT, adapter: ResNetAdapter | None, text: Tensor, traj: Tensor | None = None) -> Velocity:

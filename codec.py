@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import load_strict, read_network
+from weights import load, read_network
 
 TOY_WEIGHTS = Path(__file__).parent / "checkpoints/tiny/codec.safetensors"
 
@@ -102,8 +102,8 @@ class ToyCodec:
 
     def __init__(self, weights: Path | str = TOY_WEIGHTS, text_dim: int = 64, text_tokens: int = 32):
         config, tensors = read_network(weights, "ToyAutoencoder")
-        self.network = ToyAutoencoder(AutoencoderConfig(**config)).eval().requires_grad_(False)
-        load_strict(self.network, tensors, weights)
+        network = load(lambda: ToyAutoencoder(AutoencoderConfig(**config)), tensors, weights)
+        self.network = network.eval().requires_grad_(False)
         self.channels, self.spatial = self.network.config.channels, self.network.config.spatial
         self.text_dim, self.text_tokens = text_dim, text_tokens
         self._words: dict[str, Tensor] = {}

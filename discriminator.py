@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import PatchEmbedding, VideoDiT, init_xavier, load_strict, read_network, rotary_table
+from model import PatchEmbedding, VideoDiT, init_xavier, rotary_table
+from weights import load, read_network
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,7 @@ class Classifier(nn.Module):
     def from_pretrained(cls, path: Path | str) -> "Classifier":
         """Read an own export."""
         config, tensors = read_network(path, "Classifier")
-        classifier = cls(ClassifierConfig(**{**config, "patch": tuple(config["patch"]), "taps": tuple(config["taps"])}))
-        load_strict(classifier, tensors, path)
-        return classifier
+        return load(lambda: cls(ClassifierConfig(**config)), tensors, path)
 
 
 class DiffusionDiscriminator(nn.Module):

@@ -24,7 +24,8 @@ import optim
 from codec import ToyCodec
 from data import ToyLatents
 from flow import Velocity
-from model import VideoDiT, save_network
+from model import VideoDiT
+from weights import save_network
 
 
 @dataclass(frozen=True)

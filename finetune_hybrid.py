@@ -25,7 +25,8 @@ from codec import ToyCodec
 from data import ToyLatents
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
 from flow import Velocity
-from model import VideoDiT, save_network
+from model import VideoDiT
+from weights import save_network
 
 
 @dataclass(frozen=True)

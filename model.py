@@ -6,19 +6,17 @@ per latent frame, because image-to-video gives frame 0 another timestep than the
 channels, F latent frames, H W latent size, N = F*h*w tokens, D width, L text tokens.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common import UserError, atomic
+from common import UserError
+from weights import Stored, load, read_checkpoint, read_config, read_folder, read_network, rename
 
 
 @dataclass(frozen=True)
@@ -212,14 +210,24 @@ class VideoDiT(nn.Module):
         nn.init.zeros_(self.head.head.weight)
 
     @classmethod
-    def from_pretrained(cls, path: Path | str, network: str) -> "VideoDiT":
-        """Read an own export. `network`: the name it must carry, "SlowGenerator" or "FastGenerator"."""
-        config, tensors = read_network(path, network)
-        with torch.device("meta"):
-            model = cls(DiTConfig(**{**config, "patch": tuple(config["patch"])}))
-        model.to_empty(device="cpu")
-        load_strict(model, tensors, path)
-        return model
+    def from_pretrained(cls, path: Path | str, network: str, dtype: torch.dtype = torch.float32) -> "VideoDiT":
+        """Read an own export, or the published weights of Wan2.2-TI2V-5B or of a fine-tuned one.
+
+        `path`: an own `*.safetensors`; a folder in the layout of Wan2.2 or of diffusers' `transformer/`; or a
+        `generator.pt` as self-forcing trainers write it. `network`: the name that an own export must carry,
+        "SlowGenerator" or "FastGenerator"; foreign files carry none.
+        """
+        path = Path(path)
+        if path.is_dir():
+            config, tensors = read_published(path)
+        elif path.suffix in (".pt", ".pth"):
+            tensors = read_checkpoint(path, key="generator", prefix="model.")
+            blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+            config = replace(PRESETS["wan5b"], layers=len(blocks))
+        else:
+            config, tensors = read_network(path, network)
+            config = DiTConfig(**config)
+        return load(lambda: cls(config), tensors, path, dtype)
 
     def time_features(self, t: Tensor) -> Tensor:
         """Sinusoids of the timestep, float32: [B, F] -> [B, F, freq_dim], cosines first."""
@@ -265,38 +273,43 @@ class VideoDiT(nn.Module):
         return (out, tapped) if taps else out
 
 
-def save_network(path: Path, network: str, config, tensors: dict[str, Tensor], dtype=torch.bfloat16) -> None:
-    """One safetensors file that says in its header which network it holds and with which config."""
-    header = {"network": network, "config": json.dumps(asdict(config))}
-    with atomic(path) as temporary:
-        safetensors.torch.save_file({n: t.to("cpu", dtype).contiguous() for n, t in tensors.items()}, temporary, header)
+# Parameter names of diffusers' WanTransformer3DModel -> Wan's own.
+DIFFUSERS_NAMES = (
+    (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
+    (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
+    (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
+    (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+    (r"^condition_embedder\.time_proj", "time_projection.1"),
+    (r"^proj_out", "head.head"),
+    (r"^scale_shift_table", "head.modulation"),
+    (r"scale_shift_table", "modulation"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.norm2\.", ".norm3."),
+    (r"\.ffn\.net\.0\.proj", ".ffn.0"),
+    (r"\.ffn\.net\.2", ".ffn.2"),
+)
 
 
-def read_network(path: Path | str, network: str) -> tuple[dict, dict[str, Tensor]]:
-    """The config and tensors of a file written by `save_network`. UserError if it is none, or of another network."""
+def read_published(folder: Path) -> tuple[DiTConfig, dict[str, Stored]]:
+    """Config and tensors of a folder in Wan2.2's layout or diffusers'."""
+    file = folder / "config.json"
+    config = read_config(file)
+    tensors = read_folder(folder, "diffusion_pytorch_model")
+    kind = config.get("_class_name")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            header, tensors = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the safetensors of a {network}") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    if header.get("network") != network:
-        raise UserError(f"{path}: holds a {header.get('network', 'network of unknown kind')}, expected a {network}")
-    return json.loads(header["config"]), tensors
-
-
-def load_strict(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
-    """Fill a model; every name and shape must match, or one error lists what does not."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    wrong = [
-        f"{n} is {list(tensors[n].shape)}, expected {list(own[n].shape)}"
-        for n in own.keys() & tensors.keys()
-        if own[n].shape != tensors[n].shape
-    ]
-    problems = [f"{what}: {', '.join(names)}" for what, names in
-                (("missing", missing), ("unexpected", extra), ("wrong shape", sorted(wrong))) if names]  # fmt: skip
-    if problems:
-        raise UserError(f"{path}: {'; '.join(problems)}")
-    model.load_state_dict(tensors)
+        if kind == "WanModel":
+            shapes = [config[n] for n in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "freq_dim", "eps")]
+        elif kind == "WanTransformer3DModel":
+            heads = config["num_attention_heads"]
+            names = ("ffn_dim", "num_attention_heads", "num_layers", "in_channels", "freq_dim", "eps")
+            shapes = [heads * config["attention_head_dim"], *(config[n] for n in names)]
+            tensors = rename(tensors, DIFFUSERS_NAMES)
+        else:
+            raise UserError(f"{file}: _class_name is {kind}, expected WanModel or WanTransformer3DModel")
+    except KeyError as error:
+        raise UserError(f"{file}: the field {error} is missing; give the folder as it was published") from None
+    fields = ("dim", "ffn_dim", "heads", "layers", "channels", "freq_dim", "eps")
+    return replace(PRESETS["wan5b"], **dict(zip(fields, shapes, strict=True))), tensors

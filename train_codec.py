@@ -24,7 +24,7 @@ import optim
 from codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
 from data import ToyWorld
 from measures import laplacian
-from model import save_network
+from weights import save_network
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ import flow
 import optim
 from codec import ToyCodec
 from data import ToyLatents
-from model import VideoDiT, save_network
+from model import VideoDiT
+from weights import save_network
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ import flow
 import optim
 from codec import ToyCodec
 from data import ToyLatents
-from model import PRESETS, VideoDiT, save_network
+from model import PRESETS, VideoDiT
+from weights import save_network
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,15 @@ once or a latent frame at a time: the same numbers. Parameter names are those of
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
+
+from common import UserError
+from weights import load, read_checkpoint, read_config, read_folder, rename
 
 # Of the published latents, per channel: what the DiT sees is (z - MEAN) / STD.
 MEAN = (
@@ -259,6 +263,29 @@ class WanVAE(nn.Module):
         self.conv1 = nn.Conv3d(2 * config.channels, 2 * config.channels, 1)
         self.conv2 = nn.Conv3d(config.channels, config.channels, 1)
 
+    @classmethod
+    def from_pretrained(
+        cls, path: Path | str, dtype: torch.dtype = torch.float32, config: VAEConfig = VAEConfig()
+    ) -> "WanVAE":
+        """Read the published weights: the file `Wan2.2_VAE.pth`, or the folder `vae/` of diffusers' layout.
+
+        `config`: the shapes of a .pth file, which does not tell them; a folder does.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            return load(lambda: cls(config), read_checkpoint(path), path, dtype)
+        file = path / "config.json"
+        theirs = read_config(file)
+        if theirs.get("_class_name") != "AutoencoderKLWan" or not theirs.get("is_residual"):
+            raise UserError(f"{file}: not the VAE of Wan2.2; give the vae folder of Wan2.2-TI2V-5B-Diffusers")
+        names = ["base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks"]  # in VAEConfig's order
+        names += ["temperal_downsample", "patch_size"]
+        if absent := [name for name in names if name not in theirs]:
+            raise UserError(f"{file}: fields are missing: {', '.join(absent)}; give the folder as it was published")
+        config = VAEConfig(*(tuple(v) if isinstance(v := theirs[name], list) else v for name in names))
+        tensors = rename(read_folder(path, "diffusion_pytorch_model"), diffusers_names(config))
+        return load(lambda: cls(config), tensors, path, dtype)
+
     @torch.no_grad()
     def encode(self, video: Tensor, chunk: int = 1) -> Tensor:
         """Normalised latents, the mean of what the encoder believes: [B,3,T,h,w] in [-1, 1] -> [B,C,F,h/16,w/16].
@@ -322,3 +349,26 @@ def tiles(length: int, tile: int, overlap: int, spatial: int) -> list[tuple[slic
     total = torch.stack(depth).sum(0)
     counts = [(d / total)[spatial * n : spatial * (n + tile)] for n, d in zip(starts, depth, strict=True)]
     return [(slice(n, n + tile), count) for n, count in zip(starts, counts, strict=True)]
+
+
+def diffusers_names(config: VAEConfig) -> list[tuple[str, str]]:
+    """Parameter names of diffusers' AutoencoderKLWan -> Wan's own."""
+    return [
+        (r"^quant_conv", "conv1"),
+        (r"^post_quant_conv", "conv2"),
+        (r"coder\.conv_in", "coder.conv1"),
+        (r"coder\.norm_out", "coder.head.0"),
+        (r"coder\.conv_out", "coder.head.2"),
+        (r"mid_block\.resnets\.0", "middle.0"),
+        (r"mid_block\.attentions\.0", "middle.1"),
+        (r"mid_block\.resnets\.1", "middle.2"),
+        (r"down_blocks\.(\d)\.resnets", r"downsamples.\1.downsamples"),
+        (r"down_blocks\.(\d)\.downsampler", rf"downsamples.\1.downsamples.{config.blocks}"),
+        (r"up_blocks\.(\d)\.resnets", r"upsamples.\1.upsamples"),
+        (r"up_blocks\.(\d)\.upsampler", rf"upsamples.\1.upsamples.{config.blocks + 1}"),
+        (r"(samples\.\d|middle\.[02])\.norm1", r"\1.residual.0"),
+        (r"(samples\.\d|middle\.[02])\.conv1", r"\1.residual.2"),
+        (r"(samples\.\d|middle\.[02])\.norm2", r"\1.residual.3"),
+        (r"(samples\.\d|middle\.[02])\.conv2", r"\1.residual.6"),
+        (r"conv_shortcut", "shortcut"),
+    ]

@@ -87,7 +87,7 @@ def test_presets_fit_their_networks():
 
 
 def test_export_reads_back(tmp_path):
-    from model import save_network
+    from weights import save_network
 
     classifier, (_, _, text, traj) = build().classifier, inputs()
     save_network(tmp_path / "c.safetensors", "Classifier", classifier.config, classifier.state_dict(), torch.float32)

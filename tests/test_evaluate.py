@@ -19,7 +19,8 @@ import evaluate
 from codec import ToyCodec
 from data import ToyBatch, ToyWorld
 from measures import subset
-from model import PRESETS, VideoDiT, save_network
+from model import PRESETS, VideoDiT
+from weights import save_network
 
 ALONE = common.Processes(0, 1, torch.device("cpu"), None)
 

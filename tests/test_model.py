@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import common
-from model import PRESETS, DiTConfig, VideoDiT, save_network
+from model import PRESETS, DiTConfig, VideoDiT
+from weights import save_network
 
 SMALL = DiTConfig(128, 256, 4, 3, text_dim=40, text_tokens=7)
 ONE_WIDE_BLOCK = dataclasses.replace(PRESETS["wan5b"], layers=1)

@@ -14,8 +14,9 @@ import torch
 
 import common
 import sample
-from model import PRESETS, DiTConfig, VideoDiT, save_network
+from model import PRESETS, DiTConfig, VideoDiT
 from trajectory import TrajectoryError
+from weights import save_network
 
 ROOT = Path(sample.__file__).parent
 

@@ -16,7 +16,8 @@ from conftest import start_in
 import adapter as adapters
 import common
 from adapter import ResNetAdapter
-from model import PRESETS, VideoDiT, save_network
+from model import PRESETS, VideoDiT
+from weights import save_network
 
 SCRIPTS = {
     "train_slow_generator.py": "slow_generator",

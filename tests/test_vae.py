@@ -1,35 +1,13 @@
 """The VAE against diffusers' AutoencoderKLWan in its Wan2.2 configuration; streaming, tiling."""
 
-import re
-
 import pytest
 import torch
 
 import vae
 from vae import VAEConfig, WanVAE
+from weights import rename
 
 SMALL = VAEConfig(width=8, decoder_width=12)
-
-
-def original_name(name: str) -> str:
-    """A parameter's name in `Wan2.2_VAE.pth`, from diffusers' name."""
-    for theirs, ours in (
-        (r"^quant_conv", "conv1"), (r"^post_quant_conv", "conv2"),
-        (r"coder\.conv_in", "coder.conv1"), (r"coder\.norm_out", "coder.head.0"), (r"coder\.conv_out", "coder.head.2"),
-        (r"mid_block\.resnets\.0", "middle.0"), (r"mid_block\.attentions\.0", "middle.1"),
-        (r"mid_block\.resnets\.1", "middle.2"),
-        (r"down_blocks\.(\d)\.resnets", r"downsamples.\1.downsamples"),
-        (r"down_blocks\.(\d)\.downsampler", r"downsamples.\1.downsamples.2"),
-        (r"up_blocks\.(\d)\.resnets", r"upsamples.\1.upsamples"),
-        (r"up_blocks\.(\d)\.upsampler", r"upsamples.\1.upsamples.3"),
-        (r"(samples\.\d|middle\.[02])\.norm1", r"\1.residual.0"),
-        (r"(samples\.\d|middle\.[02])\.conv1", r"\1.residual.2"),
-        (r"(samples\.\d|middle\.[02])\.norm2", r"\1.residual.3"),
-        (r"(samples\.\d|middle\.[02])\.conv2", r"\1.residual.6"),
-        (r"conv_shortcut", "shortcut"),
-    ):  # fmt: skip
-        name = re.sub(theirs, ours, name)
-    return name
 
 
 def pair(config: VAEConfig) -> tuple[WanVAE, torch.nn.Module]:
@@ -45,7 +23,7 @@ def pair(config: VAEConfig) -> tuple[WanVAE, torch.nn.Module]:
         std = 0.3 if p.ndim == 1 or "gamma" in name else p[0].numel() ** -0.5
         p.data = torch.randn(p.shape, generator=draw) * std + ("gamma" in name)
     ours = WanVAE(config)
-    ours.load_state_dict({original_name(name): p for name, p in theirs.state_dict().items()})
+    ours.load_state_dict(rename(theirs.state_dict(), vae.diffusers_names(config)))
     return ours, theirs
 
 

@@ -1,0 +1,179 @@
+"""Every layout in which weights are published loads and gives the reference's output; damage gives one clear line."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from test_model import diffusers_model, to_diffusers
+from test_vae import SMALL, pair
+
+import common
+from model import PRESETS, VideoDiT
+from vae import VAEConfig, WanVAE
+from weights import save_network
+
+SHALLOW = dataclasses.replace(PRESETS["wan5b"], layers=1)  # wan5b's shapes, one of its 30 blocks
+# Fields of config.json as Wan2.2-TI2V-5B is published in its own layout.
+WAN_CONFIG = {
+    "_class_name": "WanModel", "_diffusers_version": "0.33.0", "dim": 3072, "eps": 1e-06, "ffn_dim": 14336,
+    "freq_dim": 256, "in_dim": 48, "model_type": "ti2v", "num_heads": 24, "num_layers": 1, "out_dim": 48,
+    "text_len": 512,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Diffusers' network with random weights, an input and its output for it."""
+    torch.manual_seed(0)
+    network = diffusers_model(SHALLOW).requires_grad_(False)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.5 * SHALLOW.dim**-0.5)
+    network = network.bfloat16().float()  # so that files of either type hold the same numbers
+    x, text, t = torch.randn(1, 48, 2, 4, 6), torch.randn(1, 512, 4096), torch.tensor([[0.0, 700.0]])
+    return network, (x, t, text), network(x, t.repeat_interleave(6, 1), text, return_dict=False)[0]
+
+
+def own_names(network) -> dict[str, torch.Tensor]:
+    """The reference's weights under Wan's names."""
+    with torch.device("meta"):
+        names = VideoDiT(SHALLOW).state_dict()
+    theirs = network.state_dict()
+    return {name: theirs[to_diffusers(name)] for name in names}
+
+
+def write_wan(folder, tensors, shards=2):
+    """The original layout: config.json, numbered shards, and their index."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(WAN_CONFIG))
+    stem, where = "diffusion_pytorch_model", {}
+    for shard in range(shards):
+        file = f"{stem}-{shard + 1:05}-of-{shards:05}.safetensors"
+        names = sorted(tensors)[shard::shards]
+        save_file({name: tensors[name].contiguous() for name in names}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["wan", "diffusers", "diffusers sharded", "generator.pt", "own"])
+def test_each_layout_of_the_transformer_gives_the_reference_output(reference, layout, tmp_path):
+    network, inputs, wanted = reference
+    own = {n: p.bfloat16() for n, p in own_names(network).items()}
+    path = tmp_path / "weights"
+    if layout == "wan":
+        write_wan(path, own)
+    elif layout.startswith("diffusers"):
+        network.to(torch.bfloat16).save_pretrained(path, max_shard_size="400MB" if "sharded" in layout else "10GB")
+        network.float()
+        assert (path / "diffusion_pytorch_model.safetensors.index.json").exists() == ("sharded" in layout)
+    elif layout == "generator.pt":
+        path = tmp_path / "generator.pt"
+        torch.save({"generator": {f"model.{n}": p for n, p in own.items()}}, path)
+    else:
+        path = tmp_path / "fast_generator.safetensors"
+        save_network(path, "FastGenerator", SHALLOW, own)
+    model = VideoDiT.from_pretrained(path, "FastGenerator")
+    assert model.config == SHALLOW
+    with torch.no_grad():
+        out = model(*inputs)
+    assert ((out - wanted).norm() / wanted.norm()).item() < 1e-5
+    half = VideoDiT.from_pretrained(path, "FastGenerator", torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.blocks[0].ffn[0].weight, own["blocks.0.ffn.0.weight"])  # byte for byte
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+class Code:
+    """Unpickled, it would run a command."""
+
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_damaged_weights_give_one_line_that_says_what_is_wrong(tmp_path, capsys):
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in VideoDiT(SHALLOW).state_dict().items()}
+    one = torch.zeros(1, dtype=torch.bfloat16)
+    tensors = {n: one.expand(shape) for n, shape in shapes.items()}
+    whole = write_wan(tmp_path / "whole", tensors)
+    index, shard = (
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model-00002-of-00002.safetensors",
+    )
+
+    def refused(message, path, load=lambda path: VideoDiT.from_pretrained(path, "SlowGenerator")):
+        with pytest.raises(common.UserError, match=message) as caught:
+            load(path)
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+    def damaged(name, edit):
+        folder = tmp_path / name
+        shutil.copytree(whole, folder, copy_function=lambda a, b: shutil.os.link(a, b))
+        for file in folder.glob("*.json"):
+            text = file.read_text()
+            file.unlink()
+            file.write_text(text)
+        edit(folder)
+        return folder
+
+    def without(folder):
+        shards = json.loads((folder / index).read_text())["weight_map"]
+        del shards["blocks.0.norm3.bias"]
+        (folder / index).write_text(json.dumps({"weight_map": shards}))
+
+    def truncate(folder):
+        (folder / shard).unlink()
+        (folder / shard).write_bytes((whole / shard).read_bytes()[:-100])
+
+    refused(r"shard.*lack: blocks.1.x", damaged("listed", lambda f: edit_json(f / index, weight_map={
+        **json.loads((f / index).read_text())["weight_map"], "blocks.1.x": shard})))  # fmt: skip
+    refused("not a readable safetensors file.*get it again", damaged("truncated", truncate))
+    refused(f"{shard}: no such file", damaged("lacking", lambda f: (f / shard).unlink()))
+    refused("missing: blocks.1.*and 19 more", damaged("deeper", lambda f: edit_json(f / "config.json", num_layers=2)))
+    refused(r"wrong shape: blocks.0.ffn.0.bias is \[14336\], expected \[14335\]",
+            damaged("narrower", lambda f: edit_json(f / "config.json", ffn_dim=14335)))  # fmt: skip
+    refused("unexpected: blocks.0.*", damaged("shallower", lambda f: edit_json(f / "config.json", num_layers=0)))
+    refused(
+        "_class_name is UNet, expected WanModel",
+        damaged("unet", lambda f: edit_json(f / "config.json", _class_name="UNet")),
+    )
+    refused("config.json: no such file", damaged("bare", lambda f: (f / "config.json").unlink()))
+    refused("config.json: not JSON", damaged("text", lambda f: (f / "config.json").write_text("hello")))
+
+    pt = tmp_path / "generator.pt"
+    torch.save({"generator": {"model.patch_embedding.bias": torch.zeros(3072)}, "other": Code()}, pt)
+    refused("more than tensors, code perhaps", pt)
+    assert "code ran" not in capsys.readouterr().out
+    torch.save({"critic": {}}, pt)
+    refused("no dict of tensors under the key 'generator'", pt)
+    torch.save({"generator": {"model.patch_embedding.bias": torch.zeros(3072)}}, pt)
+    refused("missing: head.head.bias", pt)
+    pt.write_bytes(pt.read_bytes()[:-200])
+    refused("not a readable checkpoint.*get it again", pt)
+    refused("no such file", tmp_path / "nowhere.pt")
+
+    refused("not a readable checkpoint|more than tensors", whole / "config.json", WanVAE.from_pretrained)
+    refused("config.json: not the VAE of Wan2.2", whole, WanVAE.from_pretrained)
+
+
+def test_both_layouts_of_the_vae_give_the_reference_output(tmp_path):
+    ours, theirs = pair(SMALL)
+    theirs.save_pretrained(tmp_path / "vae")
+    again = WanVAE.from_pretrained(tmp_path / "vae")
+    assert again.config == SMALL
+    latents = torch.randn(1, 48, 2, 2, 3)
+    assert torch.equal(again.decode(latents), ours.decode(latents))
+    video = torch.rand(1, 3, 5, 32, 48)
+    assert torch.equal(again.encode(video), ours.encode(video))
+    file = tmp_path / "Wan2.2_VAE.pth"
+    torch.save(ours.state_dict(), file)
+    assert torch.equal(WanVAE.from_pretrained(file, config=SMALL).decode(latents), ours.decode(latents))
+    with pytest.raises(common.UserError, match="wrong shape: conv1"):
+        WanVAE.from_pretrained(file, config=VAEConfig(channels=16))
