@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flow import Velocity
-from model import VideoDiT
+from model import DiTConfig, PatchEmbedding, VideoDiT, init_xavier
 from weights import load, read_network
 
 
@@ -91,14 +91,69 @@ class ResNetAdapter(nn.Module):
             residuals.append(residual)
         return residuals
 
-    @classmethod
-    def from_pretrained(cls, path: Path | str, network: str) -> "ResNetAdapter":
-        """Read an own export. `network`: the name it must carry, "SlowAdapter" or "FastAdapter"."""
-        config, tensors = read_network(path, network)
-        return load(lambda: cls(AdapterConfig(**config)), tensors, path)
+
+class ControlNetAdapter(VideoDiT):
+    """The heavy adapter (paper: base + adapter = 10.28B): a copy of the generator, which sees the trajectory's latent
+    beside the noisy one and gives each block's output to a projection. It runs at every step.
+
+    Its config is that of the generator it serves.
+    """
+
+    static = False  # its output depends on the noisy latent
+
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        del self.head
+        self.patch_embedding = PatchEmbedding(2 * config.channels, config.patch, config.dim)
+        self.project = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.layers))
+        init_xavier(self.patch_embedding)
+        for layer in self.project:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @torch.no_grad()
+    def copy_generator(self, generator: VideoDiT) -> None:
+        """Start from a generator's weights; those for the trajectory's channels start at zero."""
+        own = generator.state_dict()
+        weight = own["patch_embedding.weight"]
+        own["patch_embedding.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+        own = {name: value for name, value in own.items() if not name.startswith("head.")}
+        self.load_state_dict(own | {n: p for n, p in self.state_dict().items() if n.startswith("project.")})
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> list[Tensor]:
+        """x, traj [B,C,F,H,W], t [B,F], text [B,L,text_dim] -> one residual [B,N,dim] per DiT block."""
+        tokens, _, e, text, rope = self.embed(torch.cat([x, traj.to(x)], dim=1), t, text)
+        residuals = []
+        for block, project in zip(self.blocks, self.project, strict=True):
+            tokens = block(tokens, e, text, rope)
+            residuals.append(project(tokens))
+        return residuals
 
 
-def steer(generator: VideoDiT, adapter: ResNetAdapter | None, text: Tensor, traj: Tensor | None = None) -> Velocity:
-    """The generator's velocity under this text and, unless the adapter is None, this trajectory, which is read once."""
+Adapter = ResNetAdapter | ControlNetAdapter
+
+
+def serves(adapter: Adapter, generator: VideoDiT) -> bool:
+    """Is the adapter's output of the generator's shape, and its input of the same codec?"""
+    return all(
+        getattr(adapter.config, n) == getattr(generator.config, n) for n in ("dim", "layers", "channels", "patch")
+    )
+
+
+def read_adapter(path: Path | str, network: str, dtype: torch.dtype = torch.float32) -> Adapter:
+    """The adapter in an own export, of either kind. `network`: the name it must carry."""
+    config, tensors = read_network(path, network)
+    if "hidden" in config:
+        return load(lambda: ResNetAdapter(AdapterConfig(**config)), tensors, path, dtype)
+    return load(lambda: ControlNetAdapter(DiTConfig(**config)), tensors, path, dtype)
+
+
+def steer(generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor | None = None) -> Velocity:
+    """The generator's velocity under this text and, unless the adapter is None, this trajectory.
+
+    A static adapter reads it once, the other at every call.
+    """
+    if adapter is not None and not adapter.static:
+        return lambda x, t: generator(x, t, text, adapter(x, t, text, traj))
     residuals = None if adapter is None else adapter(None, None, text, traj)
     return partial(generator, text=text, residuals=residuals)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import common
 import finetune_hybrid
 import flow
-from adapter import ResNetAdapter, steer
+from adapter import Adapter, read_adapter, steer
 from codec import ToyCodec
 from data import ToyBatch, ToyWorld
 from measures import FEATURES, score, subset
@@ -74,7 +74,7 @@ class Config:
 Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 
 
-def slow_sampler(generator: VideoDiT, adapter: ResNetAdapter | None, cfg: Config) -> Sampler:
+def slow_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config) -> Sampler:
     """Euler steps, guided away from what the generator makes of the image alone."""
 
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
@@ -85,7 +85,7 @@ def slow_sampler(generator: VideoDiT, adapter: ResNetAdapter | None, cfg: Config
     return sample
 
 
-def fast_sampler(generator: VideoDiT, adapter: ResNetAdapter | None, cfg: Config, steps: int) -> Sampler:
+def fast_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config, steps: int) -> Sampler:
     """The few steps that stages 2 and 3 train for, or fewer."""
 
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
@@ -202,7 +202,7 @@ def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: comm
     """A generator and its adapter. `speed`: the names that their files must carry, "Slow" or "Fast"."""
     pair = (
         VideoDiT.from_pretrained(generator, f"{speed}Generator"),
-        ResNetAdapter.from_pretrained(adapter, f"{speed}Adapter"),
+        read_adapter(adapter, f"{speed}Adapter"),
     )
     shapes = [f"{net.config.layers} blocks of width {net.config.dim}" for net in pair]
     if shapes[0] != shapes[1]:
@@ -245,7 +245,7 @@ def ablate(cfg: Config, batch: ToyBatch, procs: common.Processes) -> tuple[list[
         if not files:
             raise common.UserError(f"{RUNS / variant}_0/fast_adapter.safetensors: no such run; run `make ablation`")
         label = f"FlashMotion: {label}" if variant == METHOD else label
-        loaded = [ResNetAdapter.from_pretrained(file, "FastAdapter") for file in files]
+        loaded = [read_adapter(file, "FastAdapter") for file in files]
         adapters[label] = [common.prepare(one, procs, cfg.compile) for one in loaded]
     for steps in (flow.FAST.steps, 2, 1):
         for name, some in adapters.items():

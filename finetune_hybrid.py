@@ -20,7 +20,7 @@ import common
 import discriminator as discriminators
 import flow
 import optim
-from adapter import ResNetAdapter, steer
+from adapter import read_adapter, steer
 from codec import ToyCodec
 from data import ToyLatents
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
@@ -94,7 +94,7 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)  # the same initial classifier on every rank
     generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator").requires_grad_(False)
     backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator").requires_grad_(False)
-    adapter = ResNetAdapter.from_pretrained(cfg.adapter, "SlowAdapter")
+    adapter = read_adapter(cfg.adapter, "SlowAdapter")
     shape = replace(
         discriminators.PRESETS[cfg.preset], semantic=cfg.semantic, trajectory=cfg.trajectory, video=cfg.video
     )

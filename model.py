@@ -236,6 +236,16 @@ class VideoDiT(nn.Module):
         angle = t.double()[..., None] * rate
         return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
+    def embed(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """What the blocks work on: tokens [B,N,D], the timestep [B,F,D] and [B,F,6,D], text [B,L,D], rotary tables."""
+        frames, height, width = (n // p for n, p in zip(x.shape[2:], self.config.patch, strict=True))
+        rope = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
+        features = self.time_features(t).to(self.time_embedding[0].weight.dtype)
+        e = self.time_embedding(features)
+        e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
+        text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+        return self.patch_embedding(x), e, e6, text, rope
+
     def forward(
         self,
         x: Tensor,
@@ -249,14 +259,7 @@ class VideoDiT(nn.Module):
         `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output. `taps`: block numbers
         whose outputs [B,N,D] are returned too, as a list beside the velocity.
         """
-        frames, height, width = (n // p for n, p in zip(x.shape[2:], self.config.patch, strict=True))
-        rope = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
-        tokens = self.patch_embedding(x)  # (B, N, D)
-        features = self.time_features(t).to(self.time_embedding[0].weight.dtype)
-        e = self.time_embedding(features)  # (B, F, D)
-        e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()  # (B, F, 6, D)
-        text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))  # (B, L, D)
-
+        tokens, e, e6, text, rope = self.embed(x, t, text)
         tapped = []
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, e6, text, rope)
@@ -268,7 +271,7 @@ class VideoDiT(nn.Module):
         out = rearrange(
             self.head(tokens, e.float()),
             "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
-            f=frames, h=height, w=width, p=p, q=q, r=r,
+            f=x.shape[2] // p, h=x.shape[3] // q, p=p, q=q, r=r,
         )  # fmt: skip
         return (out, tapped) if taps else out
 

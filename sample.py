@@ -22,8 +22,7 @@ from torch import Tensor
 
 import common
 import flow
-from adapter import PRESETS as ADAPTERS
-from adapter import ResNetAdapter, steer
+from adapter import read_adapter, serves, steer
 from codec import ToyCodec
 from model import PRESETS, VideoDiT
 from trajectory import TrajectoryError, draw_overlay, load_trajectory
@@ -93,14 +92,13 @@ def main(cfg: Config) -> None:
         image, source_size = load_image(cfg.image, size)
         trajectory = load_trajectory(cfg.traj, (size, size), cfg.frames, source_size)
     with timed("load networks"):
-        networks = []
-        for part, kind, presets in (("generator", VideoDiT, PRESETS), ("adapter", ResNetAdapter, ADAPTERS)):
-            path = Path(cfg.weights) / f"{cfg.speed}_{part}.safetensors"
-            network = kind.from_pretrained(path, cfg.speed.title() + part.title())
-            if network.config != presets[cfg.preset]:
-                raise common.UserError(f"{path}: is no network of preset {cfg.preset}")
-            networks.append(network.to(procs.device))
-        generator, adapter = networks
+        files = [Path(cfg.weights) / f"{cfg.speed}_{part}.safetensors" for part in ("generator", "adapter")]
+        generator = VideoDiT.from_pretrained(files[0], cfg.speed.title() + "Generator").to(procs.device)
+        if generator.config != PRESETS[cfg.preset]:
+            raise common.UserError(f"{files[0]}: is no network of preset {cfg.preset}")
+        adapter = read_adapter(files[1], cfg.speed.title() + "Adapter").to(procs.device)
+        if not serves(adapter, generator):
+            raise common.UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}")
         codec = ToyCodec()
     with timed("encode"):
         first = codec.encode_video(image).to(procs.device)

@@ -60,7 +60,7 @@ def main(cfg: Config) -> None:
     generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator").requires_grad_(False)
     generator = common.prepare(generator, procs, cfg.compile)
     if cfg.init:
-        adapter = adapters.ResNetAdapter.from_pretrained(cfg.init, "SlowAdapter")
+        adapter = adapters.read_adapter(cfg.init, "SlowAdapter")
     else:
         adapter = adapters.ResNetAdapter(adapters.PRESETS[cfg.preset])
     adapter = common.prepare(adapter, procs, cfg.compile)

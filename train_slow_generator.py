@@ -62,7 +62,7 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     if cfg.init:
         model = VideoDiT.from_pretrained(Path(cfg.init, "slow_generator.safetensors"), "SlowGenerator")
-        guide = adapters.ResNetAdapter.from_pretrained(Path(cfg.init, "slow_adapter.safetensors"), "SlowAdapter")
+        guide = adapters.read_adapter(Path(cfg.init, "slow_adapter.safetensors"), "SlowAdapter")
     else:
         model, guide = VideoDiT(PRESETS[cfg.preset]), adapters.ResNetAdapter(adapters.PRESETS[cfg.preset])
     model, guide = (common.prepare(network, procs, cfg.compile) for network in (model, guide))

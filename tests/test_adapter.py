@@ -1,33 +1,47 @@
-"""The adapter starts as nothing, learns alone, and has the paper's size."""
+"""Both adapters start as nothing, learn alone, and have the paper's sizes."""
 
+import dataclasses
+
+import pytest
 import torch
 
 import adapter as adapters
+import common
 import flow
 import optim
 from model import PRESETS, VideoDiT
+from weights import save_network
 
 
-def networks():
+def networks(kind="resnet"):
     torch.manual_seed(0)
     generator = VideoDiT(PRESETS["tiny"])
     torch.nn.init.normal_(generator.head.head.weight, std=0.02)
-    adapter = adapters.ResNetAdapter(adapters.PRESETS["tiny"])
+    if kind == "resnet":
+        adapter = adapters.ResNetAdapter(adapters.PRESETS["tiny"])
+    else:
+        adapter = adapters.ControlNetAdapter(generator.config)
+        adapter.copy_generator(generator)
     x, traj = torch.randn(2, 2, 16, 3, 4, 4)
     t, text = torch.tensor([[0.0, 400, 400], [0, 900, 900]]), torch.randn(2, 32, 64)
     return generator, adapter, x, t, text, traj
 
 
-def test_fresh_adapter_changes_nothing():
-    generator, adapter, x, t, text, traj = networks()
+KINDS = pytest.mark.parametrize("kind", ["resnet", "controlnet"])
+
+
+@KINDS
+def test_fresh_adapter_changes_nothing(kind):
+    generator, adapter, x, t, text, traj = networks(kind)
     with torch.no_grad():
         residuals = adapter(x, t, text, traj)
         assert len(residuals) == 6 and all(r.shape == (2, 12, 160) for r in residuals)
         assert torch.equal(generator(x, t, text, residuals), generator(x, t, text))
 
 
-def test_one_step_changes_the_adapter_alone():
-    generator, adapter, x, t, text, traj = networks()
+@KINDS
+def test_one_step_changes_the_adapter_alone(kind):
+    generator, adapter, x, t, text, traj = networks(kind)
     generator.requires_grad_(False)
     frozen = {n: p.clone() for n, p in generator.named_parameters()}
     before = {n: p.clone() for n, p in adapter.named_parameters()}
@@ -55,6 +69,34 @@ def test_static_adapter_reads_the_trajectory_alone():
         assert not any(torch.allclose(a, b) for a, b in zip(once, adapter(x, t, text, -traj), strict=True))
 
 
+def test_controlnet_sees_the_noisy_latent_as_its_generator_does():
+    generator, adapter, x, t, text, traj = networks("controlnet")
+    with torch.no_grad():
+        for layer in adapter.project:  # the identity: residuals become the blocks' outputs
+            torch.nn.init.eye_(layer.weight)
+        _, wanted = generator(x, t, text, taps=tuple(range(6)))
+        assert not adapter.static
+        for seen in (traj, torch.zeros_like(traj)):  # the trajectory's weights start at zero
+            assert all(torch.equal(a, b) for a, b in zip(adapter(x, t, text, seen), wanted, strict=True))
+        torch.nn.init.normal_(adapter.patch_embedding.weight)
+        assert not torch.allclose(adapter(x, t, text, traj)[0], adapter(x, t, text, -traj)[0])
+        steered = adapters.steer(generator, adapter, text, traj)(x, t)
+        assert torch.equal(steered, generator(x, t, text, adapter(x, t, text, traj)))
+
+
+@KINDS
+def test_export_reads_back_as_its_kind(kind, tmp_path):
+    generator, adapter, *_ = networks(kind)
+    path = tmp_path / "adapter.safetensors"
+    save_network(path, "SlowAdapter", adapter.config, adapter.state_dict(), torch.float32)
+    again = adapters.read_adapter(path, "SlowAdapter")
+    assert type(again) is type(adapter) and adapters.serves(again, generator)
+    assert all(torch.equal(p, again.state_dict()[n]) for n, p in adapter.state_dict().items())
+    assert not adapters.serves(again, VideoDiT(dataclasses.replace(generator.config, layers=5)))
+    with pytest.raises(common.UserError, match="holds a SlowAdapter, expected a FastAdapter"):
+        adapters.read_adapter(path, "FastAdapter")
+
+
 def test_size_at_wan5b():
     """Base + adapter = 5.02B in the paper: an adapter of 15M to 25M."""
     with torch.device("meta"):
@@ -62,3 +104,6 @@ def test_size_at_wan5b():
     assert 15e6 < count < 25e6
     assert adapters.PRESETS["wan5b"].layers == PRESETS["wan5b"].layers
     assert adapters.PRESETS["wan5b"].dim == PRESETS["wan5b"].dim
+    with torch.device("meta"):
+        both = (VideoDiT(PRESETS["wan5b"]), adapters.ControlNetAdapter(PRESETS["wan5b"]))
+    assert round(sum(p.numel() for network in both for p in network.parameters()) / 1e9, 2) == 10.28  # as in the paper
