@@ -4,6 +4,7 @@ Every codec has `encode_video`, `decode_video`, `encode_text` and the attributes
 (pixels and video frames per latent position), so nothing downstream knows which one it holds.
 """
 
+import html
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import load, read_network
+from common import UserError
+from vae import WanVAE
+from weights import load, read_checkpoint, read_config, read_folder, read_network, rename
 
 TOY_WEIGHTS = Path(__file__).parent / "checkpoints/tiny/codec.safetensors"
 
@@ -139,3 +142,85 @@ class ToyCodec:
             if tokens:
                 row[: len(tokens)] = torch.stack(tokens)[: self.text_tokens]
         return out
+
+
+class WanCodec:
+    """Wan2.2's codec: its VAE, and UMT5-XXL through `transformers` (requirements-wan.txt).
+
+    `folder` is Wan2.2-TI2V-5B as published, in its own layout or diffusers'. The VAE encodes in float32 and decodes in
+    `dtype`. The text encoder is read when prompts are encoded and let go of after: it is larger than all else.
+    """
+
+    channels, spatial, temporal = 48, 16, 4
+    text_dim, text_tokens = 4096, 512
+
+    def __init__(self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32):
+        self.folder, self.device = Path(folder), device
+        self.vae = WanVAE.from_pretrained(self._part("Wan2.2_VAE.pth", "vae")).to(device).requires_grad_(False)
+        self.vae.decoder.to(dtype)
+        self.vae.conv2.to(dtype)
+
+    def _part(self, *names: str) -> Path:
+        """The first of these that is in the folder: a part's place in the two layouts."""
+        for name in names:
+            if (self.folder / name).exists():
+                return self.folder / name
+        raise UserError(f"{self.folder}: holds no {' or '.join(names)}; give Wan2.2-TI2V-5B as published")
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """[B, 3, T, height, width] in [-1, 1], T = 4 n + 1 -> [B, 48, n + 1, height / 16, width / 16]."""
+        return self.vae.encode(video.to(self.device))
+
+    def decode_video(self, latents: Tensor) -> Tensor:
+        """[B, 48, F, H, W] -> [B, 3, 4 (F - 1) + 1, 16 H, 16 W] in [-1, 1]."""
+        return self.vae.decode(latents.to(self.device))
+
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """Prompts -> [B, 512, 4096] bfloat16, zeros after the last token. Tokens past 512 are dropped."""
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise UserError("transformers: not installed; pip install -r requirements-wan.txt") from None
+        tokenizer = AutoTokenizer.from_pretrained(self._part("google/umt5-xxl", "tokenizer"))
+        clean = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
+        tokens = tokenizer(clean, padding="longest", truncation=True, max_length=self.text_tokens, return_tensors="pt")
+        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+        encoder = read_text_encoder(self._part("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")).to(self.device)
+        with torch.no_grad():
+            seen = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return F.pad(seen * mask[..., None], (0, 0, 0, self.text_tokens - seen.shape[1]))
+
+
+# Wan's names of the text encoder's parameters -> those in transformers.
+UMT5_NAMES = (
+    (r"^token_embedding", "embed_tokens"),
+    (r"^norm\.", "final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1", r"block.\1.layer.0.layer_norm"),
+    (r"^blocks\.(\d+)\.norm2", r"block.\1.layer.1.layer_norm"),
+    (r"^blocks\.(\d+)\.attn", r"block.\1.layer.0.SelfAttention"),
+    (r"^blocks\.(\d+)\.pos_embedding\.embedding", r"block.\1.layer.0.SelfAttention.relative_attention_bias"),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0", r"block.\1.layer.1.DenseReluDense.wi_0"),
+    (r"^blocks\.(\d+)\.ffn\.fc1", r"block.\1.layer.1.DenseReluDense.wi_1"),
+    (r"^blocks\.(\d+)\.ffn\.fc2", r"block.\1.layer.1.DenseReluDense.wo"),
+)
+# UMT5-XXL, whose file in Wan's layout has no config beside it.
+UMT5_XXL = {
+    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+
+
+def read_text_encoder(path: Path, shapes: dict | None = None) -> nn.Module:
+    """The encoder of UMT5 in bfloat16: `models_t5_umt5-xxl-enc-bf16.pth`, or the folder `text_encoder/` of diffusers.
+
+    `shapes`: UMT5Config's fields, of a file that isn't UMT5-XXL's; a folder tells its own.
+    """
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    if path.is_dir():
+        config = UMT5Config(**read_config(path / "config.json"))
+        tensors = rename(read_folder(path, "model"), ((r"^encoder\.", ""), (r"^shared\.", "embed_tokens.")))
+    else:
+        config = UMT5Config(**(shapes or UMT5_XXL))
+        tensors = rename(read_checkpoint(path), UMT5_NAMES)
+    return load(lambda: UMT5EncoderModel(config).encoder, tensors, path, torch.bfloat16).eval().requires_grad_(False)

@@ -80,19 +80,23 @@ def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
 
 def read_checkpoint(path: Path | str, key: str = "", prefix: str = "") -> dict[str, Stored]:
     """The tensors of a `torch.save` file: a dict, or one in it under `key`. `prefix` is cut from their names."""
+
+    def read() -> object:
+        # Anew for every tensor, as above.
+        whole = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return whole.get(key) if key and isinstance(whole, dict) else whole
+
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tensors = read()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than tensors, code perhaps, and is not opened") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); get it again") from None
-    if key and isinstance(tensors, dict):
-        tensors = tensors.get(key)
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path}: no dict of tensors{f' under the key {key!r}' if key else ''}")
-    return {n.removeprefix(prefix): Stored(tuple(t.shape), lambda t=t: t) for n, t in tensors.items()}
+    return {n.removeprefix(prefix): Stored(tuple(t.shape), lambda n=n: read()[n]) for n, t in tensors.items()}
 
 
 def read_config(path: Path) -> dict:

@@ -1,0 +1,123 @@
+"""The real codec: prompts through UMT5 as transformers computes them, both layouts on disk, videos through the VAE."""
+
+import re
+
+import pytest
+import torch
+from test_vae import SMALL, pair
+
+import codec as codecs
+import common
+from codec import WanCodec, read_text_encoder
+from vae import WanVAE
+
+transformers = pytest.importorskip("transformers", reason="the text encoder needs requirements-wan.txt")
+SHAPES = {
+    "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+PROMPT = "a red disc spinning"
+
+
+@pytest.fixture
+def umt5():
+    torch.manual_seed(0)
+    network = transformers.UMT5EncoderModel(transformers.UMT5Config(**SHAPES)).eval()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)  # norms about 1; position biases not all alike
+    return network.bfloat16()
+
+
+def write_tokenizer(folder):
+    """A vocabulary of letters with T5's special tokens, in the files of a published tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz&"]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def wan_name(name: str) -> str:
+    """A parameter's name in Wan's file, from transformers' name."""
+    name = name.replace("shared.", "token_embedding.").replace("encoder.final_layer_norm", "norm")
+    name = re.sub(r"encoder\.block\.(\d+)\.layer\.0\.layer_norm", r"blocks.\1.norm1", name)
+    name = re.sub(r"encoder\.block\.(\d+)\.layer\.1\.layer_norm", r"blocks.\1.norm2", name)
+    name = re.sub(r"encoder\.block\.(\d+)\.layer\.\d\.", r"blocks.\1.", name)
+    name = name.replace("SelfAttention.relative_attention_bias", "pos_embedding.embedding")
+    for theirs, ours in (("SelfAttention", "attn"), ("DenseReluDense.wi_0", "ffn.gate.0"),
+                         ("DenseReluDense.wi_1", "ffn.fc1"), ("DenseReluDense.wo", "ffn.fc2")):  # fmt: skip
+        name = name.replace(theirs, ours)
+    return name
+
+
+@pytest.mark.parametrize("layout", ["wan", "diffusers"])
+def test_text_encoder_of_each_layout_gives_transformers_output(umt5, layout, tmp_path):
+    ids = torch.tensor([[5, 9, 33, 1, 0], [7, 7, 8, 9, 1]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    path = tmp_path / "text_encoder"
+    if layout == "diffusers":
+        umt5.save_pretrained(path)
+    else:
+        path = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"
+        named = {wan_name(n): p for n, p in umt5.state_dict().items() if n != "encoder.embed_tokens.weight"}
+        assert "blocks.1.ffn.gate.0.weight" in named and "blocks.0.pos_embedding.embedding.weight" in named
+        torch.save(named, path)
+    encoder = read_text_encoder(path, SHAPES)
+    with torch.no_grad():
+        wanted = umt5(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert torch.equal(encoder(input_ids=ids, attention_mask=mask).last_hidden_state, wanted)
+    assert wanted.std() > 0.1
+
+
+@pytest.fixture
+def folder(umt5, tmp_path):
+    """A small model in the layout of Wan2.2-TI2V-5B-Diffusers."""
+    umt5.save_pretrained(tmp_path / "text_encoder")
+    write_tokenizer(tmp_path / "tokenizer")
+    pair(SMALL)[1].save_pretrained(tmp_path / "vae")
+    return tmp_path
+
+
+def test_prompts_become_padded_embeddings(umt5, folder):
+    codec = WanCodec(folder, torch.device("cpu"))
+    text = codec.encode_text([PROMPT, "a", "  a   &amp;amp; b "])
+    assert text.shape == (3, 512, 32) and text.dtype == torch.bfloat16
+    tokens = [len(PROMPT) + 2, 3, 7]  # a mark before every word, and the end
+    assert [int(row.any(-1).sum()) for row in text] == tokens
+    assert not text[0, tokens[0] :].any()  # padding is zeros
+    alone = codec.encode_text(["a & b"])[0]
+    assert (text[2] - alone).norm() < 0.01 * alone.norm()  # neighbours in a batch change nothing
+    ids = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")(["a & b"], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(alone[: tokens[2]], umt5(input_ids=ids).last_hidden_state[0])
+    assert codec.encode_text(["a " * 600])[0].any(-1).all()  # cut at 512
+
+
+def test_videos_pass_through_the_vae(folder):
+    codec, alone = WanCodec(folder, torch.device("cpu"), torch.bfloat16), WanVAE.from_pretrained(folder / "vae")
+    video = torch.rand(1, 3, 5, 32, 48) * 2 - 1
+    latents = codec.encode_video(video)
+    assert torch.equal(latents, alone.encode(video)) and latents.dtype == torch.float32
+    decoded, wanted = codec.decode_video(latents), alone.decode(latents)
+    assert decoded.shape == video.shape and decoded.dtype == torch.float32
+    error = (decoded - wanted).norm() / wanted.norm()
+    assert 0 < error < 0.05  # bfloat16
+
+
+def test_an_incomplete_folder_is_named(folder):
+    with pytest.raises(common.UserError, match=r"holds no Wan2.2_VAE.pth or vae; give"):
+        WanCodec(folder / "tokenizer", torch.device("cpu"))
+    codec = WanCodec(folder, torch.device("cpu"))
+    (folder / "text_encoder/model.safetensors").unlink()
+    with pytest.raises(common.UserError, match=r"model.safetensors: no such file"):
+        codec.encode_text([PROMPT])
+
+
+def test_the_published_text_encoder_has_its_size():
+    with torch.device("meta"):
+        network = transformers.UMT5EncoderModel(transformers.UMT5Config(**codecs.UMT5_XXL)).encoder
+    assert sum(p.numel() for p in network.parameters()) == 5_680_910_336
