@@ -30,6 +30,19 @@ def nearest(image: np.ndarray, size: Size) -> np.ndarray:
     return image[rows[:, None], columns]
 
 
+def cover(source: Size, target: Size) -> tuple[Size, int, int]:
+    """Resize until the target is covered, then cut its middle: resized (height, width), and the cut's top and left."""
+    scale = max(target[0] / source[0], target[1] / source[1])
+    resized = tuple(max(round(n * scale), least) for n, least in zip(source, target, strict=True))
+    return resized, (resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2
+
+
+def fit_nearest(image: np.ndarray, size: Size) -> np.ndarray:
+    """Nearest-neighbour resize and centre cut, as `cover` says. [height, width, ...] -> [*size, ...]."""
+    resized, top, left = cover(image.shape[:2], size)
+    return nearest(image, resized)[top : top + size[0], left : left + size[1]]
+
+
 def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator[np.ndarray]:
     """Frames [height, width, 3] uint8 of a video, or of a folder's PNG files: 2.png before 10.png."""
     try:

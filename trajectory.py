@@ -23,7 +23,18 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from maps import BROKEN, MOST_OBJECTS, VIDEO_SUFFIXES, Size, extents, flat_colors, label_pixels, nearest, read_frames
+from maps import (
+    BROKEN,
+    MOST_OBJECTS,
+    VIDEO_SUFFIXES,
+    Size,
+    cover,
+    extents,
+    fit_nearest,
+    flat_colors,
+    label_pixels,
+    read_frames,
+)  # fmt: skip
 
 # Half-intensity colours, as MagicMotion draws them; its first two are these. Any two are at least 45 apart in RGB.
 PALETTE = [
@@ -145,7 +156,8 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
     """Read a boxes.json, a map video or a folder of PNG maps, and check all of it.
 
     image_size is the (height, width) of the generated video. source_size is that of the user's image, in whose pixels
-    the boxes are unless the JSON states a width and height (default: image_size). Each axis is scaled by itself.
+    the boxes are unless the JSON states a width and height (default: image_size). A frame of another shape than the
+    video is treated as the image is: resized until it covers the video, and cut to its middle.
     Raises TrajectoryError for anything that can't be used.
     """
     path = Path(path)
@@ -175,7 +187,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
     fine = isinstance(objects, list) and 1 <= len(objects) <= MOST_OBJECTS
     check(fine, "objects", f"must be a list of 1 to {MOST_OBJECTS} objects; draw at least one")
 
-    scale = np.array([image_size[1] / size[1], image_size[0] / size[0]] * 2)
+    place = partial(_place, size, image_size)
     boxes, masks, colors, names = [], [], [], []
     for k, item in enumerate(objects):
         where = f"objects[{k}]"
@@ -187,7 +199,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
         known = kind in ("smooth", "linear", "none")
         check(known, f"{where}.interpolate", f"{_show(kind)} is unknown; use smooth, linear or none")
         frames, keys = _read_keyframes(check, f"{where}.boxes", item.get("boxes"), num_frames, size)
-        track = _interpolate(frames, keys * scale, num_frames, kind)
+        track = _interpolate(frames, place(keys), num_frames, kind)
         # Opposite sides are separate curves, which can cross on a fast path with uneven turns. Straight lines can't.
         crossed = (track[:, 2:] <= track[:, :2]).any(axis=1)
         mend = 'add a keyframe there or use "interpolate": "linear"'
@@ -202,6 +214,9 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
             x0, y0, x1, y1 = _pixels(track[None, :1], image_size)[0][0]
             masks.append(np.zeros(image_size, dtype=bool))
             masks[-1][y0:y1, x0:x1] = True
+            mend = "move it or change the size"
+            lost = f"lies outside the middle of {image_size[1]}x{image_size[0]} that is kept; {mend}"
+            check(masks[-1].any(), f'{where}.boxes["0"]', lost)
         # Only now, for `visible` is about the drawn box: frame 0 shows the mask in every condition.
         shown = _read_visible(check, f"{where}.visible", item.get("visible", [[0, num_frames - 1]]), num_frames)
         boxes.append(np.where(shown[:, None], track, np.nan))
@@ -284,6 +299,12 @@ def _read_visible(check: Check, field: str, ranges: object, num_frames: int) -> 
     return shown
 
 
+def _place(source: Size, target: Size, boxes: np.ndarray) -> np.ndarray:
+    """Boxes [..., 4] of a source frame, in pixels of the target that covers it."""
+    resized, top, left = cover(source, target)
+    return boxes * ([resized[1] / source[1], resized[0] / source[0]] * 2) - [left, top] * 2
+
+
 def _read_mask(check: Check, field: str, folder: Path, name: object, sizes: set[Size], image_size: Size) -> np.ndarray:
     """The `mask` image, of one of these sizes -> bool [height, width] of the generated size. Inside is not black."""
     check(isinstance(name, str) and bool(name), field, f"{_show(name)} is not a file name; give an image's path")
@@ -301,7 +322,7 @@ def _read_mask(check: Check, field: str, folder: Path, name: object, sizes: set[
         check(False, field, f"{file} is not an image; save the mask as PNG")
     mask = rgba[..., :3].any(axis=-1) & (rgba[..., 3] > 0)
     check(mask.any(), field, f"{file} is empty; paint the object in any colour but black")
-    mask = nearest(mask, image_size)
+    mask = fit_nearest(mask, image_size)
     check(mask.any(), field, f"{file} vanishes at {image_size[1]}x{image_size[0]}; paint a larger object")
     return mask
 
@@ -347,12 +368,14 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check) -> T
             continue  # only to count them
         label = label_pixels(frame, colors)
         if count == 1:
-            masks = nearest(label, image_size) == np.arange(len(colors))[:, None, None]
-        maps[count - 1] = nearest(frame, image_size)
+            masks = fit_nearest(label, image_size) == np.arange(len(colors))[:, None, None]
+            mend = f"is cut away at {image_size[1]}x{image_size[0]}; change the size"
+            check(masks.any((1, 2)).all(), "frame 0", f"an object {mend}")
+        maps[count - 1] = fit_nearest(frame, image_size)
         boxes.append(extents(label, len(colors)))
     check(count > 0, "", "a folder without PNG files; put one PNG map per frame in it")
     check(count == num_frames, "", f"{count} maps but the video has {num_frames} frames; pass --frames {count}")
-    scale = np.array([image_size[1] / size[1], image_size[0] / size[0]] * 2)
     given = rearrange(torch.from_numpy(maps), "t h w c -> c t h w").float() / 127.5 - 1
     names = [f"object {k}" for k in range(len(colors))]
-    return Trajectory(np.stack(boxes, axis=1) * scale, masks, colors.round().astype(np.uint8), names, given)
+    placed = _place(size, image_size, np.stack(boxes, axis=1))
+    return Trajectory(placed, masks, colors.round().astype(np.uint8), names, given)

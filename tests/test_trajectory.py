@@ -169,15 +169,36 @@ def test_visible_limits_the_outline_but_not_the_first_mask(tmp_path):
 
 
 def test_scaling_from_the_source_to_the_generated_size(tmp_path):
-    keys = {"0": [320, 176, 640, 352]}
+    keys, size = {"0": [320, 176, 640, 352]}, (44, 80)
     for scaled in (
-        load_trajectory(write(tmp_path, width=1280, height=704, objects=[{"boxes": keys}]), (48, 48), 9),
-        load(tmp_path, keys, source=(704, 1280)),
-        load_trajectory(write(tmp_path, width=1280, height=704, objects=[{"boxes": keys}]), (48, 48), 9, (99, 77)),
+        load_trajectory(write(tmp_path, width=1280, height=704, objects=[{"boxes": keys}]), size, 9),
+        load_trajectory(write(tmp_path, objects=[{"boxes": keys}]), size, 9, source_size=(704, 1280)),
+        load_trajectory(write(tmp_path, width=1280, height=704, objects=[{"boxes": keys}]), size, 9, (99, 77)),
     ):
-        assert (scaled.boxes[0] == [12, 12, 24, 24]).all()
-        assert np.argwhere(scaled.masks[0]).tolist() == [[y, x] for y in range(12, 24) for x in range(12, 24)]
+        assert (scaled.boxes[0] == [20, 11, 40, 22]).all()
+        assert np.argwhere(scaled.masks[0]).tolist() == [[y, x] for y in range(11, 22) for x in range(20, 40)]
     assert load(tmp_path, {"0": [1, 2, 3, 4]}).boxes[0, 0].tolist() == [1, 2, 3, 4]  # nothing stated: generated pixels
+
+
+def test_a_frame_of_another_shape_covers_the_video_and_is_cut_to_its_middle(tmp_path):
+    keys = {"0": [20, 0, 40, 10]}  # of 100 x 50, twice as wide as high; the video is square: x from 25 to 75 is kept
+    square = load_trajectory(write(tmp_path, objects=[{"boxes": keys}]), (100, 100), 9, source_size=(50, 100))
+    assert (square.boxes[0] == [-10, 0, 30, 20]).all()
+    assert np.argwhere(square.masks[0]).tolist() == [[y, x] for y in range(20) for x in range(30)]
+    mask = np.zeros((50, 100), dtype=np.uint8)
+    mask[:10, 20:40] = 1
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    item = {"mask": "m.png", "boxes": keys}
+    masked = load_trajectory(write(tmp_path, objects=[item]), (100, 100), 9, source_size=(50, 100))
+    assert (masked.masks == square.masks).all()
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    for t in range(9):
+        Image.fromarray(mask[..., None] * np.array(PALETTE[0], dtype=np.uint8)).save(maps / f"{t}.png")
+    given = load_trajectory(maps, (100, 100), 9)
+    assert (given.masks == square.masks).all() and (given.boxes[0] == [-10, 0, 30, 20]).all()
+    with pytest.raises(TrajectoryError, match=r"objects\[0\].boxes.*lies outside the middle of 50x100"):
+        load_trajectory(write(tmp_path, objects=[{"boxes": {"0": [0, 0, 10, 50]}}]), (100, 50), 9, (50, 100))
 
 
 def test_mask_image_defaults_and_fields(tmp_path):
@@ -187,16 +208,16 @@ def test_mask_image_defaults_and_fields(tmp_path):
     item = {"mask": "cat.png", "boxes": {"2": [0, 0, 8, 8]}, "interpolate": "none"}
     other = {"name": "dog", "color": [1, 2, 3], "boxes": {"0": [0, 0, 8, 8]}}
     path = write(tmp_path, num_frames=3, width=16, height=8, objects=[item, other])
-    trajectory = load_trajectory(path, (4, 4), 3)
-    assert np.argwhere(trajectory.masks[0]).tolist() == [[2, 3], [3, 3]]
+    trajectory = load_trajectory(path, (4, 8), 3)
+    assert np.argwhere(trajectory.masks[0]).tolist() == [[2, 6], [2, 7], [3, 6], [3, 7]]
     assert np.isnan(trajectory.boxes[0, :2]).all()
     assert trajectory.names == ["object 0", "dog"] and trajectory.colors.tolist() == [list(PALETTE[0]), [1, 2, 3]]
-    assert trajectory.num_frames == 3 and trajectory.size == (4, 4)
+    assert trajectory.num_frames == 3 and trajectory.size == (4, 8)
     # Outside may be transparent instead of black; a mask may have the user's image's size where the boxes have another.
     rgba = np.full((24, 48, 4), 255, dtype=np.uint8)
     rgba[..., 3] = 255 * np.kron(mask, np.ones((3, 3), dtype=np.uint8))
     Image.fromarray(rgba).save(tmp_path / "cat.png")
-    assert (load_trajectory(path, (4, 4), 3, source_size=(24, 48)).masks == trajectory.masks).all()
+    assert (load_trajectory(path, (4, 8), 3, source_size=(24, 48)).masks == trajectory.masks).all()
 
 
 BOX = {"0": [4, 4, 20, 20]}
