@@ -5,17 +5,20 @@ Every codec has `encode_video`, `decode_video`, `encode_text` and the attributes
 """
 
 import html
+import json
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError
+from common import UserError, atomic
 from vae import WanVAE
-from weights import load, read_checkpoint, read_config, read_folder, read_network, rename
+from weights import load, read_checkpoint, read_config, read_folder, read_network, read_safetensors, rename
 
 TOY_WEIGHTS = Path(__file__).parent / "checkpoints/tiny/codec.safetensors"
 
@@ -147,18 +150,23 @@ class ToyCodec:
 class WanCodec:
     """Wan2.2's codec: its VAE, and UMT5-XXL through `transformers` (requirements-wan.txt).
 
-    `folder` is Wan2.2-TI2V-5B as published, in its own layout or diffusers'. The VAE encodes in float32 and decodes in
-    `dtype`. The text encoder is read when prompts are encoded and let go of after: it is larger than all else.
+    `folder` is Wan2.2-TI2V-5B as published, in its own layout or diffusers'. Each part is read when first needed, and
+    the text encoder, larger than all else, let go of after. The VAE encodes in float32 and decodes in `dtype`, if
+    `tile` is set in squares of so many latent positions.
     """
 
     channels, spatial, temporal = 48, 16, 4
     text_dim, text_tokens = 4096, 512
 
-    def __init__(self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32):
-        self.folder, self.device = Path(folder), device
-        self.vae = WanVAE.from_pretrained(self._part("Wan2.2_VAE.pth", "vae")).to(device).requires_grad_(False)
-        self.vae.decoder.to(dtype)
-        self.vae.conv2.to(dtype)
+    def __init__(self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32, tile: int = 0):
+        self.folder, self.device, self.dtype, self.tile = Path(folder), device, dtype, tile
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        vae = WanVAE.from_pretrained(self._part("Wan2.2_VAE.pth", "vae")).to(self.device).requires_grad_(False)
+        vae.decoder.to(self.dtype)
+        vae.conv2.to(self.dtype)
+        return vae
 
     def _part(self, *names: str) -> Path:
         """The first of these that is in the folder: a part's place in the two layouts."""
@@ -173,7 +181,7 @@ class WanCodec:
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """[B, 48, F, H, W] -> [B, 3, 4 (F - 1) + 1, 16 H, 16 W] in [-1, 1]."""
-        return self.vae.decode(latents.to(self.device))
+        return self.vae.decode(latents.to(self.device), tile=self.tile)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Prompts -> [B, 512, 4096] bfloat16, zeros after the last token. Tokens past 512 are dropped."""
@@ -189,6 +197,21 @@ class WanCodec:
         with torch.no_grad():
             seen = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return F.pad(seen * mask[..., None], (0, 0, 0, self.text_tokens - seen.shape[1]))
+
+
+def save_text(path: Path, prompts: list[str], text: Tensor) -> None:
+    """Embeddings [B, L, D] of these prompts as a safetensors file, so that another machine needs no text encoder."""
+    with atomic(path) as temporary:
+        safetensors.torch.save_file({"text": text.contiguous()}, temporary, {"prompts": json.dumps(prompts)})
+
+
+def read_text(path: Path, prompts: list[str]) -> Tensor:
+    """Embeddings that `save_text` wrote. UserError if they are not of these prompts."""
+    header, tensors = read_safetensors(path)
+    held = json.loads(header.get("prompts", "[]"))
+    if held != prompts:
+        raise UserError(f"{path}: holds the embeddings of {held}, not of {prompts}; give another file")
+    return tensors["text"].read()
 
 
 # Wan's names of the text encoder's parameters -> those in transformers.

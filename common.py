@@ -12,11 +12,12 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -39,8 +40,10 @@ class UserError(Exception):
     """The user's input is at fault. The message is one line that names the file, the field and the mend."""
 
 
-def parse_config(config_class: type, argv: Sequence[str]):
+def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, dict] = {}):
     """`--lr 1e-4 --compile false` -> an instance of the frozen dataclass.
+
+    `presets`: other defaults under another `--preset`.
 
     Raises UserError for an unknown flag (listing the known ones) or a value of the wrong type. `--help` prints every
     field with its default and the comment beside it in the source.
@@ -51,7 +54,7 @@ def parse_config(config_class: type, argv: Sequence[str]):
     while rest:
         flag, _, inline = rest.pop(0).partition("=")
         if flag in ("-h", "--help"):
-            print(help_text(config_class))
+            print(help_text(config_class, presets))
             raise SystemExit(0)
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in types:
@@ -61,7 +64,7 @@ def parse_config(config_class: type, argv: Sequence[str]):
         if not inline and not rest:
             raise UserError(f"{flag} needs a value ({_describe(types[name])})")
         values[name] = _convert(flag, inline or rest.pop(0), types[name])
-    return config_class(**values)
+    return config_class(**presets.get(values.get("preset", ""), {}) | values)
 
 
 def _describe(kind: type) -> str:
@@ -81,22 +84,26 @@ def _convert(flag: str, text: str, kind: type):
     return value
 
 
-def help_text(config_class: type) -> str:
-    """The module's docstring, then one line a field."""
+def help_text(config_class: type, presets: Mapping[str, dict] = {}) -> str:
+    """The module's docstring, then one line a field, then the defaults of the other presets."""
     comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(config_class), flags=re.MULTILINE))
     module = ast.get_docstring(ast.parse(Path(inspect.getfile(config_class)).read_text())) or ""
     types, lines = typing.get_type_hints(config_class), [module, "", "flags:"]
     for field in dataclasses.fields(config_class):
         default = str(field.default).lower() if types[field.name] is bool else field.default
         lines.append(f"  --{field.name} {_describe(types[field.name])} (default {default!s}): {comments[field.name]}")
+    for preset, values in presets.items():
+        lines += ["", f"defaults with --preset {preset}:", *(f"  --{name} {value}" for name, value in values.items())]
     return "\n".join(lines)
 
 
-def run_script(main: Callable, config_class: type, *user_errors: type[Exception]) -> None:
+def run_script(
+    main: Callable, config_class: type, *user_errors: type[Exception], presets: Mapping[str, dict] = {}
+) -> None:
     """Parse the command line and call `main(cfg)`. User errors end as one line on stderr and exit status 2."""
     status = 0
     try:
-        main(parse_config(config_class, sys.argv[1:]))
+        main(parse_config(config_class, sys.argv[1:], presets))
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another still talks
     except (UserError, *user_errors) as error:
@@ -190,6 +197,26 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
         can = torch.cpu.get_capabilities()
         dtype = "bfloat16" if device.type == "cuda" or can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def reset_peak(device: torch.device) -> None:
+    """From here on `peak_memory` counts anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory held since `reset_peak`, in GiB: a GPU's, or the process's resident set (elsewhere than on Linux
+    since its start).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
 
 
 def full(tensor: Tensor) -> Tensor:

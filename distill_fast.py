@@ -37,7 +37,7 @@ class Config:
     generator: str = "checkpoints/tiny/slow_generator.safetensors"  # the SlowGenerator all three networks start from
     steps: int = 2000  # updates of the fake score; the generator learns in every `ratio`-th
     ratio: int = 5  # fake-score updates for one of the generator
-    denoising_steps: int = flow.FAST.steps  # of the generator
+    denoising_steps: int = flow.FAST["tiny"].steps  # of the generator
     batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step
     lr: float = 2e-4  # peak learning rate of the generator
@@ -47,7 +47,7 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.99  # decay of the averaged generator, the one exported
     guidance: float = 1.5  # of the real score; the fake score has none
-    shift: float = flow.FAST.shift  # warp of all noise levels towards noise
+    shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of data order and noise

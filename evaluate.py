@@ -48,6 +48,9 @@ VARIANTS = {  # of stage 3, by the folder's name; the Makefile has their flags
 METHOD = finetune_hybrid.Config.diffusion_scale  # the full method is the hybrid with the default scale
 
 
+SLOW, FAST = flow.SLOW["tiny"], flow.FAST["tiny"]  # what is measured is the toy world
+
+
 @dataclass(frozen=True)
 class Config:
     """Options of the evaluation."""
@@ -61,8 +64,8 @@ class Config:
     split: Literal["test", "validation"] = "test"  # of the toy world; neither is trained on
     videos: int = 256  # how many of the split, from its first
     maps: Literal["box", "mask"] = "box"  # how the trajectory is drawn
-    steps: int = flow.SLOW.steps  # of the slow sampler
-    shift: float = flow.SLOW.shift  # warp of the slow sampler's noise levels towards noise
+    steps: int = SLOW.steps  # of the slow sampler
+    shift: float = SLOW.shift  # warp of the slow sampler's noise levels towards noise
     guidance: float = 1.0  # of the slow sampler, by prompt and trajectory; 1 switches it off and halves the work
     batch: int = 32  # videos sampled at once
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
@@ -90,7 +93,7 @@ def fast_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config, step
 
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
         noise = common.step_noise(steps, traj.shape[1:], samples, cfg.seed).to(first.device)
-        sigmas = flow.sigma_schedule(steps, flow.FAST.shift)
+        sigmas = flow.sigma_schedule(steps, FAST.shift)
         return flow.sample_fewstep(steer(generator, adapter, text, traj), first, noise, sigmas)
 
     return sample
@@ -220,8 +223,8 @@ def compare(cfg: Config, batch: ToyBatch, procs: common.Processes) -> tuple[list
     ways = {
         "SlowGenerator": (cfg.steps, slow_sampler(slow, None, cfg)),
         "SlowGenerator + SlowAdapter": (cfg.steps, slow_sampler(slow, slow_adapter, cfg)),
-        "FastGenerator": (flow.FAST.steps, fast_sampler(fast, None, cfg, flow.FAST.steps)),
-        "FastGenerator + FastAdapter": (flow.FAST.steps, fast_sampler(fast, fast_adapter, cfg, flow.FAST.steps)),
+        "FastGenerator": (FAST.steps, fast_sampler(fast, None, cfg, FAST.steps)),
+        "FastGenerator + FastAdapter": (FAST.steps, fast_sampler(fast, fast_adapter, cfg, FAST.steps)),
     }
     seconds = seconds_per_video([sample for _, sample in ways.values()], batch, cfg, procs)
     for (name, (steps, sample)), its_seconds in zip(ways.items(), seconds, strict=True):
@@ -237,7 +240,7 @@ def ablate(cfg: Config, batch: ToyBatch, procs: common.Processes) -> tuple[list[
     """The paper's ablation from the runs of stage 3: rows, and the videos of the contact sheet (of the first seeds)."""
     slow, adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     fast = common.prepare(VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator"), procs, cfg.compile)
-    few, name = replace(cfg, steps=flow.FAST.steps, shift=flow.FAST.shift), "SlowGenerator + SlowAdapter"
+    few, name = replace(cfg, steps=FAST.steps, shift=FAST.shift), "SlowGenerator + SlowAdapter"
     ways = [(name, c.steps, [slow_sampler(slow, adapter, c)]) for c in (cfg, few)]
     adapters = {"FastGenerator + SlowAdapter": [adapter]}
     for variant, label in VARIANTS.items():
@@ -247,15 +250,15 @@ def ablate(cfg: Config, batch: ToyBatch, procs: common.Processes) -> tuple[list[
         label = f"FlashMotion: {label}" if variant == METHOD else label
         loaded = [read_adapter(file, "FastAdapter") for file in files]
         adapters[label] = [common.prepare(one, procs, cfg.compile) for one in loaded]
-    for steps in (flow.FAST.steps, 2, 1):
+    for steps in (FAST.steps, 2, 1):
         for name, some in adapters.items():
-            if steps == flow.FAST.steps or not name.startswith("discriminator"):
+            if steps == FAST.steps or not name.startswith("discriminator"):
                 ways.append((name, steps, [fast_sampler(fast, one, cfg, steps) for one in some]))
     rows, videos = [], []
     for name, steps, samplers in ways:
         made = [generate(sample, batch, cfg, procs, f"{name}, {steps} steps") for sample in samplers]
         rows.append(over_seeds([make_row(name, steps, video, batch) for video in made]))
-        if steps >= flow.FAST.steps:
+        if steps >= FAST.steps:
             videos.append(made[0])
     return rows, [batch.video, *videos]
 

@@ -41,7 +41,7 @@ class Config:
     steps: int = 300  # discriminator updates; the adapter learns in every `ratio`-th
     ratio: int = 5  # discriminator updates for one of the adapter
     adapter_start: int = 100  # step from which the adapter learns; until then the discriminator has nothing to say
-    denoising_steps: int = flow.FAST.steps  # of the generator
+    denoising_steps: int = flow.FAST["tiny"].steps  # of the generator
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss
     gan_scale: float = 0.3  # weight of the adversarial loss
@@ -58,7 +58,7 @@ class Config:
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.95  # decay of the averaged adapter, the one exported
-    shift: float = flow.FAST.shift  # warp of the sampler's noise levels towards noise
+    shift: float = flow.FAST["tiny"].shift  # warp of the sampler's noise levels towards noise
     judge_shift: float = 0.3  # warp of the noise levels at which videos are judged
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block

@@ -20,14 +20,16 @@ from torch import Tensor
 
 
 class Sampling(NamedTuple):
-    """How many steps, over noise levels warped by how much."""
+    """How many steps, over noise levels warped by how much, and the strength of guidance."""
 
     steps: int
     shift: float
+    guidance: float = 1.0
 
 
-# Of preset tiny. The slow sampler's long last steps leave less noise in the video: docs/LOG.md.
-SLOW, FAST = Sampling(50, 12.0), Sampling(4, 3.0)
+# By preset. The toy's long last steps leave less noise in the slow sampler's videos: docs/LOG.md.
+SLOW = {"tiny": Sampling(50, 12.0), "wan5b": Sampling(50, 5.0, 5.0)}
+FAST = {"tiny": Sampling(4, 3.0), "wan5b": Sampling(4, 5.0)}
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,F,H,W], t [B,F]) -> v [B,C,F,H,W]
 

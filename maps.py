@@ -11,7 +11,9 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 Size = tuple[int, int]  # height, width in pixels
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif"}
@@ -41,6 +43,16 @@ def fit_nearest(image: np.ndarray, size: Size) -> np.ndarray:
     """Nearest-neighbour resize and centre cut, as `cover` says. [height, width, ...] -> [*size, ...]."""
     resized, top, left = cover(image.shape[:2], size)
     return nearest(image, resized)[top : top + size[0], left : left + size[1]]
+
+
+def fit_frames(frames: np.ndarray, size: Size) -> Tensor:
+    """Smooth resize and centre cut, as `cover` says. uint8 [T, height, width, 3] -> float32 [3, T, *size], 0 to 255."""
+    (height, width), top, left = cover(frames.shape[1:3], size)
+    box = (left, top, left + size[1], top + size[0])
+    fitted = [
+        np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS).crop(box)) for f in frames
+    ]
+    return torch.from_numpy(np.stack(fitted)).permute(3, 0, 1, 2).float()
 
 
 def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator[np.ndarray]:

@@ -3,12 +3,18 @@
     python sample.py                                                       # the shipped example
     python sample.py --image x.png --traj boxes.json --prompt "a red and blue disc spinning clockwise"
     python sample.py --speed slow
+    python sample.py --preset wan5b --weights Wan2.2-TI2V-5B --image x.png --traj boxes.json --prompt "a cat jumps"
 
 Writes `--out` and, beside it, the same video with the boxes drawn over it. Fast: FastGenerator + FastAdapter in 4 steps
-that predict the clean video and noise it again. Slow: SlowGenerator + SlowAdapter in 50 Euler steps.
+that predict the clean video and noise it again. Slow: SlowGenerator + SlowAdapter in 50 Euler steps. An image of
+another shape than the video's is resized until it covers it and cut to its middle, and the boxes with it.
+
+For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, in its own layout or diffusers', with the networks of this
+project in it: fast_generator.safetensors (or a generator.pt), fast_adapter.safetensors, slow_adapter.safetensors.
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,14 +22,14 @@ from pathlib import Path
 from typing import Literal
 
 import imageio.v3 as iio
-import numpy as np
 import torch
 from torch import Tensor
 
 import common
 import flow
 from adapter import read_adapter, serves, steer
-from codec import ToyCodec
+from codec import ToyCodec, WanCodec, read_text, save_text
+from maps import Size, fit_frames
 from model import PRESETS, VideoDiT
 from trajectory import TrajectoryError, draw_overlay, load_trajectory
 
@@ -37,21 +43,29 @@ class Config:
     image: str = "examples/image.png"  # the first frame
     traj: str = "examples/boxes.json"  # boxes.json, a map video, or a folder of PNG maps
     prompt: str = EXAMPLE  # what the video shows
+    text: str = ""  # file of the prompt's embeddings: read if it exists, else written; spares the text encoder
     out: str = "out/sample.mp4"  # the video; <out>.boxes.mp4 is written beside it
-    preset: Literal["tiny"] = "tiny"  # size of the networks and their world
+    preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
     weights: str = "checkpoints/tiny"  # folder of <speed>_generator.safetensors and <speed>_adapter.safetensors
+    generator: str = ""  # another file or folder of the generator
+    adapter: str = ""  # another file of the adapter
     speed: Literal["fast", "slow"] = "fast"  # which networks, and their sampler
     steps: int = 0  # denoising steps; 0 is the sampler's own number: 4 fast, 50 slow
-    guidance: float = 1.0  # slow only: strength of prompt and trajectory; 1 switches it off and halves the work
+    guidance: float = 0.0  # slow only: strength of prompt and trajectory; 1 is none, at half the work; 0 the preset's
     seed: int = 0  # another seed, another video
+    size: str = "48x48"  # height x width of the video
     frames: int = 9  # length of the video
     fps: int = 8  # frames a second
     scale: int = 8  # enlarge the written video so many times
+    tile: int = 0  # decode the video in squares of so many latent positions, for less memory; 0 is all at once
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
 
 
-def load_image(path: str, size: int) -> tuple[Tensor, tuple[int, int]]:
-    """The image as [1, 3, 1, size, size] in [-1, 1], and its own (height, width). UserError if it can't be used."""
+WAN5B = {"weights": "Wan2.2-TI2V-5B", "size": "704x1280", "frames": 121, "fps": 24, "scale": 1}
+
+
+def load_image(path: str, size: Size) -> tuple[Tensor, Size]:
+    """The image as [1, 3, 1, *size] in [-1, 1], and its own (height, width). UserError if it can't be used."""
     if not Path(path).is_file():
         raise common.UserError(f"{path}: no such image; give a PNG or JPEG with --image")
     try:
@@ -59,72 +73,106 @@ def load_image(path: str, size: int) -> tuple[Tensor, tuple[int, int]]:
     except (OSError, ValueError, SyntaxError) as error:
         reason = str(error).splitlines()[0]
         raise common.UserError(f"{path}: not a readable image ({reason}); give a PNG or JPEG") from None
-    height, width = pixels.shape[:2]
-    if height != width:
-        raise common.UserError(f"{path}: is {width}x{height}; this preset makes square videos: crop it to a square")
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    if height != size:
-        image = torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
-    return image[:, :, None], (height, width)
+    return fit_frames(pixels[None], size)[None] / 127.5 - 1, pixels.shape[:2]
 
 
-def main(cfg: Config) -> None:
+def check(cfg: Config, codec: ToyCodec | WanCodec, unit: int) -> Size:
+    """The video's (height, width), which must be multiples of `unit`. UserError if an option can't be."""
     if cfg.steps < 0:
         raise common.UserError(f"--steps {cfg.steps}: at least 1, or 0 for the sampler's own number")
-    if cfg.speed == "fast" and cfg.guidance != 1:
+    if cfg.speed == "fast" and cfg.guidance not in (0, 1):
         raise common.UserError(f"--guidance {cfg.guidance}: the fast networks have none; add --speed slow")
     if cfg.scale < 1 or cfg.fps < 1:
         raise common.UserError(f"--scale {cfg.scale} --fps {cfg.fps}: both at least 1")
     if cfg.frames < 2 or cfg.seed < 0:
         raise common.UserError(f"--frames {cfg.frames} --seed {cfg.seed}: at least 2, and no seed below 0")
+    if over := (cfg.frames - 1) % codec.temporal:
+        near = cfg.frames - over
+        raise common.UserError(f"--frames {cfg.frames}: must be {codec.temporal} n + 1; {near} is")
+    sides = re.fullmatch(r"(\d+)x(\d+)", cfg.size)
+    if not sides or any(int(n) % unit or int(n) < unit for n in sides.groups()):
+        raise common.UserError(
+            f"--size {cfg.size}: takes height x width, both multiples of {unit}, as {4 * unit}x{6 * unit}"
+        )
+    return int(sides[1]), int(sides[2])
+
+
+def find_networks(cfg: Config) -> tuple[Path, Path]:
+    """Where generator and adapter lie: as the flags say, else the first of their usual places in `--weights`."""
+    folder, published = Path(cfg.weights), ["generator.pt"] if cfg.speed == "fast" else ["transformer", "config.json"]
+    places = [folder / name for name in (f"{cfg.speed}_generator.safetensors", *published)]
+    found = Path(cfg.generator) if cfg.generator else next((p for p in places if p.exists()), places[0])
+    adapter = Path(cfg.adapter) if cfg.adapter else folder / f"{cfg.speed}_adapter.safetensors"
+    for path in (found, adapter):
+        if not path.exists():
+            raise common.UserError(f"{path}: no such file; correct --weights, or give --generator and --adapter")
+    return found.parent if found.name == "config.json" else found, adapter
+
+
+def embed_prompt(cfg: Config, codec: ToyCodec | WanCodec) -> Tensor:
+    """Embeddings of the prompt and of no prompt, [2, L, text_dim]."""
+    prompts, file = [cfg.prompt, ""], Path(cfg.text)
+    if cfg.text and file.exists():
+        return read_text(file, prompts)
+    text = codec.encode_text(prompts)
+    if cfg.text:
+        save_text(file, prompts, text)
+    return text
+
+
+def main(cfg: Config) -> None:
+    wan, name = cfg.preset == "wan5b", cfg.speed.title()
+    device = common.init_processes().device
+    half = torch.bfloat16 if wan and cfg.dtype != "float32" else torch.float32
+    codec = WanCodec(cfg.weights, device, half, cfg.tile) if wan else ToyCodec()
+    size = check(cfg, codec, codec.spatial * PRESETS[cfg.preset].patch[1])
     out = common.output_path(cfg.out, ".mp4")
-    procs = common.init_processes()
-    size = 48
-    took: dict[str, float] = {}
+    sampling = (flow.FAST if cfg.speed == "fast" else flow.SLOW)[cfg.preset]
+    took: dict[str, str] = {}
 
     @contextlib.contextmanager
     def timed(part: str) -> Iterator[None]:
         began = time.perf_counter()
+        common.reset_peak(device)
         yield
-        took[part] = time.perf_counter() - began
+        took[part] = f"{time.perf_counter() - began:.2f} s, {common.peak_memory(device):.2f} GiB"
 
     with timed("read inputs"):
         image, source_size = load_image(cfg.image, size)
-        trajectory = load_trajectory(cfg.traj, (size, size), cfg.frames, source_size)
-    with timed("load networks"):
-        files = [Path(cfg.weights) / f"{cfg.speed}_{part}.safetensors" for part in ("generator", "adapter")]
-        generator = VideoDiT.from_pretrained(files[0], cfg.speed.title() + "Generator").to(procs.device)
+        trajectory = load_trajectory(cfg.traj, size, cfg.frames, source_size)
+        files = find_networks(cfg)
+    with timed("encode prompt"):
+        text, empty = embed_prompt(cfg, codec).to(device).split(1)
+    with timed("encode image and boxes"):
+        first = codec.encode_video(image).to(device)
+        traj = codec.encode_video(trajectory.maps("box")[None]).to(device)
+    with timed("read networks"):
+        generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", half).to(device)
         if generator.config != PRESETS[cfg.preset]:
             raise common.UserError(f"{files[0]}: is no network of preset {cfg.preset}")
-        adapter = read_adapter(files[1], cfg.speed.title() + "Adapter").to(procs.device)
+        adapter = read_adapter(files[1], f"{name}Adapter", half).to(device)
         if not serves(adapter, generator):
             raise common.UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}")
-        codec = ToyCodec()
-    with timed("encode"):
-        first = codec.encode_video(image).to(procs.device)
-        traj = codec.encode_video(trajectory.maps("box")[None]).to(procs.device)
-        text, empty = codec.encode_text([cfg.prompt, ""]).to(procs.device).split(1)
-    with timed("denoise"), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
-        velocity, shape = steer(generator, adapter, text, traj), (first.shape[1], cfg.frames, *first.shape[3:])
-        sampling = flow.FAST if cfg.speed == "fast" else flow.SLOW
-        steps = cfg.steps or sampling.steps
-        sigmas = flow.sigma_schedule(steps, sampling.shift)
+    with timed("denoise"), torch.no_grad(), common.autocast(device, cfg.dtype):
+        velocity, steps = steer(generator, adapter, text, traj), cfg.steps or sampling.steps
+        sigmas, shape = flow.sigma_schedule(steps, sampling.shift), traj.shape[1:]
         if cfg.speed == "fast":
-            noise = common.step_noise(steps, shape, [0], cfg.seed).to(procs.device)
+            noise = common.step_noise(steps, shape, [0], cfg.seed).to(device)
             latents = flow.sample_fewstep(velocity, first, noise, sigmas)
         else:
-            noise = common.sample_noise(shape, [0], cfg.seed).to(procs.device)
-            velocity = flow.guided(velocity, steer(generator, None, empty), cfg.guidance)
+            noise = common.sample_noise(shape, [0], cfg.seed).to(device)
+            velocity = flow.guided(velocity, steer(generator, None, empty), cfg.guidance or sampling.guidance)
             latents = flow.sample_multistep(velocity, first, noise, sigmas)
+    del generator, adapter, velocity
     with timed("decode"):
         video = codec.decode_video(latents)[0]
     with timed("write"):
         overlay = out.with_suffix(".boxes.mp4")
         common.write_video(out, common.to_uint8(video, cfg.scale), cfg.fps)
         common.write_video(overlay, draw_overlay(video, trajectory, cfg.scale), cfg.fps)
-    print("  ".join(f"{part} {seconds:.2f} s" for part, seconds in took.items()))
-    print(f"{steps} steps on {procs.device}: {out} and {overlay}")
+    print("\n".join(f"{part}: {cost}" for part, cost in took.items()))
+    print(f"{steps} steps on {device}: {out} and {overlay}")
 
 
 if __name__ == "__main__":
-    common.run_script(main, Config, TrajectoryError)
+    common.run_script(main, Config, TrajectoryError, presets={"wan5b": WAN5B})

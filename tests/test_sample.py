@@ -15,7 +15,7 @@ import torch
 import common
 import sample
 from model import PRESETS, DiTConfig, VideoDiT
-from trajectory import TrajectoryError
+from trajectory import TrajectoryError, load_trajectory
 from weights import save_network
 
 ROOT = Path(sample.__file__).parent
@@ -70,7 +70,15 @@ BAD = {
     "missing image": (GOOD, ["--image", "none.png"], "none.png: no such image"),
     "not an image": (GOOD, ["--image", "text.png"], "text.png: not a readable image"),
     "a cut image": (GOOD, ["--image", "cut.png"], "cut.png: not a readable image"),
-    "not square": (GOOD, ["--image", "wide.png"], "wide.png: is 60x48"),
+    "size": (GOOD, ["--size", "48x50"], "--size 48x50: takes height x width, both multiples of 8, as 32x48"),
+    "half a size": (GOOD, ["--size", "48"], "--size 48: takes height x width"),
+    "frames of wan5b": (GOOD, ["--preset", "wan5b", "--frames", "9", "--size", "64x50"], "--size 64x50"),
+    "more frames of wan5b": (GOOD, ["--preset", "wan5b", "--frames", "8"], "--frames 8: must be 4 n + 1; 5 is"),
+    "nothing of wan5b": (
+        GOOD,
+        ["--preset", "wan5b", "--frames", "9"],
+        "fast_generator.safetensors: no such file",
+    ),
     "missing boxes": (None, [], "boxes.json: no such file"),
     "not JSON": ("{,", [], "boxes.json: line 1: not valid JSON"),
     "not an object": ([], [], "boxes.json: top level"),
@@ -90,9 +98,17 @@ BAD = {
     "guidance where none is": (GOOD, ["--guidance", "2"], "--guidance 2.0: the fast networks have none"),
     "not an mp4": (GOOD, ["--out", "out/x.avi"], "--out out/x.avi: the name must end in .mp4"),
     "no weights": (GOOD, ["--weights", "nowhere"], "nowhere/fast_generator.safetensors: no such file"),
-    "another preset": (GOOD, ["--weights", "other"], "other/fast_generator.safetensors: is no network of preset tiny"),
-    "wrong network": (GOOD, ["--weights", "swapped"], "holds a SlowAdapter, expected a FastGenerator"),
-    "broken weights": (GOOD, ["--weights", "broken"], "not a readable safetensors file"),
+    "another preset": (
+        GOOD,
+        ["--generator", "other/fast_generator.safetensors"],
+        "other/fast_generator.safetensors: is no network of preset tiny",
+    ),
+    "wrong network": (
+        GOOD,
+        ["--generator", "swapped/fast_generator.safetensors"],
+        "holds a SlowAdapter, expected a FastGenerator",
+    ),
+    "broken weights": (GOOD, ["--generator", "broken/fast_generator.safetensors"], "not a readable safetensors file"),
 }
 
 
@@ -119,7 +135,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["sample.py", "--image", "x.png", "--traj", "boxes.json", *flags])
     with pytest.raises(SystemExit) as caught:
-        common.run_script(sample.main, sample.Config, TrajectoryError)
+        common.run_script(sample.main, sample.Config, TrajectoryError, presets={"wan5b": sample.WAN5B})
     out, err = capsys.readouterr()
     assert caught.value.code == 2 and out == ""
     assert err.count("\n") == 1 and err.startswith("sample.py: ") and message in err, err
@@ -132,8 +148,28 @@ def test_exit_status_of_the_script_itself(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_of_another_size_is_resized(tmp_path):
-    image(tmp_path / "big.png", (96, 96, 3))
-    pixels, size = sample.load_image(str(tmp_path / "big.png"), 48)
-    assert pixels.shape == (1, 3, 1, 48, 48) and size == (96, 96)
-    torch.testing.assert_close(pixels, torch.full_like(pixels, 90 / 127.5 - 1))
+def test_an_image_of_another_size_is_resized_and_cut_to_its_middle(tmp_path):
+    pixels = np.zeros((96, 192, 3), np.uint8)
+    pixels[:, 48:144] = 90  # what is kept of it
+    iio.imwrite(tmp_path / "big.png", pixels)
+    fitted, size = sample.load_image(str(tmp_path / "big.png"), (48, 48))
+    assert fitted.shape == (1, 3, 1, 48, 48) and size == (96, 192)
+    torch.testing.assert_close(fitted[..., 2:-2], torch.full_like(fitted[..., 2:-2], 90 / 127.5 - 1))
+
+
+@pytest.mark.parametrize("size", [(704, 1280), (480, 832)])
+def test_a_box_stays_on_its_object_through_resize_and_cut(size, tmp_path):
+    """A square drawn on a 1920x1080 image is found again by colour, in the image and in the map."""
+    pixels = np.full((1080, 1920, 3), 60, np.uint8)
+    pixels[300:700, 900:1500] = (200, 40, 40)
+    iio.imwrite(tmp_path / "x.png", pixels)
+    boxes = {"objects": [{"color": [128, 32, 32], "boxes": {"0": [900, 300, 1500, 700]}}]}
+    (tmp_path / "b.json").write_text(json.dumps(boxes))
+    image, source = sample.load_image(str(tmp_path / "x.png"), size)
+    trajectory = load_trajectory(tmp_path / "b.json", size, 5, source)
+    red = image[0, 0, 0] > image[0, 1, 0] + 0.5
+    found = torch.nonzero(red)
+    (top, left), (bottom, right) = found.amin(0).tolist(), (found.amax(0) + 1).tolist()
+    assert np.abs(trajectory.boxes[0, 0] - [left, top, right, bottom]).max() <= 1
+    filled = trajectory.maps("box")[0, 0] > -0.9
+    assert (filled ^ red).float().mean() < 0.002 and red.float().mean() > 0.1

@@ -110,7 +110,7 @@ def test_videos_pass_through_the_vae(folder):
 
 def test_an_incomplete_folder_is_named(folder):
     with pytest.raises(common.UserError, match=r"holds no Wan2.2_VAE.pth or vae; give"):
-        WanCodec(folder / "tokenizer", torch.device("cpu"))
+        WanCodec(folder / "tokenizer", torch.device("cpu")).encode_video(torch.zeros(1, 3, 1, 32, 32))
     codec = WanCodec(folder, torch.device("cpu"))
     (folder / "text_encoder/model.safetensors").unlink()
     with pytest.raises(common.UserError, match=r"model.safetensors: no such file"):
