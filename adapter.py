@@ -141,10 +141,13 @@ def serves(adapter: Adapter, generator: VideoDiT) -> bool:
 
 
 def read_adapter(path: Path | str, network: str, dtype: torch.dtype = torch.float32) -> Adapter:
-    """The adapter in an own export, of either kind. `network`: the name it must carry."""
+    """The adapter in an own export, of either kind. `network`: the name it must carry.
+
+    `dtype` is a ControlNetAdapter's; a ResNetAdapter stays in float32, for it is small and runs once.
+    """
     config, tensors = read_network(path, network)
     if "hidden" in config:
-        return load(lambda: ResNetAdapter(AdapterConfig(**config)), tensors, path, dtype)
+        return load(lambda: ResNetAdapter(AdapterConfig(**config)), tensors, path)
     return load(lambda: ControlNetAdapter(DiTConfig(**config)), tensors, path, dtype)
 
 

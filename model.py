@@ -264,7 +264,7 @@ class VideoDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, e6, text, rope)
             if residuals is not None:
-                tokens = tokens + residuals[i]
+                tokens = tokens + residuals[i].type_as(tokens)
             if i in taps:
                 tapped.append(tokens)
         p, q, r = self.config.patch

@@ -1,0 +1,95 @@
+"""Write a folder of random weights, of the true size and in the layout of Wan2.2-TI2V-5B as published.
+
+    python tests/wan5b.py out/Wan2.2-TI2V-5B           # 35 GB on disk
+    python sample.py --preset wan5b --weights out/Wan2.2-TI2V-5B --generator out/Wan2.2-TI2V-5B \\
+        --size 256x256 --frames 5
+
+The transformer in float32 shards with their index, the VAE and UMT5-XXL as .pth files, a tokenizer of letters, and an
+adapter for the few-step sampler in this project's own format. The video is noise; the path to it is the real one.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import adapter as adapters
+import codec
+import model
+from test_wan_codec import wan_name, write_tokenizer
+from vae import WanVAE
+from weights import save_network
+
+CONFIG = {
+    "_class_name": "WanModel", "_diffusers_version": "0.33.0", "dim": 3072, "eps": 1e-06, "ffn_dim": 14336,
+    "freq_dim": 256, "in_dim": 48, "model_type": "ti2v", "num_heads": 24, "num_layers": 30, "out_dim": 48,
+    "text_len": 512,
+}  # fmt: skip
+SHARD = 5 << 30  # bytes
+
+
+def random(name: str, like: Tensor, dtype: torch.dtype, draw: torch.Generator) -> Tensor:
+    """Weights that keep activations of order 1: gains of 1, biases of 0, matrices by their fan-in."""
+    if like.ndim == 1 or "gamma" in name:
+        return torch.full(like.shape, float("norm" in name or "gamma" in name), dtype=dtype)
+    fan_in = 1 if "embedding.weight" in name and "patch" not in name else math.prod(like.shape[1:])
+    return torch.randn(like.shape, generator=draw, dtype=dtype) * fan_in**-0.5
+
+
+def weights(build, dtype: torch.dtype, draw: torch.Generator):
+    """(name, random tensor) for every parameter of the network that `build` makes."""
+    with torch.device("meta"):
+        network: nn.Module = build()
+    for name, like in network.state_dict().items():
+        yield name, random(name, like, dtype, draw)
+
+
+def write_transformer(folder: Path, draw: torch.Generator) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    shards, size = [{}], 0
+    files = []
+
+    def flush() -> None:
+        files.append((f"{folder}/part{len(files)}.safetensors", list(shards[-1])))
+        save_file(shards[-1], files[-1][0], {"format": "pt"})
+
+    for name, tensor in weights(lambda: model.VideoDiT(model.PRESETS["wan5b"]), torch.float32, draw):
+        if size + tensor.nbytes > SHARD:
+            flush()
+            shards, size = [{}], 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    flush()
+    where, stem = {}, "diffusion_pytorch_model"
+    for number, (file, names) in enumerate(files, start=1):
+        final = f"{stem}-{number:05}-of-{len(files):05}.safetensors"
+        Path(file).rename(folder / final)
+        where |= dict.fromkeys(names, final)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def main(folder: Path) -> None:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    folder.mkdir(parents=True)
+    draw = torch.Generator().manual_seed(0)
+    write_transformer(folder, draw)
+    torch.save(dict(weights(WanVAE, torch.float32, draw)), folder / "Wan2.2_VAE.pth")
+    umt5 = weights(lambda: UMT5EncoderModel(UMT5Config(**codec.UMT5_XXL)), torch.bfloat16, draw)
+    encoder = {wan_name(name): tensor for name, tensor in umt5 if name != "encoder.embed_tokens.weight"}
+    torch.save(encoder, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    write_tokenizer(folder / "google/umt5-xxl")
+    config = adapters.PRESETS["wan5b"]
+    adapter = dict(weights(lambda: adapters.ResNetAdapter(config), torch.float32, draw))
+    save_network(folder / "fast_adapter.safetensors", "FastAdapter", config, adapter)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
