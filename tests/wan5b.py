@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from test_wan_codec import wan_name, write_tokenizer
+
 import adapter as adapters
 import codec
 import model
-from test_wan_codec import wan_name, write_tokenizer
 from vae import WanVAE
 from weights import save_network
 
