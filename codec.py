@@ -6,7 +6,9 @@ Every codec has `encode_video`, `decode_video`, `encode_text` and the attributes
 
 import html
 import json
+import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,26 @@ from vae import WanVAE
 from weights import load, read_checkpoint, read_config, read_folder, read_network, read_safetensors, rename
 
 TOY_WEIGHTS = Path(__file__).parent / "checkpoints/tiny/codec.safetensors"
+
+
+class Codec:
+    """What both codecs have in common."""
+
+    channels: int  # of the latent
+    spatial: int  # pixels of a latent position, each way
+    temporal: int  # video frames of a latent frame; the first is alone
+    patch = 2  # latent positions of a token, each way
+
+    def check_size(self, size: str, frames: int) -> tuple[int, int]:
+        """ "704x1280" -> (704, 1280). UserError unless the networks can make such videos."""
+        unit = self.spatial * self.patch
+        sides = re.fullmatch(r"(\d+)x(\d+)", size)
+        if not sides or any(int(n) % unit or int(n) < unit for n in sides.groups()):
+            example = f"as {4 * unit}x{6 * unit}"
+            raise UserError(f"--size {size}: takes height x width, both multiples of {unit}, {example}")
+        if frames < 2 or (frames - 1) % self.temporal:
+            raise UserError(f"--frames {frames}: at least 2 and {self.temporal} n + 1")
+        return int(sides[1]), int(sides[2])
 
 
 @dataclass(frozen=True)
@@ -96,7 +118,7 @@ class ToyAutoencoder(nn.Module):
         return self.linear(latents) + self.detail(latents)
 
 
-class ToyCodec:
+class ToyCodec(Codec):
     """The toy world's codec: a small learned autoencoder, frame by frame, and a fixed embedding of words.
 
     One latent frame a video frame. A word becomes a random vector seeded by its bytes, beside the mean vector of its
@@ -133,6 +155,10 @@ class ToyCodec:
             self._words[word] = torch.randn(self.text_dim // 2, generator=seed)
         return self._words[word]
 
+    def text_encoder(self) -> Callable[[list[str]], Tensor]:
+        """`encode_text`; WanCodec reads its own from disk here."""
+        return self.encode_text
+
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Prompts -> [B, L, text_dim], zeros after the last word. Words past `text_tokens` are dropped."""
         out = torch.zeros(len(prompts), self.text_tokens, self.text_dim)
@@ -147,7 +173,7 @@ class ToyCodec:
         return out
 
 
-class WanCodec:
+class WanCodec(Codec):
     """Wan2.2's codec: its VAE, and UMT5-XXL through `transformers` (requirements-wan.txt).
 
     `folder` is Wan2.2-TI2V-5B as published, in its own layout or diffusers'. Each part is read when first needed, and
@@ -183,20 +209,29 @@ class WanCodec:
         """[B, 48, F, H, W] -> [B, 3, 4 (F - 1) + 1, 16 H, 16 W] in [-1, 1]."""
         return self.vae.decode(latents.to(self.device), tile=self.tile)
 
-    def encode_text(self, prompts: list[str]) -> Tensor:
-        """Prompts -> [B, 512, 4096] bfloat16, zeros after the last token. Tokens past 512 are dropped."""
+    def text_encoder(self) -> Callable[[list[str]], Tensor]:
+        """What embeds prompts, read from disk; let go of it when all are embedded."""
         try:
             from transformers import AutoTokenizer
         except ImportError:
             raise UserError("transformers: not installed; pip install -r requirements-wan.txt") from None
         tokenizer = AutoTokenizer.from_pretrained(self._part("google/umt5-xxl", "tokenizer"))
-        clean = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
-        tokens = tokenizer(clean, padding="longest", truncation=True, max_length=self.text_tokens, return_tensors="pt")
-        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
         encoder = read_text_encoder(self._part("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")).to(self.device)
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def encode(prompts: list[str]) -> Tensor:
+            clean = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
+            cut = {"padding": "longest", "truncation": True, "max_length": self.text_tokens}
+            tokens = tokenizer(clean, return_tensors="pt", **cut).to(self.device)
+            ids, mask = tokens.input_ids, tokens.attention_mask
             seen = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return F.pad(seen * mask[..., None], (0, 0, 0, self.text_tokens - seen.shape[1]))
+            return F.pad(seen * mask[..., None], (0, 0, 0, self.text_tokens - seen.shape[1]))
+
+        return encode
+
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """Prompts -> [B, 512, 4096] bfloat16, zeros after the last token. Tokens past 512 are dropped."""
+        return self.text_encoder()(prompts)
 
 
 def save_text(path: Path, prompts: list[str], text: Tensor) -> None:

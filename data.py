@@ -8,11 +8,13 @@ that averages over what it can't know blurs.
 Everything derives from one integer a video, and the three splits use disjoint ranges of integers.
 
     python data.py --video 3 --out examples   # writes a held-out video's first frame, masks, boxes.json and itself
+    python data.py prepare --help             # encode real videos: clips.py
 """
 
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import clips
 import common
+from clips import ClipLatents
+from codec import Codec
 from trajectory import PALETTE, Trajectory
 
 SPLITS = {"train": 0, "validation": 1 << 40, "test": 2 << 40}  # first seed of each split
@@ -202,6 +207,13 @@ class ToyLatents:
         return x0, text, self.codec.encode_video(torch.stack(maps))
 
 
+def training_data(folder: str, codec: Codec, seed: int) -> tuple[ToyLatents | ClipLatents, ToyLatents | ClipLatents]:
+    """What to train on and what is held out: of prepared clips in `folder`, or of the toy world if that is empty."""
+    if folder:
+        return tuple(ClipLatents(folder, codec.text_tokens, split, seed) for split in ("train", "validation"))
+    return ToyLatents(codec, seed=seed), ToyLatents(codec, "validation")
+
+
 @dataclass(frozen=True)
 class Config:
     """Options of writing one toy video as a user's input."""
@@ -237,4 +249,8 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, Config)
+    if sys.argv[1:2] == ["prepare"]:
+        del sys.argv[1]
+        common.run_script(clips.prepare, clips.Config, presets={"wan5b": clips.WAN5B})
+    else:
+        common.run_script(main, Config)

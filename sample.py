@@ -14,7 +14,6 @@ project in it: fast_generator.safetensors (or a generator.pt), fast_adapter.safe
 """
 
 import contextlib
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch import Tensor
 import common
 import flow
 from adapter import read_adapter, serves, steer
-from codec import ToyCodec, WanCodec, read_text, save_text
+from codec import Codec, ToyCodec, WanCodec, read_text, save_text
 from maps import Size, fit_frames
 from model import PRESETS, VideoDiT
 from trajectory import TrajectoryError, draw_overlay, load_trajectory
@@ -76,25 +75,16 @@ def load_image(path: str, size: Size) -> tuple[Tensor, Size]:
     return fit_frames(pixels[None], size)[None] / 127.5 - 1, pixels.shape[:2]
 
 
-def check(cfg: Config, codec: ToyCodec | WanCodec, unit: int) -> Size:
-    """The video's (height, width), which must be multiples of `unit`. UserError if an option can't be."""
+def check(cfg: Config) -> None:
+    """UserError if an option can't be."""
     if cfg.steps < 0:
         raise common.UserError(f"--steps {cfg.steps}: at least 1, or 0 for the sampler's own number")
     if cfg.speed == "fast" and cfg.guidance not in (0, 1):
         raise common.UserError(f"--guidance {cfg.guidance}: the fast networks have none; add --speed slow")
     if cfg.scale < 1 or cfg.fps < 1:
         raise common.UserError(f"--scale {cfg.scale} --fps {cfg.fps}: both at least 1")
-    if cfg.frames < 2 or cfg.seed < 0:
-        raise common.UserError(f"--frames {cfg.frames} --seed {cfg.seed}: at least 2, and no seed below 0")
-    if over := (cfg.frames - 1) % codec.temporal:
-        near = cfg.frames - over
-        raise common.UserError(f"--frames {cfg.frames}: must be {codec.temporal} n + 1; {near} is")
-    sides = re.fullmatch(r"(\d+)x(\d+)", cfg.size)
-    if not sides or any(int(n) % unit or int(n) < unit for n in sides.groups()):
-        raise common.UserError(
-            f"--size {cfg.size}: takes height x width, both multiples of {unit}, as {4 * unit}x{6 * unit}"
-        )
-    return int(sides[1]), int(sides[2])
+    if cfg.seed < 0:
+        raise common.UserError(f"--seed {cfg.seed}: no seed below 0")
 
 
 def find_networks(cfg: Config) -> tuple[Path, Path]:
@@ -109,7 +99,7 @@ def find_networks(cfg: Config) -> tuple[Path, Path]:
     return found.parent if found.name == "config.json" else found, adapter
 
 
-def embed_prompt(cfg: Config, codec: ToyCodec | WanCodec) -> Tensor:
+def embed_prompt(cfg: Config, codec: Codec) -> Tensor:
     """Embeddings of the prompt and of no prompt, [2, L, text_dim]."""
     prompts, file = [cfg.prompt, ""], Path(cfg.text)
     if cfg.text and file.exists():
@@ -121,11 +111,12 @@ def embed_prompt(cfg: Config, codec: ToyCodec | WanCodec) -> Tensor:
 
 
 def main(cfg: Config) -> None:
+    check(cfg)
     wan, name = cfg.preset == "wan5b", cfg.speed.title()
     device = common.init_processes().device
     half = torch.bfloat16 if wan and cfg.dtype != "float32" else torch.float32
     codec = WanCodec(cfg.weights, device, half, cfg.tile) if wan else ToyCodec()
-    size = check(cfg, codec, codec.spatial * PRESETS[cfg.preset].patch[1])
+    size = codec.check_size(cfg.size, cfg.frames)
     out = common.output_path(cfg.out, ".mp4")
     sampling = (flow.FAST if cfg.speed == "fast" else flow.SLOW)[cfg.preset]
     took: dict[str, str] = {}

@@ -21,7 +21,7 @@ import common
 import flow
 import optim
 from codec import ToyCodec
-from data import ToyLatents
+from data import training_data
 from model import VideoDiT
 from weights import save_network
 
@@ -32,6 +32,7 @@ class Config:
 
     name: str = "slow_adapter"  # run folder under runs/
     preset: Literal["tiny"] = "tiny"  # size of the networks and their world
+    data: str = ""  # folder of clips prepared by data.py; the toy world if empty
     generator: str = "checkpoints/tiny/slow_generator.safetensors"  # the frozen SlowGenerator
     init: str = ""  # a SlowAdapter to go on from, such as stage 0's guide; random weights if empty
     steps: int = 4000  # optimizer steps in all
@@ -67,7 +68,7 @@ def main(cfg: Config) -> None:
     optimizers = optim.make_optimizers(adapter, adapter.blocks, cfg.weight_decay)
     ema = optim.EMA(adapter, cfg.ema)
     codec = ToyCodec()
-    data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
+    data, held_out = training_data(cfg.data, codec, cfg.seed)
 
     parts = {"adapter": (adapter, optimizers, ema)}
     run = common.Run(f"runs/{cfg.name}", cfg, procs)

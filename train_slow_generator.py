@@ -24,7 +24,7 @@ import common
 import flow
 import optim
 from codec import ToyCodec
-from data import ToyLatents
+from data import training_data
 from model import PRESETS, VideoDiT
 from weights import save_network
 
@@ -70,7 +70,7 @@ def main(cfg: Config) -> None:
     guide_optimizers = optim.make_optimizers(guide, guide.blocks, cfg.weight_decay)
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
     codec = ToyCodec()
-    data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
+    data, held_out = training_data(cfg.data, codec, cfg.seed)
 
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
     run = common.Run(f"runs/{cfg.name}", cfg, procs)

@@ -1,0 +1,285 @@
+"""Real videos: clips on disk, encoded once into latent shards, and the shards as training reads them.
+
+    python data.py prepare --source MagicData/MagicData.csv --out shards --preset wan5b --weights Wan2.2-TI2V-5B
+    torchrun --nproc_per_node=8 data.py prepare --source clips --out shards ...
+
+`--source` is a CSV of MagicData (columns path, num_frames, text; or the authors' own: text, path, num_frames,
+trajectory_maps_path, box_path, mask_start_index, mask_end_index), with mask maps in masks/<id>/ and box maps in
+boxs/<id>/ beside videos/<id>.mp4, a PNG a frame; or a folder of <name>.mp4, each with <name>.txt, its caption, and
+<name>.json, its boxes (trajectory.py). A clip that can't be used is left out and listed with the reason in
+rejected.csv; nothing takes its place. Killed, the command goes on where it was.
+"""
+
+import csv
+import json
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import imageio.v3 as iio
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import common
+from codec import ToyCodec, WanCodec
+from maps import BROKEN, Size, fit_frames, fit_nearest, read_frames
+from trajectory import TrajectoryError, load_trajectory
+from weights import Stored, read_safetensors
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of encoding clips."""
+
+    source: str = ""  # a CSV in MagicData's format, or a folder of mp4 files with captions and boxes
+    out: str = "shards"  # folder for the shards and rejected.csv
+    preset: Literal["tiny", "wan5b"] = "tiny"  # whose codec
+    weights: str = ""  # wan5b: folder of Wan2.2-TI2V-5B
+    size: str = "48x48"  # height x width of the clips
+    frames: int = 9  # their length; what is longer is cut
+    sparse: float = 0.15  # share of clips whose box maps are blacked out in a random subset of frames
+    shard: int = 16  # clips a file
+    seed: int = 0  # which clips are sparse, and in which frames
+
+
+WAN5B = {"size": "704x1280", "frames": 121}
+
+
+class Rejected(Exception):
+    """Why a clip can't be used."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video and what goes with it. Maps are folders or videos of maps, or a boxes.json as both."""
+
+    video: Path
+    caption: str
+    masks: Path
+    boxes: Path
+    start: int = 0  # first frame that has maps
+    end: int | None = None  # frame after the last one
+
+
+def find_clips(source: Path) -> list[Clip]:
+    """The clips of a CSV or a folder, in its order or by name. UserError if there are none."""
+    if source.is_dir():
+        clips = []
+        for video in sorted(source.glob("*.mp4")):
+            text, boxes = video.with_suffix(".txt"), video.with_suffix(".json")
+            clips.append(Clip(video, text.read_text().strip() if text.exists() else "", boxes, boxes))
+    else:
+        try:
+            with source.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+        except OSError as error:
+            raise common.UserError(f"--source {source}: {error.strerror or error}; give a CSV or a folder") from None
+        if absent := [name for name in ("path", "num_frames", "text") if rows and name not in rows[0]]:
+            raise common.UserError(f"{source}: has no column {', '.join(absent)}; its first line must name the columns")
+        clips = [read_row(source, line, row) for line, row in enumerate(rows, start=2)]
+    if not clips:
+        raise common.UserError(f"{source}: holds no clips; give a CSV with rows or a folder with mp4 files")
+    return clips
+
+
+def read_row(source: Path, line: int, row: dict[str, str]) -> Clip:
+    """A row of a CSV. Paths are relative to its folder."""
+    folder, video = source.parent, source.parent / row["path"]
+    try:
+        start, end = int(row.get("mask_start_index") or 0), int(row.get("mask_end_index") or row["num_frames"])
+    except ValueError:
+        raise common.UserError(f"{source}: line {line}: a frame number is not a whole number; correct it") from None
+    masks = row.get("trajectory_maps_path") or f"masks/{video.stem}"
+    boxes = row.get("box_path") or f"boxs/{video.stem}"
+    return Clip(video, row["text"].strip(), folder / masks, folder / boxes, start, end)
+
+
+def reject(fine: bool, what: object, reason: str) -> None:
+    if not fine:
+        raise Rejected(f"{what}: {reason}" if what else reason)
+
+
+def read_clip(clip: Clip, size: Size, frames: int) -> dict[str, Tensor]:
+    """Video and maps, [3, T, *size] in [-1, 1] each: "video", "box", and "mask" where there are masks of every frame.
+
+    Raises Rejected.
+    """
+    reject(bool(clip.caption), "", "no caption")
+    reject(clip.video.exists(), "", "no such video")
+    try:
+        stack = list(islice(iio.imiter(clip.video, plugin="FFMPEG"), clip.start, clip.start + frames))
+    except BROKEN:
+        raise Rejected("the video can't be decoded") from None
+    length = len(stack) if clip.end is None else min(len(stack), clip.end - clip.start)
+    reject(length == frames, "", f"{length} frames of {frames}")
+    height, width = stack[0].shape[:2]
+    reject(height >= size[0] and width >= size[1], "", f"{width}x{height} is smaller than {size[1]}x{size[0]}")
+    out = {"video": fit_frames(np.stack(stack), size) / 127.5 - 1}
+    if clip.boxes.suffix == ".json":
+        try:
+            out["box"] = load_trajectory(clip.boxes, size, frames, (height, width)).maps("box")
+        except TrajectoryError as error:
+            raise Rejected(str(error)) from None
+        return out
+    for kind, path in (("mask", clip.masks), ("box", clip.boxes)):
+        out[kind] = read_maps(f"{kind} maps", path, (height, width), size, frames)
+    out["box"][:, 0] = out["mask"][:, 0]  # frame 0 is the segmentation mask in every condition
+    return out
+
+
+def read_maps(what: str, path: Path, source: Size, size: Size, frames: int) -> Tensor:
+    """The first maps of a folder or video, for a video of size `source`: [3, T, *size] in [-1, 1]. Raises Rejected."""
+    reject(path.exists(), what, f"{path} does not exist")
+    maps = list(islice(read_frames(path, lambda fine, _, why: reject(fine, what, why)), frames))
+    reject(len(maps) == frames, what, f"{len(maps)} frames of {frames}")
+    height, width = maps[0].shape[:2]
+    reject(all(m.shape == maps[0].shape for m in maps), what, "not all of one size")
+    alike = abs(height * source[1] / (width * source[0]) - 1) < 0.02
+    reject(alike, what, f"{width}x{height}, of another shape than the video's {source[1]}x{source[0]}")
+    fitted = torch.from_numpy(np.stack([fit_nearest(m, size) for m in maps])).permute(3, 0, 1, 2).float() / 127.5 - 1
+    reject(bool((fitted[:, 0] > -0.8).any()), what, "frame 0 shows no object")
+    return fitted
+
+
+def darken(maps: Tensor, share: float, seed: int, number: int) -> Tensor:
+    """Box maps, in a `share` of the clips black in a random subset of frames; never in frame 0."""
+    u = np.random.default_rng([seed, number]).random(1 + maps.shape[1])
+    if u[0] < share:
+        dark = u[1:] < u[0] / share  # uniform again: how many frames go dark
+        dark[0] = False
+        maps = maps.masked_fill(torch.from_numpy(dark)[:, None, None], -1)
+    return maps
+
+
+def prepare(cfg: Config) -> None:
+    """Encode captions, then videos and maps, a shard at a time; the shards are shared out over the processes."""
+    if not cfg.source:
+        raise common.UserError("--source: missing; give a CSV in MagicData's format or a folder of mp4 files")
+    if cfg.shard < 1:
+        raise common.UserError(f"--shard {cfg.shard}: at least 1")
+    procs = common.init_processes()
+    codec = WanCodec(cfg.weights, procs.device) if cfg.preset == "wan5b" else ToyCodec()
+    size, out = codec.check_size(cfg.size, cfg.frames), Path(cfg.out)
+    clips = find_clips(Path(cfg.source))
+    starts = range(0, len(clips), cfg.shard)
+    if procs.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        settle(out, cfg, len(clips))
+        for left in out.glob(".*.tmp*"):  # of a killed run
+            left.unlink()
+    procs.barrier()
+
+    def missing(kind: str) -> list[tuple[int, Path]]:
+        """This process's shards that are not there yet: their first clip, and their file."""
+        own = [(n, out / f"{kind}-{n // cfg.shard:05}.safetensors") for n in starts[procs.rank :: procs.world]]
+        return [(start, file) for start, file in own if not file.exists()]
+
+    if todo := missing("text"):
+        encode = codec.text_encoder()  # read once for all: it is large
+        for start, file in tqdm(todo, "captions", disable=procs.rank > 0):
+            captions = [clip.caption for clip in clips[start : start + cfg.shard]]
+            names = [*(str(number) for number in range(start, start + len(captions))), "empty"]
+            rows = zip(names, encode([*captions, ""]), strict=True)
+            write(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, {})
+        del encode
+    for start, file in tqdm(missing("latents"), "clips", disable=procs.rank > 0):
+        tensors, rejected = {}, []
+        for number, clip in enumerate(clips[start : start + cfg.shard], start):
+            try:
+                parts = read_clip(clip, size, cfg.frames)
+            except Rejected as reason:
+                rejected.append((str(clip.video), str(reason)))
+                continue
+            parts["box"] = darken(parts["box"], cfg.sparse, cfg.seed, number)
+            for kind, video in parts.items():
+                tensors[f"{number}.{kind}"] = codec.encode_video(video[None])[0]
+        write(file, tensors, {"rejected": json.dumps(rejected)})
+    procs.barrier()
+    if procs.rank == 0:
+        kept, rejected = report(out)
+        print(f"{out}: {kept} clips in {len(starts)} shards; {len(rejected)} rejected, listed in {out}/rejected.csv")
+
+
+def settle(out: Path, cfg: Config, clips: int) -> None:
+    """Write what the shards are made from, or refuse if shards made from something else lie there."""
+    said = {**asdict(cfg), "clips": clips}
+    del said["out"], said["weights"]
+    file = out / "config.json"
+    if not file.exists():
+        with common.atomic(file) as temporary:
+            temporary.write_text(json.dumps(said, indent=1) + "\n")
+    elif (held := json.loads(file.read_text())) != said:
+        other = ", ".join(f"{name} {held.get(name)}" for name in said if held.get(name) != said[name])
+        raise common.UserError(f"{file}: shards of other clips lie here ({other}); give another --out")
+
+
+def write(file: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """A safetensors file in bfloat16."""
+    with common.atomic(file) as temporary:
+        tensors = {name: t.to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()}
+        safetensors.torch.save_file(tensors, temporary, header)
+
+
+def report(out: Path) -> tuple[int, list[list[str]]]:
+    """Write rejected.csv; returns how many clips were kept, and which were not and why."""
+    kept, rejected = 0, []
+    for file in sorted(out.glob("latents-*.safetensors")):
+        header, tensors = read_safetensors(file)
+        kept += sum(name.endswith(".video") for name in tensors)
+        rejected += json.loads(header["rejected"])
+    with common.atomic(out / "rejected.csv") as temporary, temporary.open("w", newline="") as table:
+        csv.writer(table).writerows([("path", "reason"), *rejected])
+    return kept, rejected
+
+
+class ClipLatents:
+    """What training reads of prepared clips, as `data.ToyLatents` gives it of the toy world.
+
+    Every epoch goes through the clips in another order, which seed and sample numbers fix. The first four clips are
+    held out as the split "validation".
+    """
+
+    held_out = 4
+
+    def __init__(self, folder: Path | str, text_tokens: int, split: str = "train", seed: int = 0):
+        self.folder, self.text_tokens, self.seed = Path(folder), text_tokens, seed
+        if not (self.folder / "rejected.csv").exists():
+            raise common.UserError(f"{folder}: holds no finished shards; run python data.py prepare")
+        self.latents: dict[str, Stored] = {}
+        self.texts: dict[str, Stored] = {}
+        for kind, tensors in (("latents", self.latents), ("text", self.texts)):
+            for file in sorted(self.folder.glob(f"{kind}-*.safetensors")):
+                tensors |= read_safetensors(file)[1]
+        numbers = sorted({int(name.split(".")[0]) for name in self.latents})
+        if len(numbers) <= self.held_out:
+            raise common.UserError(f"{folder}: holds {len(numbers)} clips; training needs over {self.held_out}")
+        self.numbers = numbers[: self.held_out] if split == "validation" else numbers[self.held_out :]
+
+    def batch(
+        self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
+
+        `sparse` is not looked at: which clips have frames without boxes was settled when they were encoded.
+        """
+        picked = [self.pick(sample) for sample in samples]
+        chance = [np.random.default_rng([self.seed, sample, 1]).random() for sample in samples]
+        names = ["empty" if u < drop_text else str(n) for n, u in zip(picked, chance, strict=True)]
+        texts = [self.texts[name].read().float() for name in names]
+        text = torch.stack([F.pad(t, (0, 0, 0, self.text_tokens - len(t))) for t in texts])
+        x0 = torch.stack([self.latents[f"{n}.video"].read().float() for n in picked])
+        if kind is None:
+            return x0, text, None
+        if absent := [n for n in picked if f"{n}.{kind}" not in self.latents]:
+            raise common.UserError(f"{self.folder}: clip {absent[0]} has no {kind} maps; train without them")
+        return x0, text, torch.stack([self.latents[f"{n}.{kind}"].read().float() for n in picked])
+
+    def pick(self, sample: int) -> int:
+        """The number of the clip that is this sample."""
+        epoch, place = divmod(sample, len(self.numbers))
+        return self.numbers[np.random.default_rng([self.seed, epoch]).permutation(len(self.numbers))[place]]

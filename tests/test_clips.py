@@ -1,0 +1,198 @@
+"""Real videos: what is read of a clip, why one is rejected, and shards that a kill can't spoil; training on them."""
+
+import csv
+import json
+import shutil
+import signal
+import time
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import clips
+import common
+from clips import ClipLatents, Config
+from codec import ToyCodec
+from data import ToyWorld
+
+FRAMES = 9
+
+
+def write_maps(folder, maps):
+    folder.mkdir(parents=True)
+    for t, frame in enumerate(common.to_uint8(maps)):
+        iio.imwrite(folder / f"annotated_frame_{t:05}.png", frame)
+
+
+def write_clip(root, name, video, trajectory, mask_frames=FRAMES, crop=48):
+    common.write_video(root / f"videos/{name}.mp4", common.to_uint8(video)[:, :crop], fps=8)
+    write_maps(root / f"masks/{name}", trajectory.maps("mask")[:, :mask_frames])
+    write_maps(root / f"boxs/{name}", trajectory.maps("box"))
+
+
+@pytest.fixture(scope="module")
+def magic(tmp_path_factory):
+    """MagicData in small: 20 good clips and one each of what can be wrong."""
+    root = tmp_path_factory.mktemp("magic")
+    batch = ToyWorld("train").batch(list(range(24)))
+    rows = []
+    for i, video in enumerate(batch.video):
+        name = f"clip{i:02}"
+        write_clip(root, name, video, batch.trajectory(i))
+        rows.append({"path": f"videos/{name}.mp4", "num_frames": FRAMES, "text": batch.captions[i]})
+    (root / "videos/clip03.mp4").write_bytes(b"no video at all")
+    common.write_video(root / "videos/clip07.mp4", common.to_uint8(batch.video[7])[:5], fps=8)
+    common.write_video(root / "videos/clip11.mp4", common.to_uint8(batch.video[11])[:, :32], fps=8)
+    (root / "masks/clip15/annotated_frame_00008.png").unlink()
+    with (root / "MagicData.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["path", "num_frames", "text"])
+        table.writeheader()
+        table.writerows(rows)
+    return root
+
+
+REJECTED = {
+    "clip03": "the video can't be decoded",
+    "clip07": "5 frames of 9",
+    "clip11": "48x32 is smaller than 48x48",
+    "clip15": "mask maps: 8 frames of 9",
+}
+
+
+def shards(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "config.json"}
+
+
+@pytest.fixture(scope="module")
+def prepared(magic):
+    clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(magic / "shards"), shard=4))
+    return magic / "shards"
+
+
+def test_shards_hold_the_clips_and_a_report_of_those_rejected(magic, prepared):
+    with (prepared / "rejected.csv").open(newline="") as file:
+        rejected = {row["path"].split("/")[-1][:6]: row["reason"] for row in csv.DictReader(file)}
+    assert rejected == REJECTED
+    assert len(list(prepared.glob("latents-*.safetensors"))) == 6
+    codec, batch = ToyCodec(), ToyWorld("train").batch([4, 5])
+    with safe_open(prepared / "latents-00001.safetensors", "pt") as file:
+        assert sorted(file.keys()) == [f"{n}.{kind}" for n in (4, 5, 6) for kind in ("box", "mask", "video")]
+        read = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    for i, number in enumerate((4, 5)):
+        latent, other = codec.encode_video(batch.video[[i, 1 - i]])
+        error = (read[f"{number}.video"] - latent).abs().mean()
+        assert error < 0.2 < (read[f"{number}.video"] - other).abs().mean()  # an mp4 lies between
+        mask = codec.encode_video(batch.trajectory(i).maps("mask")[None])[0]
+        assert (read[f"{number}.mask"] - mask).abs().max() < 0.1
+        box = read[f"{number}.box"]
+        assert torch.equal(box[:, 0], read[f"{number}.mask"][:, 0])  # frame 0 is the mask
+        assert not torch.equal(box[:, 1:], read[f"{number}.mask"][:, 1:])
+    with safe_open(prepared / "text-00001.safetensors", "pt") as file:
+        text = codec.encode_text(batch.captions)[0]
+        assert torch.equal(file.get_tensor("4"), text[text.any(-1)].bfloat16())
+        assert file.get_tensor("empty").shape == (0, 64)
+
+
+def test_killed_or_shared_out_it_makes_the_same_shards(magic, prepared, run, tmp_path):
+    flags = ("prepare", "--source", magic / "MagicData.csv", "--shard", 4, "--out")
+    job = run("data.py", *flags, tmp_path / "killed", wait=False)
+    while not (tmp_path / "killed/latents-00001.safetensors").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert not (tmp_path / "killed/rejected.csv").exists()
+    (tmp_path / "killed/.latents-00002.tmp7.safetensors").write_text("half-written")
+    for folder, processes in (("killed", 1), ("shared", 2)):
+        job = run("data.py", *flags, tmp_path / folder, processes=processes)
+        assert job.returncode == 0, job.stderr
+        assert "20 clips in 6 shards; 4 rejected" in job.stdout
+        assert shards(tmp_path / folder) == shards(prepared)
+
+
+def test_stage_1_trains_on_them(prepared, run):
+    flags = ("--data", prepared, "--steps", 3, "--mask_steps", 1, "--batch", 2, "--compile", "false")
+    job = run("train_slow_adapter.py", *flags)
+    assert job.returncode == 0, job.stderr
+    job = run("train_slow_adapter.py", "--data", prepared.parent, "--steps", 3)
+    assert job.returncode == 2 and "holds no finished shards" in job.stderr
+
+
+def test_training_reads_every_clip_once_an_epoch(prepared):
+    data, held_out = (ClipLatents(prepared, 32, split, seed=3) for split in ("train", "validation"))
+    epochs = [[data.pick(16 * e + i) for i in range(16)] for e in range(2)]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == data.numbers
+    assert not set(data.numbers) & set(held_out.numbers) and len(held_out.numbers) == 4
+    x0, text, traj = data.batch([0, 1, 16], "box", drop_text=0.5)
+    assert x0.shape == traj.shape == (3, 16, 9, 12, 12) and text.shape == (3, 32, 64)
+    again = data.batch([1], "box", drop_text=0.5)
+    assert all(torch.equal(a[0], b[1]) for a, b in zip(again, (x0, text, traj), strict=True))
+    empty = [not data.batch([s], None, drop_text=0.5)[1].any() for s in range(64)]
+    assert 16 < sum(empty) < 48
+
+
+def test_the_authors_own_columns_name_maps_and_their_frames(tmp_path):
+    batch = ToyWorld("train").batch([0])
+    trajectory = batch.trajectory(0)
+    frames = common.to_uint8(batch.video[0])
+    common.write_video(tmp_path / "v.mp4", np.concatenate([np.zeros_like(frames[:3]), frames]), fps=8)
+    write_maps(tmp_path / "m", trajectory.maps("mask"))
+    write_maps(tmp_path / "b", trajectory.maps("box"))
+    names = "text,path,num_frames,width,height,trajectory_maps_path,videoid,mask_start_index,mask_end_index,box_path"
+    (tmp_path / "x.csv").write_text(f"{names}\na disc,v.mp4,12,48,48,m,v,3,12,b\na disc,v.mp4,12,48,48,m,v,4,12,b\n")
+    good, short = clips.find_clips(tmp_path / "x.csv")
+    parts = clips.read_clip(good, (48, 48), 9)
+    assert (parts["video"] - batch.video[0]).abs().mean() < 0.1  # three black frames are passed over
+    assert torch.equal(parts["mask"], trajectory.maps("mask"))
+    with pytest.raises(clips.Rejected, match="8 frames of 9"):
+        clips.read_clip(short, (48, 48), 9)
+
+
+def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path):
+    batch = ToyWorld("train").batch([0, 1, 2])
+    for i, name in enumerate("abc"):
+        common.write_video(tmp_path / f"{name}.mp4", common.to_uint8(batch.video[i]), fps=8)
+        boxes = {str(t): box for t, box in enumerate(batch.boxes[i, 0].tolist())}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"objects": [{"boxes": boxes}]}))
+        (tmp_path / f"{name}.txt").write_text(batch.captions[i] + "\n")
+    (tmp_path / "b.json").write_text("{}")
+    (tmp_path / "c.txt").unlink()
+    first, second, third = clips.find_clips(tmp_path)
+    parts = clips.read_clip(first, (48, 48), 9)
+    assert set(parts) == {"video", "box"} and first.caption == batch.captions[0]
+    x0, y0, x1, y1 = batch.boxes[0, 0, 4].tolist()
+    lit = (parts["box"][0, 4] > -1).nonzero()
+    assert lit.amin(0).tolist() == [y0, x0] and lit.amax(0).tolist() == [y1 - 1, x1 - 1]
+    for clip, reason in ((second, "b.json: objects"), (third, "no caption")):
+        with pytest.raises(clips.Rejected, match=reason):
+            clips.read_clip(clip, (48, 48), 9)
+
+
+def test_a_share_of_the_clips_loses_boxes_in_some_frames():
+    maps = torch.ones(3, 9, 4, 4)
+    dark = [(clips.darken(maps, 0.5, 0, n)[0, :, 0, 0] < 0).tolist() for n in range(200)]
+    assert not any(row[0] for row in dark) and 60 < sum(any(row) for row in dark) < 110
+    assert torch.equal(clips.darken(maps, 0.0, 0, 1), maps)
+
+
+def test_bad_input_is_one_line(tmp_path, prepared, magic):
+    def refused(message, **options):
+        with pytest.raises(common.UserError, match=message) as caught:
+            clips.prepare(Config(out=str(tmp_path / "out"), **options))
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+    refused("--source: missing")
+    refused(r"--source .*no.csv: No such file", source=str(tmp_path / "no.csv"))
+    refused("holds no clips", source=str(tmp_path))
+    (tmp_path / "x.csv").write_text("path,text\na.mp4,b\n")
+    refused("has no column num_frames", source=str(tmp_path / "x.csv"))
+    (tmp_path / "x.csv").write_text("path,num_frames,text\na.mp4,many,b\n")
+    refused("line 2: a frame number is not a whole number", source=str(tmp_path / "x.csv"))
+    refused("--size 48x50", source=str(magic / "MagicData.csv"), size="48x50")
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    with pytest.raises(common.UserError, match=r"shards of other clips lie here \(shard 4\)"):
+        clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(copy)))
