@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from codec import ToyCodec, WanCodec
+from codec import open_codec
 from maps import BROKEN, Size, fit_frames, fit_nearest, read_frames
 from trajectory import TrajectoryError, load_trajectory
 from weights import Stored, read_safetensors
@@ -39,7 +39,7 @@ class Config:
     source: str = ""  # a CSV in MagicData's format, or a folder of mp4 files with captions and boxes
     out: str = "shards"  # folder for the shards and rejected.csv
     preset: Literal["tiny", "wan5b"] = "tiny"  # whose codec
-    weights: str = ""  # wan5b: folder of Wan2.2-TI2V-5B
+    weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published
     size: str = "48x48"  # height x width of the clips
     frames: int = 9  # their length; what is longer is cut
     sparse: float = 0.15  # share of clips whose box maps are blacked out in a random subset of frames
@@ -163,7 +163,7 @@ def prepare(cfg: Config) -> None:
     if cfg.shard < 1:
         raise common.UserError(f"--shard {cfg.shard}: at least 1")
     procs = common.init_processes()
-    codec = WanCodec(cfg.weights, procs.device) if cfg.preset == "wan5b" else ToyCodec()
+    codec = open_codec(cfg.preset, cfg.weights, procs.device)
     size, out = codec.check_size(cfg.size, cfg.frames), Path(cfg.out)
     clips = find_clips(Path(cfg.source))
     starts = range(0, len(clips), cfg.shard)

@@ -234,6 +234,11 @@ class WanCodec(Codec):
         return self.text_encoder()(prompts)
 
 
+def open_codec(preset: str, folder: Path | str, device: torch.device, **options) -> Codec:
+    """The preset's codec; `folder`, of Wan2.2-TI2V-5B, and `options` are WanCodec's."""
+    return WanCodec(folder, device, **options) if preset == "wan5b" else ToyCodec()
+
+
 def save_text(path: Path, prompts: list[str], text: Tensor) -> None:
     """Embeddings [B, L, D] of these prompts as a safetensors file, so that another machine needs no text encoder."""
     with atomic(path) as temporary:

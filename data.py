@@ -26,7 +26,7 @@ from torch import Tensor
 import clips
 import common
 from clips import ClipLatents
-from codec import Codec
+from codec import Codec, ToyCodec
 from trajectory import PALETTE, Trajectory
 
 SPLITS = {"train": 0, "validation": 1 << 40, "test": 2 << 40}  # first seed of each split
@@ -211,6 +211,8 @@ def training_data(folder: str, codec: Codec, seed: int) -> tuple[ToyLatents | Cl
     """What to train on and what is held out: of prepared clips in `folder`, or of the toy world if that is empty."""
     if folder:
         return tuple(ClipLatents(folder, codec.text_tokens, split, seed) for split in ("train", "validation"))
+    if not isinstance(codec, ToyCodec):
+        raise common.UserError("--data: missing; preset wan5b trains on clips that python data.py prepare has encoded")
     return ToyLatents(codec, seed=seed), ToyLatents(codec, "validation")
 
 

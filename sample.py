@@ -27,7 +27,7 @@ from torch import Tensor
 import common
 import flow
 from adapter import read_adapter, serves, steer
-from codec import Codec, ToyCodec, WanCodec, read_text, save_text
+from codec import Codec, open_codec, read_text, save_text
 from maps import Size, fit_frames
 from model import PRESETS, VideoDiT
 from trajectory import TrajectoryError, draw_overlay, load_trajectory
@@ -115,7 +115,7 @@ def main(cfg: Config) -> None:
     wan, name = cfg.preset == "wan5b", cfg.speed.title()
     device = common.init_processes().device
     half = torch.bfloat16 if wan and cfg.dtype != "float32" else torch.float32
-    codec = WanCodec(cfg.weights, device, half, cfg.tile) if wan else ToyCodec()
+    codec = open_codec(cfg.preset, cfg.weights, device, dtype=half, tile=cfg.tile)
     size = codec.check_size(cfg.size, cfg.frames)
     out = common.output_path(cfg.out, ".mp4")
     sampling = (flow.FAST if cfg.speed == "fast" else flow.SLOW)[cfg.preset]

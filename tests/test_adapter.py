@@ -97,6 +97,15 @@ def test_export_reads_back_as_its_kind(kind, tmp_path):
         adapters.read_adapter(path, "FastAdapter")
 
 
+def test_stage_1_trains_a_controlnet_and_sample_uses_it(run, tmp_path):
+    job = run("train_slow_adapter.py", "--kind", "controlnet", "--steps", 2, "--batch", 2, "--compile", "false")
+    assert job.returncode == 0, job.stderr
+    adapter = adapters.read_adapter(tmp_path / "runs/slow_adapter/slow_adapter.safetensors", "SlowAdapter")
+    assert isinstance(adapter, adapters.ControlNetAdapter) and adapter.project[0].weight.any()
+    job = run("sample.py", "--speed", "slow", "--steps", 2, "--adapter", "runs/slow_adapter/slow_adapter.safetensors")
+    assert job.returncode == 0, job.stderr
+
+
 def test_size_at_wan5b():
     """Base + adapter = 5.02B in the paper: an adapter of 15M to 25M."""
     with torch.device("meta"):

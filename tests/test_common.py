@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import clips
 import common
+import distill_fast
+import finetune_hybrid
 import optim
+import sample
 import train_slow_adapter
 
 
@@ -47,6 +51,19 @@ def test_flags():
 def test_bad_flags(argv, message):
     with pytest.raises(common.UserError, match=message):
         common.parse_config(Options, argv)
+
+
+@pytest.mark.parametrize("script", [sample, clips, train_slow_adapter, distill_fast, finetune_hybrid])
+def test_a_preset_has_its_own_defaults_and_flags_go_before_them(script):
+    presets = {"wan5b": script.WAN5B}
+    assert common.parse_config(script.Config, [], presets) == script.Config()
+    wan = common.parse_config(script.Config, ["--preset", "wan5b", "--seed", "7"], presets)
+    assert wan == dataclasses.replace(script.Config(), preset="wan5b", seed=7, **script.WAN5B)
+    name, value = next(iter(script.WAN5B.items()))
+    lines = common.help_text(script.Config, presets).splitlines()
+    assert f"  --{name} {value}" in lines[lines.index("defaults with --preset wan5b:") :]
+    asked = common.parse_config(script.Config, [f"--{name}", str(value), "--preset=wan5b"], presets)
+    assert getattr(asked, name) == value
 
 
 def test_help_prints_every_field_with_default_and_comment(capsys):

@@ -8,6 +8,7 @@ from vae import VAEConfig, WanVAE
 from weights import rename
 
 SMALL = VAEConfig(width=8, decoder_width=12)
+WIDE = VAEConfig(multipliers=(1, 2, 2), blocks=1, temporal=(True, True))  # true widths, at three levels of four
 
 
 def pair(config: VAEConfig) -> tuple[WanVAE, torch.nn.Module]:
@@ -16,7 +17,8 @@ def pair(config: VAEConfig) -> tuple[WanVAE, torch.nn.Module]:
     theirs = diffusers.AutoencoderKLWan(
         base_dim=config.width, decoder_base_dim=config.decoder_width, z_dim=config.channels,
         dim_mult=list(config.multipliers), num_res_blocks=config.blocks, temperal_downsample=list(config.temporal),
-        is_residual=True, in_channels=12, out_channels=12, patch_size=config.patch, scale_factor_spatial=16,
+        is_residual=True, in_channels=12, out_channels=12, patch_size=config.patch,
+        scale_factor_spatial=config.patch * 2 ** len(config.temporal),
     ).eval()  # fmt: skip
     draw = torch.Generator().manual_seed(0)
     for name, p in theirs.named_parameters():
@@ -31,15 +33,19 @@ def statistics() -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(v)[:, None, None, None] for v in (vae.MEAN, vae.STD))
 
 
-@pytest.mark.parametrize("frames,height,width", [(1, 32, 48), (5, 48, 32), (9, 32, 64), (17, 64, 32)])
-def test_parity_with_diffusers(frames, height, width):
-    ours, theirs = pair(SMALL)
+CASES = [(SMALL, 1, 32, 48), (SMALL, 5, 48, 32), (SMALL, 9, 32, 64), (SMALL, 17, 64, 32), (WIDE, 5, 16, 24)]
+
+
+@pytest.mark.parametrize("config, frames, height, width", CASES)
+def test_parity_with_diffusers(config, frames, height, width):
+    ours, theirs = pair(config)
     mean, std = statistics()
     video = torch.rand(2, 3, frames, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         wanted = (theirs.encode(video).latent_dist.mode() - mean) / std
     latents = ours.encode(video)
-    assert latents.shape == (2, 48, (frames + 3) // 4, height // 16, width // 16)
+    length = (frames - 1) // ours.temporal + 1
+    assert latents.shape == (2, 48, length, height // ours.spatial, width // ours.spatial)
     torch.testing.assert_close(latents, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
     z = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
