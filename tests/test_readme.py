@@ -69,6 +69,12 @@ def test_training_times_are_the_committed_ones():
         assert f"stage {row['stage']} took {row['seconds'] / 60:.0f} minutes" in (ROOT / "README.md").read_text()
 
 
+def test_memory_of_the_real_model_is_the_committed_one():
+    cost = json.loads((ROOT / "results/wan5b-cpu.json").read_text())
+    peak = max(cost["peak_gib"].values())
+    assert peak < 14 and f"a peak of {peak:.1f} GiB" in (ROOT / "README.md").read_text()
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
