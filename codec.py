@@ -207,7 +207,7 @@ class WanCodec(Codec):
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """[B, 48, F, H, W] -> [B, 3, 4 (F - 1) + 1, 16 H, 16 W] in [-1, 1]."""
-        return self.vae.decode(latents.to(self.device), tile=self.tile)
+        return self.vae.decode(latents.to(self.device), tile=self.tile, overlap=min(8, self.tile // 2))
 
     def text_encoder(self) -> Callable[[list[str]], Tensor]:
         """What embeds prompts, read from disk; let go of it when all are embedded."""

@@ -85,6 +85,8 @@ def check(cfg: Config) -> None:
         raise common.UserError(f"--scale {cfg.scale} --fps {cfg.fps}: both at least 1")
     if cfg.seed < 0:
         raise common.UserError(f"--seed {cfg.seed}: no seed below 0")
+    if cfg.tile < 0 or cfg.tile == 1:
+        raise common.UserError(f"--tile {cfg.tile}: at least 2, or 0 for no tiles")
 
 
 def find_networks(cfg: Config) -> tuple[Path, Path]:

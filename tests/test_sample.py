@@ -71,6 +71,7 @@ BAD = {
     "not an image": (GOOD, ["--image", "text.png"], "text.png: not a readable image"),
     "a cut image": (GOOD, ["--image", "cut.png"], "cut.png: not a readable image"),
     "size": (GOOD, ["--size", "48x50"], "--size 48x50: takes height x width, both multiples of 8, as 32x48"),
+    "a tile without a neighbour": (GOOD, ["--tile", "1"], "--tile 1: at least 2"),
     "half a size": (GOOD, ["--size", "48"], "--size 48: takes height x width"),
     "frames of wan5b": (GOOD, ["--preset", "wan5b", "--frames", "9", "--size", "64x50"], "--size 64x50"),
     "more frames of wan5b": (GOOD, ["--preset", "wan5b", "--frames", "8"], "--frames 8: must be 4 n + 1; 5 is"),

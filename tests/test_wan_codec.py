@@ -1,15 +1,25 @@
 """The real codec: prompts through UMT5 as transformers computes them, both layouts on disk, videos through the VAE."""
 
+import json
 import re
+import shutil
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
+from test_model import diffusers_model
 from test_vae import SMALL, pair
 
+import adapter as adapters
 import codec as codecs
 import common
+import model
+import sample
 from codec import WanCodec, read_text_encoder
+from model import DiTConfig
 from vae import WanVAE
+from weights import save_network
 
 transformers = pytest.importorskip("transformers", reason="the text encoder needs requirements-wan.txt")
 SHAPES = {
@@ -106,6 +116,35 @@ def test_videos_pass_through_the_vae(folder):
     assert decoded.shape == video.shape and decoded.dtype == torch.float32
     error = (decoded - wanted).norm() / wanted.norm()
     assert 0 < error < 0.05  # bfloat16
+
+
+def test_sample_makes_a_video_from_a_published_folder(folder, tmp_path, monkeypatch):
+    """The whole way of preset wan5b in small; the second time without a text encoder."""
+    small = DiTConfig(64, 128, 2, 2, text_dim=32, text_tokens=512)
+    monkeypatch.setitem(model.PRESETS, "wan5b", small)
+    diffusers_model(small).save_pretrained(folder / "transformer")
+    shape = adapters.AdapterConfig(64, 2, hidden=16)
+    save_network(folder / "fast_adapter.safetensors", "FastAdapter", shape, adapters.ResNetAdapter(shape).state_dict())
+    iio.imwrite(tmp_path / "x.png", np.full((200, 100, 3), 90, np.uint8))
+    boxes = {"objects": [{"boxes": {"0": [10, 80, 40, 110], "4": [50, 80, 80, 110]}}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+
+    def pixels(prompt=PROMPT):
+        sample.main(
+            sample.Config(
+                image=str(tmp_path / "x.png"), traj=str(tmp_path / "boxes.json"), prompt=prompt, preset="wan5b",
+                text=str(tmp_path / "text.safetensors"), out=str(tmp_path / "o.mp4"), weights=str(folder),
+                generator=str(folder / "transformer"), size="64x96", frames=5, scale=1, tile=3,
+            )
+        )  # fmt: skip
+        return iio.imread(tmp_path / "o.mp4")
+
+    first = pixels()
+    assert first.shape == (5, 64, 96, 3) and (tmp_path / "o.boxes.mp4").exists()
+    shutil.rmtree(folder / "text_encoder")
+    assert np.array_equal(pixels(), first)
+    with pytest.raises(common.UserError, match="holds the embeddings of"):
+        pixels("another prompt")
 
 
 def test_an_incomplete_folder_is_named(folder):
