@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 SEEDS = 0 1 2
-VARIANTS = no_diffusion no_gan constant decay grow no_semantic no_trajectory no_video
+VARIANTS = decay no_gan no_diffusion constant grow no_semantic no_trajectory no_video
 RUNS = $(foreach v,$(VARIANTS),$(foreach s,$(SEEDS),runs/ablation/$v_$s/fast_adapter.safetensors))
 
 no_diffusion = --use_diffusion false

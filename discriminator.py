@@ -40,31 +40,26 @@ PRESETS = {
 
 
 class ClassifierBlock(nn.Module):
-    """One tapped block's judge: a query through three attentions and a feed-forward."""
+    """One tapped block's judge: a query through three attentions. It starts as a plain mean over the video's tokens."""
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
-        width, heads = config.hidden, config.heads
-        used = {"semantic": config.semantic, "trajectory": config.trajectory, "video": config.video}
+        width = config.hidden
+        used = [name for name in ("semantic", "trajectory", "video") if getattr(config, name)]
         self.query = nn.Parameter(torch.empty(1, 1, width))
-        self.tokens = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, width))
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(width) for name in used if used[name]})
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(width) for name in used})
         self.attentions = nn.ModuleDict(
-            {name: nn.MultiheadAttention(width, heads, batch_first=True) for name in used if used[name]}
-        )
-        self.ffn = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
+            {name: nn.MultiheadAttention(width, config.heads, batch_first=True) for name in used}
         )
 
-    def forward(self, features: Tensor, text: Tensor, traj: Tensor, where: Tensor, per_frame: int) -> Tensor:
-        """features [B,N,D]; text [B,L,hidden]; traj [B,N,hidden]; where [N,hidden]; tokens of a frame -> [B,hidden]."""
-        video = self.tokens(features) + where
+    def forward(self, video: Tensor, text: Tensor, traj: Tensor, per_frame: int) -> Tensor:
+        """video and traj [B,N,hidden], text [B,L,hidden]; tokens of a frame -> [B,hidden]."""
         query = self.query.expand(len(video), -1, -1)
         for name, attention in self.attentions.items():
             y = self.norms[name](query)
             seen = {"semantic": torch.cat([y, video[:, :per_frame], text], 1), "trajectory": traj, "video": video}[name]
             query = query + attention(y, seen, seen, need_weights=False)[0]
-        return (query + self.ffn(query))[:, 0]
+        return query[:, 0]
 
 
 class Classifier(nn.Module):
@@ -76,16 +71,31 @@ class Classifier(nn.Module):
         self.patch_embedding = PatchEmbedding(config.channels, config.patch, config.hidden)
         self.text = nn.Linear(config.text_dim, config.hidden)
         self.position = nn.Linear(config.position_dim, config.hidden)
+        width = config.hidden
+        self.tokens = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(config.dim), nn.Linear(config.dim, 2 * width), nn.GELU("tanh"), nn.Linear(2 * width, width)
+            )
+            for _ in config.taps
+        )
         self.blocks = nn.ModuleList(ClassifierBlock(config) for _ in config.taps)
         self.norm = nn.LayerNorm(config.hidden * len(config.taps))
         self.logit = nn.Linear(config.hidden * len(config.taps), 1)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier matrices, small queries, a logit that starts at zero."""
+        """Xavier matrices, small queries, attention almost uniform, the video's alone at work; a logit of zero.
+
+        Else the query would soon know whose text and trajectory it sees, and with them the videos it has learned from.
+        """
         init_xavier(self)
         for block in self.blocks:
             nn.init.normal_(block.query, std=0.02)
+            for name, attention in block.attentions.items():
+                with torch.no_grad():
+                    attention.in_proj_weight[: 2 * self.config.hidden] *= 0.1  # queries and keys
+                if name != "video":
+                    nn.init.zeros_(attention.out_proj.weight)
         nn.init.zeros_(self.logit.weight)
 
     def forward(self, features: list[Tensor], text: Tensor, traj: Tensor) -> Tensor:
@@ -95,8 +105,8 @@ class Classifier(nn.Module):
         where = self.position(torch.cat([cos, sin], dim=1))  # (N, hidden)
         tokens, text = self.patch_embedding(traj) + where, self.text(text)
         seen = [
-            block(feature.float(), text, tokens, where, height * width)
-            for block, feature in zip(self.blocks, features, strict=True)
+            block(embed(feature.float()) + where, text, tokens, height * width)
+            for block, embed, feature in zip(self.blocks, self.tokens, features, strict=True)
         ]
         return self.logit(self.norm(torch.cat(seen, dim=1)))[:, 0].float()
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 import common
 import flow
 import optim
-from codec import ToyCodec
-from data import ToyLatents
+from codec import open_codec
+from data import training_data
 from flow import Velocity
 from model import VideoDiT
 from weights import save_network
@@ -33,9 +33,11 @@ class Config:
     """Options of stage 2."""
 
     name: str = "fast_generator"  # run folder under runs/
-    preset: Literal["tiny"] = "tiny"  # size of the networks and their world
+    preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
+    data: str = ""  # folder of clips prepared by data.py; the toy world if empty
+    weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
     generator: str = "checkpoints/tiny/slow_generator.safetensors"  # the SlowGenerator all three networks start from
-    steps: int = 2000  # updates of the fake score; the generator learns in every `ratio`-th
+    steps: int = 2500  # updates of the fake score; the generator learns in every `ratio`-th
     ratio: int = 5  # fake-score updates for one of the generator
     denoising_steps: int = flow.FAST["tiny"].steps  # of the generator
     batch: int = 8  # videos a step, over all processes
@@ -46,7 +48,7 @@ class Config:
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.99  # decay of the averaged generator, the one exported
-    guidance: float = 1.5  # of the real score; the fake score has none
+    guidance: float = 6.0  # of the real score; the fake score has none
     shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
@@ -54,6 +56,13 @@ class Config:
     log_every: int = 20  # steps
     save_every: int = 250  # steps
     sample_every: int = 500  # steps
+
+
+# As in Wan2.2-TI2V-5B-Turbo; its guidance is cond + 6 (cond - uncond).
+WAN5B = {
+    "generator": "Wan2.2-TI2V-5B", "steps": 5500, "batch": 64, "lr": 5e-7, "fake_lr": 1e-7, "guidance": 7.0,
+    "shift": flow.FAST["wan5b"].shift, "warmup": 0,
+}  # fmt: skip
 
 
 def generator_loss(
@@ -99,15 +108,16 @@ def levels_above(u: Tensor, last: int, steps: int) -> Tensor:
 
 def main(cfg: Config) -> None:
     procs = common.init_processes()
-    generator, fake, real = (VideoDiT.from_pretrained(cfg.generator, "SlowGenerator") for _ in range(3))
-    real.requires_grad_(False)
+    frozen = torch.bfloat16 if cfg.preset == "wan5b" else torch.float32
+    generator, fake = (VideoDiT.from_pretrained(cfg.generator, "SlowGenerator") for _ in range(2))
+    real = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", frozen).requires_grad_(False)
     generator, fake, real = (common.prepare(network, procs, cfg.compile) for network in (generator, fake, real))
     optimizers = [optim.adamw(generator, cfg.weight_decay)]
     fake_optimizers = [optim.adamw(fake, cfg.weight_decay)]
     ema = optim.EMA(generator, cfg.ema)
-    codec = ToyCodec()
-    data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
-    empty = codec.encode_text([""]).to(procs.device)
+    codec = open_codec(cfg.preset, cfg.weights, procs.device)
+    data, held_out = training_data(cfg.data, codec, cfg.seed)
+    empty = data.batch([0], drop_text=1.0)[1].to(procs.device)
     sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
 
     parts = {"generator": (generator, optimizers, ema), "fake": (fake, fake_optimizers, None)}
@@ -174,4 +184,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, Config)
+    common.run_script(main, Config, presets={"wan5b": WAN5B})

@@ -10,6 +10,7 @@ else is frozen. To resume, run the same command again.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -21,8 +22,8 @@ import discriminator as discriminators
 import flow
 import optim
 from adapter import read_adapter, steer
-from codec import ToyCodec
-from data import ToyLatents
+from codec import open_codec
+from data import training_data
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
 from flow import Velocity
 from model import VideoDiT
@@ -34,17 +35,19 @@ class Config:
     """Options of stage 3."""
 
     name: str = "fast_adapter"  # run folder under runs/
-    preset: Literal["tiny"] = "tiny"  # size of the networks and their world
+    preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
+    data: str = ""  # folder of clips prepared by data.py; the toy world if empty
+    weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
     generator: str = "checkpoints/tiny/fast_generator.safetensors"  # the frozen FastGenerator
     adapter: str = "checkpoints/tiny/slow_adapter.safetensors"  # the SlowAdapter that training starts from
     backbone: str = "checkpoints/tiny/slow_generator.safetensors"  # the SlowGenerator inside the discriminator
     steps: int = 300  # discriminator updates; the adapter learns in every `ratio`-th
     ratio: int = 5  # discriminator updates for one of the adapter
-    adapter_start: int = 100  # step from which the adapter learns; until then the discriminator has nothing to say
+    adapter_start: int = 60  # step from which the adapter learns; until then the discriminator has nothing to say
     denoising_steps: int = flow.FAST["tiny"].steps  # of the generator
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss
-    gan_scale: float = 0.3  # weight of the adversarial loss
+    gan_scale: float = 0.1  # weight of the adversarial loss
     diffusion_scale: Literal["decay", "grow", "constant"] = "decay"  # lambda, the diffusion loss's weight over time
     semantic: bool = True  # the discriminator's attention to first frame and text
     trajectory: bool = True  # the discriminator's attention to the trajectory
@@ -52,20 +55,30 @@ class Config:
     sparse: float = 0.15  # share of trajectories with frames blacked out
     batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step
-    lr: float = 2e-4  # peak learning rate of the adapter
+    lr: float = 6e-4  # peak learning rate of the adapter
     classifier_lr: float = 3e-3  # peak learning rate of the discriminator's classifier
     warmup: int = 20  # steps of linear warm-up before the cosine
+    momentum: float = 0.9  # of the adapter's AdamW, beta1
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.95  # decay of the averaged adapter, the one exported
     shift: float = flow.FAST["tiny"].shift  # warp of the sampler's noise levels towards noise
-    judge_shift: float = 0.3  # warp of the noise levels at which videos are judged
+    judge_low: float = 0.05  # least noise level at which videos are judged
+    judge_high: float = 0.5  # most
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of the classifier's weights, data order and noise
     log_every: int = 20  # steps
     save_every: int = 50  # steps
     sample_every: int = 150  # steps
+
+
+# The paper's steps and Adam without momentum; rates, weight and noise levels as a third party read them.
+WAN5B = {
+    "generator": "fast_generator.safetensors", "adapter": "slow_adapter.safetensors", "backbone": "Wan2.2-TI2V-5B",
+    "steps": 1000, "gan_scale": 0.01, "batch": 4, "lr": 2e-6, "classifier_lr": 2e-6, "momentum": 0.0,
+    "adapter_start": 0, "shift": flow.FAST["wan5b"].shift, "judge_low": 0.02, "judge_high": 0.98,
+}  # fmt: skip
 
 
 def diffusion_weight(kind: str, progress: float) -> float:
@@ -92,8 +105,9 @@ def main(cfg: Config) -> None:
         raise common.UserError(f"--adapter_start {cfg.adapter_start}: give a step from 0 to below --steps {cfg.steps}")
     procs = common.init_processes()
     torch.manual_seed(cfg.seed)  # the same initial classifier on every rank
-    generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator").requires_grad_(False)
-    backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator").requires_grad_(False)
+    frozen = torch.bfloat16 if cfg.preset == "wan5b" else torch.float32
+    generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", frozen).requires_grad_(False)
+    backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", frozen).requires_grad_(False)
     adapter = read_adapter(cfg.adapter, "SlowAdapter")
     shape = replace(
         discriminators.PRESETS[cfg.preset], semantic=cfg.semantic, trajectory=cfg.trajectory, video=cfg.video
@@ -102,11 +116,11 @@ def main(cfg: Config) -> None:
         common.prepare(network, procs, cfg.compile) for network in (generator, backbone, adapter, Classifier(shape))
     )
     discriminator = DiffusionDiscriminator(backbone, classifier)
-    optimizers = [optim.adamw(adapter, cfg.weight_decay)]
-    classifier_optimizers = optim.make_optimizers(classifier, classifier.blocks, cfg.weight_decay)
+    optimizers = [optim.adamw(adapter, cfg.weight_decay, cfg.momentum)]
+    classifier_optimizers = optim.make_optimizers(classifier, classifier.tokens, cfg.weight_decay, rest=0.05)
     ema = optim.EMA(adapter, cfg.ema)
-    codec = ToyCodec()
-    data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
+    codec = open_codec(cfg.preset, cfg.weights, procs.device)
+    data, held_out = training_data(cfg.data, codec, cfg.seed)
     sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
 
     parts = {"adapter": (adapter, optimizers, ema), "classifier": (classifier, classifier_optimizers, None)}
@@ -119,21 +133,31 @@ def main(cfg: Config) -> None:
         x0, text, traj = (x.to(procs.device) for x in data.batch(samples, "box", cfg.sparse))
         noise = common.step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
         u = common.sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
-        sigma = flow.shift_sigma(u, cfg.judge_shift).clamp(0.02, 0.98)
+        sigma = cfg.judge_low + (cfg.judge_high - cfg.judge_low) * u
         return x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2])
+
+    @lru_cache(maxsize=1)
+    def generated(cycle: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What the generator makes in a cycle, with its text and trajectory; the adapter stays as it is throughout."""
+        turn, fakes = 2 * cycle * cfg.ratio, []
+        for samples in procs.share(cfg.batch, cfg.accumulate, turn):
+            x0, text, traj, noise, _, _ = inputs(samples, turn)
+            with torch.no_grad(), common.autocast(procs.device, cfg.dtype):
+                velocity = steer(generator, adapter, text, traj)
+                fakes.append((flow.sample_fewstep(velocity, x0[:, :, :1], noise, sigmas), text, traj))
+        return fakes
 
     def discriminator_step(step: int) -> dict[str, Tensor]:
         """The classifier learns to tell noisy videos from what the generator makes. No gradient but its own."""
         turn, losses = 2 * step, []
-        for samples in procs.share(cfg.batch, cfg.accumulate, turn):
-            x0, text, traj, noise, renoise, level = inputs(samples, turn)
+        micro_batches = procs.share(cfg.batch, cfg.accumulate, turn)
+        for samples, fake in zip(micro_batches, generated(step // cfg.ratio), strict=True):
+            x0, text, traj, _, renoise, level = inputs(samples, turn)
             with common.autocast(procs.device, cfg.dtype):
                 with torch.no_grad():
-                    velocity = steer(generator, adapter, text, traj)
-                    fake = flow.sample_fewstep(velocity, x0[:, :, :1], noise, sigmas)
-                    x_t = torch.cat([flow.add_noise(x, renoise, level) for x in (x0, fake)])
-                    t, text, traj = (torch.cat([x, x]) for x in (flow.timestep(level), text, traj))
-                    features = discriminator.features(x_t, t, text)
+                    x_t = torch.cat([flow.add_noise(x, renoise, level) for x in (x0, fake[0])])
+                    text, traj = torch.cat([text, fake[1]]), torch.cat([traj, fake[2]])
+                    features = discriminator.features(x_t, torch.cat([flow.timestep(level)] * 2), text)
                 loss = discriminator_loss(*classifier(features, text, traj).chunk(2))
             (loss / cfg.accumulate).backward()
             losses.append(loss.detach())
@@ -203,4 +227,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, Config)
+    common.run_script(main, Config, presets={"wan5b": WAN5B})

@@ -59,19 +59,23 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def make_optimizers(model: nn.Module, blocks: nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW at 0.4 of its rate for all else (embeddings, head, biases)."""
+def make_optimizers(
+    model: nn.Module, blocks: nn.Module, weight_decay: float, rest: float = 0.4
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW at `rest` of its rate for all else (embeddings, head, biases)."""
     layers = [m for m in blocks.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
     inside = [layer.weight for layer in layers if layer.weight.requires_grad]
     outside = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in inside)]
-    adamw = torch.optim.AdamW([{"params": outside, "lr_scale": 0.4}], betas=(0.9, 0.99), weight_decay=weight_decay)
+    adamw = torch.optim.AdamW([{"params": outside, "lr_scale": rest}], betas=(0.9, 0.99), weight_decay=weight_decay)
     return [Muon(inside, weight_decay), adamw]
 
 
-def adamw(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW without momentum, as adversarial and score-matching games are played (betas as in Wan2.2-TI2V-5B-Turbo)."""
+def adamw(model: nn.Module, weight_decay: float, momentum: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW, by default without momentum, as adversarial and score-matching games are played (betas as in
+    Wan2.2-TI2V-5B-Turbo).
+    """
     params = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(params, betas=(0.0, 0.999), weight_decay=weight_decay)
+    return torch.optim.AdamW(params, betas=(momentum, 0.999), weight_decay=weight_decay)
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:

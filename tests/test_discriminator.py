@@ -17,6 +17,9 @@ def build(**switches):
     backbone = VideoDiT(PRESETS["tiny"])
     classifier = Classifier(replace(discriminators.PRESETS["tiny"], **switches))
     torch.nn.init.normal_(classifier.logit.weight)
+    for name, weight in classifier.named_parameters():
+        if name.endswith("out_proj.weight"):  # some start at zero, which would hide what their attention sees
+            torch.nn.init.normal_(weight, std=0.1)
     return DiffusionDiscriminator(backbone, classifier)
 
 

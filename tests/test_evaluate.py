@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -186,11 +187,11 @@ def test_main_writes_rows_and_sheet(tmp_path, weights, capsys):
     assert len(printed) == 1 + len(rows) and len({len(line) for line in printed}) == 1
 
 
-def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch):
+def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
     """Every variant's runs are found, each with its own adapter; a row holds mean and range over them."""
     monkeypatch.chdir(tmp_path)
     cfg = evaluate.Config(**weights, out="rows.json", ablation=True, videos=4, batch=4, steps=5, compile=False)
-    with pytest.raises(common.UserError, match=r"no_diffusion_0.*: no such run"):
+    with pytest.raises(common.UserError, match=rf"{evaluate.METHOD}_0.*: no such run"):
         evaluate.main(cfg)
     assert not Path("rows.json").exists()
     for i, variant in enumerate(evaluate.VARIANTS):
@@ -221,6 +222,12 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch):
     assert f"({rows[3]['fvd_range'][0]} to " in Path("rows.md").read_text()
     sheet = iio.imread("rows.png")
     assert sheet.shape[0] % ((2 + 3 + 8) * 98 + 12) == 0
+    for folder in evaluate.RUNS.glob("no_video_*"):
+        shutil.rmtree(folder)
+    capsys.readouterr()
+    evaluate.main(cfg)
+    assert "no_video_0/fast_adapter.safetensors: no such run; the table leaves out: disc" in capsys.readouterr().out
+    assert len(json.loads(Path("rows.json").read_text())) == len(rows) - 1
 
 
 @pytest.mark.parametrize(
