@@ -186,6 +186,8 @@ class Head(nn.Module):
 class VideoDiT(nn.Module):
     """The generator. `forward(x, t, text)` predicts the velocity `noise - x0` (flow.py, eq. 2)."""
 
+    float32 = r"^time_|modulation$|norm"  # parameters that stay so in a network read in bfloat16, as in Wan
+
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
@@ -240,9 +242,9 @@ class VideoDiT(nn.Module):
         """What the blocks work on: tokens [B,N,D], the timestep [B,F,D] and [B,F,6,D], text [B,L,D], rotary tables."""
         frames, height, width = (n // p for n, p in zip(x.shape[2:], self.config.patch, strict=True))
         rope = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
-        features = self.time_features(t).to(self.time_embedding[0].weight.dtype)
-        e = self.time_embedding(features)
-        e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
+        with torch.autocast(x.device.type, enabled=False):  # as Wan: every layer hangs on these few rows
+            e = self.time_embedding(self.time_features(t).to(self.time_embedding[0].weight.dtype))
+            e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
         text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
         return self.patch_embedding(x), e, e6, text, rope
 

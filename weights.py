@@ -134,7 +134,8 @@ def load(
 ) -> nn.Module:
     """The network that `build` makes, with these weights: built on the meta device, filled tensor by tensor.
 
-    Every name and shape must match, or one UserError lists what does not.
+    `dtype` is that of all parameters but those whose names its class attribute `float32` finds. Every name and shape
+    must match, or one UserError lists what does not.
     """
     with torch.device("meta"):
         network = build()
@@ -149,5 +150,7 @@ def load(
                 (("missing", missing), ("unexpected", extra), ("wrong shape", wrong)) if names]  # fmt: skip
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
-    network.load_state_dict({name: tensors[name].read().to(dtype, copy=True) for name in own}, assign=True)
+    kept = re.compile(getattr(network, "float32", "$^"))
+    types = {name: torch.float32 if kept.search(name) else dtype for name in own}
+    network.load_state_dict({n: tensors[n].read().to(t, copy=True) for n, t in types.items()}, assign=True)
     return network
