@@ -1,0 +1,252 @@
+"""Measure speed: this project's networks beside diffusers', in one process, with the same weights and inputs.
+
+    python bench.py                      # a transformer of width 1536 at 4,032 tokens, the VAE at 17 frames of 256x256
+    python bench.py --preset wan5b       # the real shapes; needs a GPU
+
+Ours and theirs take turns; each pair gives a ratio (below 1: ours is faster), and the median counts. Outputs are
+compared before anything is timed. Needs requirements-dev.txt. Writes `--out` and a table in Markdown beside it.
+"""
+
+import gc
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import common
+import flow
+import vae
+from adapter import AdapterConfig, ResNetAdapter, steer
+from model import DIFFUSERS_NAMES, PRESETS, DiTConfig, VideoDiT
+from vae import VAEConfig, WanVAE, diffusers_names
+from weights import rename
+
+SHAPES = {  # (transformer, latent frames, height and width; video frames, height and width for the VAE)
+    "wide": (DiTConfig(1536, 6144, 12, 8, text_dim=4096, text_tokens=512), (7, 48, 48), (17, 256, 256)),
+    "wan5b": (PRESETS["wan5b"], (31, 44, 80), (121, 704, 1280)),
+    "small": (DiTConfig(128, 256, 4, 2, text_dim=64, text_tokens=32), (3, 8, 8), (5, 32, 32)),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the benchmark."""
+
+    preset: Literal["wide", "wan5b", "small"] = "wide"  # shapes
+    parts: str = "forward,loop,vae"  # which of these to measure
+    repeats: int = 5  # timed pairs
+    threads: int = 0  # of a CPU; 0 leaves the choice to torch
+    out: str = "out/bench.json"  # rows; the table goes beside it
+
+
+@dataclass(frozen=True)
+class Row:
+    """A comparison. Times in seconds, peaks in GiB; `share_of_limit`: of the machine's own rate of matrix products."""
+
+    name: str
+    ours: float
+    reference: float
+    ratio: float
+    unit: str
+    shape: str
+    dtype: str
+    compiled: bool
+    share_of_limit: float | None = None
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function: Callable, device: torch.device) -> float:
+    synchronise(device)
+    began = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - began
+
+
+def pairs(ours: Callable, theirs: Callable, repeats: int, device: torch.device) -> tuple[float, float, float]:
+    """Medians of both times and of the ratios of the pairs, after one untimed call of each."""
+    ours(), theirs()
+    taken = [(seconds(ours, device), seconds(theirs, device)) for _ in range(repeats)]
+    return (*(statistics.median(t) for t in zip(*taken, strict=True)), statistics.median(a / b for a, b in taken))
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """The most FLOP a second that the machine gives in one matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
+
+
+def flop(config: DiTConfig, tokens: int) -> float:
+    """Of one forward pass and video: linear layers and attention, two for every multiplication."""
+    d, length = config.dim, config.text_tokens
+    block = tokens * (8 * d * d + 4 * d * d + 4 * d * config.ffn_dim) + length * 4 * d * d
+    return config.layers * (block + 4 * tokens * tokens * d + 4 * tokens * length * d)
+
+
+def build_pair(config: DiTConfig, dtype: torch.dtype, device: torch.device) -> tuple[VideoDiT, nn.Module]:
+    """Our transformer and diffusers', with the same random weights."""
+    from diffusers import WanTransformer3DModel
+
+    with torch.device(device):
+        theirs = WanTransformer3DModel(
+            patch_size=config.patch, num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads,
+            in_channels=config.channels, out_channels=config.channels, text_dim=config.text_dim,
+            freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.layers, cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads", eps=config.eps,
+        )  # fmt: skip
+        ours = VideoDiT(config)
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.5 * config.dim**-0.5)
+    ours.load_state_dict(rename(theirs.state_dict(), DIFFUSERS_NAMES))
+    for network, kept in ((ours, VideoDiT.float32), (theirs, "time_embedder|scale_shift_table|norm[123]")):
+        for name, p in network.named_parameters():  # both leave the same parts in float32, as Wan does
+            p.data = p.data.to(torch.float32 if re.search(kept, name) else dtype)
+    return ours.eval(), theirs.eval()
+
+
+def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Raises RuntimeError unless both are the same up to the type's rounding."""
+    error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+    if not error < (1e-4 if dtype == torch.float32 else 0.05):
+        raise RuntimeError(f"{what}: ours and the reference differ by {error:.1e}; their times mean nothing")
+
+
+def bench_transformer(cfg: Config, dtype: torch.dtype, compiled: bool, device: torch.device) -> list[Row]:
+    """One forward pass, and the four steps with a ResNet adapter, which diffusers' loop runs at every step."""
+    config, (frames, height, width), _ = SHAPES[cfg.preset]
+    tokens = frames * height * width // 4
+    about = (f"{config.layers} blocks of {config.dim}, {tokens} tokens", str(dtype).removeprefix("torch."), compiled)
+    torch.manual_seed(0)
+    ours, theirs = build_pair(config, dtype, device)
+    adapter = ResNetAdapter(AdapterConfig(config.dim, config.layers)).to(device)
+    for block in adapter.blocks:
+        nn.init.normal_(block.project.weight, std=0.01)
+    if compiled:
+        for block in (*ours.blocks, *theirs.blocks):
+            block.compile()
+    x, traj = torch.randn(2, 1, config.channels, frames, height, width, device=device)
+    text = torch.randn(1, config.text_tokens, config.text_dim, device=device, dtype=dtype)
+    t = torch.full((1, frames), 700.0, device=device)
+    t[:, 0] = 0  # image-to-video
+
+    def reference(x: Tensor, t: Tensor) -> Tensor:
+        return theirs(x.to(dtype), t.repeat_interleave(height * width // 4, 1), text, return_dict=False)[0]
+
+    rows = []
+    if "forward" in cfg.parts:
+        agree(ours(x, t, text), reference(x, t), dtype, "forward")
+        a, b, ratio = pairs(lambda: ours(x, t, text), lambda: reference(x, t), cfg.repeats, device)
+        share = flop(config, tokens) / a / matmul_rate(dtype, device)
+        rows.append(Row("DiT forward", a, b, ratio, "s", *about, share))
+    if "loop" not in cfg.parts:
+        return rows
+
+    def adapted(x: Tensor, t: Tensor) -> Tensor:
+        added = iter(adapter(None, None, None, traj))
+        hooks = [b.register_forward_hook(lambda _m, _i, out: out + next(added).type_as(out)) for b in theirs.blocks]
+        try:
+            return reference(x, t)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    noise, sigmas = torch.randn(4, *x.shape, device=device), flow.sigma_schedule(4, 5.0)
+
+    def our_loop() -> Tensor:
+        return flow.sample_fewstep(steer(ours, adapter, text, traj), x[:, :, :1], noise, sigmas)
+
+    def their_loop() -> Tensor:
+        return flow.sample_fewstep(adapted, x[:, :, :1], noise, sigmas)
+
+    agree(our_loop(), their_loop(), dtype, "loop")
+    a, b, ratio = pairs(our_loop, their_loop, cfg.repeats, device)
+    return [*rows, Row("4 steps with adapter", a, b, ratio, "s", *about)]
+
+
+def bench_vae(cfg: Config, dtype: torch.dtype, device: torch.device) -> list[Row]:
+    """Decode and encode, time and peak memory, at the true widths (the small preset's are small)."""
+    from diffusers import AutoencoderKLWan
+
+    frames, height, width = SHAPES[cfg.preset][2]
+    config = VAEConfig(width=8, decoder_width=12) if cfg.preset == "small" else VAEConfig()
+    about = (f"{frames} frames of {height}x{width}", str(dtype).removeprefix("torch."), False)
+    with torch.device(device):
+        theirs = AutoencoderKLWan(
+            base_dim=config.width, decoder_base_dim=config.decoder_width, z_dim=config.channels,
+            dim_mult=list(config.multipliers), num_res_blocks=config.blocks, temperal_downsample=list(config.temporal),
+            is_residual=True, in_channels=12, out_channels=12, patch_size=config.patch, scale_factor_spatial=16,
+        )  # fmt: skip
+        ours = WanVAE(config)
+    ours.load_state_dict(rename(theirs.state_dict(), diffusers_names(config)))
+    ours, theirs = (network.to(dtype).eval() for network in (ours, theirs))
+    video = torch.rand(1, 3, frames, height, width, device=device, dtype=dtype) * 2 - 1
+    latents = ours.encode(video)
+    mean, std = (x.to(latents) for x in vae.statistics(latents))
+    raw, rows = latents * std + mean, []
+    agree(ours.decode(latents), theirs.decode(raw).sample, dtype, "VAE decode")
+    for name, mine, other in (
+        ("VAE decode", lambda: ours.decode(latents), lambda: theirs.decode(raw)),
+        ("VAE encode", lambda: ours.encode(video), lambda: theirs.encode(video)),
+    ):
+        rows.append(Row(name, *pairs(mine, other, cfg.repeats, device), "s", *about))
+        a, b = (peak(function, device) for function in (mine, other))
+        if b > 0:  # a small one fits into memory that was held before
+            rows.append(Row(f"{name}, peak memory", a, b, a / b, "GiB", *about))
+    return rows
+
+
+def peak(function: Callable, device: torch.device) -> float:
+    """The most memory that a call holds beyond what was held before it, in GiB."""
+    gc.collect()
+    common.reset_peak(device)
+    before = common.peak_memory(device)
+    function()
+    return common.peak_memory(device) - before
+
+
+def main(cfg: Config) -> None:
+    if cfg.repeats < 1 or cfg.threads < 0:
+        raise common.UserError(f"--repeats {cfg.repeats} --threads {cfg.threads}: at least 1, and at least 0")
+    out = common.output_path(cfg.out, ".json")
+    try:
+        import diffusers
+    except ImportError:
+        raise common.UserError("diffusers: not installed; pip install -r requirements-dev.txt") from None
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    device = common.init_processes().device
+    rows: list[Row] = []
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            for compiled in (False, True):
+                if "forward" in cfg.parts or "loop" in cfg.parts:
+                    rows += bench_transformer(cfg, dtype, compiled, device)
+            if "vae" in cfg.parts:
+                rows += bench_vae(cfg, dtype, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    with common.atomic(out) as temporary:
+        temporary.write_text(json.dumps([asdict(row) | {"machine": machine} for row in rows], indent=1) + "\n")
+    lines = ["| " + " | ".join(Row.__dataclass_fields__) + " |", "|" + " --- |" * len(Row.__dataclass_fields__)]
+    for row in rows:
+        cells = [f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for v in asdict(row).values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+    with common.atomic(out.with_suffix(".md")) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    common.run_script(main, Config)
