@@ -124,8 +124,8 @@ class ControlNetAdapter(VideoDiT):
         """x, traj [B,C,F,H,W], t [B,F], text [B,L,text_dim] -> one residual [B,N,dim] per DiT block."""
         tokens, _, e, text, rope = self.embed(torch.cat([x, traj.to(x)], dim=1), t, text)
         residuals = []
-        for block, project in zip(self.blocks, self.project, strict=True):
-            tokens = block(tokens, e, text, rope)
+        for block, project, seen in zip(self.blocks, self.project, text, strict=True):
+            tokens = block(tokens, e, seen, rope)
             residuals.append(project(tokens))
         return residuals
 
@@ -151,12 +151,16 @@ def read_adapter(path: Path | str, network: str, dtype: torch.dtype = torch.floa
     return load(lambda: ControlNetAdapter(DiTConfig(**config)), tensors, path, dtype)
 
 
-def steer(generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor | None = None) -> Velocity:
+def steer(
+    generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor | None = None, once: bool = False
+) -> Velocity:
     """The generator's velocity under this text and, unless the adapter is None, this trajectory.
 
-    A static adapter reads it once, the other at every call.
+    A static adapter reads the trajectory once, the other at every call. `once`: so does the generator with the text,
+    which needs its blocks' weights at hand: not while they are sharded.
     """
+    seen = generator.read_text(text) if once else text
     if adapter is not None and not adapter.static:
-        return lambda x, t: generator(x, t, text, adapter(x, t, text, traj))
+        return lambda x, t: generator(x, t, seen, adapter(x, t, text, traj))
     residuals = None if adapter is None else adapter(None, None, text, traj)
-    return partial(generator, text=text, residuals=residuals)
+    return partial(generator, text=seen, residuals=residuals)

@@ -165,7 +165,7 @@ def bench_transformer(cfg: Config, dtype: torch.dtype, compiled: bool, device: t
     noise, sigmas = torch.randn(4, *x.shape, device=device), flow.sigma_schedule(4, 5.0)
 
     def our_loop() -> Tensor:
-        return flow.sample_fewstep(steer(ours, adapter, text, traj), x[:, :, :1], noise, sigmas)
+        return flow.sample_fewstep(steer(ours, adapter, text, traj, once=True), x[:, :, :1], noise, sigmas)
 
     def their_loop() -> Tensor:
         return flow.sample_fewstep(adapted, x[:, :, :1], noise, sigmas)

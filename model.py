@@ -126,6 +126,9 @@ def init_xavier(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+Keys = tuple[Tensor, Tensor]  # keys and values that queries attend to
+
+
 class Attention(nn.Module):
     """Attention with RMS norm of queries and keys over the full width. Serves self- and cross-attention."""
 
@@ -135,14 +138,20 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = (FloatRMSNorm(dim, eps=eps) for _ in range(2))
 
-    def forward(self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))  # (B, N, heads, head_dim)
-        k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))
+    def keys(self, context: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Keys:
+        """Keys and values of a context [B, L, dim], [B, heads, L, head_dim] each."""
+        k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))  # (B, L, heads, head_dim)
         v = self.v(context).unflatten(-1, (self.heads, -1))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k, v = (y.transpose(1, 2).to(v.dtype) for y in (q, k, v))
-        return self.o(attend(q, k, v).transpose(1, 2).flatten(-2))
+            k = rotate(k, *rope)
+        return k.transpose(1, 2).to(v.dtype), v.transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor | Keys, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        k, v = self.keys(context, rope) if isinstance(context, Tensor) else context
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+        if rope is not None:
+            q = rotate(q, *rope)
+        return self.o(attend(q.transpose(1, 2).to(v.dtype), k, v).transpose(1, 2).flatten(-2))
 
 
 class Block(nn.Module):
@@ -158,8 +167,8 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
-    def forward(self, x: Tensor, e: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B,N,D], e [B,F,6,D] float32, text [B,L,D] -> [B,N,D]."""
+    def forward(self, x: Tensor, e: Tensor, text: Tensor | Keys, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B,N,D], e [B,F,6,D] float32, text [B,L,D] or its keys -> [B,N,D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).unbind(2)  # (B, F, D) each
         y = modulate(self.norm1(x), shift1, scale1).type_as(x)
         x = (x + gate(self.self_attn(y, y, rope), gate1)).type_as(x)
@@ -238,25 +247,33 @@ class VideoDiT(nn.Module):
         angle = t.double()[..., None] * rate
         return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
-    def embed(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """What the blocks work on: tokens [B,N,D], the timestep [B,F,D] and [B,F,6,D], text [B,L,D], rotary tables."""
+    def read_text(self, text: Tensor) -> list[Keys]:
+        """What every block sees of text [B,L,text_dim]: in its place in `forward` it saves work at every step."""
+        text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+        return [block.cross_attn.keys(text) for block in self.blocks]
+
+    def embed(
+        self, x: Tensor, t: Tensor, text: Tensor | list[Keys]
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | Keys], tuple[Tensor, Tensor]]:
+        """What the blocks work on: tokens [B,N,D], timestep [B,F,D] and [B,F,6,D], text for each, rotary tables."""
         frames, height, width = (n // p for n, p in zip(x.shape[2:], self.config.patch, strict=True))
         rope = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
         with torch.autocast(x.device.type, enabled=False):  # as Wan: every layer hangs on these few rows
             e = self.time_embedding(self.time_features(t).to(self.time_embedding[0].weight.dtype))
             e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
-        text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+        if isinstance(text, Tensor):
+            text = [self.text_embedding(text.to(self.text_embedding[0].weight.dtype))] * len(self.blocks)
         return self.patch_embedding(x), e, e6, text, rope
 
     def forward(
         self,
         x: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: Tensor | list[Keys],
         residuals: list[Tensor] | None = None,
         taps: tuple[int, ...] = (),
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Velocity of x [B,C,F,H,W] at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim].
+        """Velocity of x [B,C,F,H,W] at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim] or `read_text`.
 
         `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output. `taps`: block numbers
         whose outputs [B,N,D] are returned too, as a list beside the velocity.
@@ -264,7 +281,7 @@ class VideoDiT(nn.Module):
         tokens, e, e6, text, rope = self.embed(x, t, text)
         tapped = []
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, e6, text, rope)
+            tokens = block(tokens, e6, text[i], rope)
             if residuals is not None:
                 tokens = tokens + residuals[i].type_as(tokens)
             if i in taps:

@@ -147,14 +147,15 @@ def main(cfg: Config) -> None:
         if not serves(adapter, generator):
             raise common.UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}")
     with timed("denoise"), torch.no_grad(), common.autocast(device, cfg.dtype):
-        velocity, steps = steer(generator, adapter, text, traj), cfg.steps or sampling.steps
+        velocity, steps = steer(generator, adapter, text, traj, once=True), cfg.steps or sampling.steps
         sigmas, shape = flow.sigma_schedule(steps, sampling.shift), traj.shape[1:]
         if cfg.speed == "fast":
             noise = common.step_noise(steps, shape, [0], cfg.seed).to(device)
             latents = flow.sample_fewstep(velocity, first, noise, sigmas)
         else:
             noise = common.sample_noise(shape, [0], cfg.seed).to(device)
-            velocity = flow.guided(velocity, steer(generator, None, empty), cfg.guidance or sampling.guidance)
+            plain = steer(generator, None, empty, once=True)
+            velocity = flow.guided(velocity, plain, cfg.guidance or sampling.guidance)
             latents = flow.sample_multistep(velocity, first, noise, sigmas)
     del generator, adapter, velocity
     with timed("decode"):

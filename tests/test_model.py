@@ -78,6 +78,18 @@ def test_parameter_count_of_wan5b():
     assert ours == theirs == 4_999_787_712
 
 
+def test_text_read_once_is_text_read_at_every_step():
+    torch.manual_seed(0)
+    model = VideoDiT(SMALL)
+    torch.nn.init.normal_(model.head.head.weight)
+    x, text, t = torch.randn(2, 48, 2, 4, 4), torch.randn(2, 7, 40), torch.full((2, 2), 500.0)
+    with torch.no_grad():
+        seen = model.read_text(text)
+        assert [k.shape for k, _ in seen] == [(2, 4, 7, 32)] * 3
+        assert torch.equal(model(x, t, seen), model(x, t, text))
+        assert not torch.allclose(model(x, t, model.read_text(text + 1)), model(x, t, text))
+
+
 def test_taps_and_residuals():
     torch.manual_seed(0)
     model = VideoDiT(SMALL)
