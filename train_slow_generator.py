@@ -35,6 +35,7 @@ class Config:
 
     name: str = "slow_generator"  # run folder under runs/
     preset: Literal["tiny"] = "tiny"  # size of the network and its world
+    data: str = ""  # folder of clips prepared by data.py; the toy world if empty
     init: str = ""  # folder of a slow_generator.safetensors and slow_adapter.safetensors to go on from; none: random
     guided: float = 0.7  # share of videos whose trajectory the guide tells
     sparse: float = 0.15  # share of trajectories with frames blacked out

@@ -59,6 +59,7 @@ def test_results_table_is_the_committed_one():
     assert 0.9 <= slow["sharpness"] <= 1.1 and slow["prompt_accuracy"] >= 0.9
     assert 0.1 < slow["clockwise_when_untold"] < 0.9  # where captions don't tell, both directions appear
     assert slow["steps"] == 50 and fast["steps"] == 4 and fast["fvd"] <= slow["fvd"]
+    assert 0.9 <= fast["sharpness"] <= 1.1
     assert fast["mask_iou"] >= slow["mask_iou"] - 0.02 and fast["box_iou"] >= slow["box_iou"] - 0.02
     assert fast["seconds_per_video"] <= slow["seconds_per_video"] / 10
     assert {(way["name"], n) for way in (slow, fast) for n in (1, 2, 3)} <= by_name.keys()
