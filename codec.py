@@ -41,7 +41,8 @@ class Codec:
             example = f"as {4 * unit}x{6 * unit}"
             raise UserError(f"--size {size}: takes height x width, both multiples of {unit}, {example}")
         if frames < 2 or (frames - 1) % self.temporal:
-            raise UserError(f"--frames {frames}: at least 2 and {self.temporal} n + 1")
+            near = self.temporal * max((frames - 1) // self.temporal, 1) + 1
+            raise UserError(f"--frames {frames}: must be {self.temporal} n + 1, at least 2; {near} is")
         return int(sides[1]), int(sides[2])
 
 
