@@ -74,7 +74,11 @@ BAD = {
     "a tile without a neighbour": (GOOD, ["--tile", "1"], "--tile 1: at least 2"),
     "half a size": (GOOD, ["--size", "48"], "--size 48: takes height x width"),
     "frames of wan5b": (GOOD, ["--preset", "wan5b", "--frames", "9", "--size", "64x50"], "--size 64x50"),
-    "more frames of wan5b": (GOOD, ["--preset", "wan5b", "--frames", "8"], "--frames 8: must be 4 n + 1, at least 2; 5 is"),
+    "more frames of wan5b": (
+        GOOD,
+        ["--preset", "wan5b", "--frames", "8"],
+        "--frames 8: must be 4 n + 1, at least 2; 5 is",
+    ),
     "nothing of wan5b": (
         GOOD,
         ["--preset", "wan5b", "--frames", "9"],
