@@ -40,7 +40,7 @@ class Config:
     """Options of the benchmark."""
 
     preset: Literal["wide", "wan5b", "small"] = "wide"  # shapes
-    parts: str = "forward,loop,vae"  # which of these to measure
+    parts: str = "forward,loop,vae"  # which of these to measure, with commas between
     repeats: int = 5  # timed pairs
     threads: int = 0  # of a CPU; 0 leaves the choice to torch
     out: str = "out/bench.json"  # rows; the table goes beside it
@@ -95,18 +95,34 @@ def flop(config: DiTConfig, tokens: int) -> float:
     return config.layers * (block + 4 * tokens * tokens * d + 4 * tokens * length * d)
 
 
-def build_pair(config: DiTConfig, dtype: torch.dtype, device: torch.device) -> tuple[VideoDiT, nn.Module]:
-    """Our transformer and diffusers', with the same random weights."""
+def diffusers_transformer(config: DiTConfig) -> nn.Module:
+    """Diffusers' network of the same shapes."""
     from diffusers import WanTransformer3DModel
 
+    return WanTransformer3DModel(
+        patch_size=config.patch, num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads,
+        in_channels=config.channels, out_channels=config.channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim, num_layers=config.layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        eps=config.eps,
+    )  # fmt: skip
+
+
+def diffusers_vae(config: VAEConfig) -> nn.Module:
+    """Diffusers' network of the same shapes."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=config.width, decoder_base_dim=config.decoder_width, z_dim=config.channels,
+        dim_mult=list(config.multipliers), num_res_blocks=config.blocks, temperal_downsample=list(config.temporal),
+        is_residual=True, in_channels=12, out_channels=12, patch_size=config.patch,
+        scale_factor_spatial=config.patch * 2 ** len(config.temporal),
+    )  # fmt: skip
+
+
+def build_pair(config: DiTConfig, dtype: torch.dtype, device: torch.device) -> tuple[VideoDiT, nn.Module]:
+    """Our transformer and diffusers', with the same random weights."""
     with torch.device(device):
-        theirs = WanTransformer3DModel(
-            patch_size=config.patch, num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads,
-            in_channels=config.channels, out_channels=config.channels, text_dim=config.text_dim,
-            freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.layers, cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads", eps=config.eps,
-        )  # fmt: skip
-        ours = VideoDiT(config)
+        ours, theirs = VideoDiT(config), diffusers_transformer(config)
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.5 * config.dim**-0.5)
     ours.load_state_dict(rename(theirs.state_dict(), DIFFUSERS_NAMES))
@@ -177,18 +193,11 @@ def bench_transformer(cfg: Config, dtype: torch.dtype, compiled: bool, device: t
 
 def bench_vae(cfg: Config, dtype: torch.dtype, device: torch.device) -> list[Row]:
     """Decode and encode, time and peak memory, at the true widths (the small preset's are small)."""
-    from diffusers import AutoencoderKLWan
-
     frames, height, width = SHAPES[cfg.preset][2]
     config = VAEConfig(width=8, decoder_width=12) if cfg.preset == "small" else VAEConfig()
     about = (f"{frames} frames of {height}x{width}", str(dtype).removeprefix("torch."), False)
     with torch.device(device):
-        theirs = AutoencoderKLWan(
-            base_dim=config.width, decoder_base_dim=config.decoder_width, z_dim=config.channels,
-            dim_mult=list(config.multipliers), num_res_blocks=config.blocks, temperal_downsample=list(config.temporal),
-            is_residual=True, in_channels=12, out_channels=12, patch_size=config.patch, scale_factor_spatial=16,
-        )  # fmt: skip
-        ours = WanVAE(config)
+        ours, theirs = WanVAE(config), diffusers_vae(config)
     ours.load_state_dict(rename(theirs.state_dict(), diffusers_names(config)))
     ours, theirs = (network.to(dtype).eval() for network in (ours, theirs))
     video = torch.rand(1, 3, frames, height, width, device=device, dtype=dtype) * 2 - 1
@@ -219,6 +228,9 @@ def peak(function: Callable, device: torch.device) -> float:
 def main(cfg: Config) -> None:
     if cfg.repeats < 1 or cfg.threads < 0:
         raise common.UserError(f"--repeats {cfg.repeats} --threads {cfg.threads}: at least 1, and at least 0")
+    parts = set(cfg.parts.split(","))
+    if unknown := parts - {"forward", "loop", "vae"}:
+        raise common.UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of forward, loop, vae")
     out = common.output_path(cfg.out, ".json")
     try:
         import diffusers
@@ -231,9 +243,9 @@ def main(cfg: Config) -> None:
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
             for compiled in (False, True):
-                if "forward" in cfg.parts or "loop" in cfg.parts:
+                if parts & {"forward", "loop"}:
                     rows += bench_transformer(cfg, dtype, compiled, device)
-            if "vae" in cfg.parts:
+            if "vae" in parts:
                 rows += bench_vae(cfg, dtype, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {diffusers.__version__}"

@@ -1,4 +1,4 @@
-"""Real videos: clips on disk, encoded once into latent shards, and the shards as training reads them.
+"""Real videos: clips on disk, encoded once into the latent shards that training reads.
 
     python data.py prepare --source MagicData/MagicData.csv --out shards --preset wan5b --weights Wan2.2-TI2V-5B
     torchrun --nproc_per_node=8 data.py prepare --source clips --out shards ...
@@ -19,17 +19,15 @@ from typing import Literal
 
 import imageio.v3 as iio
 import numpy as np
-import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import common
 from codec import open_codec
 from maps import BROKEN, Size, fit_frames, fit_nearest, read_frames
-from trajectory import TrajectoryError, load_trajectory
-from weights import Stored, read_safetensors
+from trajectory import TrajectoryError, dark_frames, load_trajectory
+from weights import read_safetensors, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -148,12 +146,8 @@ def read_maps(what: str, path: Path, source: Size, size: Size, frames: int) -> T
 
 def darken(maps: Tensor, share: float, seed: int, number: int) -> Tensor:
     """Box maps, in a `share` of the clips black in a random subset of frames; never in frame 0."""
-    u = np.random.default_rng([seed, number]).random(1 + maps.shape[1])
-    if u[0] < share:
-        dark = u[1:] < u[0] / share  # uniform again: how many frames go dark
-        dark[0] = False
-        maps = maps.masked_fill(torch.from_numpy(dark)[:, None, None], -1)
-    return maps
+    dark = dark_frames(np.random.default_rng([seed, number]).random(1 + maps.shape[1]), share)
+    return maps.masked_fill(torch.from_numpy(dark)[:, None, None], -1)
 
 
 def prepare(cfg: Config) -> None:
@@ -185,7 +179,7 @@ def prepare(cfg: Config) -> None:
             captions = [clip.caption for clip in clips[start : start + cfg.shard]]
             names = [*(str(number) for number in range(start, start + len(captions))), "empty"]
             rows = zip(names, encode([*captions, ""]), strict=True)
-            write(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, {})
+            write_safetensors(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, {})
         del encode
     for start, file in tqdm(missing("latents"), "clips", disable=procs.rank > 0):
         tensors, rejected = {}, []
@@ -198,7 +192,7 @@ def prepare(cfg: Config) -> None:
             parts["box"] = darken(parts["box"], cfg.sparse, cfg.seed, number)
             for kind, video in parts.items():
                 tensors[f"{number}.{kind}"] = codec.encode_video(video[None])[0]
-        write(file, tensors, {"rejected": json.dumps(rejected)})
+        write_safetensors(file, tensors, {"rejected": json.dumps(rejected)})
     procs.barrier()
     if procs.rank == 0:
         kept, rejected = report(out)
@@ -218,13 +212,6 @@ def settle(out: Path, cfg: Config, clips: int) -> None:
         raise common.UserError(f"{file}: shards of other clips lie here ({other}); give another --out")
 
 
-def write(file: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """A safetensors file in bfloat16."""
-    with common.atomic(file) as temporary:
-        tensors = {name: t.to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()}
-        safetensors.torch.save_file(tensors, temporary, header)
-
-
 def report(out: Path) -> tuple[int, list[list[str]]]:
     """Write rejected.csv; returns how many clips were kept, and which were not and why."""
     kept, rejected = 0, []
@@ -235,51 +222,3 @@ def report(out: Path) -> tuple[int, list[list[str]]]:
     with common.atomic(out / "rejected.csv") as temporary, temporary.open("w", newline="") as table:
         csv.writer(table).writerows([("path", "reason"), *rejected])
     return kept, rejected
-
-
-class ClipLatents:
-    """What training reads of prepared clips, as `data.ToyLatents` gives it of the toy world.
-
-    Every epoch goes through the clips in another order, which seed and sample numbers fix. The first four clips are
-    held out as the split "validation".
-    """
-
-    held_out = 4
-
-    def __init__(self, folder: Path | str, text_tokens: int, split: str = "train", seed: int = 0):
-        self.folder, self.text_tokens, self.seed = Path(folder), text_tokens, seed
-        if not (self.folder / "rejected.csv").exists():
-            raise common.UserError(f"{folder}: holds no finished shards; run python data.py prepare")
-        self.latents: dict[str, Stored] = {}
-        self.texts: dict[str, Stored] = {}
-        for kind, tensors in (("latents", self.latents), ("text", self.texts)):
-            for file in sorted(self.folder.glob(f"{kind}-*.safetensors")):
-                tensors |= read_safetensors(file)[1]
-        numbers = sorted({int(name.split(".")[0]) for name in self.latents})
-        if len(numbers) <= self.held_out:
-            raise common.UserError(f"{folder}: holds {len(numbers)} clips; training needs over {self.held_out}")
-        self.numbers = numbers[: self.held_out] if split == "validation" else numbers[self.held_out :]
-
-    def batch(
-        self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
-
-        `sparse` is not looked at: which clips have frames without boxes was settled when they were encoded.
-        """
-        picked = [self.pick(sample) for sample in samples]
-        chance = [np.random.default_rng([self.seed, sample, 1]).random() for sample in samples]
-        names = ["empty" if u < drop_text else str(n) for n, u in zip(picked, chance, strict=True)]
-        texts = [self.texts[name].read().float() for name in names]
-        text = torch.stack([F.pad(t, (0, 0, 0, self.text_tokens - len(t))) for t in texts])
-        x0 = torch.stack([self.latents[f"{n}.video"].read().float() for n in picked])
-        if kind is None:
-            return x0, text, None
-        if absent := [n for n in picked if f"{n}.{kind}" not in self.latents]:
-            raise common.UserError(f"{self.folder}: clip {absent[0]} has no {kind} maps; train without them")
-        return x0, text, torch.stack([self.latents[f"{n}.{kind}"].read().float() for n in picked])
-
-    def pick(self, sample: int) -> int:
-        """The number of the clip that is this sample."""
-        epoch, place = divmod(sample, len(self.numbers))
-        return self.numbers[np.random.default_rng([self.seed, epoch]).permutation(len(self.numbers))[place]]

@@ -4,8 +4,6 @@ Every codec has `encode_video`, `decode_video`, `encode_text` and the attributes
 (pixels and video frames per latent position), so nothing downstream knows which one it holds.
 """
 
-import html
-import json
 import re
 import zlib
 from collections.abc import Callable
@@ -13,14 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError, atomic
+from common import UserError
+from umt5 import TextEncoder
 from vae import WanVAE
-from weights import load, read_checkpoint, read_config, read_folder, read_network, read_safetensors, rename
+from weights import load, read_network
 
 TOY_WEIGHTS = Path(__file__).parent / "checkpoints/tiny/codec.safetensors"
 
@@ -212,23 +210,9 @@ class WanCodec(Codec):
 
     def text_encoder(self) -> Callable[[list[str]], Tensor]:
         """What embeds prompts, read from disk; let go of it when all are embedded."""
-        try:
-            from transformers import AutoTokenizer
-        except ImportError:
-            raise UserError("transformers: not installed; pip install -r requirements-wan.txt") from None
-        tokenizer = AutoTokenizer.from_pretrained(self._part("google/umt5-xxl", "tokenizer"))
-        encoder = read_text_encoder(self._part("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")).to(self.device)
-
-        @torch.no_grad()
-        def encode(prompts: list[str]) -> Tensor:
-            clean = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
-            cut = {"padding": "longest", "truncation": True, "max_length": self.text_tokens}
-            tokens = tokenizer(clean, return_tensors="pt", **cut).to(self.device)
-            ids, mask = tokens.input_ids, tokens.attention_mask
-            seen = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-            return F.pad(seen * mask[..., None], (0, 0, 0, self.text_tokens - seen.shape[1]))
-
-        return encode
+        tokenizer = self._part("google/umt5-xxl", "tokenizer")
+        encoder = self._part("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
+        return TextEncoder(tokenizer, encoder, self.device, self.text_tokens)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Prompts -> [B, 512, 4096] bfloat16, zeros after the last token. Tokens past 512 are dropped."""
@@ -238,53 +222,3 @@ class WanCodec(Codec):
 def open_codec(preset: str, folder: Path | str, device: torch.device, **options) -> Codec:
     """The preset's codec; `folder`, of Wan2.2-TI2V-5B, and `options` are WanCodec's."""
     return WanCodec(folder, device, **options) if preset == "wan5b" else ToyCodec()
-
-
-def save_text(path: Path, prompts: list[str], text: Tensor) -> None:
-    """Embeddings [B, L, D] of these prompts as a safetensors file, so that another machine needs no text encoder."""
-    with atomic(path) as temporary:
-        safetensors.torch.save_file({"text": text.contiguous()}, temporary, {"prompts": json.dumps(prompts)})
-
-
-def read_text(path: Path, prompts: list[str]) -> Tensor:
-    """Embeddings that `save_text` wrote. UserError if they are not of these prompts."""
-    header, tensors = read_safetensors(path)
-    held = json.loads(header.get("prompts", "[]"))
-    if held != prompts:
-        raise UserError(f"{path}: holds the embeddings of {held}, not of {prompts}; give another file")
-    return tensors["text"].read()
-
-
-# Wan's names of the text encoder's parameters -> those in transformers.
-UMT5_NAMES = (
-    (r"^token_embedding", "embed_tokens"),
-    (r"^norm\.", "final_layer_norm."),
-    (r"^blocks\.(\d+)\.norm1", r"block.\1.layer.0.layer_norm"),
-    (r"^blocks\.(\d+)\.norm2", r"block.\1.layer.1.layer_norm"),
-    (r"^blocks\.(\d+)\.attn", r"block.\1.layer.0.SelfAttention"),
-    (r"^blocks\.(\d+)\.pos_embedding\.embedding", r"block.\1.layer.0.SelfAttention.relative_attention_bias"),
-    (r"^blocks\.(\d+)\.ffn\.gate\.0", r"block.\1.layer.1.DenseReluDense.wi_0"),
-    (r"^blocks\.(\d+)\.ffn\.fc1", r"block.\1.layer.1.DenseReluDense.wi_1"),
-    (r"^blocks\.(\d+)\.ffn\.fc2", r"block.\1.layer.1.DenseReluDense.wo"),
-)
-# UMT5-XXL, whose file in Wan's layout has no config beside it.
-UMT5_XXL = {
-    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
-
-
-def read_text_encoder(path: Path, shapes: dict | None = None) -> nn.Module:
-    """The encoder of UMT5 in bfloat16: `models_t5_umt5-xxl-enc-bf16.pth`, or the folder `text_encoder/` of diffusers.
-
-    `shapes`: UMT5Config's fields, of a file that isn't UMT5-XXL's; a folder tells its own.
-    """
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    if path.is_dir():
-        config = UMT5Config(**read_config(path / "config.json"))
-        tensors = rename(read_folder(path, "model"), ((r"^encoder\.", ""), (r"^shared\.", "embed_tokens.")))
-    else:
-        config = UMT5Config(**(shapes or UMT5_XXL))
-        tensors = rename(read_checkpoint(path), UMT5_NAMES)
-    return load(lambda: UMT5EncoderModel(config).encoder, tensors, path, torch.bfloat16).eval().requires_grad_(False)

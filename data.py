@@ -16,18 +16,20 @@ import math
 import re
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import clips
 import common
-from clips import ClipLatents
 from codec import Codec, ToyCodec
-from trajectory import PALETTE, Trajectory
+from trajectory import PALETTE, Trajectory, dark_frames
+from weights import Stored, read_safetensors
 
 SPLITS = {"train": 0, "validation": 1 << 40, "test": 2 << 40}  # first seed of each split
 COLORS = {  # in the order of hue: the mixture of two neighbours is as saturated as they are
@@ -199,12 +201,63 @@ class ToyLatents:
             return x0, text, None
         maps = []
         for i, u in enumerate(chance):
-            trajectory = batch.trajectory(i)
-            if u[1] < sparse:
-                share = u[1] / sparse  # uniform again: how many frames go dark
-                trajectory = trajectory.sparse([f for f in range(self.world.frames) if u[2 + f] > share])
-            maps.append(trajectory.maps(kind))
+            lit = np.nonzero(~dark_frames(u[1:], sparse))[0]
+            maps.append(batch.trajectory(i).sparse(lit).maps(kind))
         return x0, text, self.codec.encode_video(torch.stack(maps))
+
+
+class ClipLatents:
+    """What training reads of prepared clips, as ToyLatents gives it of the toy world.
+
+    Every epoch goes through the clips in another order, which seed and sample numbers fix. The first four clips are
+    held out as the split "validation".
+    """
+
+    held_out = 4
+
+    def __init__(self, folder: Path | str, text_tokens: int, split: str = "train", seed: int = 0):
+        self.folder, self.text_tokens, self.seed = Path(folder), text_tokens, seed
+        if not (self.folder / "rejected.csv").exists():
+            raise common.UserError(f"{folder}: holds no finished shards; run python data.py prepare")
+        self.latents: dict[str, Stored] = {}
+        self.texts: dict[str, Stored] = {}
+        for kind, tensors in (("latents", self.latents), ("text", self.texts)):
+            for file in sorted(self.folder.glob(f"{kind}-*.safetensors")):
+                tensors |= read_safetensors(file)[1]
+        numbers = sorted({int(name.split(".")[0]) for name in self.latents})
+        if len(numbers) <= self.held_out:
+            raise common.UserError(f"{folder}: holds {len(numbers)} clips; training needs over {self.held_out}")
+        self.numbers = numbers[: self.held_out] if split == "validation" else numbers[self.held_out :]
+
+    def batch(
+        self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
+
+        `sparse` is not looked at: which clips have frames without boxes was settled when they were encoded.
+        """
+        picked = [self.pick(sample) for sample in samples]
+        chance = [np.random.default_rng([self.seed, sample, 1]).random() for sample in samples]
+        names = ["empty" if u < drop_text else str(n) for n, u in zip(picked, chance, strict=True)]
+        texts = [self.texts[name].read().float() for name in names]
+        text = torch.stack([F.pad(t, (0, 0, 0, self.text_tokens - len(t))) for t in texts])
+        x0 = torch.stack([self.latents[f"{n}.video"].read().float() for n in picked])
+        if kind is None:
+            return x0, text, None
+        if absent := [n for n in picked if f"{n}.{kind}" not in self.latents]:
+            raise common.UserError(f"{self.folder}: clip {absent[0]} has no {kind} maps; train without them")
+        return x0, text, torch.stack([self.latents[f"{n}.{kind}"].read().float() for n in picked])
+
+    def pick(self, sample: int) -> int:
+        """The number of the clip that is this sample."""
+        epoch, place = divmod(sample, len(self.numbers))
+        return self.numbers[shuffled(len(self.numbers), self.seed, epoch)[place]]
+
+
+@lru_cache(maxsize=2)
+def shuffled(number: int, *key: int) -> np.ndarray:
+    """0 to number - 1 in an order that the key fixes."""
+    return np.random.default_rng(key).permutation(number)
 
 
 def training_data(folder: str, codec: Codec, seed: int) -> tuple[ToyLatents | ClipLatents, ToyLatents | ClipLatents]:

@@ -24,7 +24,7 @@ import optim
 from codec import open_codec
 from data import training_data
 from flow import Velocity
-from model import VideoDiT
+from model import FROZEN, VideoDiT
 from weights import save_network
 
 
@@ -108,9 +108,8 @@ def levels_above(u: Tensor, last: int, steps: int) -> Tensor:
 
 def main(cfg: Config) -> None:
     procs = common.init_processes()
-    frozen = torch.bfloat16 if cfg.preset == "wan5b" else torch.float32
     generator, fake = (VideoDiT.from_pretrained(cfg.generator, "SlowGenerator") for _ in range(2))
-    real = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", frozen).requires_grad_(False)
+    real = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", FROZEN[cfg.preset]).requires_grad_(False)
     generator, fake, real = (common.prepare(network, procs, cfg.compile) for network in (generator, fake, real))
     optimizers = [optim.adamw(generator, cfg.weight_decay)]
     fake_optimizers = [optim.adamw(fake, cfg.weight_decay)]

@@ -26,7 +26,7 @@ from codec import open_codec
 from data import training_data
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
 from flow import Velocity
-from model import VideoDiT
+from model import FROZEN, VideoDiT
 from weights import save_network
 
 
@@ -105,9 +105,8 @@ def main(cfg: Config) -> None:
         raise common.UserError(f"--adapter_start {cfg.adapter_start}: give a step from 0 to below --steps {cfg.steps}")
     procs = common.init_processes()
     torch.manual_seed(cfg.seed)  # the same initial classifier on every rank
-    frozen = torch.bfloat16 if cfg.preset == "wan5b" else torch.float32
-    generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", frozen).requires_grad_(False)
-    backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", frozen).requires_grad_(False)
+    generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", FROZEN[cfg.preset]).requires_grad_(False)
+    backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", FROZEN[cfg.preset]).requires_grad_(False)
     adapter = read_adapter(cfg.adapter, "SlowAdapter")
     shape = replace(
         discriminators.PRESETS[cfg.preset], semantic=cfg.semantic, trajectory=cfg.trajectory, video=cfg.video

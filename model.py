@@ -39,6 +39,7 @@ PRESETS = {
     "tiny": DiTConfig(160, 640, 4, 6, text_dim=64, text_tokens=32, channels=16),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
+FROZEN = {"tiny": torch.float32, "wan5b": torch.bfloat16}  # type of the networks that do not learn
 
 
 @lru_cache(maxsize=8)

@@ -27,10 +27,11 @@ from torch import Tensor
 import common
 import flow
 from adapter import read_adapter, serves, steer
-from codec import Codec, open_codec, read_text, save_text
+from codec import Codec, open_codec
 from maps import Size, fit_frames
-from model import PRESETS, VideoDiT
+from model import FROZEN, PRESETS, VideoDiT
 from trajectory import TrajectoryError, draw_overlay, load_trajectory
+from umt5 import read_text, save_text
 
 EXAMPLE = "a yellow and red disc spinning clockwise, a cyan and green diamond spinning counterclockwise"
 
@@ -114,10 +115,10 @@ def embed_prompt(cfg: Config, codec: Codec) -> Tensor:
 
 def main(cfg: Config) -> None:
     check(cfg)
-    wan, name = cfg.preset == "wan5b", cfg.speed.title()
+    name = cfg.speed.title()
     device = common.init_processes().device
-    half = torch.bfloat16 if wan and cfg.dtype != "float32" else torch.float32
-    codec = open_codec(cfg.preset, cfg.weights, device, dtype=half, tile=cfg.tile)
+    held = torch.float32 if cfg.dtype == "float32" else FROZEN[cfg.preset]
+    codec = open_codec(cfg.preset, cfg.weights, device, dtype=held, tile=cfg.tile)
     size = codec.check_size(cfg.size, cfg.frames)
     out = common.output_path(cfg.out, ".mp4")
     sampling = (flow.FAST if cfg.speed == "fast" else flow.SLOW)[cfg.preset]
@@ -140,10 +141,10 @@ def main(cfg: Config) -> None:
         first = codec.encode_video(image).to(device)
         traj = codec.encode_video(trajectory.maps("box")[None]).to(device)
     with timed("read networks"):
-        generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", half).to(device)
+        generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", held).to(device)
         if generator.config != PRESETS[cfg.preset]:
             raise common.UserError(f"{files[0]}: is no network of preset {cfg.preset}")
-        adapter = read_adapter(files[1], f"{name}Adapter", half).to(device)
+        adapter = read_adapter(files[1], f"{name}Adapter", held).to(device)
         if not serves(adapter, generator):
             raise common.UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}")
     with timed("denoise"), torch.no_grad(), common.autocast(device, cfg.dtype):

@@ -22,7 +22,7 @@ import flow
 import optim
 from codec import open_codec
 from data import training_data
-from model import VideoDiT
+from model import FROZEN, VideoDiT
 from weights import save_network
 
 
@@ -67,8 +67,7 @@ WAN5B = {
 def main(cfg: Config) -> None:
     procs = common.init_processes()
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
-    frozen = torch.bfloat16 if cfg.preset == "wan5b" else torch.float32
-    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", frozen).requires_grad_(False)
+    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", FROZEN[cfg.preset]).requires_grad_(False)
     if cfg.init:
         adapter = adapters.read_adapter(cfg.init, "SlowAdapter")
     elif cfg.kind == "resnet":

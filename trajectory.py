@@ -109,6 +109,18 @@ class Trajectory:
         return replace(self, boxes=boxes, masks=masks, maps_given=maps)
 
 
+def dark_frames(u: np.ndarray, share: float) -> np.ndarray:
+    """Which of T frames of a sparse trajectory are black, [T] bool: in a `share` of draws a random subset, else none.
+
+    u [1 + T] is uniform in [0, 1). Frame 0 never is.
+    """
+    if u[0] >= share:
+        return np.zeros(len(u) - 1, dtype=bool)
+    dark = u[1:] <= u[0] / share  # u[0] / share is uniform again: how many frames go dark
+    dark[0] = False
+    return dark
+
+
 def draw_overlay(video: Tensor, trajectory: Trajectory, scale: int = 1) -> np.ndarray:
     """The trajectory drawn on a video, to look at: boxes, and a dot at every box centre of the whole path.
 

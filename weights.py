@@ -28,11 +28,17 @@ class Stored:
     read: Callable[[], Tensor]
 
 
-def save_network(path: Path, network: str, config, tensors: dict[str, Tensor], dtype=torch.bfloat16) -> None:
-    """One safetensors file that says in its header which network it holds and with which config."""
-    header = {"network": network, "config": json.dumps(asdict(config))}
+def write_safetensors(
+    path: Path, tensors: dict[str, Tensor], header: dict[str, str], dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Tensors in one type, and what the header says of them."""
     with atomic(path) as temporary:
         safetensors.torch.save_file({n: t.to("cpu", dtype).contiguous() for n, t in tensors.items()}, temporary, header)
+
+
+def save_network(path: Path, network: str, config, tensors: dict[str, Tensor], dtype=torch.bfloat16) -> None:
+    """One safetensors file that says in its header which network it holds and with which config."""
+    write_safetensors(path, tensors, {"network": network, "config": json.dumps(asdict(config))}, dtype)
 
 
 def read_network(path: Path | str, network: str) -> tuple[dict, dict[str, Stored]]:

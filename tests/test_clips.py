@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 import clips
 import common
-from clips import ClipLatents, Config
+from clips import Config
 from codec import ToyCodec
-from data import ToyWorld
+from data import ClipLatents, ToyWorld
 
 FRAMES = 9
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+import bench
 import common
 from model import PRESETS, DiTConfig, VideoDiT
 from weights import save_network
@@ -32,13 +33,8 @@ def to_diffusers(name: str) -> str:
 
 
 def diffusers_model(config: DiTConfig):
-    reference = pytest.importorskip("diffusers", reason="parity needs requirements-dev.txt").WanTransformer3DModel
-    return reference(
-        patch_size=config.patch, num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads,
-        in_channels=config.channels, out_channels=config.channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim, num_layers=config.layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-        eps=config.eps,
-    )  # fmt: skip
+    pytest.importorskip("diffusers", reason="parity needs requirements-dev.txt")
+    return bench.diffusers_transformer(config)
 
 
 CASES = {"small": (SMALL, (3, 8, 12)), "wan5b block": (ONE_WIDE_BLOCK, (2, 4, 6))}
@@ -78,11 +74,16 @@ def test_parameter_count_of_wan5b():
     assert ours == theirs == 4_999_787_712
 
 
-def test_text_read_once_is_text_read_at_every_step():
+def small(batch: int) -> tuple[VideoDiT, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A network that predicts something, and its x, t and text."""
     torch.manual_seed(0)
     model = VideoDiT(SMALL)
     torch.nn.init.normal_(model.head.head.weight)
-    x, text, t = torch.randn(2, 48, 2, 4, 4), torch.randn(2, 7, 40), torch.full((2, 2), 500.0)
+    return model, torch.randn(batch, 48, 2, 4, 4), torch.full((batch, 2), 500.0), torch.randn(batch, 7, 40)
+
+
+def test_text_read_once_is_text_read_at_every_step():
+    model, x, t, text = small(2)
     with torch.no_grad():
         seen = model.read_text(text)
         assert [k.shape for k, _ in seen] == [(2, 4, 7, 32)] * 3
@@ -91,10 +92,7 @@ def test_text_read_once_is_text_read_at_every_step():
 
 
 def test_taps_and_residuals():
-    torch.manual_seed(0)
-    model = VideoDiT(SMALL)
-    torch.nn.init.normal_(model.head.head.weight)
-    x, text, t = torch.randn(1, 48, 2, 4, 4), torch.randn(1, 7, 40), torch.full((1, 2), 500.0)
+    model, x, t, text = small(1)
     with torch.no_grad():
         plain, features = model(x, t, text, taps=(0, 2))
         assert [f.shape for f in features] == [(1, 8, 128)] * 2

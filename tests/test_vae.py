@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import bench
 import vae
 from vae import VAEConfig, WanVAE
 from weights import rename
@@ -13,13 +14,8 @@ WIDE = VAEConfig(multipliers=(1, 2, 2), blocks=1, temporal=(True, True))  # true
 
 def pair(config: VAEConfig) -> tuple[WanVAE, torch.nn.Module]:
     """Our network and diffusers', with the same random weights of a size that keeps activations of order 1."""
-    diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.AutoencoderKLWan(
-        base_dim=config.width, decoder_base_dim=config.decoder_width, z_dim=config.channels,
-        dim_mult=list(config.multipliers), num_res_blocks=config.blocks, temperal_downsample=list(config.temporal),
-        is_residual=True, in_channels=12, out_channels=12, patch_size=config.patch,
-        scale_factor_spatial=config.patch * 2 ** len(config.temporal),
-    ).eval()  # fmt: skip
+    pytest.importorskip("diffusers")
+    theirs = bench.diffusers_vae(config).eval()
     draw = torch.Generator().manual_seed(0)
     for name, p in theirs.named_parameters():
         std = 0.3 if p.ndim == 1 or "gamma" in name else p[0].numel() ** -0.5

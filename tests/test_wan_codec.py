@@ -12,12 +12,12 @@ from test_model import diffusers_model
 from test_vae import SMALL, pair
 
 import adapter as adapters
-import codec as codecs
 import common
 import model
 import sample
-from codec import WanCodec, read_text_encoder
+from codec import WanCodec
 from model import DiTConfig
+from umt5 import UMT5_XXL, read_text_encoder
 from vae import WanVAE
 from weights import save_network
 
@@ -158,5 +158,5 @@ def test_an_incomplete_folder_is_named(folder):
 
 def test_the_published_text_encoder_has_its_size():
     with torch.device("meta"):
-        network = transformers.UMT5EncoderModel(transformers.UMT5Config(**codecs.UMT5_XXL)).encoder
+        network = transformers.UMT5EncoderModel(transformers.UMT5Config(**UMT5_XXL)).encoder
     assert sum(p.numel() for p in network.parameters()) == 5_680_910_336

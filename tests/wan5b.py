@@ -20,18 +20,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from test_wan_codec import wan_name, write_tokenizer
+from test_weights import WAN_CONFIG
 
 import adapter as adapters
-import codec
 import model
+from umt5 import UMT5_XXL
 from vae import WanVAE
 from weights import save_network
 
-CONFIG = {
-    "_class_name": "WanModel", "_diffusers_version": "0.33.0", "dim": 3072, "eps": 1e-06, "ffn_dim": 14336,
-    "freq_dim": 256, "in_dim": 48, "model_type": "ti2v", "num_heads": 24, "num_layers": 30, "out_dim": 48,
-    "text_len": 512,
-}  # fmt: skip
 SHARD = 5 << 30  # bytes
 
 
@@ -52,28 +48,27 @@ def weights(build, dtype: torch.dtype, draw: torch.Generator):
 
 
 def write_transformer(folder: Path, draw: torch.Generator) -> None:
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    shards, size = [{}], 0
-    files = []
+    """Shards are written as they fill: the whole does not fit into memory beside them."""
+    (folder / "config.json").write_text(json.dumps({**WAN_CONFIG, "num_layers": 30}))
+    held: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
 
     def flush() -> None:
-        files.append((f"{folder}/part{len(files)}.safetensors", list(shards[-1])))
-        save_file(shards[-1], files[-1][0], {"format": "pt"})
+        save_file(shard, folder / f"{len(held)}.safetensors", {"format": "pt"})
+        held.append(list(shard))
+        shard.clear()
 
     for name, tensor in weights(lambda: model.VideoDiT(model.PRESETS["wan5b"]), torch.float32, draw):
-        if size + tensor.nbytes > SHARD:
+        if sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD:
             flush()
-            shards, size = [{}], 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
+        shard[name] = tensor
     flush()
     where, stem = {}, "diffusion_pytorch_model"
-    for number, (file, names) in enumerate(files, start=1):
-        final = f"{stem}-{number:05}-of-{len(files):05}.safetensors"
-        Path(file).rename(folder / final)
+    for number, names in enumerate(held):
+        final = f"{stem}-{number + 1:05}-of-{len(held):05}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / final)
         where |= dict.fromkeys(names, final)
-    index = {"metadata": {}, "weight_map": where}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
 def main(folder: Path) -> None:
@@ -83,7 +78,7 @@ def main(folder: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     write_transformer(folder, draw)
     torch.save(dict(weights(WanVAE, torch.float32, draw)), folder / "Wan2.2_VAE.pth")
-    umt5 = weights(lambda: UMT5EncoderModel(UMT5Config(**codec.UMT5_XXL)), torch.bfloat16, draw)
+    umt5 = weights(lambda: UMT5EncoderModel(UMT5Config(**UMT5_XXL)), torch.bfloat16, draw)
     encoder = {wan_name(name): tensor for name, tensor in umt5 if name != "encoder.embed_tokens.weight"}
     torch.save(encoder, folder / "models_t5_umt5-xxl-enc-bf16.pth")
     write_tokenizer(folder / "google/umt5-xxl")
