@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flow import Velocity
 from model import DiTConfig, PatchEmbedding, VideoDiT, init_xavier
+from parallel import own_tokens
 from weights import load, read_network
 
 
@@ -35,6 +36,8 @@ PRESETS = {"tiny": AdapterConfig(160, 6, hidden=96, channels=16), "wan5b": Adapt
 class ResNetBlock(nn.Module):
     """A 3x3 convolution in space, then one of 3 frames in time, with a skip; and the projection to the DiT's width."""
 
+    group = None  # processes that share a video's tokens
+
     def __init__(self, hidden: int, dim: int):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.GroupNorm(8, hidden) for _ in range(3))
@@ -46,7 +49,8 @@ class ResNetBlock(nn.Module):
         """h [B, hidden, F, h, w] -> the next h, and this block's residual [B, N, dim]."""
         y = self.space(F.silu(self.norm1(h)))
         h = h + self.time(F.silu(self.norm2(y)))
-        return h, self.project(F.silu(self.norm3(h)).flatten(2).transpose(1, 2))
+        tokens = F.silu(self.norm3(h)).flatten(2).transpose(1, 2)
+        return h, self.project(own_tokens(tokens, h.shape[2], self.group))
 
 
 class ResNetAdapter(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import common
 import flow
+import parallel
 import vae
 from adapter import AdapterConfig, ResNetAdapter, steer
 from model import DIFFUSERS_NAMES, PRESETS, DiTConfig, VideoDiT
@@ -219,10 +220,10 @@ def bench_vae(cfg: Config, dtype: torch.dtype, device: torch.device) -> list[Row
 def peak(function: Callable, device: torch.device) -> float:
     """The most memory that a call holds beyond what was held before it, in GiB."""
     gc.collect()
-    common.reset_peak(device)
-    before = common.peak_memory(device)
+    parallel.reset_peak(device)
+    before = parallel.peak_memory(device)
     function()
-    return common.peak_memory(device) - before
+    return parallel.peak_memory(device) - before
 
 
 def main(cfg: Config) -> None:
@@ -238,7 +239,7 @@ def main(cfg: Config) -> None:
         raise common.UserError("diffusers: not installed; pip install -r requirements-dev.txt") from None
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    device = common.init_processes().device
+    device = parallel.init_processes().device
     rows: list[Row] = []
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
+import parallel
 from codec import open_codec
 from maps import BROKEN, Size, fit_frames, fit_nearest, read_frames
 from trajectory import TrajectoryError, dark_frames, load_trajectory
@@ -156,7 +157,7 @@ def prepare(cfg: Config) -> None:
         raise common.UserError("--source: missing; give a CSV in MagicData's format or a folder of mp4 files")
     if cfg.shard < 1:
         raise common.UserError(f"--shard {cfg.shard}: at least 1")
-    procs = common.init_processes()
+    procs = parallel.init_processes()
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
     size, out = codec.check_size(cfg.size, cfg.frames), Path(cfg.out)
     clips = find_clips(Path(cfg.source))

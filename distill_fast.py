@@ -21,10 +21,13 @@ from tqdm import tqdm
 import common
 import flow
 import optim
+import parallel
 from codec import open_codec
 from data import training_data
 from flow import Velocity
 from model import FROZEN, VideoDiT
+from parallel import Recompute
+from runs import Run
 from weights import save_network
 
 
@@ -52,6 +55,8 @@ class Config:
     shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
+    recompute: Recompute = "none"  # of what the gradient needs of a block, what is computed again: less memory
+    sequence: int = 1  # neighbouring processes that share one video
     seed: int = 0  # of data order and noise
     log_every: int = 20  # steps
     save_every: int = 250  # steps
@@ -61,7 +66,7 @@ class Config:
 # As in Wan2.2-TI2V-5B-Turbo; its guidance is cond + 6 (cond - uncond).
 WAN5B = {
     "generator": "Wan2.2-TI2V-5B", "steps": 5500, "batch": 64, "lr": 5e-7, "fake_lr": 1e-7, "guidance": 7.0,
-    "shift": flow.FAST["wan5b"].shift, "warmup": 0,
+    "shift": flow.FAST["wan5b"].shift, "warmup": 0, "recompute": "full",
 }  # fmt: skip
 
 
@@ -107,10 +112,12 @@ def levels_above(u: Tensor, last: int, steps: int) -> Tensor:
 
 
 def main(cfg: Config) -> None:
-    procs = common.init_processes()
+    procs = parallel.init_processes(cfg.sequence)
     generator, fake = (VideoDiT.from_pretrained(cfg.generator, "SlowGenerator") for _ in range(2))
     real = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", FROZEN[cfg.preset]).requires_grad_(False)
-    generator, fake, real = (common.prepare(network, procs, cfg.compile) for network in (generator, fake, real))
+    generator, fake, real = (
+        parallel.prepare(network, procs, cfg.compile, cfg.recompute) for network in (generator, fake, real)
+    )
     optimizers = [optim.adamw(generator, cfg.weight_decay)]
     fake_optimizers = [optim.adamw(fake, cfg.weight_decay)]
     ema = optim.EMA(generator, cfg.ema)
@@ -120,9 +127,8 @@ def main(cfg: Config) -> None:
     sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
 
     parts = {"generator": (generator, optimizers, ema), "fake": (fake, fake_optimizers, None)}
-    run = common.Run(f"runs/{cfg.name}", cfg, procs)
-    start = common.load_checkpoint(run.folder, parts, procs)
-    run.rewind(start)
+    run = Run(f"runs/{cfg.name}", cfg, procs, parts)
+    start = run.resume()
 
     def inputs(samples: list[int], turn: int, last: int) -> tuple[Tensor, ...]:
         """First frames, text, the sampler's noise, and the noise and its level that x_t is made with."""
@@ -141,7 +147,7 @@ def main(cfg: Config) -> None:
             ours, theirs = partial(generator, text=text), partial(fake, text=text)
             truth = flow.guided(partial(real, text=text), partial(real, text=empty.expand_as(text)), cfg.guidance)
             rest = (first, noise, sigmas, last, renoise, sigma)
-            with common.autocast(procs.device, cfg.dtype):
+            with parallel.autocast(procs.device, cfg.dtype):
                 if learner == "fake":
                     loss = fake_score_loss(theirs, ours, *rest)
                 else:
@@ -156,7 +162,7 @@ def main(cfg: Config) -> None:
         """Four held-out images set in motion in a few steps: truth and sample in turn."""
         x0, text, _ = (x if x is None else x.to(procs.device) for x in held_out.batch(list(range(4))))
         noise = common.step_noise(cfg.denoising_steps, x0.shape[1:], range(4), cfg.seed).to(procs.device)
-        with ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
+        with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
             out = flow.sample_fewstep(partial(generator, text=text), x0[:, :, :1], noise, sigmas)
         pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
         run.samples(step, pairs.flatten(0, 1))
@@ -166,7 +172,7 @@ def main(cfg: Config) -> None:
         if (step % cfg.sample_every == 0 and step > start) or last:
             write_samples(step)
         if (step % cfg.save_every == 0 and step > start) or last:
-            common.save_checkpoint(run.folder, step, parts, procs)
+            run.save(step, wait=last)
         if last:
             break
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import common
 import finetune_hybrid
 import flow
+import parallel
 from adapter import Adapter, read_adapter, steer
 from codec import ToyCodec
 from data import ToyBatch, ToyWorld
@@ -105,12 +106,12 @@ def inputs(batch: ToyBatch, samples: Sequence[int], codec: ToyCodec, cfg: Config
     return [x.to(device) for x in (first, text, empty, maps)]
 
 
-def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: common.Processes, name: str) -> Tensor:
+def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: parallel.Processes, name: str) -> Tensor:
     """Sample every video of the batch from its first frame, caption and trajectory: [B,3,T,S,S]."""
     codec, videos = ToyCodec(), []
     for start in tqdm(range(0, len(batch.video), cfg.batch), desc=name):
         samples = list(range(start, min(start + cfg.batch, len(batch.video))))
-        with torch.no_grad(), common.autocast(procs.device, cfg.dtype):
+        with torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
             latents = sample(*inputs(batch, samples, codec, cfg, procs.device), samples)
         videos.append(codec.decode_video(latents).cpu())
     video = torch.cat(videos)
@@ -119,14 +120,14 @@ def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: common.Proces
     return video
 
 
-def seconds_per_video(samplers: list[Sampler], batch: ToyBatch, cfg: Config, procs: common.Processes) -> list[float]:
+def seconds_per_video(samplers: list[Sampler], batch: ToyBatch, cfg: Config, procs: parallel.Processes) -> list[float]:
     """How long each sampler takes to denoise one clip alone: the median of five rounds in which they take turns."""
     clip, rounds = inputs(batch, [0], ToyCodec(), cfg, procs.device), []
     for _ in range(6):
         rounds.append([])
         for sample in samplers:
             began = time.perf_counter()
-            with torch.no_grad(), common.autocast(procs.device, cfg.dtype):
+            with torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
                 sample(*clip, [0]).sum().item()  # waits for the device
             rounds[-1].append(time.perf_counter() - began)
     return np.median(rounds[1:], axis=0).tolist()  # the first round compiles
@@ -177,7 +178,7 @@ def markdown(rows: Sequence[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def provenance(cfg: Config, procs: common.Processes) -> dict[str, str]:
+def provenance(cfg: Config, procs: parallel.Processes) -> dict[str, str]:
     """The command that makes these rows again, and the machine that made them."""
     values = [(field.name, getattr(cfg, field.name), field.default) for field in fields(cfg)]
     flags = [f" --{name} {str(v).lower() if isinstance(v, bool) else v}" for name, v, default in values if v != default]
@@ -199,7 +200,7 @@ def contact_sheet(videos: Sequence[Tensor], batch: ToyBatch, kind: str) -> np.nd
     return np.concatenate([np.concatenate(blocks[column::2]) for column in range(2)], axis=1)
 
 
-def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: common.Processes) -> tuple:
+def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: parallel.Processes) -> tuple:
     """A generator and its adapter. `speed`: the names that their files must carry, "Slow" or "Fast"."""
     pair = (
         VideoDiT.from_pretrained(generator, f"{speed}Generator"),
@@ -208,10 +209,10 @@ def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: comm
     shapes = [f"{net.config.layers} blocks of width {net.config.dim}" for net in pair]
     if shapes[0] != shapes[1]:
         raise common.UserError(f"{adapter}: has {shapes[1]}, but {generator} has {shapes[0]}")
-    return tuple(common.prepare(network, procs, cfg.compile) for network in pair)
+    return tuple(parallel.prepare(network, procs, cfg.compile) for network in pair)
 
 
-def compare(cfg: Config, batch: ToyBatch, procs: common.Processes) -> tuple[list[dict], list[Tensor]]:
+def compare(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
     """The shipped networks: rows, and the videos of the contact sheet."""
     codec = ToyCodec()
     slow, slow_adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
@@ -234,10 +235,10 @@ def compare(cfg: Config, batch: ToyBatch, procs: common.Processes) -> tuple[list
     return rows, [batch.video, *videos]
 
 
-def ablate(cfg: Config, batch: ToyBatch, procs: common.Processes) -> tuple[list[dict], list[Tensor]]:
+def ablate(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
     """The paper's ablation from the runs of stage 3: rows, and the videos of the contact sheet (of the first seeds)."""
     slow, adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
-    fast = common.prepare(VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator"), procs, cfg.compile)
+    fast = parallel.prepare(VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator"), procs, cfg.compile)
     few, name = replace(cfg, steps=FAST.steps, shift=FAST.shift), "SlowGenerator + SlowAdapter"
     ways = [(name, c.steps, [slow_sampler(slow, adapter, c)]) for c in (cfg, few)]
     adapters = {"FastGenerator + SlowAdapter": [adapter]}
@@ -250,7 +251,7 @@ def ablate(cfg: Config, batch: ToyBatch, procs: common.Processes) -> tuple[list[
             continue
         label = f"FlashMotion: {label}" if variant == METHOD else label
         loaded = [read_adapter(file, "FastAdapter") for file in files]
-        adapters[label] = [common.prepare(one, procs, cfg.compile) for one in loaded]
+        adapters[label] = [parallel.prepare(one, procs, cfg.compile) for one in loaded]
     for steps in (FAST.steps, 2, 1):
         for name, some in adapters.items():
             if steps == FAST.steps or not name.startswith("discriminator"):
@@ -269,7 +270,7 @@ def main(cfg: Config) -> None:
         if getattr(cfg, name) < least:
             raise common.UserError(f"--{name} {getattr(cfg, name)}: must be at least {least}")
     out = common.output_path(cfg.out, ".json")
-    procs = common.init_processes()
+    procs = parallel.init_processes()
     batch = ToyWorld(cfg.split).batch(list(range(cfg.videos)))
     rows, videos = (ablate if cfg.ablation else compare)(cfg, batch, procs)
 

@@ -21,12 +21,15 @@ import common
 import discriminator as discriminators
 import flow
 import optim
+import parallel
 from adapter import read_adapter, steer
 from codec import open_codec
 from data import training_data
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
 from flow import Velocity
 from model import FROZEN, VideoDiT
+from parallel import Recompute
+from runs import Run
 from weights import save_network
 
 
@@ -67,6 +70,8 @@ class Config:
     judge_high: float = 0.5  # most
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
+    recompute: Recompute = "none"  # of what the gradient needs of a block, what is computed again: less memory
+    sequence: int = 1  # neighbouring processes that share one video
     seed: int = 0  # of the classifier's weights, data order and noise
     log_every: int = 20  # steps
     save_every: int = 50  # steps
@@ -77,7 +82,7 @@ class Config:
 WAN5B = {
     "generator": "fast_generator.safetensors", "adapter": "slow_adapter.safetensors", "backbone": "Wan2.2-TI2V-5B",
     "steps": 1000, "gan_scale": 0.01, "batch": 4, "lr": 2e-6, "classifier_lr": 2e-6, "momentum": 0.0,
-    "adapter_start": 0, "shift": flow.FAST["wan5b"].shift, "judge_low": 0.02, "judge_high": 0.98,
+    "adapter_start": 0, "shift": flow.FAST["wan5b"].shift, "judge_low": 0.02, "judge_high": 0.98, "recompute": "full",
 }  # fmt: skip
 
 
@@ -103,7 +108,7 @@ def main(cfg: Config) -> None:
         raise common.UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
     if not 0 <= cfg.adapter_start < cfg.steps:
         raise common.UserError(f"--adapter_start {cfg.adapter_start}: give a step from 0 to below --steps {cfg.steps}")
-    procs = common.init_processes()
+    procs = parallel.init_processes(cfg.sequence)
     torch.manual_seed(cfg.seed)  # the same initial classifier on every rank
     generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", FROZEN[cfg.preset]).requires_grad_(False)
     backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", FROZEN[cfg.preset]).requires_grad_(False)
@@ -112,7 +117,8 @@ def main(cfg: Config) -> None:
         discriminators.PRESETS[cfg.preset], semantic=cfg.semantic, trajectory=cfg.trajectory, video=cfg.video
     )
     generator, backbone, adapter, classifier = (
-        common.prepare(network, procs, cfg.compile) for network in (generator, backbone, adapter, Classifier(shape))
+        parallel.prepare(network, procs, cfg.compile, cfg.recompute)
+        for network in (generator, backbone, adapter, Classifier(shape))
     )
     discriminator = DiffusionDiscriminator(backbone, classifier)
     optimizers = [optim.adamw(adapter, cfg.weight_decay, cfg.momentum)]
@@ -123,9 +129,8 @@ def main(cfg: Config) -> None:
     sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
 
     parts = {"adapter": (adapter, optimizers, ema), "classifier": (classifier, classifier_optimizers, None)}
-    run = common.Run(f"runs/{cfg.name}", cfg, procs)
-    start = common.load_checkpoint(run.folder, parts, procs)
-    run.rewind(start)
+    run = Run(f"runs/{cfg.name}", cfg, procs, parts)
+    start = run.resume()
 
     def inputs(samples: list[int], turn: int) -> tuple[Tensor, ...]:
         """Videos, text, trajectories, the sampler's noise, and the noise and its level that both judged videos get."""
@@ -141,7 +146,7 @@ def main(cfg: Config) -> None:
         turn, fakes = 2 * cycle * cfg.ratio, []
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             x0, text, traj, noise, _, _ = inputs(samples, turn)
-            with torch.no_grad(), common.autocast(procs.device, cfg.dtype):
+            with torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
                 velocity = steer(generator, adapter, text, traj)
                 fakes.append((flow.sample_fewstep(velocity, x0[:, :, :1], noise, sigmas), text, traj))
         return fakes
@@ -152,7 +157,7 @@ def main(cfg: Config) -> None:
         micro_batches = procs.share(cfg.batch, cfg.accumulate, turn)
         for samples, fake in zip(micro_batches, generated(step // cfg.ratio), strict=True):
             x0, text, traj, _, renoise, level = inputs(samples, turn)
-            with common.autocast(procs.device, cfg.dtype):
+            with parallel.autocast(procs.device, cfg.dtype):
                 with torch.no_grad():
                     x_t = torch.cat([flow.add_noise(x, renoise, level) for x in (x0, fake[0])])
                     text, traj = torch.cat([text, fake[1]]), torch.cat([traj, fake[2]])
@@ -169,7 +174,7 @@ def main(cfg: Config) -> None:
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             x0, text, traj, noise, renoise, level = inputs(samples, turn)
             zero = torch.zeros((), device=procs.device)
-            with common.autocast(procs.device, cfg.dtype):
+            with parallel.autocast(procs.device, cfg.dtype):
                 velocity = steer(generator, adapter, text, traj)
 
                 # 1. Diffusion: the true video, seen at one of the sampler's noise levels.
@@ -196,7 +201,7 @@ def main(cfg: Config) -> None:
         """Four held-out trajectories: truth and sample in turn."""
         x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
         noise = common.step_noise(cfg.denoising_steps, x0.shape[1:], range(4), cfg.seed).to(procs.device)
-        with ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
+        with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
             velocity = steer(generator, adapter, text, traj)
             out = flow.sample_fewstep(velocity, x0[:, :, :1], noise, sigmas)
         pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
@@ -207,7 +212,7 @@ def main(cfg: Config) -> None:
         if (step % cfg.sample_every == 0 and step > start) or last:
             write_samples(step)
         if (step % cfg.save_every == 0 and step > start) or last:
-            common.save_checkpoint(run.folder, step, parts, procs)
+            run.save(step, wait=last)
         if last:
             break
         optim.set_lr(classifier_optimizers, optim.learning_rate(step, cfg.classifier_lr, cfg.warmup, cfg.steps))
@@ -219,7 +224,7 @@ def main(cfg: Config) -> None:
             ema.update(step)
         if (step + 1) % cfg.log_every == 0:
             run.log(step + 1, **{name: procs.mean(value) for name, value in values.items()})
-    weights, classifier_weights = ema.weights(), {n: common.full(p) for n, p in classifier.named_parameters()}
+    weights, classifier_weights = ema.weights(), {n: parallel.full(p) for n, p in classifier.named_parameters()}
     if procs.rank == 0:
         save_network(run.folder / "fast_adapter.safetensors", "FastAdapter", adapter.config, weights)
         save_network(run.folder / "classifier.safetensors", "Classifier", classifier.config, classifier_weights)

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common import UserError
+from parallel import all_tokens, heads_to_tokens, own_tokens, tokens_to_heads
 from weights import Stored, load, read_checkpoint, read_config, read_folder, read_network, rename
 
 
@@ -133,6 +134,8 @@ Keys = tuple[Tensor, Tensor]  # keys and values that queries attend to
 class Attention(nn.Module):
     """Attention with RMS norm of queries and keys over the full width. Serves self- and cross-attention."""
 
+    group = None  # processes that share the queries' tokens
+
     def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
         self.heads = heads
@@ -140,19 +143,24 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (FloatRMSNorm(dim, eps=eps) for _ in range(2))
 
     def keys(self, context: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Keys:
-        """Keys and values of a context [B, L, dim], [B, heads, L, head_dim] each."""
-        k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))  # (B, L, heads, head_dim)
+        """Keys and values of a context [B, L, dim], [B, L, heads, head_dim] each."""
+        k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))
         v = self.v(context).unflatten(-1, (self.heads, -1))
         if rope is not None:
             k = rotate(k, *rope)
-        return k.transpose(1, 2).to(v.dtype), v.transpose(1, 2)
+        return k.to(v.dtype), v
 
     def forward(self, x: Tensor, context: Tensor | Keys, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [B, N, dim] attends to a context [B, L, dim] or its keys; with `rope` to itself."""
         k, v = self.keys(context, rope) if isinstance(context, Tensor) else context
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
         if rope is not None:
             q = rotate(q, *rope)
-        return self.o(attend(q.transpose(1, 2).to(v.dtype), k, v).transpose(1, 2).flatten(-2))
+        q, shared = q.to(v.dtype), self.group is not None and rope is not None
+        if shared:
+            q, k, v = tokens_to_heads(torch.cat([q, k, v]), self.group).chunk(3)
+        out = attend(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
+        return self.o((heads_to_tokens(out, self.group) if shared else out).flatten(-2))
 
 
 class Block(nn.Module):
@@ -197,6 +205,7 @@ class VideoDiT(nn.Module):
     """The generator. `forward(x, t, text)` predicts the velocity `noise - x0` (flow.py, eq. 2)."""
 
     float32 = r"^time_|modulation$|norm"  # parameters that stay so in a network read in bfloat16, as in Wan
+    group = None  # processes that share a video's tokens
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -256,15 +265,19 @@ class VideoDiT(nn.Module):
     def embed(
         self, x: Tensor, t: Tensor, text: Tensor | list[Keys]
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | Keys], tuple[Tensor, Tensor]]:
-        """What the blocks work on: tokens [B,N,D], timestep [B,F,D] and [B,F,6,D], text for each, rotary tables."""
+        """What the blocks work on: tokens [B,N,D], timestep [B,F,D] and [B,F,6,D], text for each, rotary tables.
+
+        Here and in the blocks N counts this process's tokens, if several share a video.
+        """
         frames, height, width = (n // p for n, p in zip(x.shape[2:], self.config.patch, strict=True))
-        rope = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
+        tables = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
+        tokens, *rope = (own_tokens(y, frames, self.group) for y in (self.patch_embedding(x), *tables))
         with torch.autocast(x.device.type, enabled=False):  # as Wan: every layer hangs on these few rows
             e = self.time_embedding(self.time_features(t).to(self.time_embedding[0].weight.dtype))
             e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
         if isinstance(text, Tensor):
             text = [self.text_embedding(text.to(self.text_embedding[0].weight.dtype))] * len(self.blocks)
-        return self.patch_embedding(x), e, e6, text, rope
+        return tokens, e, e6, text, tuple(rope)
 
     def forward(
         self,
@@ -286,10 +299,10 @@ class VideoDiT(nn.Module):
             if residuals is not None:
                 tokens = tokens + residuals[i].type_as(tokens)
             if i in taps:
-                tapped.append(tokens)
+                tapped.append(all_tokens(tokens, e.shape[1], self.group))
         p, q, r = self.config.patch
         out = rearrange(
-            self.head(tokens, e.float()),
+            all_tokens(self.head(tokens, e.float()), e.shape[1], self.group),
             "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
             f=x.shape[2] // p, h=x.shape[3] // q, p=p, q=q, r=r,
         )  # fmt: skip

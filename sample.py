@@ -26,6 +26,7 @@ from torch import Tensor
 
 import common
 import flow
+import parallel
 from adapter import read_adapter, serves, steer
 from codec import Codec, open_codec
 from maps import Size, fit_frames
@@ -116,7 +117,7 @@ def embed_prompt(cfg: Config, codec: Codec) -> Tensor:
 def main(cfg: Config) -> None:
     check(cfg)
     name = cfg.speed.title()
-    device = common.init_processes().device
+    device = parallel.init_processes().device
     held = torch.float32 if cfg.dtype == "float32" else FROZEN[cfg.preset]
     codec = open_codec(cfg.preset, cfg.weights, device, dtype=held, tile=cfg.tile)
     size = codec.check_size(cfg.size, cfg.frames)
@@ -127,9 +128,9 @@ def main(cfg: Config) -> None:
     @contextlib.contextmanager
     def timed(part: str) -> Iterator[None]:
         began = time.perf_counter()
-        common.reset_peak(device)
+        parallel.reset_peak(device)
         yield
-        took[part] = f"{time.perf_counter() - began:.2f} s, {common.peak_memory(device):.2f} GiB"
+        took[part] = f"{time.perf_counter() - began:.2f} s, {parallel.peak_memory(device):.2f} GiB"
 
     with timed("read inputs"):
         image, source_size = load_image(cfg.image, size)
@@ -147,7 +148,7 @@ def main(cfg: Config) -> None:
         adapter = read_adapter(files[1], f"{name}Adapter", held).to(device)
         if not serves(adapter, generator):
             raise common.UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}")
-    with timed("denoise"), torch.no_grad(), common.autocast(device, cfg.dtype):
+    with timed("denoise"), torch.no_grad(), parallel.autocast(device, cfg.dtype):
         velocity, steps = steer(generator, adapter, text, traj, once=True), cfg.steps or sampling.steps
         sigmas, shape = flow.sigma_schedule(steps, sampling.shift), traj.shape[1:]
         if cfg.speed == "fast":

@@ -21,9 +21,11 @@ from tqdm import tqdm
 
 import common
 import optim
+import parallel
 from codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
 from data import ToyWorld
 from measures import laplacian
+from runs import Run
 from weights import save_network
 
 
@@ -69,7 +71,7 @@ def decoder_loss(out: Tensor, frames: Tensor, detail: float, energy: float) -> T
 
 
 def main(cfg: Config) -> None:
-    procs = common.Processes(0, 1, torch.device("cpu"), None)
+    procs = parallel.Processes(0, 1, torch.device("cpu"), None)
     torch.manual_seed(cfg.seed)
     world, held_out = ToyWorld(), ToyWorld("validation")
     if cfg.init:
@@ -80,9 +82,8 @@ def main(cfg: Config) -> None:
     decoder = model.requires_grad_(False).detail.requires_grad_(True)
     optimizers = optim.make_optimizers(decoder, decoder, weight_decay=0.01)
     parts = {"codec": (model, optimizers, None)}
-    run = common.Run(f"runs/{cfg.name}", cfg, procs)
-    start = common.load_checkpoint(run.folder, parts, procs)
-    run.rewind(start)
+    run = Run(f"runs/{cfg.name}", cfg, procs, parts)
+    start = run.resume()
 
     def train_step(step: int) -> tuple[Tensor, Tensor]:
         samples = list(range(step * cfg.batch, (step + 1) * cfg.batch))
@@ -107,7 +108,7 @@ def main(cfg: Config) -> None:
         if (step % cfg.sample_every == 0 and step > start) or last:
             write_samples(step)
         if (step % cfg.save_every == 0 and step > start) or last:
-            common.save_checkpoint(run.folder, step, parts, procs)
+            run.save(step, wait=last)
         if last:
             break
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))

@@ -20,9 +20,12 @@ import adapter as adapters
 import common
 import flow
 import optim
+import parallel
 from codec import open_codec
 from data import training_data
 from model import FROZEN, VideoDiT
+from parallel import Recompute
+from runs import Run
 from weights import save_network
 
 
@@ -51,6 +54,8 @@ class Config:
     drop_text: float = 0.1  # share of empty captions, for guidance
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
+    recompute: Recompute = "none"  # of what the gradient needs of a block, what is computed again: less memory
+    sequence: int = 1  # neighbouring processes that share one video
     seed: int = 1  # of weights, data order and noise
     log_every: int = 20  # steps
     save_every: int = 500  # steps
@@ -60,12 +65,12 @@ class Config:
 # The paper's steps, of which 4,600 with masks, and Wan's shift. Its rate is not known; this one is untried.
 WAN5B = {
     "generator": "Wan2.2-TI2V-5B", "steps": 10000, "mask_steps": 4600, "batch": 16, "lr": 1e-3, "shift": 5.0,
-    "warmup": 200,
+    "warmup": 200, "recompute": "full",
 }  # fmt: skip
 
 
 def main(cfg: Config) -> None:
-    procs = common.init_processes()
+    procs = parallel.init_processes(cfg.sequence)
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", FROZEN[cfg.preset]).requires_grad_(False)
     if cfg.init:
@@ -75,16 +80,17 @@ def main(cfg: Config) -> None:
     else:
         adapter = adapters.ControlNetAdapter(generator.config)
         adapter.copy_generator(generator)
-    generator, adapter = (common.prepare(network, procs, cfg.compile) for network in (generator, adapter))
+    generator, adapter = (
+        parallel.prepare(network, procs, cfg.compile, cfg.recompute) for network in (generator, adapter)
+    )
     optimizers = optim.make_optimizers(adapter, adapter.blocks, cfg.weight_decay)
     ema = optim.EMA(adapter, cfg.ema)
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
     data, held_out = training_data(cfg.data, codec, cfg.seed)
 
     parts = {"adapter": (adapter, optimizers, ema)}
-    run = common.Run(f"runs/{cfg.name}", cfg, procs)
-    start = common.load_checkpoint(run.folder, parts, procs)
-    run.rewind(start)
+    run = Run(f"runs/{cfg.name}", cfg, procs, parts)
+    start = run.resume()
 
     def train_step(step: int) -> tuple[Tensor, Tensor]:
         kind, sparse = ("mask", 0.0) if step < cfg.mask_steps else ("box", cfg.sparse)
@@ -94,7 +100,7 @@ def main(cfg: Config) -> None:
             noise = common.sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
             u = common.sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
             sigma = flow.shift_sigma(u, cfg.shift)
-            with common.autocast(procs.device, cfg.dtype):
+            with parallel.autocast(procs.device, cfg.dtype):
                 loss = flow.flow_matching_loss(
                     lambda x, t: generator(x, t, text, adapter(x, t, text, traj)), x0, noise, sigma
                 )
@@ -106,7 +112,7 @@ def main(cfg: Config) -> None:
         """Four held-out trajectories: truth and sample in turn."""
         x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
         noise = common.sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
-        with ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
+        with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
             velocity = adapters.steer(generator, adapter, text, traj)
             out = flow.sample_multistep(velocity, x0[:, :, :1], noise, flow.sigma_schedule(20, cfg.shift))
         pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
@@ -117,7 +123,7 @@ def main(cfg: Config) -> None:
         if (step % cfg.sample_every == 0 and step > start) or last:
             write_samples(step)
         if (step % cfg.save_every == 0 and step > start) or last:
-            common.save_checkpoint(run.folder, step, parts, procs)
+            run.save(step, wait=last)
         if last:
             break
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)

@@ -23,9 +23,11 @@ import adapter as adapters
 import common
 import flow
 import optim
+import parallel
 from codec import ToyCodec
 from data import training_data
 from model import PRESETS, VideoDiT
+from runs import Run
 from weights import save_network
 
 
@@ -59,14 +61,14 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    procs = common.init_processes()
+    procs = parallel.init_processes()
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     if cfg.init:
         model = VideoDiT.from_pretrained(Path(cfg.init, "slow_generator.safetensors"), "SlowGenerator")
         guide = adapters.read_adapter(Path(cfg.init, "slow_adapter.safetensors"), "SlowAdapter")
     else:
         model, guide = VideoDiT(PRESETS[cfg.preset]), adapters.ResNetAdapter(adapters.PRESETS[cfg.preset])
-    model, guide = (common.prepare(network, procs, cfg.compile) for network in (model, guide))
+    model, guide = (parallel.prepare(network, procs, cfg.compile) for network in (model, guide))
     optimizers = optim.make_optimizers(model, model.blocks, cfg.weight_decay)
     guide_optimizers = optim.make_optimizers(guide, guide.blocks, cfg.weight_decay)
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
@@ -74,9 +76,8 @@ def main(cfg: Config) -> None:
     data, held_out = training_data(cfg.data, codec, cfg.seed)
 
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
-    run = common.Run(f"runs/{cfg.name}", cfg, procs)
-    start = common.load_checkpoint(run.folder, parts, procs)
-    run.rewind(start)
+    run = Run(f"runs/{cfg.name}", cfg, procs, parts)
+    start = run.resume()
 
     def train_step(step: int) -> tuple[Tensor, Tensor]:
         losses = []
@@ -88,7 +89,7 @@ def main(cfg: Config) -> None:
             pure = cfg.pure_noise * (1 - step / cfg.steps)
             sigma[common.sample_uniform(samples, 1, cfg.seed, step, 3).to(procs.device) < pure] = 1
             told = common.sample_uniform(samples, 1, cfg.seed, step, 2).to(procs.device) < cfg.guided
-            with common.autocast(procs.device, cfg.dtype):
+            with parallel.autocast(procs.device, cfg.dtype):
                 residuals = [r * told[:, None, None] for r in guide(None, None, None, traj)]
                 loss = flow.flow_matching_loss(lambda x, t: model(x, t, text, residuals), x0, noise, sigma)
             (loss / cfg.accumulate).backward()
@@ -100,7 +101,7 @@ def main(cfg: Config) -> None:
         """Four held-out images set in motion: truth, a sample of the generator alone, and a guided one, in turn."""
         x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
         noise = common.sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
-        with ema.applied(), guide_ema.applied(), torch.no_grad(), common.autocast(procs.device, cfg.dtype):
+        with ema.applied(), guide_ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
             sigmas, videos = flow.sigma_schedule(20, cfg.shift), [x0]
             for residuals in (None, guide(None, None, None, traj)):
                 velocity = partial(model, text=text, residuals=residuals)
@@ -112,7 +113,7 @@ def main(cfg: Config) -> None:
         if (step % cfg.sample_every == 0 and step > start) or last:
             write_samples(step)
         if (step % cfg.save_every == 0 and step > start) or last:
-            common.save_checkpoint(run.folder, step, parts, procs)
+            run.save(step, wait=last)
         if last:
             break
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)

@@ -19,10 +19,10 @@ def start_in(folder: Path):
     for name in ("examples", "checkpoints"):
         (folder / name).symlink_to(ROOT / name)
 
-    def start(script: str, *flags: object, processes: int = 1, wait: bool = True):
+    def start(script: str, *flags: object, processes: int = 1, torchrun: tuple = ("--standalone",), wait: bool = True):
         launcher = [sys.executable]
         if processes > 1:
-            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *torchrun]
         command = [*launcher, str(ROOT / script), *(str(flag) for flag in flags)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         job = subprocess.Popen(

@@ -1,7 +1,6 @@
 """The plumbing: flags, sharing of work, noise, schedule, averages, files."""
 
 import dataclasses
-import json
 from typing import Literal
 
 import imageio.v3 as iio
@@ -13,7 +12,6 @@ import clips
 import common
 import distill_fast
 import finetune_hybrid
-import optim
 import sample
 import train_slow_adapter
 
@@ -76,14 +74,6 @@ def test_help_prints_every_field_with_default_and_comment(capsys):
     assert sum(line.startswith("  --") for line in lines) == len(dataclasses.fields(train_slow_adapter.Config))
 
 
-def test_a_global_batch_is_shared_whole():
-    everyone = [common.Processes(r, 4, torch.device("cpu"), None).share(16, 2, 3) for r in range(4)]
-    assert sorted(s for parts in everyone for part in parts for s in part) == list(range(48, 64))
-    assert all(len(part) == 2 for parts in everyone for part in parts)
-    with pytest.raises(common.UserError, match="--batch 6 does not divide into 4 processes x 1"):
-        common.Processes(0, 4, torch.device("cpu"), None).share(6, 1, 0)
-
-
 def test_randomness_depends_on_its_key_alone():
     together = common.sample_noise((3, 2), [5, 9], 0, 7)
     assert torch.equal(together[1:], common.sample_noise((3, 2), [9], 0, 7))
@@ -92,32 +82,6 @@ def test_randomness_depends_on_its_key_alone():
     u = common.sample_uniform(list(range(32, 48)), 16, 0)
     assert torch.equal((u * 16).floor(), torch.arange(16.0))  # stratified
     assert torch.equal(u[4:6], common.sample_uniform([36, 37], 16, 0))
-
-
-def test_log_rewinds_and_survives_a_cut_line(tmp_path):
-    run = common.Run(tmp_path / "r", Options(), common.Processes(0, 1, torch.device("cpu"), None))
-    for step in (1, 2, 3):
-        run.log(step, loss=step / 2)
-    with (tmp_path / "r" / "log.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')
-    run.rewind(2)
-    lines = (tmp_path / "r" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
-    assert json.loads((tmp_path / "r" / "config.json").read_text()) == dataclasses.asdict(Options())
-
-
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    procs = common.Processes(0, 1, torch.device("cpu"), None)
-
-    def part(width):
-        model = torch.nn.Sequential(torch.nn.Linear(4, width))
-        model.blocks = model[:]
-        return {"net": (model, optim.make_optimizers(model, model.blocks, 0.0), optim.EMA(model, 0.9))}
-
-    common.save_checkpoint(tmp_path, 3, part(4), procs)
-    assert common.load_checkpoint(tmp_path, part(4), procs) == 3
-    with pytest.raises(common.UserError, match="of other shapes; give the run another --name"):
-        common.load_checkpoint(tmp_path, part(5), procs)
 
 
 def test_atomic_leaves_nothing_behind_on_failure(tmp_path):

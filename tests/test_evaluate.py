@@ -17,13 +17,14 @@ import torch
 import adapter as adapters
 import common
 import evaluate
+import parallel
 from codec import ToyCodec
 from data import ToyBatch, ToyWorld
 from measures import subset
 from model import PRESETS, VideoDiT
 from weights import save_network
 
-ALONE = common.Processes(0, 1, torch.device("cpu"), None)
+ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture(scope="module")

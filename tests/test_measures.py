@@ -11,10 +11,11 @@ from torch import Tensor
 
 import common
 import measures
+import parallel
 from data import COLORS, ToyBatch, ToyWorld
 
 RED, YELLOW = (list(COLORS).index(name) for name in ("red", "yellow"))
-ALONE = common.Processes(0, 1, torch.device("cpu"), None)
+ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_text_read_once_is_text_read_at_every_step():
     model, x, t, text = small(2)
     with torch.no_grad():
         seen = model.read_text(text)
-        assert [k.shape for k, _ in seen] == [(2, 4, 7, 32)] * 3
+        assert [k.shape for k, _ in seen] == [(2, 7, 4, 32)] * 3
         assert torch.equal(model(x, t, seen), model(x, t, text))
         assert not torch.allclose(model(x, t, model.read_text(text + 1)), model(x, t, text))
 

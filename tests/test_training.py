@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,12 +61,13 @@ def start(folder):
 
 @pytest.fixture(scope="module")
 def whole(start, folder, flags):
-    """The log and weights of an uninterrupted run of a script on so many processes."""
+    """The log and weights of an uninterrupted run of a script on so many processes, of which some share a video."""
 
     @cache
-    def train(script: str, processes: int):
-        name = f"whole{processes}_{SCRIPTS[script]}"
-        finish(start(script, *flags[script], "--name", name, processes=processes))
+    def train(script: str, processes: int, sequence: int = 1):
+        name = f"whole{processes}_{sequence}_{SCRIPTS[script]}"
+        more = ("--sequence", sequence) if sequence > 1 else ()
+        finish(start(script, *flags[script], *more, "--name", name, processes=processes))
         return outcome(folder, name, SCRIPTS[script])
 
     return train
@@ -117,9 +119,34 @@ def test_ten_steps_equal_five_kill_and_five_more(start, folder, flags, whole, sc
     assert checkpoints == ["step_00000005", "step_00000010"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_follow_the_curve_of_one(whole, script):
-    (one, one_weights), (two, two_weights) = (whole(script, processes) for processes in (1, 2))
+ALONE_AND_TOGETHER = [(script, 1) for script in SCRIPTS] + [(s, 2) for s in SCRIPTS if s != "train_slow_generator.py"]
+
+
+@pytest.mark.parametrize("script, sequence", ALONE_AND_TOGETHER)
+def test_two_processes_follow_the_curve_of_one(whole, script, sequence):
+    """With a video each, and with every video split between both."""
+    same_curve(whole(script, 1), whole(script, 2, sequence))
+
+
+def test_two_nodes_of_two_processes_follow_the_curve_of_one(start, folder, flags):
+    """Parameters are sharded within a node and replicated over nodes (HSDP)."""
+    script = "train_slow_adapter.py"
+    short = (*flags[script], "--steps", 4, "--mask_steps", 2, "--batch", 4, "--name")
+    finish(start(script, *short, "one"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        meet = ("--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={server.getsockname()[1]}")
+    nodes = [
+        start(script, *short, "nodes", processes=2, torchrun=(*meet, f"--node_rank={n}"), wait=False) for n in (0, 1)
+    ]
+    for node in nodes:
+        _, errors = node.communicate(timeout=300)
+        assert node.returncode == 0, errors[-20000:]
+    same_curve(*(outcome(folder, name, "slow_adapter") for name in ("one", "nodes")))
+
+
+def same_curve(one, other) -> None:
+    """Two runs' logs and weights are the same up to rounding."""
+    (one, one_weights), (two, two_weights) = one, other
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
@@ -147,14 +174,16 @@ if moment == "rename":
     os.rename = lambda a, b: die() if step in str(b) else rename(a, b)
 else:  # the second of its writes to that folder
     import torch.distributed.checkpoint as dcp
-    save = dcp.save
+    save = dcp.async_save
     def cut(state, checkpoint_id, **k):
-        save(state, checkpoint_id=checkpoint_id, **k)
+        saved = save(state, checkpoint_id=checkpoint_id, **k)
         if step in str(checkpoint_id):
+            saved.result()
             data = max(pathlib.Path(checkpoint_id).iterdir(), key=lambda p: p.stat().st_size)
             os.truncate(data, data.stat().st_size // 2)
             die()
-    dcp.save = cut
+        return saved
+    dcp.async_save = cut
 common.run_script(train_slow_generator.main, train_slow_generator.Config)
 """)
     for moment, step, left in (("rename", "00000005", []), ("write", "00000010", ["step_00000005"])):

@@ -1,0 +1,139 @@
+"""Many devices: shares of a batch, recomputed activations, sequences split among processes, nodes."""
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import parallel
+from model import DiTConfig, VideoDiT
+
+ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
+
+
+def test_a_global_batch_is_shared_whole():
+    everyone = [parallel.Processes(r, 4, torch.device("cpu"), None).share(16, 2, 3) for r in range(4)]
+    assert sorted(s for parts in everyone for part in parts for s in part) == list(range(48, 64))
+    assert all(len(part) == 2 for parts in everyone for part in parts)
+    with pytest.raises(common.UserError, match="--batch 6 does not divide into 4 processes x 1"):
+        parallel.Processes(0, 4, torch.device("cpu"), None).share(6, 1, 0)
+
+
+def test_processes_that_share_a_video_get_the_same_samples():
+    everyone = [parallel.Processes(r, 8, torch.device("cpu"), None, 2).share(16, 1, 0) for r in range(8)]
+    assert everyone[::2] == everyone[1::2]
+    assert sorted(s for parts in everyone[::2] for part in parts for s in part) == list(range(16))
+    with pytest.raises(common.UserError, match="--batch 6 does not divide into 4 x 2 processes"):
+        parallel.Processes(0, 8, torch.device("cpu"), None, 2).share(6, 1, 0)
+
+
+def gradients(how: parallel.Recompute, compile: bool = False) -> tuple[list[torch.Tensor], int, int]:
+    """Of a small transformer's parameters; what they cost in FLOP; how many bytes the forward pass kept for them."""
+    torch.manual_seed(0)
+    config = DiTConfig(64, 256, 2, 2, text_dim=16, text_tokens=8, channels=16)
+    model = VideoDiT(config)
+    torch.nn.init.normal_(model.head.head.weight)
+    parallel.prepare(model, ALONE, compile, how)
+    kept = {}
+
+    def keep(y: torch.Tensor) -> torch.Tensor:
+        kept[y.data_ptr()] = y.nbytes
+        return y
+
+    x, t, text = torch.randn(1, 16, 3, 16, 16), torch.tensor([[0.0, 500.0, 500.0]]), torch.randn(1, 8, 16)
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(keep, lambda y: y):
+            loss = model(x, t, text).square().mean()
+        loss.backward()
+    return [p.grad for p in model.parameters()], counter.get_total_flops(), sum(kept.values())
+
+
+def test_recomputing_gives_the_same_gradient_and_costs_what_it_says():
+    (none, work, most), (selective, same, _), (full, more, least) = map(gradients, ("none", "selective", "full"))
+    for a, b, c in zip(none, selective, full, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-7)
+    assert least < 0.15 * most
+    assert same == work and 1.25 * work < more < 1.35 * work  # a forward pass again, of three
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputing_compiled_blocks_gives_the_same_gradient(how):
+    for a, b in zip(gradients("none")[0], gradients(how, compile=True)[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+WORKER = """
+import sys
+sys.path.insert(0, {root!r})
+import torch, torch.distributed as dist
+import adapter as adapters, common, flow, parallel
+from model import DiTConfig, VideoDiT
+
+def main(cfg=None):
+    procs = parallel.init_processes(sequence=2)
+    shape, hidden = DiTConfig(64, 128, 4, 2, text_dim=16, text_tokens=8, channels=16), 32
+    torch.manual_seed(0)
+    for kind in ("resnet", "controlnet"):
+        model = VideoDiT(shape)
+        torch.nn.init.normal_(model.head.head.weight, std=0.1)
+        adapter = (adapters.ResNetAdapter(adapters.AdapterConfig(64, 2, hidden, 16)) if kind == "resnet"
+                   else adapters.ControlNetAdapter(shape))
+        for p in adapter.parameters():
+            torch.nn.init.normal_(p, std=0.05)
+        x, traj = torch.randn(2, 2, 16, 3, 8, 12)
+        t, text = torch.tensor([[0.0, 700.0, 700.0]]).expand(2, 3), torch.randn(2, 8, 16)
+        networks = torch.nn.ModuleList([model, adapter])
+
+        def outcome():
+            networks.zero_grad()
+            noisy = x.clone().requires_grad_(True)
+            v, (tapped,) = model(noisy, t, text, adapter(noisy, t, text, traj), taps=(1,))
+            again = model(flow.add_noise(v, x, t / 1000), t, text)  # a gradient through one network into another
+            (again.square().mean() + tapped.square().mean()).backward()
+            return [v.detach(), tapped.detach(), again.detach()], [p.grad.clone() for p in networks.parameters()
+                                                                   if p.grad is not None] + [noisy.grad]
+
+        outputs, grads = outcome()
+        parallel.split_sequence(networks, procs.group)
+        for compiled in (False, True):
+            if compiled:
+                for block in (*model.blocks, *adapter.blocks):
+                    block.compile()
+            shared, shared_grads = outcome()
+            for a, b in zip(outputs, shared, strict=True):
+                assert (a - b).norm() < 1e-5 * a.norm(), (kind, compiled, (a - b).norm() / a.norm())
+            for a, b in zip(grads, shared_grads, strict=True):
+                dist.all_reduce(b)
+                assert (a - b / procs.world).norm() < 1e-4 * a.norm(), (kind, compiled, a.shape)
+        seen = model.read_text(text)
+        once = model(x, t, seen, adapter(x, t, text, traj))
+        assert (once - outputs[0]).norm() < 1e-5 * once.norm()
+    print("all agree")
+
+from dataclasses import dataclass
+@dataclass(frozen=True)
+class Config:
+    pass
+common.run_script(main, Config)
+"""
+
+
+def test_two_processes_that_share_a_video_equal_one(run, tmp_path):
+    """Outputs, taps and gradients, with either adapter, eager and compiled."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER.format(root=str(ROOT)))
+    job = run(worker, processes=2)
+    assert job.returncode == 0 and job.stdout.count("all agree") == 2, job.stderr[-3000:]
+
+
+def test_what_does_not_divide_is_refused(run):
+    one = torch.randn(1, 3 * 9, 4)
+    assert parallel.own_tokens(one, 3, None) is one
+    flags = ("--steps", 1, "--batch", 3, "--compile", "false")
+    job = run("train_slow_adapter.py", *flags, "--sequence", 3, processes=2)
+    assert job.returncode != 0 and "--sequence 3: must divide the number of processes, 2" in job.stderr
+    job = run("train_slow_adapter.py", *flags, "--sequence", 3, processes=3)
+    assert job.returncode != 0 and "4 attention heads do not divide among 3 processes; start fewer" in job.stderr
