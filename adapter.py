@@ -4,6 +4,7 @@ An adapter has as many blocks as the DiT. Block i's output passes a projection t
 output of DiT block i, so a fresh adapter changes nothing, to the bit.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from flow import Velocity
-from model import DiTConfig, PatchEmbedding, VideoDiT, init_xavier
+from model import DiTConfig, Keys, PatchEmbedding, VideoDiT, init_xavier
 from parallel import own_tokens
 from weights import load, read_network
 
@@ -84,16 +86,18 @@ class ResNetAdapter(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> list[Tensor]:
         """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""
+        return list(self.residuals(x, t, text, traj))
+
+    def residuals(self, x: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> Iterator[Tensor]:
+        """The same, each made when it is asked for."""
         traj = self.norm(traj)
         traj = torch.cat([traj, traj[:, :, :1].expand_as(traj)], dim=1)
         _, q, r = self.config.patch
         tokens = rearrange(traj, "b c f (h q) (w r) -> b f h w (c q r)", q=q, r=r)
         h = rearrange(self.patch_embedding(tokens), "b f h w c -> b c f h w")
-        residuals = []
         for block in self.blocks:
             h, residual = block(h)
-            residuals.append(residual)
-        return residuals
+            yield residual
 
 
 class ControlNetAdapter(VideoDiT):
@@ -124,14 +128,16 @@ class ControlNetAdapter(VideoDiT):
         own = {name: value for name, value in own.items() if not name.startswith("head.")}
         self.load_state_dict(own | {n: p for n, p in self.state_dict().items() if n.startswith("project.")})
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> list[Tensor]:
-        """x, traj [B,C,F,H,W], t [B,F], text [B,L,text_dim] -> one residual [B,N,dim] per DiT block."""
+    def forward(self, x: Tensor, t: Tensor, text: Tensor | list[Keys], traj: Tensor) -> list[Tensor]:
+        """x, traj [B,C,F,H,W], t [B,F], text [B,L,text_dim] or `read_text` -> one residual [B,N,dim] per DiT block."""
+        return list(self.residuals(x, t, text, traj))
+
+    def residuals(self, x: Tensor, t: Tensor, text: Tensor | list[Keys], traj: Tensor) -> Iterator[Tensor]:
+        """The same, each made when it is asked for: then the generator needs no memory for all of them."""
         tokens, _, e, text, rope = self.embed(torch.cat([x, traj.to(x)], dim=1), t, text)
-        residuals = []
         for block, project, seen in zip(self.blocks, self.project, text, strict=True):
             tokens = block(tokens, e, seen, rope)
-            residuals.append(project(tokens))
-        return residuals
+            yield project(tokens)
 
 
 Adapter = ResNetAdapter | ControlNetAdapter
@@ -155,16 +161,24 @@ def read_adapter(path: Path | str, network: str, dtype: torch.dtype = torch.floa
     return load(lambda: ControlNetAdapter(DiTConfig(**config)), tensors, path, dtype)
 
 
+def at_hand(network: nn.Module, device: torch.device) -> bool:
+    """Are the blocks' weights where they are used, neither sharded nor kept in the host's memory?"""
+    return not isinstance(network, FSDPModule) and next(network.blocks.parameters()).device == device
+
+
 def steer(
-    generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor | None = None, once: bool = False
+    generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor | None = None, frugal: bool = False
 ) -> Velocity:
     """The generator's velocity under this text and, unless the adapter is None, this trajectory.
 
-    A static adapter reads the trajectory once, the other at every call. `once`: so does the generator with the text,
-    which needs its blocks' weights at hand: not while they are sharded.
+    What every step would do alike is done once: the blocks' keys of the text, if their weights are at hand, and a
+    static adapter. Its residuals fill memory until the last step; `frugal` makes them anew at every step, one by one.
     """
-    seen = generator.read_text(text) if once else text
-    if adapter is not None and not adapter.static:
-        return lambda x, t: generator(x, t, seen, adapter(x, t, text, traj))
-    residuals = None if adapter is None else adapter(None, None, text, traj)
-    return partial(generator, text=seen, residuals=residuals)
+    seen = generator.read_text(text) if at_hand(generator, text.device) else text
+    if adapter is None:
+        return partial(generator, text=seen)
+    if adapter.static and not frugal:
+        return partial(generator, text=seen, residuals=adapter(None, None, None, traj))
+    text = adapter.read_text(text) if not adapter.static and at_hand(adapter, text.device) else text
+    residuals = adapter if isinstance(adapter, FSDPModule) else adapter.residuals
+    return lambda x, t: generator(x, t, seen, residuals(x, t, text, traj))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import common
 import flow
+import memory
 import parallel
 import vae
 from adapter import AdapterConfig, ResNetAdapter, steer
@@ -182,7 +183,7 @@ def bench_transformer(cfg: Config, dtype: torch.dtype, compiled: bool, device: t
     noise, sigmas = torch.randn(4, *x.shape, device=device), flow.sigma_schedule(4, 5.0)
 
     def our_loop() -> Tensor:
-        return flow.sample_fewstep(steer(ours, adapter, text, traj, once=True), x[:, :, :1], noise, sigmas)
+        return flow.sample_fewstep(steer(ours, adapter, text, traj), x[:, :, :1], noise, sigmas)
 
     def their_loop() -> Tensor:
         return flow.sample_fewstep(adapted, x[:, :, :1], noise, sigmas)
@@ -220,10 +221,10 @@ def bench_vae(cfg: Config, dtype: torch.dtype, device: torch.device) -> list[Row
 def peak(function: Callable, device: torch.device) -> float:
     """The most memory that a call holds beyond what was held before it, in GiB."""
     gc.collect()
-    parallel.reset_peak(device)
-    before = parallel.peak_memory(device)
+    memory.reset_peak(device)
+    before = memory.peak_memory(device)
     function()
-    return parallel.peak_memory(device) - before
+    return memory.peak_memory(device) - before
 
 
 def main(cfg: Config) -> None:

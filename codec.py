@@ -176,15 +176,18 @@ class WanCodec(Codec):
     """Wan2.2's codec: its VAE, and UMT5-XXL through `transformers` (requirements-wan.txt).
 
     `folder` is Wan2.2-TI2V-5B as published, in its own layout or diffusers'. Each part is read when first needed, and
-    the text encoder, larger than all else, let go of after. The VAE encodes in float32 and decodes in `dtype`, if
-    `tile` is set in squares of so many latent positions.
+    the text encoder, larger than all else, let go of after; with `offload` its blocks stay in the host's memory. The
+    VAE encodes in float32 and decodes in `dtype`, if `tile` is set in squares of so many latent positions.
     """
 
     channels, spatial, temporal = 48, 16, 4
     text_dim, text_tokens = 4096, 512
 
-    def __init__(self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32, tile: int = 0):
-        self.folder, self.device, self.dtype, self.tile = Path(folder), device, dtype, tile
+    def __init__(
+        self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32, tile: int = 0,
+        offload: bool = False,
+    ):  # fmt: skip
+        self.folder, self.device, self.dtype, self.tile, self.offload = Path(folder), device, dtype, tile, offload
 
     @cached_property
     def vae(self) -> WanVAE:
@@ -212,7 +215,7 @@ class WanCodec(Codec):
         """What embeds prompts, read from disk; let go of it when all are embedded."""
         tokenizer = self._part("google/umt5-xxl", "tokenizer")
         encoder = self._part("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
-        return TextEncoder(tokenizer, encoder, self.device, self.text_tokens)
+        return TextEncoder(tokenizer, encoder, self.device, self.text_tokens, self.offload)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Prompts -> [B, 512, 4096] bfloat16, zeros after the last token. Tokens past 512 are dropped."""

@@ -6,8 +6,10 @@ per latent frame, because image-to-video gives frame 0 another timestep than the
 channels, F latent frames, H W latent size, N = F*h*w tokens, D width, L text tokens.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -284,20 +286,20 @@ class VideoDiT(nn.Module):
         x: Tensor,
         t: Tensor,
         text: Tensor | list[Keys],
-        residuals: list[Tensor] | None = None,
+        residuals: Iterable[Tensor] | None = None,
         taps: tuple[int, ...] = (),
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Velocity of x [B,C,F,H,W] at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim] or `read_text`.
 
-        `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output. `taps`: block numbers
-        whose outputs [B,N,D] are returned too, as a list beside the velocity.
+        `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output; taken one by one.
+        `taps`: block numbers whose outputs [B,N,D] are returned too, as a list beside the velocity.
         """
         tokens, e, e6, text, rope = self.embed(x, t, text)
-        tapped = []
-        for i, block in enumerate(self.blocks):
+        tapped, added = [], repeat(None, len(self.blocks)) if residuals is None else residuals
+        for i, (block, residual) in enumerate(zip(self.blocks, added, strict=True)):
             tokens = block(tokens, e6, text[i], rope)
-            if residuals is not None:
-                tokens = tokens + residuals[i].type_as(tokens)
+            if residual is not None:
+                tokens = tokens + residual.type_as(tokens)
             if i in taps:
                 tapped.append(all_tokens(tokens, e.shape[1], self.group))
         p, q, r = self.config.patch

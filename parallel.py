@@ -7,13 +7,9 @@ part of the heads.
 
 import contextlib
 import os
-import re
-import resource
-import sys
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -201,26 +197,3 @@ def heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = rearrange(x, "b (p n) h d -> p b n h d", p=group.size()).contiguous()
     parts = collectives.all_to_all_single_autograd(parts, None, None, group)
     return rearrange(parts, "p b n h d -> b n (p h) d")
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def reset_peak(device: torch.device) -> None:
-    """From here on `peak_memory` counts anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory held since `reset_peak`, in GiB: a GPU's, or the process's resident set (elsewhere than on Linux
-    since its start).
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS

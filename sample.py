@@ -26,6 +26,7 @@ from torch import Tensor
 
 import common
 import flow
+import memory
 import parallel
 from adapter import read_adapter, serves, steer
 from codec import Codec, open_codec
@@ -58,7 +59,8 @@ class Config:
     frames: int = 9  # length of the video
     fps: int = 8  # frames a second
     scale: int = 8  # enlarge the written video so many times
-    tile: int = 0  # decode the video in squares of so many latent positions, for less memory; 0 is all at once
+    memory: Literal["high", "medium", "low"] = "high"  # of a GPU that is to do: above 24 GB, 24, or 12; see README
+    tile: int = 0  # decode the video in squares of so many latent positions; 0 is all at once, 16 with low memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
 
 
@@ -87,6 +89,8 @@ def check(cfg: Config) -> None:
         raise common.UserError(f"--scale {cfg.scale} --fps {cfg.fps}: both at least 1")
     if cfg.seed < 0:
         raise common.UserError(f"--seed {cfg.seed}: no seed below 0")
+    if cfg.memory == "medium" and not torch.cuda.is_available():
+        raise common.UserError("--memory medium: keeps weights off a GPU, and there is none; give high, or low")
     if cfg.tile < 0 or cfg.tile == 1:
         raise common.UserError(f"--tile {cfg.tile}: at least 2, or 0 for no tiles")
 
@@ -117,9 +121,13 @@ def embed_prompt(cfg: Config, codec: Codec) -> Tensor:
 def main(cfg: Config) -> None:
     check(cfg)
     name = cfg.speed.title()
-    device = parallel.init_processes().device
-    held = torch.float32 if cfg.dtype == "float32" else FROZEN[cfg.preset]
-    codec = open_codec(cfg.preset, cfg.weights, device, dtype=held, tile=cfg.tile)
+    procs = parallel.init_processes(sequence=0)  # all share the one video
+    device, frugal = procs.device, cfg.memory != "high"
+    aside = frugal and device.type == "cuda"  # blocks stay in the host's memory
+    decoder = torch.float32 if cfg.dtype == "float32" else FROZEN[cfg.preset]
+    held = torch.int8 if cfg.memory == "low" else decoder
+    tile = cfg.tile or (16 if cfg.memory == "low" else 0)
+    codec = open_codec(cfg.preset, cfg.weights, device, dtype=decoder, tile=tile, offload=aside)
     size = codec.check_size(cfg.size, cfg.frames)
     out = common.output_path(cfg.out, ".mp4")
     sampling = (flow.FAST if cfg.speed == "fast" else flow.SLOW)[cfg.preset]
@@ -128,9 +136,9 @@ def main(cfg: Config) -> None:
     @contextlib.contextmanager
     def timed(part: str) -> Iterator[None]:
         began = time.perf_counter()
-        parallel.reset_peak(device)
+        memory.reset_peak(device)
         yield
-        took[part] = f"{time.perf_counter() - began:.2f} s, {parallel.peak_memory(device):.2f} GiB"
+        took[part] = f"{time.perf_counter() - began:.2f} s, {memory.peak_memory(device):.2f} GiB"
 
     with timed("read inputs"):
         image, source_size = load_image(cfg.image, size)
@@ -142,24 +150,30 @@ def main(cfg: Config) -> None:
         first = codec.encode_video(image).to(device)
         traj = codec.encode_video(trajectory.maps("box")[None]).to(device)
     with timed("read networks"):
-        generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", held).to(device)
+        generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", held)
         if generator.config != PRESETS[cfg.preset]:
             raise common.UserError(f"{files[0]}: is no network of preset {cfg.preset}")
-        adapter = read_adapter(files[1], f"{name}Adapter", held).to(device)
+        adapter = read_adapter(files[1], f"{name}Adapter", held)
         if not serves(adapter, generator):
             raise common.UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}")
+        for network in (generator, adapter):
+            parallel.split_sequence(network, procs.group)
+            heavy = isinstance(network, VideoDiT)
+            memory.offload(network, network.blocks, device) if aside and heavy else network.to(device)
     with timed("denoise"), torch.no_grad(), parallel.autocast(device, cfg.dtype):
-        velocity, steps = steer(generator, adapter, text, traj, once=True), cfg.steps or sampling.steps
+        velocity, steps = steer(generator, adapter, text, traj, frugal), cfg.steps or sampling.steps
         sigmas, shape = flow.sigma_schedule(steps, sampling.shift), traj.shape[1:]
         if cfg.speed == "fast":
             noise = common.step_noise(steps, shape, [0], cfg.seed).to(device)
             latents = flow.sample_fewstep(velocity, first, noise, sigmas)
         else:
             noise = common.sample_noise(shape, [0], cfg.seed).to(device)
-            plain = steer(generator, None, empty, once=True)
+            plain = steer(generator, None, empty)
             velocity = flow.guided(velocity, plain, cfg.guidance or sampling.guidance)
             latents = flow.sample_multistep(velocity, first, noise, sigmas)
     del generator, adapter, velocity
+    if procs.rank > 0:
+        return
     with timed("decode"):
         video = codec.decode_video(latents)[0]
     with timed("write"):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import UserError
+from memory import offload
 from weights import load, read_checkpoint, read_config, read_folder, read_safetensors, rename, write_safetensors
 
 # Wan's names of the text encoder's parameters -> those in transformers.
@@ -49,13 +50,14 @@ def read_text_encoder(path: Path, shapes: dict | None = None) -> nn.Module:
 class TextEncoder:
     """`encoder(prompts)` -> [B, length, width] bfloat16, zeros after the last token. What is longer is cut."""
 
-    def __init__(self, tokenizer: Path, weights: Path, device: torch.device, length: int):
+    def __init__(self, tokenizer: Path, weights: Path, device: torch.device, length: int, aside: bool = False):
         try:
             from transformers import AutoTokenizer
         except ImportError:
             raise UserError("transformers: not installed; pip install -r requirements-wan.txt") from None
         self.tokenizer, self.device, self.length = AutoTokenizer.from_pretrained(tokenizer), device, length
-        self.network = read_text_encoder(weights).to(device)
+        network = read_text_encoder(weights)
+        self.network = offload(network, network.block, device) if aside else network.to(device)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:

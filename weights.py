@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError, atomic
+from memory import Int8Linear, use_int8
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,9 @@ def load(
 ) -> nn.Module:
     """The network that `build` makes, with these weights: built on the meta device, filled tensor by tensor.
 
-    `dtype` is that of all parameters but those whose names its class attribute `float32` finds. Every name and shape
-    must match, or one UserError lists what does not.
+    `dtype` is that of all parameters but those whose names its class attribute `float32` finds; int8 is that of the
+    linear layers inside the blocks, and the rest is bfloat16. Every name and shape must match, or one UserError lists
+    what does not.
     """
     with torch.device("meta"):
         network = build()
@@ -157,6 +159,15 @@ def load(
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
     kept = re.compile(getattr(network, "float32", "$^"))
-    types = {name: torch.float32 if kept.search(name) else dtype for name in own}
-    network.load_state_dict({n: tensors[n].read().to(t, copy=True) for n, t in types.items()}, assign=True)
+    if dtype == torch.int8:
+        use_int8(network.blocks)
+        dtype = torch.bfloat16
+    for name in own:
+        path_to, _, leaf = name.rpartition(".")
+        module, tensor = network.get_submodule(path_to), tensors[name].read()
+        tensor = tensor.to(torch.float32 if kept.search(name) else dtype, copy=True)
+        if isinstance(module, Int8Linear) and leaf == "weight":
+            module.fill(tensor)
+        else:
+            module.load_state_dict({leaf: tensor}, strict=False, assign=True)
     return network

@@ -54,6 +54,18 @@ def test_seed_and_prompt_matter_and_runs_repeat(run, tmp_path):
     assert not np.array_equal(first, slow) and not np.array_equal(slow, pixels("--speed", "slow", "--guidance", 2))
 
 
+def test_two_processes_share_one_video_and_8_bits_change_it_little(run, tmp_path):
+    def pixels(*flags, processes=1):
+        job = run("sample.py", "--scale", 1, "--dtype", "float32", *flags, processes=processes)
+        assert job.returncode == 0 and job.stdout.count("4 steps on cpu") == 1, job.stderr  # one of them speaks
+        return iio.imread(tmp_path / "out/sample.mp4").astype(float)
+
+    alone = pixels()
+    assert np.abs(pixels(processes=2) - alone).mean() < 0.1
+    low = np.abs(pixels("--memory", "low") - alone).mean()
+    assert 0.1 < low < 5
+
+
 GOOD = {"objects": [{"boxes": {"0": [4, 4, 20, 20], "8": [20, 20, 40, 40]}}]}
 
 
@@ -71,6 +83,7 @@ BAD = {
     "not an image": (GOOD, ["--image", "text.png"], "text.png: not a readable image"),
     "a cut image": (GOOD, ["--image", "cut.png"], "cut.png: not a readable image"),
     "size": (GOOD, ["--size", "48x50"], "--size 48x50: takes height x width, both multiples of 8, as 32x48"),
+    "memory of a GPU that is not there": (GOOD, ["--memory", "medium"], "--memory medium: keeps weights off a GPU"),
     "a tile without a neighbour": (GOOD, ["--tile", "1"], "--tile 1: at least 2"),
     "half a size": (GOOD, ["--size", "48"], "--size 48: takes height x width"),
     "frames of wan5b": (GOOD, ["--preset", "wan5b", "--frames", "9", "--size", "64x50"], "--size 64x50"),

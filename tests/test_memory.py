@@ -1,0 +1,82 @@
+"""Less memory: weights of 8 bits, and blocks that stay in the host's memory."""
+
+import pytest
+import torch
+from torch import nn
+
+from memory import Int8Linear, Offload, offload, use_int8
+from model import DiTConfig, VideoDiT
+from weights import save_network
+
+SMALL = DiTConfig(64, 256, 2, 3, text_dim=16, text_tokens=8, channels=16)
+
+
+def inputs():
+    return torch.randn(1, 16, 3, 8, 8), torch.tensor([[0.0, 500.0, 500.0]]), torch.randn(1, 8, 16)
+
+
+def small() -> VideoDiT:
+    torch.manual_seed(0)
+    model = VideoDiT(SMALL)
+    nn.init.normal_(model.head.head.weight)
+    return model.requires_grad_(False)
+
+
+def test_a_layer_of_8_bits_is_within_half_a_step_of_its_weights():
+    torch.manual_seed(0)
+    linear = nn.Linear(300, 200)
+    linear.weight.data[7] = 0
+    short = Int8Linear(linear)
+    short.fill(linear.weight.data)
+    step = linear.weight.abs().amax(1, keepdim=True) / 127
+    assert short.weight.dtype == torch.int8
+    assert ((short.weight * short.scale - linear.weight).abs() <= step / 2 + 1e-7).all()
+    x = torch.randn(50, 300)
+    assert (short(x) - linear(x)).norm() < 0.01 * linear(x).norm()
+    assert torch.equal(short(x)[:, 7], linear.bias[7].expand(50))
+
+
+def test_a_network_read_in_8_bits_is_smaller_and_nearly_the_same(tmp_path):
+    model, (x, t, text) = small(), inputs()
+    save_network(tmp_path / "g.safetensors", "SlowGenerator", SMALL, model.state_dict(), torch.float32)
+    short = VideoDiT.from_pretrained(tmp_path / "g.safetensors", "SlowGenerator", torch.int8)
+    linears = [m for m in short.blocks.modules() if isinstance(m, nn.Linear | Int8Linear)]
+    assert len(linears) == 30 and all(isinstance(m, Int8Linear) for m in linears)
+    assert short.head.head.weight.dtype == torch.bfloat16 and short.blocks[0].norm3.weight.dtype == torch.float32
+
+    def size(network):
+        return sum(t.nbytes for t in (*network.blocks.parameters(), *network.blocks.buffers()))
+
+    assert size(short) < 0.28 * size(model)  # of float32
+    want, got = model(x, t, text), short(x, t, text).float()
+    error = ((got - want).norm() / want.norm()).item()
+    bf16 = VideoDiT.from_pretrained(tmp_path / "g.safetensors", "SlowGenerator", torch.bfloat16)
+    rounding = ((bf16(x, t, text).float() - want).norm() / want.norm()).item()
+    assert rounding < error < 0.03
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_blocks_kept_aside_give_the_same_bits(int8):
+    model, (x, t, text) = small(), inputs()
+    if int8:
+        weights = {n: m.weight.data for n, m in model.blocks.named_modules() if isinstance(m, nn.Linear)}
+        use_int8(model.blocks)
+        for name, weight in weights.items():
+            model.blocks.get_submodule(name).fill(weight)
+    want = [model(x + n, t, text) for n in range(3)]
+    homes = [p.data_ptr() for p in model.blocks.parameters()]
+    offload(model, model.blocks, torch.device("cpu"))
+    assert all(torch.equal(model(x + n, t, text), want[n]) for n in range(3))
+    assert [p.data_ptr() for p in model.blocks.parameters()] == homes  # back home
+
+
+def test_two_blocks_at_a_time_are_on_the_device():
+    model, (x, t, text), seen = small(), inputs(), []
+    for block in model.blocks:
+        block.ffn[0].register_forward_hook(lambda m, *_: seen.append(m.weight.data_ptr()))
+    homes = [b.ffn[0].weight.data_ptr() for b in model.blocks]
+    offload(model, model.blocks, torch.device("cpu"))
+    model(x, t, text), model(x, t, text)
+    assert seen == [seen[0], seen[1]] * 3 and seen[0] != seen[1] and not {*seen} & {*homes}
+    with pytest.raises(ValueError, match="blocks of several shapes"):
+        Offload(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 3)]), torch.device("cpu"))
