@@ -200,11 +200,13 @@ def contact_sheet(videos: Sequence[Tensor], batch: ToyBatch, kind: str) -> np.nd
     return np.concatenate([np.concatenate(blocks[column::2]) for column in range(2)], axis=1)
 
 
-def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: parallel.Processes) -> tuple:
-    """A generator and its adapter. `speed`: the names that their files must carry, "Slow" or "Fast"."""
+def load_pair(
+    generator: str, adapter: str, speed: str, cfg: Config, procs: parallel.Processes, dtype: torch.dtype = torch.float32
+) -> tuple:
+    """A generator, held in `dtype`, and its adapter. `speed`: the names that their files carry, "Slow" or "Fast"."""
     pair = (
-        VideoDiT.from_pretrained(generator, f"{speed}Generator"),
-        read_adapter(adapter, f"{speed}Adapter"),
+        VideoDiT.from_pretrained(generator, f"{speed}Generator", dtype),
+        read_adapter(adapter, f"{speed}Adapter", dtype),
     )
     shapes = [f"{net.config.layers} blocks of width {net.config.dim}" for net in pair]
     if shapes[0] != shapes[1]:
@@ -217,6 +219,7 @@ def compare(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[li
     codec = ToyCodec()
     slow, slow_adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     fast, fast_adapter = load_pair(cfg.fast_generator, cfg.fast_adapter, "Fast", cfg, procs)
+    short, _ = load_pair(cfg.fast_generator, cfg.fast_adapter, "Fast", cfg, procs, torch.int8)
     coded = torch.cat([codec.decode_video(codec.encode_video(part)) for part in batch.video.split(cfg.batch)])
     rows, videos = [make_row("true video", 0, batch.video, batch), make_row("through the codec", 0, coded, batch)], []
     ways = {
@@ -224,15 +227,16 @@ def compare(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[li
         "SlowGenerator + SlowAdapter": (cfg.steps, slow_sampler(slow, slow_adapter, cfg)),
         "FastGenerator": (FAST.steps, fast_sampler(fast, None, cfg, FAST.steps)),
         "FastGenerator + FastAdapter": (FAST.steps, fast_sampler(fast, fast_adapter, cfg, FAST.steps)),
+        "the same in 8 bits": (FAST.steps, fast_sampler(short, fast_adapter, cfg, FAST.steps)),
     }
     seconds = seconds_per_video([sample for _, sample in ways.values()], batch, cfg, procs)
     for (name, (steps, sample)), its_seconds in zip(ways.items(), seconds, strict=True):
         videos.append(generate(sample, batch, cfg, procs, name))
         rows.append(make_row(name, steps, videos[-1], batch, its_seconds))
-        for n in batch.count.unique().tolist() if "Adapter" in name else ():
+        for n in batch.count.unique().tolist() if name.endswith("Adapter") else ():
             keep = torch.nonzero(batch.count == n)[:, 0].tolist()
             rows.append(make_row(name, steps, videos[-1][keep], subset(batch, keep), objects=n))
-    return rows, [batch.video, *videos]
+    return rows, [batch.video, *videos[:-1]]  # nobody sees 8 bits
 
 
 def ablate(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:

@@ -66,19 +66,63 @@ class CausalConv3d(nn.Conv3d):
         if past := self.kernel_size[0] - 1:
             before = stream.get(self)
             x = F.pad(x, (0, 0, 0, 0, past, 0)) if before is None else torch.cat([before, x], dim=2)
-            stream[self] = x[:, :, -past:].clone()
-        return super().forward(x)
+            stream[self] = x[:, :, -past:].clone(memory_format=torch.channels_last_3d)
+            if before is None and x.shape[2] == past + 1:  # the video's first frame: all before it is zero
+                return F.conv3d(x[:, :, -1:], self.weight[:, :, -1:], self.bias, padding=self.padding)
+        return conv_pairs(x, self.weight, self.bias) if self.kernel_size == (3, 3, 3) else super().forward(x)
+
+
+def conv_pairs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution of 3x3x3: [B,C,T+2,H,W] -> [B,O,T,H,W].
+
+    Two frames have four inputs, d0 to d3, and share four products of frames instead of three each: Winograd's F(2, 3)
+    along time. An odd number of frames goes the plain way.
+    """
+    length = x.shape[2] - 2
+    if length % 2:
+        return F.conv3d(x, weight, bias, padding=(0, 1, 1))
+    d0, d1, d2, d3 = (x[:, :, n : n + length - 1 : 2] for n in range(4))
+    first, middle, last = weight.unbind(2)
+    outer, middle = (first + last) / 2, middle / 2
+
+    def conv(frames: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        return by_frame(lambda y: F.conv2d(y, kernel, bias, padding=1), frames)
+
+    a, b = conv(d0 - d2, first), conv(d1 + d2, outer + middle, bias)
+    c, d = conv(d2 - d1, outer - middle), conv(d1 - d3, last)
+    shape = (len(x), len(weight), length, *x.shape[3:])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    out[:, :, ::2] = a.add_(b).add_(c)
+    out[:, :, 1::2] = b.sub_(c).sub_(d)
+    return out
+
+
+def double_and_conv(frames: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Every pixel doubled each way, then a convolution of 3x3: [n,C,h,w] -> [n,O,2h,2w].
+
+    Two of three neighbours of a new pixel are copies of one, so their weights add up: a new pixel sees 2x2 old ones.
+    """
+    sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(weight)  # new pixel, old one, weight
+    kernel = torch.einsum("aru,bsv,ocuv->abocrs", sums, sums, weight).flatten(0, 2)
+    (n, _, h, w), width = frames.shape, len(weight)
+    parts = F.conv2d(frames, kernel, bias.repeat(4), padding=1).split(width, dim=1)  # a pixel more each way
+    shape = (n, width, 2 * h, 2 * w)
+    out = torch.empty(shape, dtype=frames.dtype, device=frames.device, memory_format=torch.channels_last)
+    for (a, b), part in zip(product(range(2), repeat=2), parts, strict=True):
+        out[:, :, a::2, b::2] = part[:, :, a : a + h, b : b + w]
+    return out
 
 
 class RMSNorm(nn.Module):
-    """The channels of every position to a root mean square of gamma, in float32. gamma [C, 1, 1(, 1)], as published."""
+    """The channels of every position to a root mean square of gamma. gamma [C, 1, 1(, 1)], as published."""
 
     def __init__(self, width: int, axes: int = 3):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x.float(), dim=1).type_as(x) * (x.shape[1] ** 0.5 * self.gamma)
+        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+        return (x * (x.shape[1] ** 0.5 / size).type_as(x)).mul_(self.gamma)
 
 
 class AttentionBlock(nn.Module):
@@ -106,8 +150,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.residual = nn.Sequential(
-            RMSNorm(inputs), nn.SiLU(), CausalConv3d(inputs, outputs),
-            RMSNorm(outputs), nn.SiLU(), nn.Dropout(0.0), CausalConv3d(outputs, outputs),
+            RMSNorm(inputs), nn.SiLU(inplace=True), CausalConv3d(inputs, outputs),
+            RMSNorm(outputs), nn.SiLU(inplace=True), nn.Dropout(0.0), CausalConv3d(outputs, outputs),
         )  # fmt: skip
         self.shortcut = nn.Identity() if inputs == outputs else CausalConv3d(inputs, outputs, (1, 1, 1))
 
@@ -154,7 +198,8 @@ class Upsample(nn.Module):
             if rest.shape[2]:
                 rest = rearrange(self.time_conv(rest, stream), "b (p c) t h w -> b c (t p) h w", p=2)
             x = torch.cat([first, rest], dim=2)
-        return by_frame(self.resample, x)
+        conv = self.resample[1]
+        return by_frame(lambda frames: double_and_conv(frames, conv.weight, conv.bias), x)
 
 
 class DownBlock(nn.Module):
@@ -221,6 +266,7 @@ class Encoder(nn.Module):
         self.head = nn.Sequential(RMSNorm(widths[-1]), nn.SiLU(), CausalConv3d(widths[-1], 2 * config.channels))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = x.to(memory_format=torch.channels_last_3d)
         return run([self.conv1, *self.downsamples, *self.middle, *self.head], x, stream)
 
 
@@ -239,6 +285,7 @@ class Decoder(nn.Module):
         self.head = nn.Sequential(RMSNorm(widths[-1]), nn.SiLU(), CausalConv3d(widths[-1], 3 * config.patch**2))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = x.to(memory_format=torch.channels_last_3d)
         return run([self.conv1, *self.middle, *self.upsamples, *self.head], x, stream)
 
 
