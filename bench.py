@@ -4,16 +4,13 @@
     python bench.py --preset wan5b       # the real shapes; needs a GPU
 
 Ours and theirs take turns; each pair gives a ratio (below 1: ours is faster), and the median counts. Outputs are
-compared before anything is timed. Needs requirements-dev.txt. Writes `--out` and a table in Markdown beside it.
+compared before anything is timed. What has no peer (training steps, growth with the number of tokens, 8-bit weights)
+stands alone. Needs requirements-dev.txt. Writes `--out` and a table in Markdown beside it.
 """
 
-import gc
 import json
-import platform
 import re
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -21,20 +18,17 @@ import torch
 from torch import Tensor, nn
 
 import common
+import costs
 import flow
-import memory
 import parallel
 import vae
 from adapter import AdapterConfig, ResNetAdapter, steer
-from model import DIFFUSERS_NAMES, PRESETS, DiTConfig, VideoDiT
+from costs import SHAPES, Row, agree, flop, matmul_rate, pairs, peak
+from model import DIFFUSERS_NAMES, DiTConfig, VideoDiT
 from vae import VAEConfig, WanVAE, diffusers_names
 from weights import rename
 
-SHAPES = {  # (transformer, latent frames, height and width; video frames, height and width for the VAE)
-    "wide": (DiTConfig(1536, 6144, 12, 8, text_dim=4096, text_tokens=512), (7, 48, 48), (17, 256, 256)),
-    "wan5b": (PRESETS["wan5b"], (31, 44, 80), (121, 704, 1280)),
-    "small": (DiTConfig(128, 256, 4, 2, text_dim=64, text_tokens=32), (3, 8, 8), (5, 32, 32)),
-}
+PARTS = ("limits", "forward", "loop", "vae", "training", "growth", "int8")
 
 
 @dataclass(frozen=True)
@@ -42,59 +36,10 @@ class Config:
     """Options of the benchmark."""
 
     preset: Literal["wide", "wan5b", "small"] = "wide"  # shapes
-    parts: str = "forward,loop,vae"  # which of these to measure, with commas between
-    repeats: int = 5  # timed pairs
+    parts: str = ",".join(PARTS)  # which of these to measure, with commas between
+    repeats: int = 3  # timed pairs
     threads: int = 0  # of a CPU; 0 leaves the choice to torch
     out: str = "out/bench.json"  # rows; the table goes beside it
-
-
-@dataclass(frozen=True)
-class Row:
-    """A comparison. Times in seconds, peaks in GiB; `share_of_limit`: of the machine's own rate of matrix products."""
-
-    name: str
-    ours: float
-    reference: float
-    ratio: float
-    unit: str
-    shape: str
-    dtype: str
-    compiled: bool
-    share_of_limit: float | None = None
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(function: Callable, device: torch.device) -> float:
-    synchronise(device)
-    began = time.perf_counter()
-    function()
-    synchronise(device)
-    return time.perf_counter() - began
-
-
-def pairs(ours: Callable, theirs: Callable, repeats: int, device: torch.device) -> tuple[float, float, float]:
-    """Medians of both times and of the ratios of the pairs, after one untimed call of each."""
-    ours(), theirs()
-    taken = [(seconds(ours, device), seconds(theirs, device)) for _ in range(repeats)]
-    return (*(statistics.median(t) for t in zip(*taken, strict=True)), statistics.median(a / b for a, b in taken))
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """The most FLOP a second that the machine gives in one matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
-
-
-def flop(config: DiTConfig, tokens: int) -> float:
-    """Of one forward pass and video: linear layers and attention, two for every multiplication."""
-    d, length = config.dim, config.text_tokens
-    block = tokens * (8 * d * d + 4 * d * d + 4 * d * config.ffn_dim) + length * 4 * d * d
-    return config.layers * (block + 4 * tokens * tokens * d + 4 * tokens * length * d)
 
 
 def diffusers_transformer(config: DiTConfig) -> nn.Module:
@@ -134,16 +79,9 @@ def build_pair(config: DiTConfig, dtype: torch.dtype, device: torch.device) -> t
     return ours.eval(), theirs.eval()
 
 
-def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Raises RuntimeError unless both are the same up to the type's rounding."""
-    error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
-    if not error < (1e-4 if dtype == torch.float32 else 0.05):
-        raise RuntimeError(f"{what}: ours and the reference differ by {error:.1e}; their times mean nothing")
-
-
 def bench_transformer(cfg: Config, dtype: torch.dtype, compiled: bool, device: torch.device) -> list[Row]:
     """One forward pass, and the four steps with a ResNet adapter, which diffusers' loop runs at every step."""
-    config, (frames, height, width), _ = SHAPES[cfg.preset]
+    config, (frames, height, width), *_ = SHAPES[cfg.preset]
     tokens = frames * height * width // 4
     about = (f"{config.layers} blocks of {config.dim}, {tokens} tokens", str(dtype).removeprefix("torch."), compiled)
     torch.manual_seed(0)
@@ -168,7 +106,13 @@ def bench_transformer(cfg: Config, dtype: torch.dtype, compiled: bool, device: t
         a, b, ratio = pairs(lambda: ours(x, t, text), lambda: reference(x, t), cfg.repeats, device)
         share = flop(config, tokens) / a / matmul_rate(dtype, device)
         rows.append(Row("DiT forward", a, b, ratio, "s", *about, share))
-    if "loop" not in cfg.parts:
+        for block in theirs.blocks:
+            block.attn1.fuse_projections()
+            block.attn2.fuse_projections()
+        agree(ours(x, t, text), reference(x, t), dtype, "forward, fused")
+        fused = pairs(lambda: ours(x, t, text), lambda: reference(x, t), cfg.repeats, device)
+        rows.append(Row("DiT forward, reference fused", *fused, "s", *about, share))
+    if "loop" not in cfg.parts or not compiled or dtype == torch.float32:
         return rows
 
     def adapted(x: Tensor, t: Tensor) -> Tensor:
@@ -193,9 +137,9 @@ def bench_transformer(cfg: Config, dtype: torch.dtype, compiled: bool, device: t
     return [*rows, Row("4 steps with adapter", a, b, ratio, "s", *about)]
 
 
-def bench_vae(cfg: Config, dtype: torch.dtype, device: torch.device) -> list[Row]:
+def bench_vae(cfg: Config, device: torch.device) -> list[Row]:
     """Decode and encode, time and peak memory, at the true widths (the small preset's are small)."""
-    frames, height, width = SHAPES[cfg.preset][2]
+    (frames, height, width), dtype = SHAPES[cfg.preset][2], torch.bfloat16
     config = VAEConfig(width=8, decoder_width=12) if cfg.preset == "small" else VAEConfig()
     about = (f"{frames} frames of {height}x{width}", str(dtype).removeprefix("torch."), False)
     with torch.device(device):
@@ -207,6 +151,7 @@ def bench_vae(cfg: Config, dtype: torch.dtype, device: torch.device) -> list[Row
     mean, std = (x.to(latents) for x in vae.statistics(latents))
     raw, rows = latents * std + mean, []
     agree(ours.decode(latents), theirs.decode(raw).sample, dtype, "VAE decode")
+    agree(latents * std + mean, theirs.encode(video).latent_dist.mode(), dtype, "VAE encode")
     for name, mine, other in (
         ("VAE decode", lambda: ours.decode(latents), lambda: theirs.decode(raw)),
         ("VAE encode", lambda: ours.encode(video), lambda: theirs.encode(video)),
@@ -215,24 +160,30 @@ def bench_vae(cfg: Config, dtype: torch.dtype, device: torch.device) -> list[Row
         a, b = (peak(function, device) for function in (mine, other))
         if b > 0:  # a small one fits into memory that was held before
             rows.append(Row(f"{name}, peak memory", a, b, a / b, "GiB", *about))
+    for times in (1, 2) if cfg.preset != "wan5b" else ():
+        longer = latents.repeat(1, 1, times, 1, 1)
+        # What is decoded is as long as the video; the rest is not.
+        rest = peak(lambda: [part.sum() for part in ours.frames(longer)], device)
+        rows.append(Row(f"VAE decode piece by piece, {longer.shape[2]} latent frames, peak memory", rest, None, None,
+                        "GiB", *about))  # fmt: skip
     return rows
 
 
-def peak(function: Callable, device: torch.device) -> float:
-    """The most memory that a call holds beyond what was held before it, in GiB."""
-    gc.collect()
-    memory.reset_peak(device)
-    before = memory.peak_memory(device)
-    function()
-    return memory.peak_memory(device) - before
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table, for a page that quotes it."""
+    lines = ["| " + " | ".join(Row.__dataclass_fields__) + " |", "|" + " --- |" * len(Row.__dataclass_fields__)]
+    for row in rows:
+        cells = [f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for v in asdict(row).values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main(cfg: Config) -> None:
     if cfg.repeats < 1 or cfg.threads < 0:
         raise common.UserError(f"--repeats {cfg.repeats} --threads {cfg.threads}: at least 1, and at least 0")
     parts = set(cfg.parts.split(","))
-    if unknown := parts - {"forward", "loop", "vae"}:
-        raise common.UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of forward, loop, vae")
+    if unknown := parts - set(PARTS):
+        raise common.UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     out = common.output_path(cfg.out, ".json")
     try:
         import diffusers
@@ -247,19 +198,17 @@ def main(cfg: Config) -> None:
             for compiled in (False, True):
                 if parts & {"forward", "loop"}:
                     rows += bench_transformer(cfg, dtype, compiled, device)
-            if "vae" in parts:
-                rows += bench_vae(cfg, dtype, device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {diffusers.__version__}"
+        if "vae" in parts:
+            rows += bench_vae(cfg, device)
+        for part in (part for part in PARTS if part in parts and hasattr(costs, part)):
+            rows += getattr(costs, part)(cfg.preset, cfg.repeats, device)
+    about = common.provenance("bench.py", cfg, device)
+    about["machine"] += f", diffusers {diffusers.__version__}"
     with common.atomic(out) as temporary:
-        temporary.write_text(json.dumps([asdict(row) | {"machine": machine} for row in rows], indent=1) + "\n")
-    lines = ["| " + " | ".join(Row.__dataclass_fields__) + " |", "|" + " --- |" * len(Row.__dataclass_fields__)]
-    for row in rows:
-        cells = [f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for v in asdict(row).values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    print("\n".join(lines))
+        temporary.write_text(json.dumps([asdict(row) | about for row in rows], indent=1) + "\n")
+    print(markdown(rows))
     with common.atomic(out.with_suffix(".md")) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+        temporary.write_text(markdown(rows) + "\n")
 
 
 if __name__ == "__main__":

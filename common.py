@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import math
 import os
+import platform
 import re
 import sys
 import typing
@@ -157,6 +158,18 @@ def atomic(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def provenance(script: str, config, device: torch.device) -> dict[str, str]:
+    """The command that makes a result again, and the machine that made it."""
+    values = [(field.name, getattr(config, field.name), field.default) for field in dataclasses.fields(config)]
+    flags = [f" --{name} {str(v).lower() if isinstance(v, bool) else v}" for name, v, default in values if v != default]
+    info = Path("/proc/cpuinfo")  # Linux only
+    models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    if device.type == "cuda":
+        models = [torch.cuda.get_device_name(device)]
+    machine = f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return {"command": f"python {script}" + "".join(flags), "machine": machine}
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -12,11 +12,9 @@ are means over training seeds, and `<measure>_range` holds their least and great
 
 import json
 import math
-import platform
-import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -178,18 +176,6 @@ def markdown(rows: Sequence[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def provenance(cfg: Config, procs: parallel.Processes) -> dict[str, str]:
-    """The command that makes these rows again, and the machine that made them."""
-    values = [(field.name, getattr(cfg, field.name), field.default) for field in fields(cfg)]
-    flags = [f" --{name} {str(v).lower() if isinstance(v, bool) else v}" for name, v, default in values if v != default]
-    info = Path("/proc/cpuinfo")  # Linux only
-    models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    if procs.device.type == "cuda":
-        models = [torch.cuda.get_device_name(procs.device)]
-    machine = f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return {"command": "python evaluate.py" + "".join(flags), "machine": machine}
-
-
 def contact_sheet(videos: Sequence[Tensor], batch: ToyBatch, kind: str) -> np.ndarray:
     """Maps and `videos` [B,3,T,S,S] below one another, for two clips of each number of objects: uint8 [h, w, 3]."""
     picks, blocks = [i for n in range(1, 4) for i in torch.nonzero(batch.count == n)[:2, 0].tolist()], []
@@ -280,7 +266,9 @@ def main(cfg: Config) -> None:
 
     print(table(rows))
     with common.atomic(out) as temporary:
-        temporary.write_text(json.dumps([row | provenance(cfg, procs) for row in rows], indent=1) + "\n")
+        temporary.write_text(
+            json.dumps([row | common.provenance("evaluate.py", cfg, procs.device) for row in rows], indent=1) + "\n"
+        )
     with common.atomic(out.with_suffix(".md")) as temporary:
         temporary.write_text(markdown(rows) + "\n")
     common.write_image(out.with_suffix(".png"), contact_sheet(videos, batch, cfg.maps))

@@ -7,6 +7,7 @@ import torch
 
 import bench
 import common
+import costs
 
 pytest.importorskip("diffusers", reason="the reference needs requirements-dev.txt")
 
@@ -14,29 +15,37 @@ pytest.importorskip("diffusers", reason="the reference needs requirements-dev.tx
 def test_every_part_gives_rows_with_ratios(tmp_path, capsys):
     bench.main(bench.Config(preset="small", repeats=1, out=str(tmp_path / "b.json")))
     rows = json.loads((tmp_path / "b.json").read_text())
-    timed = [row for row in rows if row["unit"] == "s"]
-    assert {(r["name"], r["dtype"], r["compiled"]) for r in timed} == {
-        (name, dtype, compiled)
-        for dtype in ("float32", "bfloat16")
-        for name, ways in (("DiT forward", (False, True)), ("4 steps with adapter", (False, True)),
-                           ("VAE decode", (False,)), ("VAE encode", (False,)))
-        for compiled in ways
+    paired = [row for row in rows if row["unit"] == "s" and row["reference"]]
+    assert {(r["name"], r["dtype"], r["compiled"]) for r in paired} == {
+        *((f"DiT forward{fused}", dtype, compiled) for fused in ("", ", reference fused")
+          for dtype in ("float32", "bfloat16") for compiled in (False, True)),
+        ("4 steps with adapter", "bfloat16", True),
+        *((f"VAE {way}", "bfloat16", False) for way in ("decode", "encode")),
+        *(("attention, reference torch's", dtype, True) for dtype in ("float32", "bfloat16")),
     }  # fmt: skip
-    for row in timed:
+    for row in paired:
         assert row["ratio"] == pytest.approx(row["ours"] / row["reference"])  # of a single pair
-        assert (row["share_of_limit"] is not None) == (row["name"] == "DiT forward")
+    by_name = {row["name"]: row for row in rows}
+    for stage in ("stage 1, a step", "stage 2, a cycle", "stage 3, a step"):
+        assert by_name[stage]["ours"] > 0 and 0 < by_name[stage]["share_of_limit"] < 1.5
+        assert by_name[f"{stage}, peak memory"]["unit"] == "GiB" and by_name[f"{stage}, speed"]["ours"] > 0
+    error = by_name["block in 8 bits, relative error of what it adds"]
+    assert error["reference"] < error["ours"] < 0.05
+    assert 0.5 < by_name["block in 8 bits, weights"]["ratio"] < 0.55
+    assert by_name["block: b / a of a N + b N^2"]["reference"] > 0
+    assert all("python bench.py --preset small" in row["command"] for row in rows)
     assert capsys.readouterr().out == (tmp_path / "b.md").read_text()
 
 
 def test_what_differs_is_not_timed():
     a = torch.randn(10)
-    bench.agree(a, a * (1 + 1e-5), torch.float32, "x")
+    costs.agree(a, a * (1 + 1e-5), torch.float32, "x")
     with pytest.raises(RuntimeError, match=r"x: ours and the reference differ by 1\.0e-03"):
-        bench.agree(a, a * 1.001, torch.float32, "x")
+        costs.agree(a, a * 1.001, torch.float32, "x")
     with pytest.raises(common.UserError, match="--repeats 0"):
         bench.main(bench.Config(repeats=0))
 
 
 def test_floating_point_operations_of_the_real_transformer():
     """At 704x1280 and 121 frames: about 5.2e14, published."""
-    assert bench.flop(bench.PRESETS["wan5b"], 31 * 22 * 40) == pytest.approx(5.2e14, rel=0.03)
+    assert costs.flop(costs.PRESETS["wan5b"], 31 * 22 * 40) == pytest.approx(5.2e14, rel=0.03)

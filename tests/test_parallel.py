@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import ROOT
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import costs
 import parallel
 from model import DiTConfig, VideoDiT
 
@@ -137,3 +139,66 @@ def test_what_does_not_divide_is_refused(run):
     assert job.returncode != 0 and "--sequence 3: must divide the number of processes, 2" in job.stderr
     job = run("train_slow_adapter.py", *flags, "--sequence", 3, processes=3)
     assert job.returncode != 0 and "4 attention heads do not divide among 3 processes; start fewer" in job.stderr
+
+
+STATE = """
+import sys
+sys.path.insert(0, {root!r})
+from dataclasses import dataclass
+import torch, common, optim, parallel
+from model import DiTConfig, VideoDiT
+
+def main(cfg):
+    procs = parallel.init_processes()
+    model = parallel.prepare(VideoDiT(DiTConfig(64, 128, 4, 2, text_dim=16, text_tokens=8, channels=16)), procs, False)
+    optimizer, ema = optim.adamw(model, 0.0), optim.EMA(model, 0.9)
+    model(torch.randn(1, 16, 3, 8, 8), torch.zeros(1, 3), torch.randn(1, 8, 16)).sum().backward()
+    optimizer.step()
+    held = [*model.parameters(), *(p.grad for p in model.parameters()), *ema.average.values()]
+    held += [v for state in optimizer.state.values() for v in state.values() if v.ndim]
+    here = sum(t.to_local().nbytes for t in held)
+    print("bytes", procs.world * here / sum(p.numel() for p in model.parameters()))
+
+@dataclass(frozen=True)
+class Config:
+    pass
+common.run_script(main, Config)
+"""
+
+
+def test_what_training_holds_of_a_parameter(run, tmp_path):
+    """20 bytes over all processes, as docs/SCALE.md reckons: weight, gradient, two moments and average."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(STATE.format(root=str(ROOT)))
+    job = run(worker, processes=2)
+    found = [float(line.split()[1]) for line in job.stdout.splitlines() if line.startswith("bytes")]
+    assert found == [pytest.approx(20, rel=0.02)] * 2, job.stderr[-2000:]
+
+
+def test_what_recomputing_keeps_of_an_activation():
+    """A block's input of D numbers a token, as docs/SCALE.md reckons."""
+
+    def activations(layers: int) -> int:
+        model, kept = VideoDiT(DiTConfig(64, 256, 2, layers, text_dim=16, text_tokens=8, channels=16)), {}
+        parallel.prepare(model, ALONE, False, "full")
+
+        def keep(y: torch.Tensor) -> torch.Tensor:
+            kept[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+            return y
+
+        with saved_tensors_hooks(keep, lambda y: y):
+            model(torch.randn(1, 16, 5, 32, 32), torch.zeros(1, 5), torch.randn(1, 8, 16))
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(size for where, size in kept.items() if where not in weights)
+
+    tokens = 5 * 16 * 16
+    assert activations(8) - activations(4) == pytest.approx(4 * tokens * 64 * 4, rel=0.02)
+
+
+def test_floating_point_operations_are_those_counted():
+    """costs.flop, which speeds and docs/SCALE.md rest on, against torch's own count."""
+    config = DiTConfig(64, 256, 2, 3, text_dim=16, text_tokens=8, channels=16)
+    plain = sdpa_kernel(SDPBackend.MATH)  # the only one that the counter knows on a CPU
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
+        VideoDiT(config)(torch.randn(1, 16, 5, 16, 16), torch.zeros(1, 5), torch.randn(1, 8, 16))
+    assert counter.get_total_flops() == pytest.approx(costs.flop(config, 5 * 8 * 8), rel=0.07)

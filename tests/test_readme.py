@@ -80,3 +80,25 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
             assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
+
+
+def test_memory_at_scale_is_what_its_formula_gives():
+    """docs/SCALE.md: 2 bytes of a frozen parameter, 20 of a trained one (16 of the fake score), over W; the rest over S."""
+    rows = {}
+    for line in (ROOT / "docs/SCALE.md").read_text().splitlines():
+        if line.endswith(" GB |"):
+            stage, _, _, kept, *cells = line.strip("| ").split(" | ")
+            rows[stage] = (sum(map(int, kept.split(" + "))), [int(cell.removesuffix(" GB")) for cell in cells])
+    generator, resnet, control, classifier = 5.000e9, 0.018e9, 5.283e9, 0.068e9
+    held = {
+        "1, ResNet": 2 * generator + 20 * resnet,
+        "1, ControlNet": 2 * generator + 20 * control,
+        "2": (2 + 20 + 16) * generator,
+        "3, ResNet": 4 * generator + 20 * (resnet + classifier),
+        "3, ControlNet": 4 * generator + 20 * (control + classifier),
+    }
+    assert rows.keys() == held.keys()
+    for stage, (kept, cells) in rows.items():
+        activations = kept * 2 * 27280 * 3072 * 30 + 5e9
+        for (gpus, share), cell in zip(((1, 1), (4, 1), (4, 4), (8, 1), (8, 8)), cells, strict=True):
+            assert cell == round((held[stage] / gpus + activations / share + 0.7e9) / 1e9)
