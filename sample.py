@@ -62,6 +62,7 @@ class Config:
     memory: Literal["high", "medium", "low"] = "high"  # of a GPU that is to do: above 24 GB, 24, or 12; see README
     tile: int = 0  # decode the video in squares of so many latent positions; 0 is all at once, 16 with low memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
+    compile: bool = False  # torch.compile each block: a minute at first, to make long videos faster
 
 
 WAN5B = {"weights": "Wan2.2-TI2V-5B", "size": "704x1280", "frames": 121, "fps": 24, "scale": 1}
@@ -158,6 +159,8 @@ def main(cfg: Config) -> None:
             raise common.UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}")
         for network in (generator, adapter):
             parallel.split_sequence(network, procs.group)
+            for block in network.blocks if cfg.compile else ():
+                block.forward = torch.compile(block.forward)
             heavy = isinstance(network, VideoDiT)
             memory.offload(network, network.blocks, device) if aside and heavy else network.to(device)
     with timed("denoise"), torch.no_grad(), parallel.autocast(device, cfg.dtype):

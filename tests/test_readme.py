@@ -83,7 +83,7 @@ def test_links_lead_somewhere():
 
 
 def test_memory_at_scale_is_what_its_formula_gives():
-    """docs/SCALE.md: 2 bytes of a frozen parameter, 20 of a trained one (16 of the fake score), over W; the rest over S."""
+    """2 bytes of a frozen parameter, 20 of a trained one (16 of the fake score), over W; the rest over S."""
     rows = {}
     for line in (ROOT / "docs/SCALE.md").read_text().splitlines():
         if line.endswith(" GB |"):

@@ -54,7 +54,7 @@ def test_seed_and_prompt_matter_and_runs_repeat(run, tmp_path):
     assert not np.array_equal(first, slow) and not np.array_equal(slow, pixels("--speed", "slow", "--guidance", 2))
 
 
-def test_two_processes_share_one_video_and_8_bits_change_it_little(run, tmp_path):
+def test_two_processes_and_compiled_blocks_give_the_same_video_and_8_bits_nearly(run, tmp_path):
     def pixels(*flags, processes=1):
         job = run("sample.py", "--scale", 1, "--dtype", "float32", *flags, processes=processes)
         assert job.returncode == 0 and job.stdout.count("4 steps on cpu") == 1, job.stderr  # one of them speaks
@@ -62,6 +62,7 @@ def test_two_processes_share_one_video_and_8_bits_change_it_little(run, tmp_path
 
     alone = pixels()
     assert np.abs(pixels(processes=2) - alone).mean() < 0.1
+    assert np.abs(pixels("--compile") - alone).mean() < 0.1
     low = np.abs(pixels("--memory", "low") - alone).mean()
     assert 0.1 < low < 5
 
