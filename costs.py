@@ -81,9 +81,14 @@ def flop(config: DiTConfig, tokens: int) -> float:
     return config.layers * (block + 4 * tokens * tokens * d + 4 * tokens * length * d)
 
 
+def relative(got: Tensor, want: Tensor) -> float:
+    """The size of their difference, in that of the second."""
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
 def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype, what: str) -> None:
     """Raises RuntimeError unless both are the same up to the type's rounding."""
-    error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+    error = relative(ours, theirs)
     if not error < (1e-4 if dtype == torch.float32 else 0.05):
         raise RuntimeError(f"{what}: ours and the reference differ by {error:.1e}; their times mean nothing")
 
@@ -160,33 +165,60 @@ def growth(preset: str, repeats: int, device: torch.device) -> list[Row]:
     ]
 
 
-def int8(preset: str, repeats: int, device: torch.device) -> list[Row]:
-    """One block in 8 bits against float32, and the memory of both kinds of weights; reference: bfloat16."""
-    config = replace(SHAPES[preset][0], layers=1)
-    n, about = 1024, ("1 block", "int8", False)
-    block = Block(config).to(device)
-    for p in block.parameters():
-        nn.init.normal_(p, std=config.dim**-0.5)
-    x, text = torch.randn(2, 1, n, config.dim, device=device)
-    rope, e = (
-        rotary_table(4, 16, 16, config.dim // config.heads, device),
-        torch.randn(1, 4, 6, config.dim, device=device),
-    )
-    want = block(x, e, text, rope)
-    short, half = copy.deepcopy(block), copy.deepcopy(block).to(torch.bfloat16)
+def shortened(block: nn.Module) -> nn.Module:
+    """A copy in bfloat16 with its linear layers in 8 bits."""
+    short = copy.deepcopy(block).to(torch.bfloat16)
     layers = dict(short.named_modules())
     memory.use_int8(short)
     for name, layer in short.named_modules():
         if isinstance(layer, memory.Int8Linear):
-            layer.fill(layers[name].weight.data.to(torch.bfloat16))
-            layer.bias.data = layer.bias.data.to(torch.bfloat16)
-    errors = [((net(x.bfloat16(), e, text.bfloat16(), rope).float() - want).norm() / (want - x).norm()).item()
-              for net in (short, half)]  # fmt: skip
-    held = [sum(t.nbytes for t in (*net.parameters(), *net.buffers())) / 2**30 for net in (short, half)]
-    return [
-        Row(f"block in 8 bits, {what}", a, b, a / b, unit, *about)
-        for what, unit, (a, b) in (("relative error of what it adds", "1", errors), ("weights", "GiB", held))
-    ]
+            layer.fill(layers[name].weight.data)
+    return short
+
+
+def frugal(preset: str, repeats: int, device: torch.device) -> list[Row]:
+    """`sample.py --memory`: a forward pass with blocks in host memory, then also in 8 bits; reference: all at hand.
+
+    And what 8 bits do to one block, of wan5b's shapes unless the preset is small; reference: bfloat16.
+    """
+    config = replace(SHAPES["small" if preset == "small" else "wan5b"][0], layers=1)
+    block = Block(config).to(device)
+    for p in block.parameters():
+        nn.init.normal_(p, std=config.dim**-0.5)
+    x, text = torch.randn(2, 1, 1024, config.dim, device=device)
+    rope = rotary_table(4, 16, 16, config.dim // config.heads, device)
+    e = torch.randn(1, 4, 6, config.dim, device=device)
+    want, nets = block(x, e, text, rope), (shortened(block), copy.deepcopy(block).to(torch.bfloat16))
+    errors = [relative(net(x.bfloat16(), e, text.bfloat16(), rope) - x, want - x) for net in nets]
+    sizes = [sum(t.nbytes for t in (*net.parameters(), *net.buffers())) / 2**30 for net in nets]
+    about = (f"1 block of {config.dim}", "int8", False)
+    rows = [Row("8 bits: error of what a block adds", *errors, errors[0] / errors[1], "relative", *about)]
+    rows.append(Row("8 bits: weights", *sizes, sizes[0] / sizes[1], "GiB", *about))
+
+    config, _, _, (frames, height, width) = SHAPES[preset]
+    whole = VideoDiT(config).to(torch.bfloat16)
+    nn.init.normal_(whole.head.head.weight, std=0.02)
+    short = copy.deepcopy(whole)
+    short.blocks = nn.ModuleList(shortened(block) for block in whole.blocks)
+    aside = memory.offload(copy.deepcopy(whole), device=device)
+    whole, short = whole.to(device), memory.offload(short, device=device)
+    x = torch.randn(1, config.channels, frames, height, width, device=device)
+    inputs = x, torch.full((1, frames), 700.0, device=device), torch.randn(1, config.text_tokens, config.text_dim).to(x)
+    for mode, network in (("medium", aside), ("low", short)):
+        about = (f"{config.layers} blocks, {frames * height * width // 4} tokens", "bfloat16", False)
+        error = relative(network(*inputs), whole(*inputs))
+        rows.append(Row(f"--memory {mode}: error of a forward pass", error, None, None, "relative", *about))
+        times = pairs(lambda: network(*inputs), lambda: whole(*inputs), repeats, device)
+        rows.append(Row(f"--memory {mode}: forward", *times, "s", *about))
+    if device.type == "cuda":
+        whole.cpu()
+        torch.cuda.empty_cache()
+        for mode, network in (("medium", aside), ("low", short)):
+            memory.reset_peak(device)
+            network(*inputs)
+            held = memory.peak_memory(device)
+            rows.append(Row(f"--memory {mode}: peak memory", held, None, None, "GiB", *about))
+    return rows
 
 
 def training(preset: str, repeats: int, device: torch.device) -> list[Row]:

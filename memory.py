@@ -98,8 +98,9 @@ class Offload:
         return call
 
 
-def offload(network: nn.Module, blocks: nn.ModuleList, device: torch.device) -> nn.Module:
+def offload(network: nn.Module, device: torch.device) -> nn.Module:
     """The network on the device, but for its blocks, which come when they are called."""
+    blocks = network.blocks if hasattr(network, "blocks") else network.block  # transformers' name
     for child in network.children():
         if child is not blocks:
             child.to(device)

@@ -162,7 +162,7 @@ def main(cfg: Config) -> None:
             for block in network.blocks if cfg.compile else ():
                 block.forward = torch.compile(block.forward)
             heavy = isinstance(network, VideoDiT)
-            memory.offload(network, network.blocks, device) if aside and heavy else network.to(device)
+            memory.offload(network, device) if aside and heavy else network.to(device)
     with timed("denoise"), torch.no_grad(), parallel.autocast(device, cfg.dtype):
         velocity, steps = steer(generator, adapter, text, traj, frugal), cfg.steps or sampling.steps
         sigmas, shape = flow.sigma_schedule(steps, sampling.shift), traj.shape[1:]

@@ -57,7 +57,7 @@ class TextEncoder:
             raise UserError("transformers: not installed; pip install -r requirements-wan.txt") from None
         self.tokenizer, self.device, self.length = AutoTokenizer.from_pretrained(tokenizer), device, length
         network = read_text_encoder(weights)
-        self.network = offload(network, network.block, device) if aside else network.to(device)
+        self.network = offload(network, device) if aside else network.to(device)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:

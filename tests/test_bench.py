@@ -21,6 +21,7 @@ def test_every_part_gives_rows_with_ratios(tmp_path, capsys):
           for dtype in ("float32", "bfloat16") for compiled in (False, True)),
         ("4 steps with adapter", "bfloat16", True),
         *((f"VAE {way}", "bfloat16", False) for way in ("decode", "encode")),
+        *((f"--memory {mode}: forward", "bfloat16", False) for mode in ("medium", "low")),
         *(("attention, reference torch's", dtype, True) for dtype in ("float32", "bfloat16")),
     }  # fmt: skip
     for row in paired:
@@ -29,9 +30,11 @@ def test_every_part_gives_rows_with_ratios(tmp_path, capsys):
     for stage in ("stage 1, a step", "stage 2, a cycle", "stage 3, a step"):
         assert by_name[stage]["ours"] > 0 and 0 < by_name[stage]["share_of_limit"] < 1.5
         assert by_name[f"{stage}, peak memory"]["unit"] == "GiB" and by_name[f"{stage}, speed"]["ours"] > 0
-    error = by_name["block in 8 bits, relative error of what it adds"]
-    assert error["reference"] < error["ours"] < 0.05
-    assert 0.5 < by_name["block in 8 bits, weights"]["ratio"] < 0.55
+    error = by_name["8 bits: error of what a block adds"]
+    assert error["reference"] < error["ours"] < 0.05 and 0.5 < by_name["8 bits: weights"]["ratio"] < 0.55
+    assert by_name["--memory medium: error of a forward pass"]["ours"] == 0
+    assert 0 < by_name["--memory low: error of a forward pass"]["ours"] < 0.05
+    assert by_name["4 steps with ControlNet"]["ours"] > 0
     assert by_name["block: b / a of a N + b N^2"]["reference"] > 0
     assert all("python bench.py --preset small" in row["command"] for row in rows)
     assert capsys.readouterr().out == (tmp_path / "b.md").read_text()

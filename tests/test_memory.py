@@ -65,7 +65,7 @@ def test_blocks_kept_aside_give_the_same_bits(int8):
             model.blocks.get_submodule(name).fill(weight)
     want = [model(x + n, t, text) for n in range(3)]
     homes = [p.data_ptr() for p in model.blocks.parameters()]
-    offload(model, model.blocks, torch.device("cpu"))
+    offload(model, torch.device("cpu"))
     assert all(torch.equal(model(x + n, t, text), want[n]) for n in range(3))
     assert [p.data_ptr() for p in model.blocks.parameters()] == homes  # back home
 
@@ -75,7 +75,7 @@ def test_two_blocks_at_a_time_are_on_the_device():
     for block in model.blocks:
         block.ffn[0].register_forward_hook(lambda m, *_: seen.append(m.weight.data_ptr()))
     homes = [b.ffn[0].weight.data_ptr() for b in model.blocks]
-    offload(model, model.blocks, torch.device("cpu"))
+    offload(model, torch.device("cpu"))
     model(x, t, text), model(x, t, text)
     assert seen == [seen[0], seen[1]] * 3 and seen[0] != seen[1] and not {*seen} & {*homes}
     with pytest.raises(ValueError, match="blocks of several shapes"):
