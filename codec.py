@@ -6,7 +6,7 @@ Every codec has `encode_video`, `decode_video`, `encode_text` and the attributes
 
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -143,6 +143,10 @@ class ToyCodec(Codec):
         """[B, channels, T, H, W] -> [B, 3, T, spatial * H, spatial * W], clamped to [-1, 1]."""
         return self._by_frame(self.network.decode, latents).clamp(-1, 1)
 
+    def pieces(self, latents: Tensor) -> Iterator[Tensor]:
+        """What `decode_video` gives, some frames at a time."""
+        yield self.decode_video(latents)
+
     def _by_frame(self, function, x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             frames = function(x.float().cpu().transpose(1, 2).flatten(0, 1))
@@ -210,6 +214,10 @@ class WanCodec(Codec):
     def decode_video(self, latents: Tensor) -> Tensor:
         """[B, 48, F, H, W] -> [B, 3, 4 (F - 1) + 1, 16 H, 16 W] in [-1, 1]."""
         return self.vae.decode(latents.to(self.device), tile=self.tile, overlap=min(8, self.tile // 2))
+
+    def pieces(self, latents: Tensor) -> Iterator[Tensor]:
+        """What `decode_video` gives, some frames at a time; at once in squares, which reach over all frames."""
+        yield from [self.decode_video(latents)] if self.tile else self.vae.frames(latents.to(self.device))
 
     def text_encoder(self) -> Callable[[list[str]], Tensor]:
         """What embeds prompts, read from disk; let go of it when all are embedded."""

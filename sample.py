@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import imageio.v3 as iio
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,11 +179,11 @@ def main(cfg: Config) -> None:
     if procs.rank > 0:
         return
     with timed("decode"):
-        video = codec.decode_video(latents)[0]
+        video = np.concatenate([common.to_uint8(piece[0], cfg.scale) for piece in codec.pieces(latents)])
     with timed("write"):
         overlay = out.with_suffix(".boxes.mp4")
-        common.write_video(out, common.to_uint8(video, cfg.scale), cfg.fps)
-        common.write_video(overlay, draw_overlay(video, trajectory, cfg.scale), cfg.fps)
+        common.write_video(out, video, cfg.fps)
+        common.write_video(overlay, draw_overlay(video, trajectory), cfg.fps)
     print("\n".join(f"{part}: {cost}" for part, cost in took.items()))
     print(f"{steps} steps on {device}: {out} and {overlay}")
 

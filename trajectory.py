@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -121,17 +121,17 @@ def dark_frames(u: np.ndarray, share: float) -> np.ndarray:
     return dark
 
 
-def draw_overlay(video: Tensor, trajectory: Trajectory, scale: int = 1) -> np.ndarray:
+def draw_overlay(frames: np.ndarray, trajectory: Trajectory) -> np.ndarray:
     """The trajectory drawn on a video, to look at: boxes, and a dot at every box centre of the whole path.
 
-    video [3, T, H, W] in [-1, 1] -> uint8 [T, H*scale, W*scale, 3]. Colours are the objects' own at full brightness.
-    Raises ValueError if the trajectory is of another size or length.
+    frames uint8 [T, H, W, 3], of the trajectory's size or a multiple -> the same shape. Colours are the objects' own at
+    full brightness. Raises ValueError if the trajectory is of another shape or length.
     """
-    if (trajectory.num_frames, *trajectory.size) != tuple(video.shape[1:]):
-        raise ValueError(f"a trajectory of {trajectory.num_frames} x {trajectory.size} on a video {tuple(video.shape)}")
-    pixels = ((video.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-    canvas = repeat(pixels, "c t h w -> c t (h p) (w q)", p=scale, q=scale).copy()
-    size = canvas.shape[-2:]
+    scale = frames.shape[1] // trajectory.size[0]
+    size = tuple(scale * n for n in trajectory.size)
+    if (trajectory.num_frames, *size) != frames.shape[:3] or not scale:
+        raise ValueError(f"a trajectory of {trajectory.num_frames} x {trajectory.size} on a video {frames.shape}")
+    canvas = rearrange(frames.copy(), "t h w c -> c t h w")
     thickness = max(1, min(size) // 100)
     bright = trajectory.colors.astype(float) / trajectory.colors.max(axis=1, keepdims=True).clip(1) * 255
     centers = (trajectory.boxes[..., :2] + trajectory.boxes[..., 2:]) / 2

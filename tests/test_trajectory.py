@@ -470,8 +470,9 @@ def test_maps_are_cheap_enough_for_a_training_step():
 
 def test_overlay(tmp_path):
     truth = moving((48, 64))
-    gray = torch.zeros(3, 9, 48, 64)
-    overlay = draw_overlay(gray, truth, scale=3)
+    gray = np.full((9, 48, 64, 3), 128, np.uint8)
+    large = gray.repeat(3, 1).repeat(3, 2)
+    overlay = draw_overlay(large, truth)
     assert overlay.shape == (9, 144, 192, 3) and overlay.dtype == np.uint8
     bright = [255, 64, 64]  # (128, 32, 32) with its brightest channel at 255
     assert overlay[2, 18, 24:84].tolist() == [bright] * 60  # the upper edge of box [8, 6, 28, 30], three times as large
@@ -482,6 +483,9 @@ def test_overlay(tmp_path):
     assert 0 < green.sum() <= 8 * 4  # no box in the last frame, only dots
     assert draw_overlay(gray, truth).shape == (9, 48, 64, 3)
     given = Trajectory(truth.boxes, truth.masks, truth.colors, truth.names, truth.maps())
-    assert (draw_overlay(gray, given, scale=3) == overlay).all()
+    assert (draw_overlay(large, given) == overlay).all()
     with pytest.raises(ValueError, match="trajectory"):
-        draw_overlay(gray[:, :5], truth)
+        draw_overlay(gray[:5], truth)
+    with pytest.raises(ValueError, match="trajectory"):
+        draw_overlay(gray[:, :40], truth)
+    assert (gray == 128).all() and (large == 128).all()  # drawn on a copy

@@ -113,6 +113,7 @@ def test_videos_pass_through_the_vae(folder):
     latents = codec.encode_video(video)
     assert torch.equal(latents, alone.encode(video)) and latents.dtype == torch.float32
     decoded, wanted = codec.decode_video(latents), alone.decode(latents)
+    assert torch.equal(torch.cat(list(codec.pieces(latents)), dim=2).float(), decoded)
     assert decoded.shape == video.shape and decoded.dtype == torch.float32
     error = (decoded - wanted).norm() / wanted.norm()
     assert 0 < error < 0.05  # bfloat16
