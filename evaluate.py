@@ -158,7 +158,8 @@ def cells(rows: Sequence[dict]) -> list[list[str]]:
     for row in rows:
         spans = {key: row.get(f"{key}_range") for key in keys}
         values = {key: "" if row[key] is None else str(row[key]) for key in keys}
-        lines.append([f"{v} ({spans[k][0]} to {spans[k][1]})" if spans[k] else v for k, v in values.items()])
+        wide = {key for key in keys if spans[key] and spans[key][0] < spans[key][1]}
+        lines.append([f"{v} ({spans[k][0]} to {spans[k][1]})" if k in wide else v for k, v in values.items()])
     return lines
 
 
