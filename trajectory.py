@@ -173,7 +173,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
     Raises TrajectoryError for anything that can't be used.
     """
     path = Path(path)
-    check = partial(_check, path)
+    check = partial(check_input, path)
     check(os.path.exists(path), "", "no such file; correct the path given to --traj")
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
         return _load_maps(path, image_size, num_frames, check)
@@ -238,7 +238,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
 Check = Callable[[bool, str, str], None]  # (fine, field, problem and mend), raises for the file at hand
 
 
-def _check(path: Path, fine: bool, field: str, problem: str) -> None:
+def check_input(path: Path, fine: bool, field: str, problem: str) -> None:
     if not fine:  # names and values are the user's: whatever breaks a line in them becomes a space
         raise TrajectoryError(" ".join(": ".join(filter(None, [str(path), field, problem])).splitlines())) from None
 
@@ -391,3 +391,15 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check) -> T
     names = [f"object {k}" for k in range(len(colors))]
     placed = _place(size, image_size, np.stack(boxes, axis=1))
     return Trajectory(placed, masks, colors.round().astype(np.uint8), names, given)
+
+
+if __name__ == "__main__":
+    import sys
+
+    import common
+    import convert
+    from trajectory import TrajectoryError  # the class that convert.py knows, not this script's
+
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("--"):
+        sys.argv.insert(1, "--source")
+    common.run_script(convert.main, convert.Config, TrajectoryError)

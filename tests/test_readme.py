@@ -15,6 +15,7 @@ PAGES = ("README.md", "checkpoints/tiny/README.md")
 SHORT = {
     "sample.py": ["--steps", 2],
     "data.py": [],
+    "trajectory.py": [],
     "evaluate.py": ["--videos", 4, "--steps", 2, "--batch", 4, "--compile", "false", "--out", "runs/e/rows.json"],
     "train_codec.py": ["--steps", 2, "--batch", 2],
     "train_slow_generator.py": ["--steps", 2, "--batch", 2, "--compile", "false"],

@@ -1,0 +1,169 @@
+"""Convert trajectories: from boxes.json, map videos, folders of maps or masks, and point tracks, to the first three.
+
+    python trajectory.py maps.mp4 --to boxes.json --size 704x1280 --frames 121
+    python trajectory.py boxes.json --to maps --preview out/look.mp4              # a folder of PNG maps
+    python trajectory.py tracks.npy --to boxes.json --box 80x60 --pick 0,4,7      # points become boxes of this size
+
+Point tracks are x and y in pixels, frame by frame: `.npy` of [T, K, 2], or [T, K, 3] with visibility (above 0.5) last;
+`.npz` with `tracks` and perhaps `visibility` [T, K]; `.pt` or `.pth` of a tensor, or of a dict with these or
+`pred_tracks` and `pred_visibility`, as CoTracker gives them (a first axis of 1 is dropped); `.txt` with a line a frame,
+`x y` of each point in turn, `- -` where it is hidden. Nothing is unpickled.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import common
+from maps import BROKEN, Size
+from trajectory import PALETTE, Trajectory, check_input, draw_overlay, load_trajectory
+
+MOST_FRAMES, MOST_BYTES = 10_000, 1 << 30
+POINTS = {".npy", ".npz", ".txt", ".pt", ".pth"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of a conversion."""
+
+    source: str = "examples/boxes.json"  # what to read; may stand first, without the flag
+    to: str = "out/maps.mp4"  # what to write: a .json, an .mp4 of maps, or a folder of PNG maps
+    preview: str = ""  # an .mp4 that shows it over the image, to look at
+    image: str = ""  # of the preview; gray if empty
+    size: str = "48x48"  # height x width of the video, in whose pixels all is written
+    frames: int = 9  # length of the video
+    source_size: str = (
+        ""  # height x width in whose pixels points are, or boxes whose file doesn't say; as size if empty
+    )
+    box: str = "16x16"  # height x width of a point's box, in pixels of the video
+    pick: str = ""  # numbers of the points to take, with commas between; all if empty
+
+
+def read_size(name: str, text: str) -> Size:
+    """ "704x1280" -> (704, 1280)."""
+    sides = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if not sides:
+        raise common.UserError(f"--{name} {text}: takes height x width in pixels, as 704x1280")
+    return int(sides[1]), int(sides[2])
+
+
+def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A file of point tracks: positions [T, K, 2], and which are visible [T, K]. TrajectoryError if it can't be."""
+    check: Callable = partial(check_input, path)
+    check(path.is_file(), "", "no such file; correct the path")
+    check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; are these point tracks?")
+    shown, form = None, "give [T, K, 2], or [T, K, 3] with visibility last"
+    try:
+        if path.suffix == ".txt":
+            lines = [line.replace(",", " ").split() for line in path.read_text().splitlines() if line.strip()]
+            points = np.array([[np.nan if v == "-" else float(v) for v in line] for line in lines])
+            points = points.reshape(len(lines), -1, 2)
+        elif path.suffix in (".pt", ".pth"):
+            points = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            points = np.load(path, allow_pickle=False)
+        if not isinstance(points, np.ndarray | torch.Tensor):
+            names = [name for name in ("tracks", "pred_tracks") if name in points]
+            check(bool(names), "", "holds neither tracks nor pred_tracks; name them so")
+            shown = [points[name] for name in ("visibility", "pred_visibility") if name in points]
+            shown, points = (shown[0] if shown else None), points[names[0]]
+        points = np.asarray(points, dtype=float)
+        shown = None if shown is None else np.asarray(shown, dtype=float)
+    except pickle.UnpicklingError:
+        check(False, "", "holds more than tensors, code perhaps, and is not opened")
+    except (*BROKEN, TypeError) as error:
+        check(False, "", f"can't be read as point tracks ({str(error).splitlines()[0]}); {form}")
+    points = points[0] if points.ndim == 4 and len(points) == 1 else points
+    check(points.ndim == 3 and points.shape[2] in (2, 3) and points.size > 0, "", f"is {list(points.shape)}; {form}")
+    check(len(points) <= MOST_FRAMES, "", f"has {len(points)} frames; {MOST_FRAMES} is the most")
+    if points.shape[2] == 3:
+        points, shown = points[..., :2], points[..., 2]
+    shown = np.ones(points.shape[:2]) if shown is None else shown.reshape(-1, shown.shape[-1])
+    check(shown.shape == points.shape[:2], "visibility", f"is {list(shown.shape)}; give {list(points.shape[:2])}")
+    return points, (shown > 0.5) & np.isfinite(points).all(-1)
+
+
+def from_points(cfg: Config, size: Size, source_size: Size) -> Trajectory:
+    """Boxes of one size around every point, cut at the video's edge."""
+    path = Path(cfg.source)
+    check: Callable = partial(check_input, path)
+    points, shown = read_points(path)
+    check(len(points) == cfg.frames, "", f"{len(points)} frames but the video has {cfg.frames}; pass --frames")
+    if cfg.pick:
+        try:
+            points, shown = (x[:, [int(n) for n in cfg.pick.split(",")]] for x in (points, shown))
+        except (ValueError, IndexError):
+            raise common.UserError(f"--pick {cfg.pick}: takes numbers from 0 to {points.shape[1] - 1}") from None
+    count = points.shape[1]
+    check(count <= len(PALETTE), "", f"{count} points, {len(PALETTE)} at most; choose some with --pick 0,5,9")
+    centers = points * [size[1] / source_size[1], size[0] / source_size[0]]
+    half = np.array(read_size("box", cfg.box)[::-1]) / 2
+    boxes = np.concatenate([centers - half, centers + half], axis=-1).clip(0, (*size[::-1], *size[::-1]))
+    inside = shown & (boxes[..., 0] < boxes[..., 2]) & (boxes[..., 1] < boxes[..., 3])
+    check(inside[0].all(), "", f"point {inside[0].argmin()} is not to be seen in frame 0; leave it out with --pick")
+    boxes[~inside] = np.nan
+    masks = np.zeros((count, *size), dtype=bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes[0].round().astype(int), strict=True):
+        mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = True
+    colors = np.array(PALETTE[:count], dtype=np.uint8)
+    return Trajectory(boxes.transpose(1, 0, 2), masks, colors, [f"point {k}" for k in range(count)])
+
+
+def write_boxes(path: Path, trajectory: Trajectory) -> None:
+    """A boxes.json, and beside it the mask of each object."""
+    objects = []
+    for k, name in enumerate(trajectory.names):
+        mask = trajectory.masks[k] if trajectory.masks.ndim == 3 else trajectory.masks[k, 0]
+        file = path.with_name(f"{path.stem}_mask_{k}.png")
+        common.write_image(file, mask.astype(np.uint8) * 255)
+        drawn = np.isfinite(trajectory.boxes[k]).all(-1)
+        boxes = {str(t): trajectory.boxes[k, t].round(3).tolist() for t in np.flatnonzero(drawn)}
+        kind, color = "linear" if drawn.all() else "none", trajectory.colors[k].tolist()
+        objects.append({"name": name, "mask": file.name, "color": color, "interpolate": kind, "boxes": boxes})
+    height, width = trajectory.size
+    top = {"num_frames": trajectory.num_frames, "width": width, "height": height, "objects": objects}
+    with common.atomic(path) as temporary:
+        temporary.write_text(json.dumps(top, indent=1) + "\n")
+
+
+def main(cfg: Config) -> None:
+    size, out = read_size("size", cfg.size), Path(cfg.to)
+    source_size = read_size("source_size", cfg.source_size) if cfg.source_size else size
+    if out.suffix not in (".json", ".mp4", ""):
+        raise common.UserError(f"--to {out}: give a .json, an .mp4, or a folder")
+    if not out.suffix and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise common.UserError(f"--to {out}: exists and is no empty folder; give another")
+    for name in filter(None, (cfg.to if out.suffix else "", cfg.preview)):
+        common.output_path(name, Path(name).suffix if name == cfg.to else ".mp4")
+    if cfg.frames < 1:
+        raise common.UserError(f"--frames {cfg.frames}: at least 1")
+    if Path(cfg.source).suffix in POINTS:
+        trajectory = from_points(cfg, size, source_size)
+    else:
+        trajectory = load_trajectory(cfg.source, size, cfg.frames, source_size)
+    background = np.full((*size, 3), 128, np.uint8)
+    if cfg.image:
+        try:
+            background = np.asarray(Image.open(cfg.image).convert("RGB").resize(size[::-1]))
+        except BROKEN as error:
+            raise common.UserError(f"--image {cfg.image}: not a readable image ({error})") from None
+    if out.suffix == ".json":
+        write_boxes(out, trajectory)
+    else:
+        maps = common.to_uint8(trajectory.maps())
+        if out.suffix:
+            common.write_video(out, maps, fps=8)
+        for t, frame in enumerate(maps) if not out.suffix else ():
+            common.write_image(out / f"{t:05d}.png", frame)
+    if cfg.preview:
+        frames = np.repeat(background[None], cfg.frames, axis=0)
+        common.write_video(cfg.preview, draw_overlay(frames, trajectory), fps=8)
+    print(f"{len(trajectory.names)} objects, {cfg.frames} frames: {out}")

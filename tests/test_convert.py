@@ -1,0 +1,164 @@
+"""trajectory.py as a script: every form of a trajectory into every other, and point tracks into boxes."""
+
+import json
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import common
+import convert
+from convert import Config, read_points
+from trajectory import TrajectoryError, load_trajectory
+
+SMALL = {"size": "48x48", "frames": 9}
+LARGE = {"size": "320x480", "frames": 13}
+
+
+def boxes_json(folder, large=False):
+    """Two objects that move; the second is hidden for a while."""
+    scale, last = (8, "12") if large else (1, "8")
+    objects = [
+        {"boxes": {"0": [2, 3, 14, 15], last: [20, 25, 34, 36]}},
+        {"boxes": {"0": [26, 4, 40, 20], last: [30, 2, 38, 14]}, "visible": [[0, 4], [7, 7]]},
+    ]
+    for item in objects:
+        item["boxes"] = {t: [scale * v for v in box] for t, box in item["boxes"].items()}
+    path = folder / "boxes.json"
+    path.write_text(json.dumps({"objects": objects}))
+    return path
+
+
+@pytest.mark.parametrize("middle", ["maps.mp4", "maps"])
+@pytest.mark.parametrize("large", [False, True])
+def test_boxes_to_maps_and_back_within_a_pixel(tmp_path, middle, large):
+    shape = LARGE if large else SMALL
+    size, frames = convert.read_size("size", shape["size"]), shape["frames"]
+    first = load_trajectory(boxes_json(tmp_path, large), size, frames)
+    convert.main(Config(str(tmp_path / "boxes.json"), str(tmp_path / middle), **shape))
+    convert.main(Config(str(tmp_path / middle), str(tmp_path / "back.json"), **shape))
+    back = load_trajectory(tmp_path / "back.json", size, frames)
+    order = [int(np.abs(back.boxes[:, 0] - box).sum(-1).argmin()) for box in first.boxes[:, 0]]
+    assert sorted(order) == [0, 1]
+    again, hidden = back.boxes[order], np.isnan(first.boxes[..., 0])
+    assert (np.isnan(again[..., 0]) == hidden).all() and hidden.any()
+    painted = np.floor(first.boxes + 0.5)  # in whole pixels
+    assert np.abs(again - painted)[~hidden].max() <= (1 if middle == "maps.mp4" else 0)
+    assert (back.masks[order] == first.masks).mean() > 0.99
+
+
+def test_a_folder_of_maps_is_exact_and_a_preview_shows_the_image(tmp_path):
+    source = boxes_json(tmp_path)
+    iio.imwrite(tmp_path / "image.png", np.full((48, 48, 3), 60, np.uint8))
+    flags = {"preview": str(tmp_path / "look.mp4"), "image": str(tmp_path / "image.png")}
+    convert.main(Config(str(source), str(tmp_path / "maps"), **SMALL, **flags))
+    read, want = (load_trajectory(p, (48, 48), 9).maps() for p in (tmp_path / "maps", source))
+    assert np.array_equal(common.to_uint8(read), common.to_uint8(want))
+    look = iio.imread(tmp_path / "look.mp4")
+    assert look.shape == (9, 48, 48, 3) and abs(np.median(look) - 60.0) < 4
+
+
+POINTS = np.stack([np.stack([np.linspace(10, 30, 9), np.full(9, 20.0)], -1),
+                   np.stack([np.full(9, 40.0), np.linspace(8, 40, 9)], -1)], 1)  # fmt: skip
+SHOWN = np.ones((9, 2), bool)
+SHOWN[3:5, 1] = False
+
+
+def files(folder):
+    np.save(folder / "plain.npy", POINTS)
+    np.save(folder / "last.npy", np.concatenate([POINTS, SHOWN[..., None]], -1).astype(np.float32))
+    np.savez(folder / "named.npz", tracks=POINTS, visibility=SHOWN)
+    torch.save(torch.tensor(POINTS), folder / "tensor.pt")
+    torch.save(
+        {"pred_tracks": torch.tensor(POINTS)[None], "pred_visibility": torch.tensor(SHOWN)[None]}, folder / "c.pth"
+    )
+    lines = [
+        " ".join("- -" if not s else f"{x},{y}" for (x, y), s in zip(p, v, strict=True))
+        for p, v in zip(POINTS, SHOWN, strict=True)
+    ]
+    (folder / "lines.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("name, hides", [("plain.npy", False), ("last.npy", True), ("named.npz", True),
+                                         ("tensor.pt", False), ("c.pth", True), ("lines.txt", True)])  # fmt: skip
+def test_point_tracks_of_every_kind(tmp_path, name, hides):
+    files(tmp_path)
+    points, shown = read_points(tmp_path / name)
+    want = SHOWN if hides else np.ones_like(SHOWN)
+    assert (shown == want).all() and np.abs(points - POINTS)[want].max() < 1e-4
+
+
+def test_points_become_boxes_of_one_size_cut_at_the_edge(tmp_path):
+    files(tmp_path)
+    convert.main(Config(str(tmp_path / "named.npz"), str(tmp_path / "out.json"), box="10x12", **SMALL))
+    got = load_trajectory(tmp_path / "out.json", (48, 48), 9)
+    assert got.boxes[0, 0].tolist() == [4, 15, 16, 25] and got.boxes[0, 8].tolist() == [24, 15, 36, 25]
+    assert np.isnan(got.boxes[1, 3:5]).all() and got.boxes[1, 8].tolist() == [34, 35, 46, 45]
+    assert got.masks[0].sum() == 120 and got.masks[0][15:25, 4:16].all()
+    wide = {"size": "96x96", "frames": 9, "source_size": "48x48", "box": "20x40", "pick": "1"}
+    convert.main(Config(str(tmp_path / "plain.npy"), str(tmp_path / "wide.json"), **wide))
+    (one,) = load_trajectory(tmp_path / "wide.json", (96, 96), 9).boxes
+    assert one[0].tolist() == [60, 6, 96, 26]  # twice as large, and cut at the right edge
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+BAD = {
+    "absent": ("no.npy", {}, "no.npy: no such file"),
+    "two axes": ("flat.npy", {}, r"flat.npy: is \[9, 2\]; give \[T, K, 2\]"),
+    "not an array": ("text.npy", {}, "text.npy: can't be read as point tracks"),
+    "pickled": ("object.npy", {}, "object.npy: can't be read as point tracks"),
+    "code": ("evil.pth", {}, "evil.pth: holds more than tensors"),
+    "no names": ("other.npz", {}, "other.npz: holds neither tracks nor pred_tracks"),
+    "words": ("words.txt", {}, "words.txt: can't be read as point tracks"),
+    "uneven": ("uneven.txt", {}, "uneven.txt: can't be read as point tracks"),
+    "visibility": ("short.npz", {}, r"short.npz: visibility: is \[8, 2\]; give \[9, 2\]"),
+    "too long": ("long.npy", {}, "long.npy: has 10001 frames; 10000 is the most"),
+    "frames": ("plain.npy", {"frames": 5}, "9 frames but the video has 5; pass --frames"),
+    "hidden at first": ("late.npy", {}, "late.npy: point 1 is not to be seen in frame 0; leave it out with --pick"),
+    "too many": ("many.npy", {}, "many.npy: 17 points, 16 at most; choose some with --pick"),
+    "pick": ("plain.npy", {"pick": "0,2"}, "--pick 0,2: takes numbers from 0 to 1"),
+    "pick words": ("plain.npy", {"pick": "a"}, "--pick a: takes numbers"),
+    "box": ("plain.npy", {"box": "0x5"}, "--box 0x5: takes height x width"),
+    "size": ("plain.npy", {"size": "big"}, "--size big: takes height x width"),
+    "to": ("plain.npy", {"to": "x.gif"}, "--to x.gif: give a .json, an .mp4, or a folder"),
+    "preview": ("plain.npy", {"preview": "x.png"}, "--out x.png: the name must end in .mp4"),
+    "image": ("plain.npy", {"image": "words.txt", "to": "x.json"}, "--image words.txt: not a readable image"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path)
+    np.save("flat.npy", POINTS[:, 0])
+    np.save("object.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    torch.save({"tracks": Evil()}, "evil.pth")
+    np.savez("other.npz", points=POINTS)
+    np.savez("short.npz", tracks=POINTS, visibility=SHOWN[1:])
+    np.save("long.npy", np.zeros((10001, 1, 2)))
+    np.save("many.npy", np.full((9, 17, 2), 20.0))
+    late = np.concatenate([POINTS, np.ones((9, 2, 1))], -1)
+    late[0, 1, 2] = 0
+    np.save("late.npy", late)
+    (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "words.txt").write_text("one two\n")
+    (tmp_path / "uneven.txt").write_text("1 2 3 4\n1 2\n")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    source, flags, message = BAD[name]
+    with pytest.raises((TrajectoryError, common.UserError), match=message) as caught:
+        convert.main(Config(source, **{"to": "out.json", **SMALL, **flags}))
+    assert "\n" not in str(caught.value) and "code ran" not in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_the_script_takes_its_source_first(run, tmp_path):
+    job = run("trajectory.py", "examples/boxes.json", "--to", "maps.mp4")
+    assert job.returncode == 0 and "2 objects, 9 frames: maps.mp4" in job.stdout, job.stderr
+    assert iio.imread(tmp_path / "maps.mp4").shape == (9, 48, 48, 3)
+    job = run("trajectory.py", "no.json", "--to", "x.mp4")
+    assert job.returncode == 2 and len(job.stderr.splitlines()) == 1 and "no.json: no such file" in job.stderr
