@@ -40,9 +40,7 @@ class Config:
     image: str = ""  # of the preview; gray if empty
     size: str = "48x48"  # height x width of the video, in whose pixels all is written
     frames: int = 9  # length of the video
-    source_size: str = (
-        ""  # height x width in whose pixels points are, or boxes whose file doesn't say; as size if empty
-    )
+    source_size: str = ""  # height x width in whose pixels points are, or boxes that don't say; as size if empty
     box: str = "16x16"  # height x width of a point's box, in pixels of the video
     pick: str = ""  # numbers of the points to take, with commas between; all if empty
 
