@@ -55,6 +55,14 @@ class Processes:
             dist.all_reduce(value)
         return value.item() / self.world
 
+    def gather(self, own: list) -> list:
+        """The lists of all ranks, joined."""
+        if self.mesh is None:
+            return own
+        lists = [None] * self.world
+        dist.all_gather_object(lists, own)
+        return [item for items in lists for item in items]
+
     def barrier(self) -> None:
         if self.mesh is not None:
             dist.barrier()

@@ -16,7 +16,7 @@ project in it: fast_generator.safetensors (or a generator.pt), fast_adapter.safe
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,9 +31,10 @@ import memory
 import parallel
 from adapter import read_adapter, serves, steer
 from codec import Codec, open_codec
+from jobs import read_jobs
 from maps import Size, fit_frames
 from model import FROZEN, PRESETS, VideoDiT
-from trajectory import TrajectoryError, draw_overlay, load_trajectory
+from trajectory import Trajectory, TrajectoryError, draw_overlay, load_trajectory
 from umt5 import read_text, save_text
 
 EXAMPLE = "a yellow and red disc spinning clockwise, a cyan and green diamond spinning counterclockwise"
@@ -46,6 +47,7 @@ class Config:
     image: str = "examples/image.png"  # the first frame
     traj: str = "examples/boxes.json"  # boxes.json, a map video, or a folder of PNG maps
     prompt: str = EXAMPLE  # what the video shows
+    batch: str = ""  # CSV file of many videos, with columns image, traj, prompt and perhaps out and seed; see README
     text: str = ""  # file of the prompt's embeddings: read if it exists, else written; spares the text encoder
     out: str = "out/sample.mp4"  # the video; <out>.boxes.mp4 is written beside it
     preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
@@ -89,8 +91,6 @@ def check(cfg: Config) -> None:
         raise common.UserError(f"--guidance {cfg.guidance}: the fast networks have none; add --speed slow")
     if cfg.scale < 1 or cfg.fps < 1:
         raise common.UserError(f"--scale {cfg.scale} --fps {cfg.fps}: both at least 1")
-    if cfg.seed < 0:
-        raise common.UserError(f"--seed {cfg.seed}: no seed below 0")
     if cfg.memory == "medium" and not torch.cuda.is_available():
         raise common.UserError("--memory medium: keeps weights off a GPU, and there is none; give high, or low")
     if cfg.tile < 0 or cfg.tile == 1:
@@ -109,21 +109,30 @@ def find_networks(cfg: Config) -> tuple[Path, Path]:
     return found.parent if found.name == "config.json" else found, adapter
 
 
-def embed_prompt(cfg: Config, codec: Codec) -> Tensor:
-    """Embeddings of the prompt and of no prompt, [2, L, text_dim]."""
-    prompts, file = [cfg.prompt, ""], Path(cfg.text)
+def embed_prompts(cfg: Config, prompts: list[str], codec: Codec) -> dict[str, Tensor]:
+    """Embeddings of these prompts, [1, L, text_dim] each."""
+    file = Path(cfg.text)
     if cfg.text and file.exists():
-        return read_text(file, prompts)
-    text = codec.encode_text(prompts)
-    if cfg.text:
-        save_text(file, prompts, text)
-    return text
+        text = read_text(file, prompts)
+    else:
+        text = codec.encode_text(prompts)
+        if cfg.text:
+            save_text(file, prompts, text)
+    return dict(zip(prompts, text.split(1), strict=True))
+
+
+def read_inputs(job: Config, size: Size) -> tuple[Tensor, Trajectory]:
+    """First frame and trajectory of a video, and every reason why it can't be made."""
+    if not isinstance(job.seed, int) or job.seed < 0:
+        raise common.UserError(f"--seed {job.seed}: a whole number, 0 at least")
+    common.output_path(job.out, ".mp4")
+    image, source_size = load_image(job.image, size)
+    return image, load_trajectory(job.traj, size, job.frames, source_size)
 
 
 def main(cfg: Config) -> None:
     check(cfg)
-    name = cfg.speed.title()
-    procs = parallel.init_processes(sequence=0)  # all share the one video
+    procs = parallel.init_processes(sequence=1 if cfg.batch else 0)  # a video for each, or one for all
     device, frugal = procs.device, cfg.memory != "high"
     aside = frugal and device.type == "cuda"  # blocks stay in the host's memory
     decoder = torch.float32 if cfg.dtype == "float32" else FROZEN[cfg.preset]
@@ -131,26 +140,48 @@ def main(cfg: Config) -> None:
     tile = cfg.tile or (16 if cfg.memory == "low" else 0)
     codec = open_codec(cfg.preset, cfg.weights, device, dtype=decoder, tile=tile, offload=aside)
     size = codec.check_size(cfg.size, cfg.frames)
-    out = common.output_path(cfg.out, ".mp4")
     sampling = (flow.FAST if cfg.speed == "fast" else flow.SLOW)[cfg.preset]
-    took: dict[str, str] = {}
+    steps, name = cfg.steps or sampling.steps, cfg.speed.title()
+    took: dict[str, tuple[float, float]] = {}  # part -> seconds, and the most GiB held
+    failed: list[str] = []
 
     @contextlib.contextmanager
     def timed(part: str) -> Iterator[None]:
         began = time.perf_counter()
         memory.reset_peak(device)
         yield
-        took[part] = f"{time.perf_counter() - began:.2f} s, {memory.peak_memory(device):.2f} GiB"
+        seconds, most = took.get(part, (0, 0))
+        took[part] = seconds + time.perf_counter() - began, max(most, memory.peak_memory(device))
 
+    @contextlib.contextmanager
+    def forgiving(job: Config) -> Iterator[None]:
+        """In a batch a video that can't be made does not stop the rest."""
+        try:
+            yield
+        except (common.UserError, TrajectoryError) as error:
+            if not cfg.batch:
+                raise
+            failed.append(f"{job.out}: {error}")
+
+    jobs = [replace(cfg, **row) for row in (read_jobs(Path(cfg.batch)) if cfg.batch else [{}])]
+    left = [job for job in jobs if not Path(job.out).exists()][procs.rank :: procs.world] if cfg.batch else jobs
+    ready = []
     with timed("read inputs"):
-        image, source_size = load_image(cfg.image, size)
-        trajectory = load_trajectory(cfg.traj, size, cfg.frames, source_size)
         files = find_networks(cfg)
+        for job in left:
+            with forgiving(job):
+                read_inputs(job, size)
+                ready.append(job)
     with timed("encode prompt"):
-        text, empty = embed_prompt(cfg, codec).to(device).split(1)
-    with timed("encode image and boxes"):
-        first = codec.encode_video(image).to(device)
-        traj = codec.encode_video(trajectory.maps("box")[None]).to(device)
+        text = embed_prompts(cfg, list(dict.fromkeys([*(job.prompt for job in ready), ""])), codec)
+
+    def encode(job: Config) -> tuple[Tensor, Tensor, Trajectory]:
+        with timed("encode image and boxes"):
+            image, trajectory = read_inputs(job, size)
+            maps = trajectory.maps("box")[None]
+            return codec.encode_video(image).to(device), codec.encode_video(maps).to(device), trajectory
+
+    early = None if cfg.batch else encode(cfg)  # before the networks take their memory
     with timed("read networks"):
         generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", held)
         if generator.config != PRESETS[cfg.preset]:
@@ -164,28 +195,42 @@ def main(cfg: Config) -> None:
                 block.forward = torch.compile(block.forward)
             heavy = isinstance(network, VideoDiT)
             memory.offload(network, device) if aside and heavy else network.to(device)
-    with timed("denoise"), torch.no_grad(), parallel.autocast(device, cfg.dtype):
-        velocity, steps = steer(generator, adapter, text, traj, frugal), cfg.steps or sampling.steps
+
+    def denoise(job: Config, first: Tensor, traj: Tensor) -> Tensor:
+        velocity = steer(generator, adapter, text[job.prompt].to(device), traj, frugal)
         sigmas, shape = flow.sigma_schedule(steps, sampling.shift), traj.shape[1:]
         if cfg.speed == "fast":
-            noise = common.step_noise(steps, shape, [0], cfg.seed).to(device)
-            latents = flow.sample_fewstep(velocity, first, noise, sigmas)
-        else:
-            noise = common.sample_noise(shape, [0], cfg.seed).to(device)
-            plain = steer(generator, None, empty)
-            velocity = flow.guided(velocity, plain, cfg.guidance or sampling.guidance)
-            latents = flow.sample_multistep(velocity, first, noise, sigmas)
-    del generator, adapter, velocity
-    if procs.rank > 0:
-        return
-    with timed("decode"):
-        video = np.concatenate([common.to_uint8(piece[0], cfg.scale) for piece in codec.pieces(latents)])
-    with timed("write"):
-        overlay = out.with_suffix(".boxes.mp4")
-        common.write_video(out, video, cfg.fps)
-        common.write_video(overlay, draw_overlay(video, trajectory), cfg.fps)
-    print("\n".join(f"{part}: {cost}" for part, cost in took.items()))
-    print(f"{steps} steps on {device}: {out} and {overlay}")
+            noise = common.step_noise(steps, shape, [0], job.seed).to(device)
+            return flow.sample_fewstep(velocity, first, noise, sigmas)
+        noise = common.sample_noise(shape, [0], job.seed).to(device)
+        plain = steer(generator, None, text[""].to(device))
+        velocity = flow.guided(velocity, plain, cfg.guidance or sampling.guidance)
+        return flow.sample_multistep(velocity, first, noise, sigmas)
+
+    for number, job in enumerate(ready):
+        with forgiving(job):
+            first, traj, trajectory = early or encode(job)
+            with timed("denoise"), torch.no_grad(), parallel.autocast(device, cfg.dtype):
+                latents = denoise(job, first, traj)
+            if procs.rank > 0 and not cfg.batch:
+                return
+            if not cfg.batch:
+                del generator, adapter, denoise  # decoding needs the memory
+            with timed("decode"):
+                video = np.concatenate([common.to_uint8(piece[0], cfg.scale) for piece in codec.pieces(latents)])
+            with timed("write"):
+                overlay = Path(job.out).with_suffix(".boxes.mp4")
+                common.write_video(overlay, draw_overlay(video, trajectory), cfg.fps)
+                common.write_video(job.out, video, cfg.fps)  # last: what stands is done
+            print(
+                f"{steps} steps on {device}: {job.out} and {overlay}"
+                + (f" ({number + 1} of {len(ready)})" if cfg.batch else "")
+            )
+    print("\n".join(f"{part}: {seconds:.2f} s, {most:.2f} GiB" for part, (seconds, most) in took.items()))
+    if cfg.batch and (failed := procs.gather(failed)):
+        raise common.UserError(
+            f"{cfg.batch}: {len(failed)} of {len(jobs)} videos could not be made: {'; '.join(failed)}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""sample.py --batch: many videos, some of them impossible."""
+
+import csv
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from common import UserError
+from jobs import read_jobs
+
+GOOD = {"image": "image.png", "traj": "boxes.json", "prompt": "a disc"}
+
+
+@pytest.fixture
+def table(tmp_path):
+    """table(rows) -> a CSV file beside the shipped example's image and boxes."""
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    for name in ("image.png", "boxes.json", "mask_0.png", "mask_1.png"):
+        (folder / name).write_bytes((ROOT / "examples" / name).read_bytes())
+
+    def write(rows, columns=None):
+        with (folder / "jobs.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns or list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return folder / "jobs.csv"
+
+    return write
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, table, processes):
+    rows = [
+        {**GOOD, "out": "a.mp4", "seed": "0"},
+        {**GOOD, "out": "b.mp4", "seed": "many"},
+        {**GOOD, "out": "c.mp4", "seed": "1", "traj": "gone.json"},
+        {**GOOD, "out": "d.mp4", "seed": ""},
+        {**GOOD, "out": "e.txt", "seed": "2"},
+    ]
+    path = table(rows)
+    flags = ("--batch", path, "--steps", 1, "--scale", 1)
+    job = run("sample.py", *flags, processes=processes)
+    assert job.returncode != 0 and sorted(p.name for p in path.parent.glob("?.mp4")) == ["a.mp4", "d.mp4"]
+    (line, *_) = [line for line in job.stderr.splitlines() if line.startswith("sample.py: ")]
+    assert "3 of 5 videos could not be made" in line
+    for text in ("b.mp4: --seed many: a whole number", "gone.json: no such file", "e.txt: the name must end in .mp4"):
+        assert text in line
+    if processes == 1:
+        assert job.returncode == 2
+    a, d = (iio.imread(path.parent / name) for name in ("a.mp4", "d.mp4"))
+    assert np.array_equal(a, d) and a.shape == (9, 48, 48, 3)  # the same seed, the default
+    before = (path.parent / "a.mp4").stat().st_mtime_ns
+    (path.parent / "d.mp4").unlink()
+    run("sample.py", *flags, processes=processes)
+    assert (path.parent / "a.mp4").stat().st_mtime_ns == before and (path.parent / "d.mp4").exists()
+
+
+def test_tables_of_magicmotion(table):
+    columns = [
+        "validation_prompt",
+        "validation_images",
+        "validation_trajectory_maps",
+        "output_path",
+        "controlnet_weights",
+    ]
+    path = table([dict(zip(columns, ["a cat", "x.png", "maps.mp4", "", "1.0"], strict=True))])
+    folder = path.parent
+    assert read_jobs(path) == [
+        {
+            "prompt": "a cat",
+            "image": str(folder / "x.png"),
+            "traj": str(folder / "maps.mp4"),
+            "out": str(folder / "00000.mp4"),
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "no such file; correct --batch"),
+        ("", "no column image"),
+        ("image,traj\nx,y\n", "no column prompt"),
+        ("image,traj,prompt,speed\n1,2,3,4\n", "column 'speed' is unknown"),
+        ("image,traj,prompt\n", "no rows; give 1 to 100000"),
+        ("image,traj,prompt\n" + "a,b,c\n" * 100_001, "too many rows"),
+        ("image,traj,prompt,out\na,b,c,x.mp4\na,b,d,x.mp4\n", "two rows write the same file"),
+        ('image,traj,prompt\na,b,"c\n', "not a readable CSV file"),
+        (b"\xff\xfe\x00", "not a readable CSV file"),
+    ],
+)  # fmt: skip
+def test_tables_that_can_not_be_used(tmp_path, text, message):
+    path = tmp_path / "jobs.csv"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        read_jobs(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
