@@ -11,6 +11,7 @@ stands alone. Needs requirements-dev.txt. Writes `--out` and a table in Markdown
 import json
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -202,15 +203,21 @@ def main(cfg: Config) -> None:
         torch.set_num_threads(cfg.threads)
     device = parallel.init_processes().device
     rows: list[Row] = []
+
+    def add(new: list[Row]) -> None:
+        rows.extend(new)
+        for row in new:
+            beside = f", ratio {row.ratio:.3f}" if row.ratio else ""
+            print(f"{row.name}, {row.dtype}: {row.ours:.4g} {row.unit}{beside}", file=sys.stderr, flush=True)
+
     with torch.no_grad():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16) if parts & {"forward", "loop"} else ():
             for compiled in (False, True):
-                if parts & {"forward", "loop"}:
-                    rows += bench_transformer(cfg, dtype, compiled, device)
+                add(bench_transformer(cfg, dtype, compiled, device))
         if "vae" in parts:
-            rows += bench_vae(cfg, device)
+            add(bench_vae(cfg, device))
         for part in (part for part in PARTS if part in parts and hasattr(costs, part)):
-            rows += getattr(costs, part)(cfg.preset, cfg.repeats, device)
+            add(getattr(costs, part)(cfg.preset, cfg.repeats, device))
     about = common.provenance("bench.py", cfg, device)
     about["machine"] += f", diffusers {diffusers.__version__}"
     with common.atomic(out) as temporary:

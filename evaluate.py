@@ -3,6 +3,7 @@
     python evaluate.py                                  # the shipped networks, slow and fast
     python evaluate.py --videos 32 --steps 10 --out runs/evaluate/quick.json
     python evaluate.py --ablation                       # the runs that `make ablation` trained: why each part is there
+    python evaluate.py folder --help                    # videos of the real world instead: which files to bring
 
 Prints a table, writes its rows as a JSON list, and beside it the table in Markdown and a contact sheet that shows, from
 top to bottom, a video's trajectory maps, the truth, and each way to make it. The first rows score the true videos and
@@ -12,6 +13,7 @@ are means over training seeds, and `<measure>_range` holds their least and great
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +34,7 @@ from codec import ToyCodec
 from data import ToyBatch, ToyWorld
 from measures import FEATURES, score, subset
 from model import VideoDiT
+from trajectory import TrajectoryError
 
 RUNS = Path("runs/ablation")  # <variant>_<seed>/fast_adapter.safetensors
 VARIANTS = {  # of stage 3, by the folder's name; the Makefile has their flags
@@ -276,4 +279,10 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, Config, OSError)
+    if sys.argv[1:2] == ["folder"]:
+        import benchmark
+
+        del sys.argv[1]
+        common.run_script(benchmark.main, benchmark.Config, TrajectoryError)
+    else:
+        common.run_script(main, Config, OSError)

@@ -1,0 +1,135 @@
+"""evaluate.py folder: videos of the real world, with stand-ins for the networks that a user brings."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import benchmark
+import common
+from benchmark import Config
+from trajectory import TrajectoryError
+
+COLORS = [(200, 40, 40), (40, 200, 40)]
+
+
+class Inception(nn.Module):
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
+        y = x.float() / 255
+        return torch.cat([y.mean((2, 3)), y.std((2, 3))], dim=1)
+
+
+class I3D(nn.Module):
+    def forward(self, x: Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False) -> Tensor:
+        assert x.shape[1] == 3 and x.shape[3] == 224 and not rescale and not resize and return_features
+        return torch.cat([x.mean((2, 3, 4)), x.std((3, 4)).mean(2)], dim=1)
+
+
+class LPIPS(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().mean((1, 2, 3))
+
+
+def video(folder, name, seed, frames=12):
+    pixels = np.random.default_rng(seed).integers(0, 255, (frames, 6, 8, 3)).astype(np.uint8)
+    common.write_video(folder / f"{name}.mp4", pixels.repeat(8, 1).repeat(8, 2), fps=8)
+
+
+def masks(folder, name, boxes):
+    """One frame a list of boxes, drawn in the objects' colours: [x0, y0, x1, y1] or None."""
+    for t, frame in enumerate(boxes):
+        image = np.zeros((48, 64, 3), np.uint8)
+        for color, box in zip(COLORS, frame, strict=True):
+            if box:
+                image[box[1] : box[3], box[0] : box[2]] = color
+        common.write_image(folder / name / f"{t}.png", image)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n in range(4):
+        video(tmp_path / "generated", f"v{n}", n)
+        video(tmp_path / "true", f"v{n}", 10 + n)
+    for name, network in (("inception", Inception()), ("i3d", I3D()), ("lpips", LPIPS())):
+        torch.jit.script(network).save(f"{name}.pt")
+    return tmp_path
+
+
+def rows(folder) -> list[dict]:
+    return json.loads((folder / "out/benchmark.json").read_text())
+
+
+def test_distances_are_those_of_a_matrix_square_root(world):
+    scipy = pytest.importorskip("scipy.linalg", reason="the reference needs requirements-dev.txt")
+    benchmark.main(Config(inception="inception.pt", i3d="i3d.pt", lpips="lpips.pt"))
+    (row,) = rows(world)
+    sets = [[benchmark.read_video(world / side / f"v{n}.mp4") for n in range(4)] for side in ("generated", "true")]
+
+    def reference(features: list[np.ndarray]) -> float:
+        (a, b), (m, n) = ([np.cov(x.T) for x in features], [x.mean(0) for x in features])
+        return ((m - n) ** 2).sum() + np.trace(a + b - 2 * scipy.sqrtm(a @ b).real)
+
+    images = [torch.cat([Inception()(v) for v in side]).double().numpy() for side in sets]
+    assert row["fid"] == pytest.approx(reference(images), rel=0.05, abs=1e-4)
+    assert row["lpips"] == pytest.approx(
+        np.mean([(a.float() - b.float()).abs().mean() / 127.5 for a, b in zip(*sets, strict=True)]), abs=1e-4
+    )
+    assert row["fvd"] >= 0 and row["videos"] == 4 and row["mask_iou"] is None
+    assert "fid" in (world / "out/benchmark.md").read_text()
+
+
+def test_overlaps_worked_out_by_hand(world):
+    """One object shifted by half its width: IoU 1/3; a second one that is lost in one of two frames."""
+    for n in range(4):
+        masks(world / "m", f"v{n}", [[[0, 0, 20, 20], None]] * 2 if n else [[[0, 0, 20, 20], [30, 10, 50, 30]]] * 2)
+        masks(world / "f", f"v{n}", [[[10, 0, 30, 20], None]] * 2 if n else
+              [[[0, 0, 20, 20], [30, 10, 50, 30]], [[0, 0, 20, 20], None]])  # fmt: skip
+    benchmark.main(Config(masks="m", found="f"))
+    everyone, one, two = rows(world)
+    assert [r["objects"] for r in (everyone, one, two)] == ["all", 1, 2] and [one["videos"], two["videos"]] == [3, 1]
+    for measure in ("mask_iou", "box_iou"):
+        assert one[measure] == pytest.approx(1 / 3, abs=1e-4)
+        assert two[measure] == pytest.approx((1 + 0.5) / 2, abs=1e-4)
+        assert everyone[measure] == pytest.approx((3 / 3 + 0.75) / 4, abs=1e-4)
+    for n in range(4):
+        objects = [{"boxes": {"0": [0, 0, 20, 20]}}, {"boxes": {"0": [30, 10, 50, 30]}}][: 1 if n else 2]
+        (world / f"boxes/v{n}.json").parent.mkdir(exist_ok=True)
+        (world / f"boxes/v{n}.json").write_text(json.dumps({"objects": objects}))
+    benchmark.main(Config(masks="m", found="f", boxes="boxes"))
+    assert [r["box_iou"] for r in rows(world)] == [r["box_iou"] for r in (everyone, one, two)]
+
+
+BAD = {
+    "no videos": ({"generated": "empty"}, "--generated empty: holds no .mp4 files"),
+    "no true one": ({"true": "empty"}, "empty/v0.mp4: can't be decoded"),
+    "masks alone": ({"masks": "m"}, "--masks, --found: mask IoU compares both"),
+    "no masks of a video": ({"masks": "empty", "found": "empty"}, "empty/v0: no such folder or video"),
+    "not a network": ({"i3d": "text.txt"}, "text.txt: no TorchScript file"),
+    "another size": ({"true": "small"}, r"v0.mp4: \[12, 3, 48, 64\] generated, \[12, 3, 24, 32\] true"),
+    "ending": ({"out": "x.txt"}, "--out x.txt: the name must end in .json"),
+    "too few masks": ({"masks": "m", "found": "short"}, "short/v0: has not as many frames as the true masks"),
+    "no objects": ({"masks": "black", "found": "m"}, "black/v0: frame 0: shows no object"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(world, name):
+    flags, message = BAD[name]
+    (world / "empty").mkdir()
+    (world / "text.txt").write_text("no network")
+    for n in range(4):
+        masks(world / "m", f"v{n}", [[[0, 0, 20, 20], None]] * 2)
+        masks(world / "short", f"v{n}", [[[0, 0, 20, 20], None]])
+        masks(world / "black", f"v{n}", [[None, None]] * 2)
+        common.write_video(world / f"small/v{n}.mp4", np.zeros((12, 24, 32, 3), np.uint8), fps=8)
+    with pytest.raises((common.UserError, TrajectoryError), match=message) as caught:
+        benchmark.main(Config(**flags))
+    assert "\n" not in str(caught.value) and not (world / "out").exists()
+
+
+def test_help_says_which_files_to_bring(run):
+    job = run("evaluate.py", "folder", "--help")
+    assert job.returncode == 0 and all(f"--{name} FILE" in job.stdout for name in ("inception", "i3d", "lpips"))
