@@ -25,8 +25,8 @@ import flow
 import parallel
 import vae
 from adapter import AdapterConfig, ControlNetAdapter, ResNetAdapter, steer
-from costs import SHAPES, Row, agree, flop, matmul_rate, pairs, peak, seconds
 from model import DIFFUSERS_NAMES, DiTConfig, VideoDiT
+from timing import SHAPES, Row, agree, flop, matmul_rate, pairs, peak, seconds
 from vae import VAEConfig, WanVAE, diffusers_names
 from weights import rename
 

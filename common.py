@@ -137,13 +137,13 @@ def sample_uniform(samples: Sequence[int], batch: int, *key: int) -> Tensor:
     return (torch.tensor([sample % batch for sample in samples]) + u) / batch
 
 
-def output_path(text: str, suffix: str) -> Path:
-    """`--out` as a path, checked before any work is done: its ending, and that its folder is or can be made."""
+def output_path(text: str, suffix: str, flag: str = "out") -> Path:
+    """A flag's value as a path, checked before any work is done: its ending, and that its folder is or can be made."""
     if Path(text).suffix != suffix:
-        raise UserError(f"--out {text}: the name must end in {suffix}")
+        raise UserError(f"--{flag} {text}: the name must end in {suffix}")
     nearest = next(folder for folder in Path(text).absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--out {text}: {nearest} is no folder that can be written to")
+        raise UserError(f"--{flag} {text}: {nearest} is no folder that can be written to")
     return Path(text)
 
 

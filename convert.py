@@ -139,8 +139,9 @@ def main(cfg: Config) -> None:
         raise common.UserError(f"--to {out}: give a .json, an .mp4, or a folder")
     if not out.suffix and out.exists() and (out.is_file() or any(out.iterdir())):
         raise common.UserError(f"--to {out}: exists and is no empty folder; give another")
-    for name in filter(None, (cfg.to if out.suffix else "", cfg.preview)):
-        common.output_path(name, Path(name).suffix if name == cfg.to else ".mp4")
+    common.output_path(cfg.to, out.suffix, "to")
+    if cfg.preview:
+        common.output_path(cfg.preview, ".mp4", "preview")
     if cfg.frames < 1:
         raise common.UserError(f"--frames {cfg.frames}: at least 1")
     if Path(cfg.source).suffix in POINTS:

@@ -1,14 +1,12 @@
 """What things cost on this machine: its limits, and the parts of this project that have no peer to run beside.
 
-For bench.py, which writes the rows; and what it measures with.
+Each function gives bench.py rows.
 """
 
 import copy
-import gc
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,84 +20,8 @@ import optim
 import parallel
 from adapter import AdapterConfig, ResNetAdapter
 from discriminator import Classifier, ClassifierConfig, DiffusionDiscriminator, adversarial_loss, discriminator_loss
-from model import PRESETS, Block, DiTConfig, VideoDiT, attend, rotary_table
-
-WIDE, SMALL = DiTConfig(1536, 6144, 12, 8, text_dim=4096, text_tokens=512), DiTConfig(128, 256, 4, 2, 64, 32)
-# Transformer; latent frames, height and width; video frames, height and width for the VAE; latents of a training step.
-SHAPES = {
-    "wide": (WIDE, (7, 48, 48), (17, 256, 256), (3, 24, 24)),
-    "wan5b": (PRESETS["wan5b"], (31, 44, 80), (121, 704, 1280), (31, 44, 80)),
-    "small": (SMALL, (3, 8, 8), (5, 32, 32), (3, 8, 8)),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A comparison, or ours alone. `share_of_limit`: of the machine's own rate of matrix products."""
-
-    name: str
-    ours: float
-    reference: float | None
-    ratio: float | None
-    unit: str
-    shape: str
-    dtype: str
-    compiled: bool
-    share_of_limit: float | None = None
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(function: Callable, device: torch.device) -> float:
-    synchronise(device)
-    began = time.perf_counter()
-    function()
-    synchronise(device)
-    return time.perf_counter() - began
-
-
-def pairs(ours: Callable, theirs: Callable, repeats: int, device: torch.device) -> tuple[float, float, float]:
-    """Medians of both times and of the ratios of the pairs. Both have been called before: see `agree`."""
-    taken = [(seconds(ours, device), seconds(theirs, device)) for _ in range(repeats)]
-    return (*(statistics.median(t) for t in zip(*taken, strict=True)), statistics.median(a / b for a, b in taken))
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """The most FLOP a second that the machine gives in one matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
-
-
-def flop(config: DiTConfig, tokens: int) -> float:
-    """Of one forward pass and video: linear layers and attention, two for every multiplication."""
-    d, length = config.dim, config.text_tokens
-    block = tokens * (8 * d * d + 4 * d * d + 4 * d * config.ffn_dim) + length * 4 * d * d
-    return config.layers * (block + 4 * tokens * tokens * d + 4 * tokens * length * d)
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """The size of their difference, in that of the second."""
-    return ((got.float() - want.float()).norm() / want.float().norm()).item()
-
-
-def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Raises RuntimeError unless both are the same up to the type's rounding."""
-    error = relative(ours, theirs)
-    if not error < (1e-4 if dtype == torch.float32 else 0.05):
-        raise RuntimeError(f"{what}: ours and the reference differ by {error:.1e}; their times mean nothing")
-
-
-def peak(function: Callable, device: torch.device) -> float:
-    """The most memory that a call holds beyond what was held before it, in GiB."""
-    gc.collect()
-    memory.reset_peak(device)
-    before = memory.peak_memory(device)
-    function()
-    return memory.peak_memory(device) - before
+from model import Block, DiTConfig, VideoDiT, attend, rotary_table
+from timing import SHAPES, Row, agree, flop, matmul_rate, pairs, relative, seconds
 
 
 def limits(preset: str, repeats: int, device: torch.device) -> list[Row]:
@@ -128,39 +50,32 @@ def limits_of(preset: str, repeats: int, dtype: torch.dtype, device: torch.devic
     return [*rows, Row("attention, reference torch's", a, b, ratio, "s", f"{n} tokens", about, True, share)]
 
 
+def one_block(config: DiTConfig, tokens: int, device: torch.device) -> tuple[Block, Tensor, tuple]:
+    """A block with random weights, its tokens, and the rest of what it sees, its keys of the text among them."""
+    block, frames = Block(config).to(device), tokens // 64
+    for p in block.parameters():
+        nn.init.normal_(p, std=config.dim**-0.5)
+    x, e = torch.randn(1, tokens, config.dim, device=device), torch.randn(1, frames, 6, config.dim, device=device)
+    text = block.cross_attn.keys(torch.randn(1, config.text_tokens, config.dim, device=device))
+    return block, x, (e, text, rotary_table(frames, 8, 8, config.dim // config.heads, device))
+
+
 def growth(preset: str, repeats: int, device: torch.device) -> list[Row]:
     """Time of one block against its tokens, N: a N + b N^2. Ours: b / a; reference: what the FLOP say."""
     config = replace(SHAPES[preset][0], layers=1)
-    block, times = Block(config).to(device), []
-    x, text = (
-        torch.randn(1, 8192, config.dim, device=device),
-        torch.randn(1, config.text_tokens, config.dim, device=device),
-    )
-    for p in block.parameters():
-        nn.init.normal_(p, std=0.02)
-    sizes = (256, 512, 1024, 2048, 4096, 8192) if preset != "small" else (256, 512)
+    sizes, times = (256, 512) if preset == "small" else (256, 512, 1024, 2048, 4096, 8192), []
     for n in sizes:
-        rope = rotary_table(n // 64, 8, 8, config.dim // config.heads, device)
-        e = torch.randn(1, n // 64, 6, config.dim, device=device)
-        times.append(min(seconds(lambda: block(x[:, :n], e, text, rope), device) for _ in range(1 + repeats)))
-    n = torch.tensor(sizes, dtype=torch.float64)
-    taken = torch.tensor(times, dtype=torch.float64)
-    a, b = torch.linalg.lstsq(torch.stack([n, n * n], 1) / taken[:, None], torch.ones(len(n), 1).double()).solution[
-        :, 0
-    ]
-    fixed = config.text_tokens * 4 * config.dim**2  # keys and values of the text
-    linear, square = (flop(config, 1) - 4 * config.dim - fixed), 4 * config.dim
+        block, x, rest = one_block(config, n, device)
+        times.append(min(seconds(lambda: block(x, *rest), device) for _ in range(1 + repeats)))
+    n, taken = (torch.tensor(values).double() for values in (sizes, times))
+    relative_terms = torch.stack([n, n * n], 1) / taken[:, None]
+    a, b = torch.linalg.lstsq(relative_terms, torch.ones_like(n)[:, None]).solution[:, 0].tolist()
+    keys = config.text_tokens * 4 * config.dim**2  # of the text, made beforehand
+    linear, square = flop(config, 1) - 4 * config.dim - keys, 4 * config.dim
     worst = ((a * n + b * n * n) / taken - 1).abs().max().item()
     about = (f"{sizes[0]} to {sizes[-1]} tokens", "float32", False)
     return [
-        Row(
-            "block: b / a of a N + b N^2",
-            (b / a).item(),
-            square / linear,
-            (b / a).item() * linear / square,
-            "1",
-            *about,
-        ),
+        Row("block: b / a of a N + b N^2", b / a, square / linear, b / a * linear / square, "1", *about),
         Row("block: worst error of the fit", worst, None, None, "1", *about),
     ]
 
@@ -182,14 +97,10 @@ def frugal(preset: str, repeats: int, device: torch.device) -> list[Row]:
     And what 8 bits do to one block, of wan5b's shapes unless the preset is small; reference: bfloat16.
     """
     config = replace(SHAPES["small" if preset == "small" else "wan5b"][0], layers=1)
-    block = Block(config).to(device)
-    for p in block.parameters():
-        nn.init.normal_(p, std=config.dim**-0.5)
-    x, text = torch.randn(2, 1, 1024, config.dim, device=device)
-    rope = rotary_table(4, 16, 16, config.dim // config.heads, device)
-    e = torch.randn(1, 4, 6, config.dim, device=device)
+    block, x, (e, text, rope) = one_block(config, 1024, device)
     want, nets = block(x, e, text, rope), (shortened(block), copy.deepcopy(block).to(torch.bfloat16))
-    errors = [relative(net(x.bfloat16(), e, text.bfloat16(), rope) - x, want - x) for net in nets]
+    half = tuple(y.bfloat16() for y in text)
+    errors = [relative(net(x.bfloat16(), e, half, rope) - x, want - x) for net in nets]
     sizes = [sum(t.nbytes for t in (*net.parameters(), *net.buffers())) / 2**30 for net in nets]
     about = (f"1 block of {config.dim}", "int8", False)
     rows = [Row("8 bits: error of what a block adds", *errors, errors[0] / errors[1], "relative", *about)]
@@ -266,14 +177,16 @@ def training(preset: str, repeats: int, device: torch.device) -> list[Row]:
 
     def stage3() -> None:
         with torch.no_grad():
-            features = discriminator.features(flow.add_noise(x0, noise, level), flow.timestep(level), text)
-        real = classifier(features, text, traj)
-        update(discriminator_loss(real, real), for_classifier)
+            x_t = flow.add_noise(x0, noise, level)
+            both = (torch.cat([y, y]) for y in (x_t, flow.timestep(level), text))
+            features = discriminator.features(*both)
+        logits = classifier(features, *(torch.cat([y, y]) for y in (text, traj)))
+        update(discriminator_loss(*logits.chunk(2)), for_classifier)
         fake = flow.backward_simulation(steered, x0[:, :, :1], many, sigmas, 3)
         logits = discriminator(flow.add_noise(fake, noise, level), flow.timestep(level), text, traj)
         update(adversarial_loss(logits) + finetune_hybrid.diffusion_loss(steered, x0, noise, sigma), for_adapter)
 
-    stages = {"stage 1, a step": (stage1, 2 * work), "stage 3, a step": (stage3, 10 * work)}
+    stages = {"stage 1, a step": (stage1, 2 * work), "stage 3, a step": (stage3, 11 * work)}
     if not on_gpu:
         learner, fake = (network(lambda: VideoDiT(config), True) for _ in range(2))
         for_learner, for_fake = optim.adamw(learner, 0.0), optim.adamw(fake, 0.0)

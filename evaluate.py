@@ -190,13 +190,11 @@ def contact_sheet(videos: Sequence[Tensor], batch: ToyBatch, kind: str) -> np.nd
     return np.concatenate([np.concatenate(blocks[column::2]) for column in range(2)], axis=1)
 
 
-def load_pair(
-    generator: str, adapter: str, speed: str, cfg: Config, procs: parallel.Processes, dtype: torch.dtype = torch.float32
-) -> tuple:
-    """A generator, held in `dtype`, and its adapter. `speed`: the names that their files carry, "Slow" or "Fast"."""
+def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: parallel.Processes) -> tuple:
+    """A generator and its adapter. `speed`: the names that their files must carry, "Slow" or "Fast"."""
     pair = (
-        VideoDiT.from_pretrained(generator, f"{speed}Generator", dtype),
-        read_adapter(adapter, f"{speed}Adapter", dtype),
+        VideoDiT.from_pretrained(generator, f"{speed}Generator"),
+        read_adapter(adapter, f"{speed}Adapter"),
     )
     shapes = [f"{net.config.layers} blocks of width {net.config.dim}" for net in pair]
     if shapes[0] != shapes[1]:
@@ -209,7 +207,8 @@ def compare(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[li
     codec = ToyCodec()
     slow, slow_adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     fast, fast_adapter = load_pair(cfg.fast_generator, cfg.fast_adapter, "Fast", cfg, procs)
-    short, _ = load_pair(cfg.fast_generator, cfg.fast_adapter, "Fast", cfg, procs, torch.int8)
+    short = VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator", torch.int8)
+    short = parallel.prepare(short, procs, cfg.compile)
     coded = torch.cat([codec.decode_video(codec.encode_video(part)) for part in batch.video.split(cfg.batch)])
     rows, videos = [make_row("true video", 0, batch.video, batch), make_row("through the codec", 0, coded, batch)], []
     ways = {

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from itertools import islice
 from pathlib import Path
 
 from common import UserError
@@ -24,7 +25,7 @@ def read_jobs(path: Path) -> list[dict]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file, strict=True)
-            rows = [row for row, _ in zip(table, range(MOST + 1), strict=False)]
+            rows = list(islice(table, MOST + 1))
             names = table.fieldnames or []
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; correct --batch") from None

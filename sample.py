@@ -165,23 +165,18 @@ def main(cfg: Config) -> None:
 
     jobs = [replace(cfg, **row) for row in (read_jobs(Path(cfg.batch)) if cfg.batch else [{}])]
     left = [job for job in jobs if not Path(job.out).exists()][procs.rank :: procs.world] if cfg.batch else jobs
-    ready = []
     with timed("read inputs"):
         files = find_networks(cfg)
-        for job in left:
-            with forgiving(job):
-                read_inputs(job, size)
-                ready.append(job)
+        early = None if cfg.batch else read_inputs(cfg, size)  # before anything large is read
     with timed("encode prompt"):
-        text = embed_prompts(cfg, list(dict.fromkeys([*(job.prompt for job in ready), ""])), codec)
+        text = embed_prompts(cfg, list(dict.fromkeys([*(job.prompt for job in left), ""])), codec)
 
-    def encode(job: Config) -> tuple[Tensor, Tensor, Trajectory]:
+    def encode(image: Tensor, trajectory: Trajectory) -> tuple[Tensor, Tensor, Trajectory]:
         with timed("encode image and boxes"):
-            image, trajectory = read_inputs(job, size)
             maps = trajectory.maps("box")[None]
             return codec.encode_video(image).to(device), codec.encode_video(maps).to(device), trajectory
 
-    early = None if cfg.batch else encode(cfg)  # before the networks take their memory
+    encoded = early and encode(*early)  # before the networks take their memory
     with timed("read networks"):
         generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", held)
         if generator.config != PRESETS[cfg.preset]:
@@ -207,9 +202,9 @@ def main(cfg: Config) -> None:
         velocity = flow.guided(velocity, plain, cfg.guidance or sampling.guidance)
         return flow.sample_multistep(velocity, first, noise, sigmas)
 
-    for number, job in enumerate(ready):
+    for number, job in enumerate(left):
         with forgiving(job):
-            first, traj, trajectory = early or encode(job)
+            first, traj, trajectory = encoded or encode(*read_inputs(job, size))
             with timed("denoise"), torch.no_grad(), parallel.autocast(device, cfg.dtype):
                 latents = denoise(job, first, traj)
             if procs.rank > 0 and not cfg.batch:
@@ -224,7 +219,7 @@ def main(cfg: Config) -> None:
                 common.write_video(job.out, video, cfg.fps)  # last: what stands is done
             print(
                 f"{steps} steps on {device}: {job.out} and {overlay}"
-                + (f" ({number + 1} of {len(ready)})" if cfg.batch else "")
+                + (f" ({number + 1} of {len(left)})" if cfg.batch else "")
             )
     print("\n".join(f"{part}: {seconds:.2f} s, {most:.2f} GiB" for part, (seconds, most) in took.items()))
     if cfg.batch and (failed := procs.gather(failed)):

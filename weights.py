@@ -169,5 +169,7 @@ def load(
         if isinstance(module, Int8Linear) and leaf == "weight":
             module.fill(tensor)
         else:
-            module.load_state_dict({leaf: tensor}, strict=False, assign=True)
+            module.load_state_dict(
+                {leaf: tensor}, strict=False, assign=True
+            )  # its other tensors have turns of their own
     return network

@@ -126,7 +126,7 @@ BAD = {
     "box": ("plain.npy", {"box": "0x5"}, "--box 0x5: takes height x width"),
     "size": ("plain.npy", {"size": "big"}, "--size big: takes height x width"),
     "to": ("plain.npy", {"to": "x.gif"}, "--to x.gif: give a .json, an .mp4, or a folder"),
-    "preview": ("plain.npy", {"preview": "x.png"}, "--out x.png: the name must end in .mp4"),
+    "preview": ("plain.npy", {"preview": "x.png"}, "--preview x.png: the name must end in .mp4"),
     "image": ("plain.npy", {"image": "words.txt", "to": "x.json"}, "--image words.txt: not a readable image"),
 }
 

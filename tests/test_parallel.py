@@ -1,5 +1,7 @@
 """Many devices: shares of a batch, recomputed activations, sequences split among processes, nodes."""
 
+import re
+
 import pytest
 import torch
 from conftest import ROOT
@@ -8,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
-import costs
 import parallel
+import timing
 from model import DiTConfig, VideoDiT
 
 ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
@@ -67,14 +69,37 @@ def test_recomputing_compiled_blocks_gives_the_same_gradient(how):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-WORKER = """
+SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
+from dataclasses import dataclass
 import torch, torch.distributed as dist
-import adapter as adapters, common, flow, parallel
+import adapter as adapters, common, flow, optim, parallel
 from model import DiTConfig, VideoDiT
 
-def main(cfg=None):
+@dataclass(frozen=True)
+class Config:
+    pass
+
+{main}
+common.run_script(main, Config)
+"""
+
+
+@pytest.fixture
+def two(run, tmp_path):
+    """two(main) -> the finished job of a script with this `main`, on two processes."""
+
+    def start(main: str):
+        script = tmp_path / "script.py"
+        script.write_text(SCRIPT.format(root=str(ROOT), main=main))
+        return run(script, processes=2)
+
+    return start
+
+
+ULYSSES = """
+def main(cfg):
     procs = parallel.init_processes(sequence=2)
     shape, hidden = DiTConfig(64, 128, 4, 2, text_dim=16, text_tokens=8, channels=16), 32
     torch.manual_seed(0)
@@ -114,20 +139,12 @@ def main(cfg=None):
         once = model(x, t, seen, adapter(x, t, text, traj))
         assert (once - outputs[0]).norm() < 1e-5 * once.norm()
     print("all agree")
-
-from dataclasses import dataclass
-@dataclass(frozen=True)
-class Config:
-    pass
-common.run_script(main, Config)
 """
 
 
-def test_two_processes_that_share_a_video_equal_one(run, tmp_path):
+def test_two_processes_that_share_a_video_equal_one(two):
     """Outputs, taps and gradients, with either adapter, eager and compiled."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(root=str(ROOT)))
-    job = run(worker, processes=2)
+    job = two(ULYSSES)
     assert job.returncode == 0 and job.stdout.count("all agree") == 2, job.stderr[-3000:]
 
 
@@ -141,13 +158,7 @@ def test_what_does_not_divide_is_refused(run):
     assert job.returncode != 0 and "4 attention heads do not divide among 3 processes; start fewer" in job.stderr
 
 
-STATE = """
-import sys
-sys.path.insert(0, {root!r})
-from dataclasses import dataclass
-import torch, common, optim, parallel
-from model import DiTConfig, VideoDiT
-
+STATE = r"""
 def main(cfg):
     procs = parallel.init_processes()
     model = parallel.prepare(VideoDiT(DiTConfig(64, 128, 4, 2, text_dim=16, text_tokens=8, channels=16)), procs, False)
@@ -157,21 +168,15 @@ def main(cfg):
     held = [*model.parameters(), *(p.grad for p in model.parameters()), *ema.average.values()]
     held += [v for state in optimizer.state.values() for v in state.values() if v.ndim]
     here = sum(t.to_local().nbytes for t in held)
-    print("bytes", procs.world * here / sum(p.numel() for p in model.parameters()))
-
-@dataclass(frozen=True)
-class Config:
-    pass
-common.run_script(main, Config)
+    held = procs.world * here / sum(p.numel() for p in model.parameters())
+    print(f"bytes {held}\n", end="", flush=True)  # in one write: two processes share the stream
 """
 
 
-def test_what_training_holds_of_a_parameter(run, tmp_path):
+def test_what_training_holds_of_a_parameter(two):
     """20 bytes over all processes, as docs/SCALE.md reckons: weight, gradient, two moments and average."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(STATE.format(root=str(ROOT)))
-    job = run(worker, processes=2)
-    found = [float(line.split()[1]) for line in job.stdout.splitlines() if line.startswith("bytes")]
+    job = two(STATE)
+    found = [float(number) for number in re.findall(r"bytes ([\d.]+)", job.stdout)]
     assert found == [pytest.approx(20, rel=0.02)] * 2, job.stderr[-2000:]
 
 
@@ -196,9 +201,9 @@ def test_what_recomputing_keeps_of_an_activation():
 
 
 def test_floating_point_operations_are_those_counted():
-    """costs.flop, which speeds and docs/SCALE.md rest on, against torch's own count."""
+    """timing.flop, which speeds and docs/SCALE.md rest on, against torch's own count."""
     config = DiTConfig(64, 256, 2, 3, text_dim=16, text_tokens=8, channels=16)
     plain = sdpa_kernel(SDPBackend.MATH)  # the only one that the counter knows on a CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
         VideoDiT(config)(torch.randn(1, 16, 5, 16, 16), torch.zeros(1, 5), torch.randn(1, 8, 16))
-    assert counter.get_total_flops() == pytest.approx(costs.flop(config, 5 * 8 * 8), rel=0.07)
+    assert counter.get_total_flops() == pytest.approx(timing.flop(config, 5 * 8 * 8), rel=0.07)
