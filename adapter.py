@@ -155,10 +155,10 @@ def read_adapter(path: Path | str, network: str, dtype: torch.dtype = torch.floa
 
     `dtype` is a ControlNetAdapter's; a ResNetAdapter stays in float32, for it is small and runs once.
     """
-    config, tensors = read_network(path, network)
-    if "hidden" in config:
-        return load(lambda: ResNetAdapter(AdapterConfig(**config)), tensors, path)
-    return load(lambda: ControlNetAdapter(DiTConfig(**config)), tensors, path, dtype)
+    config, tensors = read_network(path, network, AdapterConfig, DiTConfig)
+    if isinstance(config, AdapterConfig):
+        return load(lambda: ResNetAdapter(config), tensors, path)
+    return load(lambda: ControlNetAdapter(config), tensors, path, dtype)
 
 
 def at_hand(network: nn.Module, device: torch.device) -> bool:

@@ -183,7 +183,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """The rows as a table, for a page that quotes it."""
     lines = ["| " + " | ".join(Row.__dataclass_fields__) + " |", "|" + " --- |" * len(Row.__dataclass_fields__)]
     for row in rows:
-        cells = [f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for v in asdict(row).values()]
+        cells = [f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v) for v in asdict(row).values()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

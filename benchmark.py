@@ -21,10 +21,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ from torch import Tensor
 
 import common
 import evaluate
-from maps import BROKEN, VIDEO_SUFFIXES, extents, flat_colors, label_pixels, read_frames
+from maps import BROKEN, MOST_VIDEO, VIDEO_SUFFIXES, extents, flat_colors, label_pixels, read_frames, read_video
 from measures import frechet_video_distance as frechet_distance
 from trajectory import check_input, load_trajectory
 
@@ -52,12 +51,17 @@ class Config:
     out: str = "out/benchmark.json"  # rows; a table in Markdown goes beside it
 
 
-def read_video(path: Path) -> Tensor:
+def read_whole(path: Path) -> Tensor:
     """uint8 [T, 3, h, w]."""
     try:
-        return torch.from_numpy(np.stack(list(iio.imiter(path, plugin="FFMPEG")))).permute(0, 3, 1, 2)
-    except BROKEN:
+        frames = read_video(path)
+        first = next(frames)
+        rest = list(islice(frames, MOST_VIDEO // first[..., 0].size))
+    except (*BROKEN, StopIteration):
         raise common.UserError(f"{path}: can't be decoded; save it as an H.264 mp4") from None
+    if (1 + len(rest)) * first[..., 0].size > MOST_VIDEO:
+        raise common.UserError(f"{path}: more than {MOST_VIDEO} pixels in all its frames; cut it")
+    return torch.from_numpy(np.stack([first, *rest])).permute(0, 3, 1, 2)
 
 
 def read_network(path: str) -> torch.jit.ScriptModule | None:
@@ -153,7 +157,7 @@ def main(cfg: Config) -> None:
     features: dict[str, list[list[Tensor]]] = {"inception": [], "i3d": []}
     scores = []
     for name in names:
-        made, true = (read_video(Path(folder) / f"{name}.mp4") for folder in (cfg.generated, cfg.true))
+        made, true = (read_whole(Path(folder) / f"{name}.mp4") for folder in (cfg.generated, cfg.true))
         if made.shape != true.shape:
             mend = "cut or resize one"
             raise common.UserError(f"{name}.mp4: {list(made.shape)} generated, {list(true.shape)} true; {mend}")

@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from tqdm import tqdm
 import common
 import parallel
 from codec import open_codec
-from maps import BROKEN, Size, fit_frames, fit_nearest, read_frames
+from maps import BROKEN, Size, fit_frames, fit_nearest, read_frames, read_video
 from trajectory import TrajectoryError, dark_frames, load_trajectory
 from weights import read_safetensors, write_safetensors
 
@@ -74,10 +73,12 @@ def find_clips(source: Path) -> list[Clip]:
             clips.append(Clip(video, text.read_text().strip() if text.exists() else "", boxes, boxes))
     else:
         try:
-            with source.open(newline="") as file:
-                rows = list(csv.DictReader(file))
+            with source.open(newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.DictReader(file, restval="", strict=True))
         except OSError as error:
             raise common.UserError(f"--source {source}: {error.strerror or error}; give a CSV or a folder") from None
+        except (UnicodeError, csv.Error) as error:
+            raise common.UserError(f"{source}: not a readable CSV file ({error}); save it as UTF-8 text") from None
         if absent := [name for name in ("path", "num_frames", "text") if rows and name not in rows[0]]:
             raise common.UserError(f"{source}: has no column {', '.join(absent)}; its first line must name the columns")
         clips = [read_row(source, line, row) for line, row in enumerate(rows, start=2)]
@@ -111,7 +112,7 @@ def read_clip(clip: Clip, size: Size, frames: int) -> dict[str, Tensor]:
     reject(bool(clip.caption), "", "no caption")
     reject(clip.video.exists(), "", "no such video")
     try:
-        stack = list(islice(iio.imiter(clip.video, plugin="FFMPEG"), clip.start, clip.start + frames))
+        stack = list(islice(read_video(clip.video), clip.start, clip.start + frames))
     except BROKEN:
         raise Rejected("the video can't be decoded") from None
     length = len(stack) if clip.end is None else min(len(stack), clip.end - clip.start)

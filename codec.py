@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import UserError
+from maps import MOST_VIDEO
 from umt5 import TextEncoder
 from vae import WanVAE
 from weights import load, read_network
@@ -41,6 +42,9 @@ class Codec:
         if frames < 2 or (frames - 1) % self.temporal:
             near = self.temporal * max((frames - 1) // self.temporal, 1) + 1
             raise UserError(f"--frames {frames}: must be {self.temporal} n + 1, at least 2; {near} is")
+        pixels = int(sides[1]) * int(sides[2]) * frames
+        if pixels > MOST_VIDEO:
+            raise UserError(f"--size {size} --frames {frames}: {pixels} pixels; {MOST_VIDEO} is the most")
         return int(sides[1]), int(sides[2])
 
 
@@ -128,8 +132,8 @@ class ToyCodec(Codec):
     temporal = 1
 
     def __init__(self, weights: Path | str = TOY_WEIGHTS, text_dim: int = 64, text_tokens: int = 32):
-        config, tensors = read_network(weights, "ToyAutoencoder")
-        network = load(lambda: ToyAutoencoder(AutoencoderConfig(**config)), tensors, weights)
+        config, tensors = read_network(weights, "ToyAutoencoder", AutoencoderConfig)
+        network = load(lambda: ToyAutoencoder(config), tensors, weights)
         self.network = network.eval().requires_grad_(False)
         self.channels, self.spatial = self.network.config.channels, self.network.config.spatial
         self.text_dim, self.text_tokens = text_dim, text_tokens

@@ -195,6 +195,12 @@ def write_video(path: Path | str, frames: np.ndarray, fps: int) -> None:
         iio.imwrite(temporary, frames, fps=fps, codec="libx264", macro_block_size=2, quality=9)
 
 
+def write_animation(path: Path | str, frames: np.ndarray, fps: int) -> None:
+    """[T, H, W, 3] uint8 -> a gif that plays for ever."""
+    with atomic(path) as temporary:
+        iio.imwrite(temporary, frames, plugin="pillow", duration=1000 / fps, loop=0)
+
+
 def write_image(path: Path | str, image: np.ndarray) -> None:
     with atomic(path) as temporary:
         iio.imwrite(temporary, image)

@@ -13,6 +13,7 @@ Point tracks are x and y in pixels, frame by frame: `.npy` of [T, K, 2], or [T, 
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import common
-from maps import BROKEN, Size
-from trajectory import PALETTE, Trajectory, check_input, draw_overlay, load_trajectory
+from maps import BROKEN, MOST_VIDEO, Size, nearest, read_picture
+from trajectory import PALETTE, Trajectory, TrajectoryError, check_input, draw_overlay, load_trajectory
+from weights import unpickle
 
 MOST_FRAMES, MOST_BYTES = 10_000, 1 << 30
 POINTS = {".npy", ".npz", ".txt", ".pt", ".pth"}
@@ -60,12 +61,16 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; are these point tracks?")
     shown, form = None, "give [T, K, 2], or [T, K, 3] with visibility last"
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            check(unpacked <= MOST_BYTES, "", f"unpacks to more than {MOST_BYTES >> 20} MiB; are these point tracks?")
         if path.suffix == ".txt":
             lines = [line.replace(",", " ").split() for line in path.read_text().splitlines() if line.strip()]
             points = np.array([[np.nan if v == "-" else float(v) for v in line] for line in lines])
             points = points.reshape(len(lines), -1, 2)
         elif path.suffix in (".pt", ".pth"):
-            points = torch.load(path, map_location="cpu", weights_only=True)
+            points = unpickle(path)
         else:
             points = np.load(path, allow_pickle=False)
         if not isinstance(points, np.ndarray | torch.Tensor):
@@ -77,7 +82,9 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
         shown = None if shown is None else np.asarray(shown, dtype=float)
     except pickle.UnpicklingError:
         check(False, "", "holds more than tensors, code perhaps, and is not opened")
-    except (*BROKEN, TypeError) as error:
+    except TrajectoryError:
+        raise
+    except (*BROKEN, TypeError, MemoryError, zipfile.BadZipFile) as error:
         check(False, "", f"can't be read as point tracks ({str(error).splitlines()[0]}); {form}")
     points = points[0] if points.ndim == 4 and len(points) == 1 else points
     check(points.ndim == 3 and points.shape[2] in (2, 3) and points.size > 0, "", f"is {list(points.shape)}; {form}")
@@ -142,8 +149,8 @@ def main(cfg: Config) -> None:
     common.output_path(cfg.to, out.suffix, "to")
     if cfg.preview:
         common.output_path(cfg.preview, ".mp4", "preview")
-    if cfg.frames < 1:
-        raise common.UserError(f"--frames {cfg.frames}: at least 1")
+    if not 0 < cfg.frames <= MOST_VIDEO // (size[0] * size[1]):
+        raise common.UserError(f"--frames {cfg.frames}: at least 1, and with --size {MOST_VIDEO} pixels at most")
     if Path(cfg.source).suffix in POINTS:
         trajectory = from_points(cfg, size, source_size)
     else:
@@ -151,7 +158,7 @@ def main(cfg: Config) -> None:
     background = np.full((*size, 3), 128, np.uint8)
     if cfg.image:
         try:
-            background = np.asarray(Image.open(cfg.image).convert("RGB").resize(size[::-1]))
+            background = nearest(read_picture(cfg.image), size)
         except BROKEN as error:
             raise common.UserError(f"--image {cfg.image}: not a readable image ({error})") from None
     if out.suffix == ".json":

@@ -113,8 +113,8 @@ class Classifier(nn.Module):
     @classmethod
     def from_pretrained(cls, path: Path | str) -> "Classifier":
         """Read an own export."""
-        config, tensors = read_network(path, "Classifier")
-        return load(lambda: cls(ClassifierConfig(**config)), tensors, path)
+        config, tensors = read_network(path, "Classifier", ClassifierConfig)
+        return load(lambda: cls(config), tensors, path)
 
 
 class DiffusionDiscriminator(nn.Module):

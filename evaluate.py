@@ -34,7 +34,7 @@ from codec import ToyCodec
 from data import ToyBatch, ToyWorld
 from measures import FEATURES, score, subset
 from model import VideoDiT
-from trajectory import TrajectoryError
+from trajectory import TrajectoryError, draw_overlay
 
 RUNS = Path("runs/ablation")  # <variant>_<seed>/fast_adapter.safetensors
 VARIANTS = {  # of stage 3, by the folder's name; the Makefile has their flags
@@ -60,7 +60,7 @@ class Config:
     fast_generator: str = "checkpoints/tiny/fast_generator.safetensors"  # of stage 2
     fast_adapter: str = "checkpoints/tiny/fast_adapter.safetensors"  # of stage 3
     ablation: bool = False  # the runs under runs/ablation instead of the shipped FastAdapter
-    out: str = "runs/evaluate/rows.json"  # rows; .md and the contact sheet's .png go beside it
+    out: str = "runs/evaluate/rows.json"  # rows; the .md table, the contact sheet's .png and a .gif go beside it
     split: Literal["test", "validation"] = "test"  # of the toy world; neither is trained on
     videos: int = 256  # how many of the split, from its first
     maps: Literal["box", "mask"] = "box"  # how the trajectory is drawn
@@ -190,6 +190,20 @@ def contact_sheet(videos: Sequence[Tensor], batch: ToyBatch, kind: str) -> np.nd
     return np.concatenate([np.concatenate(blocks[column::2]) for column in range(2)], axis=1)
 
 
+def animation(videos: Sequence[Tensor], batch: ToyBatch) -> np.ndarray:
+    """What a user gives and gets, for a clip of each number of objects: the image with its boxes, then `videos`
+    [B,3,T,S,S] beside it. uint8 [T, h, w, 3].
+    """
+    rows = []
+    for i in [torch.nonzero(batch.count == n)[0].item() for n in batch.count.unique()]:
+        still = batch.video[i][:, :1].expand_as(batch.video[i])
+        tiles = [common.to_uint8(clip, scale=4) for clip in (still, *(video[i] for video in videos))]
+        tiles[0] = draw_overlay(tiles[0], batch.trajectory(i))
+        border = ((0, 0), (0, 4), (0, 4), (0, 0))
+        rows.append(np.concatenate([np.pad(tile, border, constant_values=255) for tile in tiles], axis=2))
+    return np.concatenate(rows, axis=1)
+
+
 def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: parallel.Processes) -> tuple:
     """A generator and its adapter. `speed`: the names that their files must carry, "Slow" or "Fast"."""
     pair = (
@@ -275,6 +289,8 @@ def main(cfg: Config) -> None:
     with common.atomic(out.with_suffix(".md")) as temporary:
         temporary.write_text(markdown(rows) + "\n")
     common.write_image(out.with_suffix(".png"), contact_sheet(videos, batch, cfg.maps))
+    if not cfg.ablation:
+        common.write_animation(out.with_suffix(".gif"), animation([videos[2], videos[4]], batch), fps=6)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ blend edges. Nothing here knows of trajectories; trajectory.py turns what is fou
 
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,14 +17,17 @@ from PIL import Image
 from torch import Tensor
 
 Size = tuple[int, int]  # height, width in pixels
+MOST_PICTURE, MOST_VIDEO = 1 << 26, 1 << 30  # pixels of one picture, of all frames of a video that is to be held
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif"}
 MOST_OBJECTS = 64
 NEAR = 28  # in RGB: how far a codec may move a colour
 DARK = 24  # a pixel whose brightest channel is no brighter is background, whatever a codec did to it
-# What imageio and Pillow raise on broken files. Pillow's bomb error is no OSError.
+# What imageio and Pillow raise on broken files, and on small ones that hold gigantic pictures.
 BROKEN = (
     OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError
 )  # fmt: skip
+Image.MAX_IMAGE_PIXELS = MOST_PICTURE // 2  # Pillow warns of more, and refuses what is twice as large
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def nearest(image: np.ndarray, size: Size) -> np.ndarray:
@@ -55,17 +59,33 @@ def fit_frames(frames: np.ndarray, size: Size) -> Tensor:
     return torch.from_numpy(np.stack(fitted)).permute(3, 0, 1, 2).float()
 
 
+def read_picture(path: Path | str) -> np.ndarray:
+    """uint8 [height, width, 3]; of an animation, the first. One of BROKEN if there is none."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def read_video(path: Path) -> Iterator[np.ndarray]:
+    """Frames [height, width, 3] uint8 of a video file. One of BROKEN if there is none."""
+    with iio.imopen(path, "r", plugin="FFMPEG") as file:
+        width, height = file.metadata()["size"]
+        if width * height > MOST_PICTURE:
+            raise ValueError(f"a frame of {width}x{height} is larger than {MOST_PICTURE} pixels")
+        yield from file.iter()
+
+
 def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator[np.ndarray]:
     """Frames [height, width, 3] uint8 of a video, or of a folder's PNG files: 2.png before 10.png."""
     try:
         if path.is_dir():
             files = [file for file in path.iterdir() if file.suffix.lower() == ".png"]
             files.sort(key=lambda file: [int(s) if s.isdigit() else s for s in re.split("([0-9]+)", file.name)])
-            yield from (iio.imread(file, plugin="pillow", mode="RGB", index=0) for file in files)
+            yield from map(read_picture, files)
         else:
-            yield from iio.imiter(path, plugin="FFMPEG")
-    except BROKEN:
-        check(False, "", "can't be decoded; save the maps as an H.264 mp4 or as PNG files")
+            yield from read_video(path)
+    except BROKEN as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        check(False, "", f"can't be decoded ({why}); save the maps as an H.264 mp4 or as PNG files")
 
 
 def flat_colors(frame: np.ndarray) -> np.ndarray:

@@ -262,8 +262,7 @@ class VideoDiT(nn.Module):
             blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
             config = replace(PRESETS["wan5b"], layers=len(blocks))
         else:
-            config, tensors = read_network(path, network)
-            config = DiTConfig(**config)
+            config, tensors = read_network(path, network, DiTConfig)
         return load(lambda: cls(config), tensors, path, dtype)
 
     def time_features(self, t: Tensor) -> Tensor:

@@ -33,12 +33,14 @@ def read_log(folder: Path) -> dict[str, list[tuple[int, float]]]:
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
         try:
             values = json.loads(line)
-            step = values.pop("step")
-        except (ValueError, KeyError, AttributeError):
+            step = int(values.pop("step"))
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise common.UserError(f"{file}: line {number} is no logged step; remove it") from None
         for name, value in values.items():
             if isinstance(value, int | float) and abs(value) < float("inf"):  # no NaN either
                 curves.setdefault(name, []).append((step, value))
+    if not curves:
+        raise common.UserError(f"{file}: holds no logged step; let the run log first")
     return curves
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ import parallel
 from adapter import read_adapter, serves, steer
 from codec import Codec, open_codec
 from jobs import read_jobs
-from maps import Size, fit_frames
+from maps import BROKEN, Size, fit_frames, read_picture
 from model import FROZEN, PRESETS, VideoDiT
 from trajectory import Trajectory, TrajectoryError, draw_overlay, load_trajectory
 from umt5 import read_text, save_text
@@ -76,8 +75,8 @@ def load_image(path: str, size: Size) -> tuple[Tensor, Size]:
     if not Path(path).is_file():
         raise common.UserError(f"{path}: no such image; give a PNG or JPEG with --image")
     try:
-        pixels = iio.imread(path, mode="RGB", index=0)
-    except (OSError, ValueError, SyntaxError) as error:
+        pixels = read_picture(path)
+    except BROKEN as error:
         reason = str(error).splitlines()[0]
         raise common.UserError(f"{path}: not a readable image ({reason}); give a PNG or JPEG") from None
     return fit_frames(pixels[None], size)[None] / 127.5 - 1, pixels.shape[:2]

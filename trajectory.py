@@ -44,7 +44,8 @@ PALETTE = [
 ]  # fmt: skip
 TOP_FIELDS = ("num_frames", "width", "height", "objects")
 OBJECT_FIELDS = ("name", "mask", "color", "interpolate", "boxes", "visible")
-MOST_BYTES, MOST_PIXELS = 16 << 20, 65536
+MOST_BYTES, MOST_SIDE = 16 << 20, 65536
+MOST_COUNTED = 1000  # maps beyond those asked for, to say how many there are
 
 
 class TrajectoryError(ValueError):
@@ -187,8 +188,8 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
         check(False, "", "can't be read as JSON; --traj takes a boxes.json, a map video or a folder of PNG maps")
     _check_fields(check, "", top, TOP_FIELDS)
     for name in ("num_frames", "width", "height"):
-        whole = _whole(top.get(name, 1), 1, MOST_PIXELS)
-        check(whole, name, f"{_show(top.get(name))} is not a whole number from 1 to {MOST_PIXELS}; correct it")
+        whole = _whole(top.get(name, 1), 1, MOST_SIDE)
+        check(whole, name, f"{_show(top.get(name))} is not a whole number from 1 to {MOST_SIDE}; correct it")
     asked = top.get("num_frames", num_frames)
     mend = f"change it or pass --frames {asked}"
     check(asked == num_frames, "", f"num_frames is {asked} but the video has {num_frames} frames; {mend}")
@@ -377,6 +378,8 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check) -> T
             check(0 < len(colors) <= MOST_OBJECTS, "frame 0", f"shows no object, or over {MOST_OBJECTS}; {mend}")
         check(frame.shape[:2] == size, f"frame {count - 1}", "is of another size than frame 0; give all maps one size")
         if count > num_frames:
+            few = count <= num_frames + MOST_COUNTED
+            check(few, "", f"more than {count - 1} maps but the video has {num_frames} frames; cut it")
             continue  # only to count them
         label = label_pixels(frame, colors)
         if count == 1:

@@ -77,7 +77,7 @@ def save_text(path: Path, prompts: list[str], text: Tensor) -> None:
 def read_text(path: Path, prompts: list[str]) -> Tensor:
     """Embeddings that `save_text` wrote. UserError if they are not of these prompts."""
     header, tensors = read_safetensors(path)
-    held = json.loads(header.get("prompts", "[]"))
-    if held != prompts:
-        raise UserError(f"{path}: holds the embeddings of {held}, not of {prompts}; give another file")
+    asked, held = json.dumps(prompts), header.get("prompts", "something else")
+    if held != asked or "text" not in tensors:
+        raise UserError(f"{path}: holds the embeddings of {held}, not of {asked}; give another file")
     return tensors["text"].read()

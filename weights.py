@@ -7,10 +7,13 @@ memory never holds more than the network and one tensor. Nothing is unpickled.
 import json
 import pickle
 import re
+import typing
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -42,13 +45,23 @@ def save_network(path: Path, network: str, config, tensors: dict[str, Tensor], d
     write_safetensors(path, tensors, {"network": network, "config": json.dumps(asdict(config))}, dtype)
 
 
-def read_network(path: Path | str, network: str) -> tuple[dict, dict[str, Stored]]:
-    """The config and tensors of a file written by `save_network`. UserError if it is none, or of another network."""
+def read_network(path: Path | str, network: str, *shapes: type) -> tuple[Any, dict[str, Stored]]:
+    """The config and tensors of a file written by `save_network`. UserError if it is none, or of another network.
+
+    `shapes`: dataclasses of configs; the one whose fields and types the header has is made.
+    """
     header, tensors = read_safetensors(path)
     if header.get("network") != network:
         raise UserError(f"{path}: holds a {header.get('network', 'network of unknown kind')}, expected a {network}")
-    config = json.loads(header["config"])
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}, tensors
+    try:
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["config"]).items()}
+    except (KeyError, ValueError, AttributeError):
+        config = {}
+    for shape in shapes:
+        types = {name: typing.get_origin(kind) or kind for name, kind in typing.get_type_hints(shape).items()}
+        if {name: type(value) for name, value in config.items()} == types:
+            return shape(**config), tensors
+    raise UserError(f"{path}: its header has no config of a {network}; get the file again")
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored]]:
@@ -85,12 +98,18 @@ def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
     return {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
 
 
+def unpickle(path: Path | str, mmap: bool = False) -> object:
+    """What `torch.save` wrote, if it is tensors and plain containers alone; pickle.UnpicklingError for anything else."""
+    with warnings.catch_warnings(action="ignore"):  # of the file's age
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 def read_checkpoint(path: Path | str, key: str = "", prefix: str = "") -> dict[str, Stored]:
     """The tensors of a `torch.save` file: a dict, or one in it under `key`. `prefix` is cut from their names."""
 
     def read() -> object:
         # Anew for every tensor, as above.
-        whole = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        whole = unpickle(path, zipfile.is_zipfile(path))
         return whole.get(key) if key and isinstance(whole, dict) else whole
 
     try:

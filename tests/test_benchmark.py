@@ -66,7 +66,7 @@ def test_distances_are_those_of_a_matrix_square_root(world):
     scipy = pytest.importorskip("scipy.linalg", reason="the reference needs requirements-dev.txt")
     benchmark.main(Config(inception="inception.pt", i3d="i3d.pt", lpips="lpips.pt"))
     (row,) = rows(world)
-    sets = [[benchmark.read_video(world / side / f"v{n}.mp4") for n in range(4)] for side in ("generated", "true")]
+    sets = [[benchmark.read_whole(world / side / f"v{n}.mp4") for n in range(4)] for side in ("generated", "true")]
 
     def reference(features: list[np.ndarray]) -> float:
         (a, b), (m, n) = ([np.cov(x.T) for x in features], [x.mean(0) for x in features])

@@ -159,18 +159,8 @@ def test_main_writes_rows_and_sheet(tmp_path, weights, capsys):
     expected += [(slow, 2, *some) for some in by_count] + [("FastGenerator", 4, "all", 6)]
     expected += [(fast, 4, *some) for some in by_count] + [("the same in 8 bits", 4, "all", 6)]
     assert [(row["name"], row["steps"], row["objects"], row["videos"]) for row in rows] == expected
-    keys = [
-        "name",
-        "steps",
-        "videos",
-        "objects",
-        *MEASURES,
-        "clockwise_when_untold",
-        "seconds_per_video",
-        "command",
-        "machine",
-    ]
-    assert all(list(row) == keys for row in rows)
+    columns = ("clockwise_when_untold", "seconds_per_video", "command", "machine")
+    assert all(list(row) == ["name", "steps", "videos", "objects", *MEASURES, *columns] for row in rows)
     assert rows[0]["mask_iou"] == rows[0]["box_iou"] == rows[0]["sharpness"] == 1 and rows[0]["fvd"] == 0
     assert rows[1]["mask_iou"] > 0.95
     whole = [row for row in rows if row["steps"] and row["objects"] == "all"]
@@ -184,7 +174,8 @@ def test_main_writes_rows_and_sheet(tmp_path, weights, capsys):
     assert "threads, torch" in rows[0]["machine"]
     sheet = iio.imread(out.with_suffix(".png"))
     assert sheet.shape[1] == 2 * (9 * 98 + 12) and sheet.shape[0] % (6 * 98 + 12) == 0
-    assert {path.name for path in out.parent.iterdir()} == {"rows.json", "rows.md", "rows.png"}  # nothing temporary
+    assert iio.imread(out.with_suffix(".gif")).shape == (9, len(counts) * 196, 3 * 196, 3)
+    assert {path.name for path in out.parent.iterdir()} == {f"rows.{kind}" for kind in ("json", "md", "png", "gif")}
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1 + len(rows) and len({len(line) for line in printed}) == 1
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import evaluate
 
 ROOT = Path(evaluate.__file__).parent
@@ -81,6 +82,32 @@ def test_ablation_table_is_the_committed_one_and_says_what_the_page_says():
     assert four["hybrid without GAN loss"]["fvd"] < four[full]["fvd"]  # no gain: the page says so
     assert abs(four["hybrid without GAN loss"]["sharpness"] - four[full]["sharpness"]) < 0.025
     assert f"({one[as_is]['fvd']:.2f} against {one[full]['fvd']:.2f})" in page and four[as_is]["sharpness"] > 1.2
+
+
+def test_speed_is_the_committed_one_and_ahead_everywhere():
+    rows = json.loads((ROOT / "results/bench-cpu.json").read_text())
+    names = bench.Row.__dataclass_fields__
+    own = [bench.Row(**{name: row[name] for name in names}) for row in rows]
+    table, page = bench.markdown(own), (ROOT / "README.md").read_text()
+    assert table == (ROOT / "results/bench-cpu.md").read_text().strip()
+    beside = [row for row in own if row.name.startswith(("DiT", "4 steps", "VAE", "attention")) and row.reference]
+    assert len(beside) == 14 and bench.markdown(beside) in page
+    assert all(row.ratio < 1 for row in beside)
+    ratio = {(row.name, row.dtype, row.compiled): row.ratio for row in own}
+    for fused in ("", ", reference fused"):
+        assert ratio[f"DiT forward{fused}", "float32", False] <= 0.93
+        assert ratio[f"DiT forward{fused}", "bfloat16", True] <= 0.85
+    assert ratio["4 steps with adapter", "bfloat16", True] <= 0.8
+    assert ratio["VAE decode", "bfloat16", False] <= 0.8
+    assert ratio["VAE decode, peak memory", "bfloat16", False] <= 0.6
+    flat = [row.ours for row in own if "piece by piece" in row.name]
+    assert len(flat) == 2 and max(flat) <= 1.01 * min(flat)
+    growth = next(row.ratio for row in own if row.name.startswith("block: b / a"))
+    assert 0.8 < growth < 1.25 and f"the ratio of both terms is {growth:.2f} of the predicted" in page
+    error = {row.name: row.ours for row in own}
+    assert error["--memory medium: error of a forward pass"] == 0  # "the same to the bit"
+    error = error["--memory low: error of a forward pass"]
+    assert f"differs by a relative {error:.2f}" in page
 
 
 def test_training_times_are_the_committed_ones():

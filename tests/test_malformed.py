@@ -1,0 +1,254 @@
+"""What a user may hand over by mistake or in malice, script by script: one line, exit status 2, at once, nothing left.
+
+boxes.json has its own list in test_trajectory.py, and all of sample.py's flags in test_sample.py.
+"""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import imageio.v3 as iio
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+
+import clips
+import common
+import convert
+import distill_fast
+import evaluate
+import finetune_hybrid
+import plot
+import sample
+import train_slow_adapter
+from trajectory import TrajectoryError
+
+SCRIPTS = {
+    "sample.py": (sample.main, sample.Config, {"presets": {"wan5b": sample.WAN5B}}),
+    "trajectory.py": (convert.main, convert.Config, {}),
+    "data.py": (clips.prepare, clips.Config, {"presets": {"wan5b": clips.WAN5B}}),
+    "evaluate.py": (evaluate.main, evaluate.Config, {}),
+    "plot.py": (plot.main, plot.Config, {}),
+    "train_slow_adapter.py": (train_slow_adapter.main, train_slow_adapter.Config, {}),
+    "distill_fast.py": (distill_fast.main, distill_fast.Config, {}),
+    "finetune_hybrid.py": (finetune_hybrid.main, finetune_hybrid.Config, {}),
+}
+SECONDS = 20  # the most that a refusal may take, on a busy machine
+HUGE = 60_000
+BOX = [4, 4, 20, 20]
+
+
+def png_of(width: int, height: int, content: bytes = bytes(1000)) -> bytes:
+    """A PNG file that says to be of this size and holds next to nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
+
+
+def map_video(path: Path, size: str, seconds: int, codec: str) -> None:
+    """One frame a second: a red square that stays."""
+    source = f"color=black:s={size}:r=1:d={seconds},drawbox=x=8:y=8:w=16:h=16:color=red:t=fill"
+    program = imageio_ffmpeg.get_ffmpeg_exe()
+    subprocess.run([program, "-loglevel", "error", "-f", "lavfi", "-i", source, "-c:v", codec, path], check=True)
+
+
+def boxes(**objects) -> str:
+    return json.dumps({"objects": [{"boxes": {"0": BOX}, **objects}]})
+
+
+def network(header: dict) -> bytes:
+    return safetensors.torch.save({"x": torch.zeros(2)}, header)
+
+
+class Code:
+    def __reduce__(self):
+        return (os.mkdir, ("code_ran",))
+
+
+def npy_of(shape: str) -> bytes:
+    """The head of a NumPy file of this shape."""
+    head = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder of malformed files."""
+    folder = tmp_path_factory.mktemp("malformed")
+    written = {
+        "good.json": boxes(),
+        "keyframes.json": boxes(boxes={str(n): BOX for n in range(100_000)}),
+        "listed.json": boxes(boxes=[BOX] * 100_000),
+        "objects.json": json.dumps({"objects": [{"boxes": {"0": BOX}}] * 100_000}),
+        "ranges.json": boxes(visible=[[0, 9]] * 100_000),
+        "nested.json": "[" * 100_000,
+        "bomb_mask.json": boxes(mask="bomb.png"),
+        "digits.json": '{"num_frames": ' + "9" * 100_000 + "}",
+        "bomb.png": png_of(HUGE, HUGE),
+        "large.png": png_of(10_000, 10_000),  # Pillow would only warn
+        "short.png": png_of(48, 48),
+        "bomb_maps/0.png": png_of(HUGE, HUGE),
+        "no_maps/read.me": "nothing",
+        "noise.mp4": os.urandom(5000),
+        "empty.mp4": b"",
+        "none.csv": b"\x80\x81\xff",
+        "quotes.csv": 'path,num_frames,text\nx.mp4,9,"and so on\n',
+        "wide.csv": "path,num_frames,text\n" + "x" * 200_000 + ",9,a\n",
+        "rows.csv": "path,num_frames,text\nx.mp4\n",
+        "headless.csv": "x.mp4,9,a disc\n",
+        "empty.csv": "",
+        "untagged.safetensors": network({}),
+        "unshaped.safetensors": network({"network": "FastGenerator"}),
+        "garbled.safetensors": network({"network": "FastGenerator", "config": "{dim: 3"}),
+        "listed.safetensors": network({"network": "FastGenerator", "config": "[1, 2]"}),
+        "worded.safetensors": network({"network": "FastGenerator", "config": '{"dim": "wide"}'}),
+        "slow.safetensors": network({"network": "SlowAdapter", "config": "{}"}),
+        "long_head.safetensors": struct.pack("<Q", 1 << 40) + b"{}",
+        "code.pt": pickle.dumps(Code()),
+        "noise.pt": os.urandom(5000),
+        "text.pt": "not weights",
+        "prompts.safetensors": network({"prompts": "{"}),
+        "claimed.npy": npy_of("(1000000000000, 2, 2)"),
+        "cut.npy": npy_of("(9, 2, 2)"),
+        "code.npy": b"\x93NUMPY\x01\x00" + pickle.dumps(Code()),
+        "nul.txt": "\0\0\0",
+        "run/log.jsonl": '{"step": "first", "loss": 1}\n',
+        "cut_run/log.jsonl": '{"step": 1, "loss": 1}\n{"step": 2, "lo',
+        "flat_run/log.jsonl": "[1, 2]\n",
+        "hollow_run/log.jsonl": "",
+    }
+    for name, content in written.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    iio.imwrite(folder / "good.png", np.full((48, 48, 3), 90, np.uint8))
+    map_video(folder / "ten_hours.mp4", "48x48", 36_000, "mpeg4")
+    map_video(folder / "gigantic.mkv", "9000x9000", 1, "ffv1")
+    with (
+        zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("tracks.npy", "w") as member,
+    ):
+        member.write(npy_of("(70000000, 2)"))
+        for _ in range(1100):
+            member.write(bytes(1 << 20))
+    for name in ("examples", "checkpoints"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+PNG, JSON = ["--image", "good.png"], ["--traj", "good.json"]
+# Script and flags -> what the line must say.
+CASES = [
+    # boxes
+    ("sample.py", [*PNG, "--traj", "keyframes.json"], 'keyframes.json: objects[0].boxes["9"]: frame 9 is beyond'),
+    ("sample.py", [*PNG, "--traj", "listed.json"], "listed.json: objects[0].boxes: a list of 100000 boxes for 9"),
+    ("sample.py", [*PNG, "--traj", "objects.json"], "objects.json: objects: must be a list of 1 to 64"),
+    ("sample.py", [*PNG, "--traj", "ranges.json"], "ranges.json: objects[0].visible[0]: [0, 9] is not a range"),
+    ("sample.py", [*PNG, "--traj", "nested.json"], "nested.json: can't be read as JSON"),
+    ("sample.py", [*PNG, "--traj", "digits.json"], "digits.json: can't be read as JSON"),
+    ("sample.py", [*PNG, "--traj", "bomb.png"], "bomb.png: can't be read as JSON"),
+    ("trajectory.py", ["--source", "keyframes.json"], 'objects[0].boxes["9"]: frame 9 is beyond'),
+    # pictures
+    ("sample.py", [*PNG, "--traj", "bomb_mask.json"], "bomb_mask.json: objects[0].mask: bomb.png is not an image"),
+    ("sample.py", ["--image", "bomb.png", *JSON], "bomb.png: not a readable image (Image size (3600000000 pixels)"),
+    ("sample.py", ["--image", "large.png", *JSON], "(100000000 pixels) exceeds limit of 67108864 pixels"),
+    ("sample.py", ["--image", "short.png", *JSON], "short.png: not a readable image"),
+    ("sample.py", ["--image", "ten_hours.mp4", *JSON], "ten_hours.mp4: not a readable image"),
+    ("sample.py", ["--image", "good.json", *JSON], "good.json: not a readable image"),
+    ("sample.py", ["--image", ".", *JSON], ".: no such image"),
+    ("trajectory.py", ["--source", "good.json", "--image", "bomb.png"], "--image bomb.png: not a readable image"),
+    # maps and videos
+    ("sample.py", [*PNG, "--traj", "bomb_maps"], "bomb_maps: can't be decoded (Image size (3600000000 pixels)"),
+    ("sample.py", [*PNG, "--traj", "no_maps"], "no_maps: a folder without PNG files"),
+    ("sample.py", [*PNG, "--traj", "ten_hours.mp4"], "ten_hours.mp4: more than 1009 maps but the video has 9 frames"),
+    ("sample.py", [*PNG, "--traj", "gigantic.mkv"], "gigantic.mkv: can't be decoded (a frame of 9000x9000 is larger"),
+    ("sample.py", [*PNG, "--traj", "noise.mp4"], "noise.mp4: can't be decoded"),
+    ("sample.py", [*PNG, "--traj", "empty.mp4"], "empty.mp4: can't be decoded"),
+    ("trajectory.py", ["--source", "noise.mp4"], "noise.mp4: can't be decoded"),
+    # points
+    ("trajectory.py", ["--source", "bomb.npz"], "bomb.npz: unpacks to more than 1024 MiB"),
+    ("trajectory.py", ["--source", "claimed.npy"], "claimed.npy: can't be read as point tracks"),
+    ("trajectory.py", ["--source", "cut.npy"], "cut.npy: can't be read as point tracks"),
+    ("trajectory.py", ["--source", "code.npy"], "code.npy: can't be read as point tracks"),
+    ("trajectory.py", ["--source", "code.pt"], "code.pt: holds more than tensors"),
+    ("trajectory.py", ["--source", "noise.pt"], "noise.pt: "),
+    ("trajectory.py", ["--source", "nul.txt"], "nul.txt: can't be read as point tracks"),
+    # sizes and lengths
+    ("sample.py", [*PNG, *JSON, "--frames", "864001"], "--size 48x48 --frames 864001: 1990658304 pixels; 1073741824"),
+    ("sample.py", [*PNG, *JSON, "--size", "80000x80000"], "--size 80000x80000 --frames 9: 57600000000 pixels"),
+    ("sample.py", [*PNG, *JSON, "--size", "-48x48"], "--size -48x48: takes height x width"),
+    ("sample.py", [*PNG, *JSON, "--seed", "-1"], "--seed -1: a whole number"),
+    ("sample.py", [*PNG, *JSON, "--out", "good.png/x.mp4"], "--out good.png/x.mp4: "),
+    ("trajectory.py", ["--source", "good.json", "--frames", "1000000000"], "--frames 1000000000: at least 1, and"),
+    ("trajectory.py", ["--source", "good.json", "--size", "99999x99999"], "--frames 9: at least 1, and"),
+    ("trajectory.py", ["--source", "good.json", "--to", "checkpoints"], "--to checkpoints: exists"),
+    ("data.py", ["--source", "rows.csv", "--frames", "999999999"], "--size 48x48 --frames 999999999: "),
+    # tables
+    ("data.py", ["--source", "none.csv"], "none.csv: not a readable CSV file"),
+    ("data.py", ["--source", "quotes.csv"], "quotes.csv: not a readable CSV file"),
+    ("data.py", ["--source", "wide.csv"], "wide.csv: not a readable CSV file"),
+    ("data.py", ["--source", "rows.csv"], "rows.csv: line 2: a frame number is not a whole number"),
+    ("data.py", ["--source", "headless.csv"], "headless.csv: holds no clips"),
+    ("data.py", ["--source", "empty.csv"], "empty.csv: holds no clips"),
+    ("sample.py", ["--batch", "none.csv"], "none.csv: not a readable CSV file"),
+    ("sample.py", ["--batch", "headless.csv"], "headless.csv: column 'x.mp4' is unknown"),
+    ("sample.py", ["--batch", "no_maps"], "no_maps: not a readable CSV file"),
+    # weights
+    ("sample.py", ["--generator", "untagged.safetensors"], "holds a network of unknown kind, expected a FastGenerator"),
+    ("sample.py", ["--generator", "unshaped.safetensors"], "its header has no config of a FastGenerator"),
+    ("sample.py", ["--generator", "garbled.safetensors"], "its header has no config of a FastGenerator"),
+    ("sample.py", ["--generator", "listed.safetensors"], "its header has no config of a FastGenerator"),
+    ("sample.py", ["--generator", "worded.safetensors"], "its header has no config of a FastGenerator"),
+    ("sample.py", ["--adapter", "slow.safetensors"], "slow.safetensors: holds a SlowAdapter, expected a FastAdapter"),
+    ("sample.py", ["--generator", "long_head.safetensors"], "long_head.safetensors: not a readable safetensors file"),
+    ("sample.py", ["--generator", "code.pt"], "code.pt: holds more than tensors"),
+    ("sample.py", ["--generator", "noise.pt"], "noise.pt: "),
+    ("sample.py", ["--generator", "text.pt"], "text.pt: "),
+    ("sample.py", ["--text", "prompts.safetensors"], "prompts.safetensors: holds the embeddings of {, not of"),
+    ("evaluate.py", ["--fast_generator", "unshaped.safetensors"], "its header has no config of a FastGenerator"),
+    ("evaluate.py", ["--slow_adapter", "none.safetensors"], "none.safetensors: no such file"),
+    ("finetune_hybrid.py", ["--adapter", "noise.pt"], "noise.pt: not a readable safetensors file"),
+    ("distill_fast.py", ["--data", "no_maps"], "no_maps"),
+    ("train_slow_adapter.py", ["--data", "nowhere"], "nowhere"),
+    # flags and logs
+    ("evaluate.py", ["--videos", "0"], "--videos 0: must be at least 2"),
+    ("evaluate.py", ["--out", "rows.md"], "--out rows.md: the name must end in .json"),
+    ("finetune_hybrid.py", ["--adapter_start", "300"], "--adapter_start 300: give a step from 0 to below --steps 300"),
+    ("finetune_hybrid.py", ["--diffusion_scale", "fast"], "--diffusion_scale fast: not a valid value; it takes decay"),
+    ("finetune_hybrid.py", ["--lr", "nan"], "--lr nan: not a valid value; it takes float"),
+    ("finetune_hybrid.py", ["--lr"], "--lr needs a value (float)"),
+    ("distill_fast.py", ["--compile", "perhaps"], "--compile perhaps: not a valid value; it takes true|false"),
+    ("train_slow_adapter.py", ["tiny"], "unknown flag tiny; the flags are --name"),
+    ("plot.py", ["--runs", "run"], "run/log.jsonl: line 1 is no logged step"),
+    ("plot.py", ["--runs", "cut_run"], "cut_run/log.jsonl: line 2 is no logged step"),
+    ("plot.py", ["--runs", "flat_run"], "flat_run/log.jsonl: line 1 is no logged step"),
+    ("plot.py", ["--runs", "hollow_run"], "hollow_run/log.jsonl: holds no logged step"),
+    ("plot.py", ["--runs", "nowhere"], "nowhere/log.jsonl: no such file"),
+]
+
+
+@pytest.mark.parametrize("script, flags, message", CASES, ids=[f"{c[0]} {' '.join(c[1])}"[:60] for c in CASES])
+def test_one_line_exit_2_at_once_and_nothing_left(script, flags, message, files, monkeypatch, capfd):
+    main, config, more = SCRIPTS[script]
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    before, began = sorted(files.rglob("*")), time.monotonic()
+    with pytest.raises(SystemExit) as caught:
+        common.run_script(main, config, TrajectoryError, **more)
+    out, err = capfd.readouterr()
+    assert caught.value.code == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith(f"{script}: ") and message in err, err
+    assert sorted(files.rglob("*")) == before
+    assert time.monotonic() - began < SECONDS
