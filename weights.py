@@ -99,7 +99,7 @@ def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
 
 
 def unpickle(path: Path | str, mmap: bool = False) -> object:
-    """What `torch.save` wrote, if it is tensors and plain containers alone; pickle.UnpicklingError for anything else."""
+    """What `torch.save` wrote, if it is tensors and plain containers alone; else pickle.UnpicklingError."""
     with warnings.catch_warnings(action="ignore"):  # of the file's age
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
