@@ -202,6 +202,7 @@ def training(preset: str, repeats: int, device: torch.device) -> list[Row]:
         stages["stage 2, a cycle"] = (stage2, 5 * (3 + 3) * work + (2 + 3 + 1 + 2) * work)
     rows = []
     for name, (step, cost) in stages.items():
+        torch.compiler.reset()  # a script compiles for its own stage alone; all in one would exceed a limit
         with parallel.autocast(device, "auto"), torch.enable_grad():
             step()
             memory.reset_peak(device)
