@@ -40,16 +40,16 @@ class Config:
     generator: str = "checkpoints/tiny/slow_generator.safetensors"  # the frozen SlowGenerator
     kind: Literal["resnet", "controlnet"] = "resnet"  # of a new adapter: light and static, or a copy of the generator
     init: str = ""  # a SlowAdapter to go on from, such as stage 0's guide; random weights if empty
-    steps: int = 4000  # optimizer steps in all
-    mask_steps: int = 800  # first steps with dense masks; boxes from then on
+    steps: int = 2400  # optimizer steps in all
+    mask_steps: int = 480  # first steps with dense masks; boxes from then on
     sparse: float = 0.15  # share of trajectories with frames blacked out, once boxes have begun
-    batch: int = 16  # videos a step, over all processes
+    batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step
     lr: float = 6e-3  # peak learning rate of the matrices
-    warmup: int = 100  # steps of linear warm-up before the cosine
+    warmup: int = 50  # steps of linear warm-up before the cosine
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
-    ema: float = 0.999  # decay of the averaged weights, the ones exported
+    ema: float = 0.995  # decay of the averaged weights, the ones exported
     shift: float = 3.0  # warp of training noise levels towards noise
     drop_text: float = 0.1  # share of empty captions, for guidance
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
@@ -65,7 +65,7 @@ class Config:
 # The paper's steps, of which 4,600 with masks, and Wan's shift. Its rate is not known; this one is untried.
 WAN5B = {
     "generator": "Wan2.2-TI2V-5B", "steps": 10000, "mask_steps": 4600, "batch": 16, "lr": 1e-3, "shift": 5.0,
-    "warmup": 200, "recompute": "full",
+    "warmup": 200, "ema": 0.999, "recompute": "full",
 }  # fmt: skip
 
 
