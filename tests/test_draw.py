@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from trajectory import _interpolate, load_trajectory
+from trajectory import PALETTE, _interpolate, load_trajectory
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
@@ -159,10 +159,27 @@ def test_many_objects_and_frames_do_not_lag(tmp_path):
     """20 objects, 121 frames, 12 keyframes each: a redraw takes a fraction of a video frame's time."""
     found = browse(
         tmp_path,
-        "await picture(); state.frames = 121; state.objects = Array.from({length: 20}, (_, k) => ({name: `o${k}`,"
-        "color: [40 + k, 90, 128], interpolate: 'smooth', visible: null, mask: '', maskName: '',"
-        "boxes: Object.fromEntries(Array.from({length: 12}, (_, i) => [i * 11, [k + i, k, k + i + 20, k + 20]]))}));"
-        "show(); const began = performance.now(); for (let i = 0; i < 20; i++) { now = i; show(); }"
-        "return {each: (performance.now() - began) / 20, rows: $('timeline').height};",
+        "await picture(); type('preset', 'wan5b');"
+        "for (let k = 0; k < 20; k++) { if (k) press('n'); for (let i = 0; i < 12; i++) {"
+        "go(i * 11); if (i) pull([12 + k, 20], [12 + k, i % 2 ? 24 : 16]); else pull([2 + k, 5], [22 + k, 35]); } }"
+        "go(0); const began = performance.now(); for (let i = 0; i < 20; i++) { now = i; show(); }"
+        "return {...out(), each: (performance.now() - began) / 20, rows: $('timeline').height, palette: PALETTE};",
     )
-    assert found["each"] < 40 and found["rows"] == 360
+    assert found["each"] < 40 and found["rows"] == 360 and found["palette"] == [list(c) for c in PALETTE]
+    assert found["problem"] == "" and all(len(o["boxes"]) == 12 for o in found["boxes"]["objects"])
+    (tmp_path / "boxes.json").write_text(json.dumps(found["boxes"]))
+    trajectory = load_trajectory(tmp_path / "boxes.json", (64, 96), 121)
+    assert np.abs(np.array(found["tracks"], dtype=float) - trajectory.boxes).max() < 1e-9
+
+
+def test_what_does_not_fit_into_storage_is_said_and_undo_goes_first(tmp_path):
+    found = browse(
+        tmp_path,
+        "await picture(); pull([10, 10], [30, 28]); state.prompt = 'x'.repeat(300000);"
+        "for (let i = 0; i < 30; i++) change(() => { state.frames = 10 + i; });"
+        "const few = JSON.parse(localStorage.getItem(KEY)).past.length, first = out().note;"
+        "state.prompt = 'x'.repeat(9000000); change(() => { state.frames = 50; });"
+        "return {few, first, second: out().note, held: localStorage.getItem(KEY), all: past.length};",
+    )
+    assert found["few"] < 11 and found["first"] == "" and found["held"] is None
+    assert found["second"].startswith("Too large") and found["all"] > 30

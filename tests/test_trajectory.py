@@ -289,7 +289,7 @@ ERRORS = {  # name: (what boxes.json holds, the field the message must name, a p
     "colour name": (one(color="red"), "objects[0].color", "[red, green, blue]"),
     "colour black": (one(color=[0, 0, 0]), "objects[0].color", "background"),
     "colour twice": ({"objects": [one(color=list(PALETTE[1]))["objects"][0], GOOD]}, "objects[1].color", "objects[0]"),
-    "colour beyond palette": ({"objects": [GOOD] * 17}, "objects[16].color", "missing"),
+    "colour beyond palette": ({"objects": [GOOD] * 21}, "objects[20].color", "missing"),
     "visible number": (one(visible=3), "objects[0].visible", "[[first, last], ...]"),
     "visible empty": (one(visible=[]), "objects[0].visible", "[[first, last], ...]"),
     "visible one range bare": (one(visible=[0, 3]), "objects[0].visible[0]", "[[first, last], ...]"),
