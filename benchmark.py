@@ -71,7 +71,7 @@ def read_network(path: str) -> torch.jit.ScriptModule | None:
     try:
         return torch.jit.load(path).eval()
     except (RuntimeError, ValueError, OSError) as error:
-        raise common.UserError(f"{path}: no TorchScript file ({str(error).splitlines()[0]})") from None
+        raise common.UserError(f"{path}: no TorchScript file ({common.reason(error)})") from None
 
 
 def find(folder: str, name: str) -> Path:

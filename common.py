@@ -30,6 +30,11 @@ class UserError(Exception):
     """The user's input is at fault. The message is one line that names the file, the field and the mend."""
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what a library says went wrong, or the error's kind if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, dict] = {}):
     """`--lr 1e-4 --compile false` -> an instance of the frozen dataclass.
 

@@ -85,7 +85,7 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except TrajectoryError:
         raise
     except (*BROKEN, TypeError, MemoryError, zipfile.BadZipFile) as error:
-        check(False, "", f"can't be read as point tracks ({str(error).splitlines()[0]}); {form}")
+        check(False, "", f"can't be read as point tracks ({common.reason(error)}); {form}")
     points = points[0] if points.ndim == 4 and len(points) == 1 else points
     check(points.ndim == 3 and points.shape[2] in (2, 3) and points.size > 0, "", f"is {list(points.shape)}; {form}")
     check(len(points) <= MOST_FRAMES, "", f"has {len(points)} frames; {MOST_FRAMES} is the most")

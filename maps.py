@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common import reason
+
 Size = tuple[int, int]  # height, width in pixels
 MOST_PICTURE, MOST_VIDEO = 1 << 26, 1 << 30  # pixels of one picture, of all frames of a video that is to be held
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif"}
@@ -84,8 +86,7 @@ def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator
         else:
             yield from read_video(path)
     except BROKEN as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        check(False, "", f"can't be decoded ({why}); save the maps as an H.264 mp4 or as PNG files")
+        check(False, "", f"can't be decoded ({reason(error)}); save the maps as an H.264 mp4 or as PNG files")
 
 
 def flat_colors(frame: np.ndarray) -> np.ndarray:

@@ -77,8 +77,7 @@ def load_image(path: str, size: Size) -> tuple[Tensor, Size]:
     try:
         pixels = read_picture(path)
     except BROKEN as error:
-        reason = str(error).splitlines()[0]
-        raise common.UserError(f"{path}: not a readable image ({reason}); give a PNG or JPEG") from None
+        raise common.UserError(f"{path}: not a readable image ({common.reason(error)}); give a PNG or JPEG") from None
     return fit_frames(pixels[None], size)[None] / 127.5 - 1, pixels.shape[:2]
 
 

@@ -7,6 +7,7 @@ memory never holds more than the network and one tensor. Nothing is unpickled.
 import json
 import pickle
 import re
+import struct
 import typing
 import warnings
 import zipfile
@@ -20,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from common import UserError, atomic
+from common import UserError, atomic, reason
 from memory import Int8Linear, use_int8
 
 
@@ -100,8 +101,11 @@ def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
 
 def unpickle(path: Path | str, mmap: bool = False) -> object:
     """What `torch.save` wrote, if it is tensors and plain containers alone; else pickle.UnpicklingError."""
-    with warnings.catch_warnings(action="ignore"):  # of the file's age
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of the file's age
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, struct.error) as error:
+        raise pickle.UnpicklingError(f"garbled: {error}") from None  # its instructions make no sense
 
 
 def read_checkpoint(path: Path | str, key: str = "", prefix: str = "") -> dict[str, Stored]:
@@ -119,7 +123,7 @@ def read_checkpoint(path: Path | str, key: str = "", prefix: str = "") -> dict[s
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than tensors, code perhaps, and is not opened") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); get it again") from None
+        raise UserError(f"{path}: not a readable checkpoint ({reason(error)}); get it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path}: no dict of tensors{f' under the key {key!r}' if key else ''}")
     return {n.removeprefix(prefix): Stored(tuple(t.shape), lambda n=n: read()[n]) for n, t in tensors.items()}

@@ -120,7 +120,7 @@ BAD = {
     "too long": ("long.npy", {}, "long.npy: has 10001 frames; 10000 is the most"),
     "frames": ("plain.npy", {"frames": 5}, "9 frames but the video has 5; pass --frames"),
     "hidden at first": ("late.npy", {}, "late.npy: point 1 is not to be seen in frame 0; leave it out with --pick"),
-    "too many": ("many.npy", {}, "many.npy: 17 points, 16 at most; choose some with --pick"),
+    "too many": ("many.npy", {}, "many.npy: 21 points, 20 at most; choose some with --pick"),
     "pick": ("plain.npy", {"pick": "0,2"}, "--pick 0,2: takes numbers from 0 to 1"),
     "pick words": ("plain.npy", {"pick": "a"}, "--pick a: takes numbers"),
     "box": ("plain.npy", {"box": "0x5"}, "--box 0x5: takes height x width"),
@@ -141,7 +141,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     np.savez("other.npz", points=POINTS)
     np.savez("short.npz", tracks=POINTS, visibility=SHOWN[1:])
     np.save("long.npy", np.zeros((10001, 1, 2)))
-    np.save("many.npy", np.full((9, 17, 2), 20.0))
+    np.save("many.npy", np.full((9, 21, 2), 20.0))
     late = np.concatenate([POINTS, np.ones((9, 2, 1))], -1)
     late[0, 1, 2] = 0
     np.save("late.npy", late)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from common import UserError
+from convert import read_points
 from jobs import read_jobs
 from trajectory import Trajectory, TrajectoryError, load_trajectory
+from weights import read_checkpoint
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs requirements-dev.txt")
 st = hypothesis.strategies
@@ -70,3 +72,16 @@ def test_any_bytes(tmp_path, content):
         read_jobs(tmp_path / "jobs.csv")
     except UserError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.npy", "x.npz", "x.txt"])
+@QUIET
+@hypothesis.given(st.binary(max_size=200), st.sampled_from([b"", b"\x80\x02", b"\x93NUMPY\x01\x00v\x00{", b"1 2 "]))
+def test_any_bytes_for_points_and_weights(tmp_path, name, content, start):
+    path = tmp_path / name
+    path.write_bytes(start + content)
+    for read in (read_points, read_checkpoint):
+        try:
+            read(path)
+        except (UserError, TrajectoryError) as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
