@@ -46,7 +46,8 @@ class Config:
     backbone: str = "checkpoints/tiny/slow_generator.safetensors"  # the SlowGenerator inside the discriminator
     steps: int = 300  # discriminator updates; the adapter learns in every `ratio`-th
     ratio: int = 5  # discriminator updates for one of the adapter
-    adapter_start: int = 60  # step from which the adapter learns; until then the discriminator has nothing to say
+    diffusion_first: int = 0  # steps of the diffusion loss alone, before the discriminator begins
+    adapter_start: int = 60  # steps after those in which the adapter rests: the discriminator has nothing to say yet
     denoising_steps: int = flow.FAST["tiny"].steps  # of the generator
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss
@@ -106,8 +107,13 @@ def diffusion_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor)
 def main(cfg: Config) -> None:
     if not (cfg.use_gan or cfg.use_diffusion):
         raise common.UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
-    if not 0 <= cfg.adapter_start < cfg.steps:
-        raise common.UserError(f"--adapter_start {cfg.adapter_start}: give a step from 0 to below --steps {cfg.steps}")
+    if min(cfg.adapter_start, cfg.diffusion_first) < 0 or cfg.adapter_start + cfg.diffusion_first >= cfg.steps:
+        raise common.UserError(
+            f"--adapter_start {cfg.adapter_start} --diffusion_first {cfg.diffusion_first}: give steps from 0 on,"
+            f" together below --steps {cfg.steps}"
+        )
+    if cfg.diffusion_first and not cfg.use_diffusion:
+        raise common.UserError(f"--diffusion_first {cfg.diffusion_first}: needs --use_diffusion true")
     procs = parallel.init_processes(cfg.sequence)
     torch.manual_seed(cfg.seed)  # the same initial classifier on every rank
     generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", FROZEN[cfg.preset]).requires_grad_(False)
@@ -168,7 +174,7 @@ def main(cfg: Config) -> None:
         norm = optim.clip_and_step(classifier, classifier_optimizers, cfg.clip)
         return {"discriminator_loss": torch.stack(losses).mean(), "discriminator_grad_norm": norm}
 
-    def adapter_step(step: int, weight: float) -> dict[str, Tensor]:
+    def adapter_step(step: int, weight: float, judged: bool) -> dict[str, Tensor]:
         """The adapter learns from both losses, diffusion's weighed; the gradient passes through the frozen networks."""
         turn, logged = 2 * step + 1, []
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
@@ -186,7 +192,7 @@ def main(cfg: Config) -> None:
 
                 # 2. Generator: what a few steps make, noised, is to pass for real.
                 adversarial = zero
-                if cfg.use_gan:
+                if judged:
                     fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, cfg.denoising_steps - 1)
                     x_t = flow.add_noise(fake, renoise, level)
                     adversarial = adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
@@ -215,12 +221,17 @@ def main(cfg: Config) -> None:
             run.save(step, wait=last)
         if last:
             break
-        optim.set_lr(classifier_optimizers, optim.learning_rate(step, cfg.classifier_lr, cfg.warmup, cfg.steps))
-        values = discriminator_step(step) if cfg.use_gan else {}
-        age, lifetime = step - cfg.adapter_start, cfg.steps - cfg.adapter_start
-        if age >= 0 and (step + 1) % cfg.ratio == 0:
+        values, judged = {}, cfg.use_gan and step >= cfg.diffusion_first
+        if judged:
+            age, lifetime = step - cfg.diffusion_first, cfg.steps - cfg.diffusion_first
+            optim.set_lr(classifier_optimizers, optim.learning_rate(age, cfg.classifier_lr, cfg.warmup, lifetime))
+            values = discriminator_step(step)
+        rests = 0 <= step - cfg.diffusion_first < cfg.adapter_start
+        if not rests and (step + 1) % cfg.ratio == 0:
+            age = step if step < cfg.diffusion_first else step - cfg.adapter_start
+            lifetime = cfg.steps - cfg.adapter_start
             optim.set_lr(optimizers, optim.learning_rate(age, cfg.lr, cfg.warmup, lifetime))
-            values |= adapter_step(step, diffusion_weight(cfg.diffusion_scale, age / lifetime))
+            values |= adapter_step(step, diffusion_weight(cfg.diffusion_scale, age / lifetime), judged)
             ema.update(step)
         if (step + 1) % cfg.log_every == 0:
             run.log(step + 1, **{name: procs.mean(value) for name, value in values.items()})

@@ -144,6 +144,16 @@ def test_two_nodes_of_two_processes_follow_the_curve_of_one(start, folder, flags
     same_curve(*(outcome(folder, name, "slow_adapter") for name in ("one", "nodes")))
 
 
+def test_the_adapter_learns_from_diffusion_then_rests_then_from_both(start, folder, flags):
+    script, more = "finetune_hybrid.py", ("--diffusion_first", 3, "--adapter_start", 3, "--name", "in_turn")
+    finish(start(script, *flags[script], *more))
+    log, _ = outcome(folder, "in_turn", "fast_adapter")
+    assert [line["step"] for line in log if "discriminator_loss" in line] == list(range(4, 11))
+    learned = {line["step"]: line for line in log if "diffusion_loss" in line}
+    assert list(learned) == [3, 9] and all(line["diffusion_loss"] > 0 for line in learned.values())
+    assert learned[3]["adversarial_loss"] == 0 < learned[9]["adversarial_loss"]
+
+
 def same_curve(one, other) -> None:
     """Two runs' logs and weights are the same up to rounding."""
     (one, one_weights), (two, two_weights) = one, other
