@@ -81,7 +81,7 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
         points = np.asarray(points, dtype=float)
         shown = None if shown is None else np.asarray(shown, dtype=float)
     except pickle.UnpicklingError:
-        check(False, "", "holds more than tensors, code perhaps, and is not opened")
+        check(False, "", "holds more than tensors, code perhaps, or is garbled; it is not opened")
     except TrajectoryError:
         raise
     except (*BROKEN, TypeError, MemoryError, zipfile.BadZipFile) as error:

@@ -6,7 +6,7 @@
 The diffusion loss alone keeps to the trajectory and blurs; the adversarial loss alone is sharp and drifts. The adapter
 gets both, weighed `loss = adversarial + lambda(step) * diffusion` (paper, stage 3). The discriminator judges what all
 steps together make. It learns at every step, the adapter at every fifth, once there is something to learn from; all
-else is frozen. To resume, run the same command again.
+else is frozen. The diffusion loss may have some steps to itself first. To resume, run the same command again.
 """
 
 from dataclasses import dataclass, replace
@@ -44,10 +44,10 @@ class Config:
     generator: str = "checkpoints/tiny/fast_generator.safetensors"  # the frozen FastGenerator
     adapter: str = "checkpoints/tiny/slow_adapter.safetensors"  # the SlowAdapter that training starts from
     backbone: str = "checkpoints/tiny/slow_generator.safetensors"  # the SlowGenerator inside the discriminator
-    steps: int = 300  # discriminator updates; the adapter learns in every `ratio`-th
+    steps: int = 300  # of training; the adapter learns in every `ratio`-th
     ratio: int = 5  # discriminator updates for one of the adapter
     diffusion_first: int = 0  # steps of the diffusion loss alone, before the discriminator begins
-    adapter_start: int = 60  # steps after those in which the adapter rests: the discriminator has nothing to say yet
+    adapter_start: int = 60  # steps after those in which the discriminator alone learns: it has nothing to say yet
     denoising_steps: int = flow.FAST["tiny"].steps  # of the generator
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss
@@ -175,7 +175,7 @@ def main(cfg: Config) -> None:
         return {"discriminator_loss": torch.stack(losses).mean(), "discriminator_grad_norm": norm}
 
     def adapter_step(step: int, weight: float, judged: bool) -> dict[str, Tensor]:
-        """The adapter learns from both losses, diffusion's weighed; the gradient passes through the frozen networks."""
+        """The adapter learns, judged from both losses, diffusion's weighed; gradient passes through frozen networks."""
         turn, logged = 2 * step + 1, []
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             x0, text, traj, noise, renoise, level = inputs(samples, turn)
@@ -221,15 +221,15 @@ def main(cfg: Config) -> None:
             run.save(step, wait=last)
         if last:
             break
-        values, judged = {}, cfg.use_gan and step >= cfg.diffusion_first
+        values, since = {}, step - cfg.diffusion_first
+        judged = cfg.use_gan and since >= 0
         if judged:
-            age, lifetime = step - cfg.diffusion_first, cfg.steps - cfg.diffusion_first
-            optim.set_lr(classifier_optimizers, optim.learning_rate(age, cfg.classifier_lr, cfg.warmup, lifetime))
+            lifetime = cfg.steps - cfg.diffusion_first
+            optim.set_lr(classifier_optimizers, optim.learning_rate(since, cfg.classifier_lr, cfg.warmup, lifetime))
             values = discriminator_step(step)
-        rests = 0 <= step - cfg.diffusion_first < cfg.adapter_start
+        rests = 0 <= since < cfg.adapter_start
         if not rests and (step + 1) % cfg.ratio == 0:
-            age = step if step < cfg.diffusion_first else step - cfg.adapter_start
-            lifetime = cfg.steps - cfg.adapter_start
+            age, lifetime = step if since < 0 else step - cfg.adapter_start, cfg.steps - cfg.adapter_start
             optim.set_lr(optimizers, optim.learning_rate(age, cfg.lr, cfg.warmup, lifetime))
             values |= adapter_step(step, diffusion_weight(cfg.diffusion_scale, age / lifetime), judged)
             ema.update(step)

@@ -100,12 +100,12 @@ def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
 
 
 def unpickle(path: Path | str, mmap: bool = False) -> object:
-    """What `torch.save` wrote, if it is tensors and plain containers alone; else pickle.UnpicklingError."""
+    """What `torch.save` wrote: tensors and plain containers alone. pickle.UnpicklingError if more, or garbled."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of the file's age
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, struct.error) as error:
-        raise pickle.UnpicklingError(f"garbled: {error}") from None  # its instructions make no sense
+        raise pickle.UnpicklingError(f"garbled: {error}") from None
 
 
 def read_checkpoint(path: Path | str, key: str = "", prefix: str = "") -> dict[str, Stored]:
@@ -121,8 +121,8 @@ def read_checkpoint(path: Path | str, key: str = "", prefix: str = "") -> dict[s
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: holds more than tensors, code perhaps, and is not opened") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path}: holds more than tensors, code perhaps, or is garbled; it is not opened") from None
+    except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({reason(error)}); get it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path}: no dict of tensors{f' under the key {key!r}' if key else ''}")
@@ -192,7 +192,6 @@ def load(
         if isinstance(module, Int8Linear) and leaf == "weight":
             module.fill(tensor)
         else:
-            module.load_state_dict(
-                {leaf: tensor}, strict=False, assign=True
-            )  # its other tensors have turns of their own
+            # Not strict, for its other tensors have turns of their own; that all names and shapes fit is checked above.
+            module.load_state_dict({leaf: tensor}, strict=False, assign=True)
     return network

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from trajectory import PALETTE, _interpolate, load_trajectory
 
+# A machine of one's own may lack it; .ci/run installs it, or fails.
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
 
