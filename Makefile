@@ -4,7 +4,7 @@ SEEDS = 0 1 2
 VARIANTS = decay no_gan no_diffusion constant grow no_semantic no_trajectory no_video
 RUNS = $(foreach v,$(VARIANTS),$(foreach s,$(SEEDS),runs/ablation/$v_$s/fast_adapter.safetensors))
 
-no_diffusion = --use_diffusion false
+no_diffusion = --use_diffusion false --diffusion_first 0 --steps 300
 no_gan = --use_gan false
 constant = --diffusion_scale constant
 decay = --diffusion_scale decay

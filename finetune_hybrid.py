@@ -4,9 +4,10 @@
     torchrun --nproc_per_node=8 finetune_hybrid.py
 
 The diffusion loss alone keeps to the trajectory and blurs; the adversarial loss alone is sharp and drifts. The adapter
-gets both, weighed `loss = adversarial + lambda(step) * diffusion` (paper, stage 3). The discriminator judges what all
-steps together make. It learns at every step, the adapter at every fifth, once there is something to learn from; all
-else is frozen. The diffusion loss may have some steps to itself first. To resume, run the same command again.
+gets both, weighed `loss = adversarial + lambda(step) * diffusion` (paper, stage 3). On the toy the diffusion loss has
+the first steps to itself, and the discriminator begins with what that leaves blurred. It judges what all four steps
+together make, and learns at every step, the adapter at every fifth; all else is frozen. To resume, run the same command
+again.
 """
 
 from dataclasses import dataclass, replace
@@ -44,14 +45,14 @@ class Config:
     generator: str = "checkpoints/tiny/fast_generator.safetensors"  # the frozen FastGenerator
     adapter: str = "checkpoints/tiny/slow_adapter.safetensors"  # the SlowAdapter that training starts from
     backbone: str = "checkpoints/tiny/slow_generator.safetensors"  # the SlowGenerator inside the discriminator
-    steps: int = 300  # of training; the adapter learns in every `ratio`-th
+    steps: int = 600  # of training; the adapter learns in every `ratio`-th
     ratio: int = 5  # discriminator updates for one of the adapter
-    diffusion_first: int = 0  # steps of the diffusion loss alone, before the discriminator begins
+    diffusion_first: int = 300  # steps of the diffusion loss alone, before the discriminator begins
     adapter_start: int = 60  # steps after those in which the discriminator alone learns: it has nothing to say yet
     denoising_steps: int = flow.FAST["tiny"].steps  # of the generator
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss
-    gan_scale: float = 0.1  # weight of the adversarial loss
+    gan_scale: float = 1.5  # weight of the adversarial loss
     diffusion_scale: Literal["decay", "grow", "constant"] = "decay"  # lambda, the diffusion loss's weight over time
     semantic: bool = True  # the discriminator's attention to first frame and text
     trajectory: bool = True  # the discriminator's attention to the trajectory
@@ -76,14 +77,15 @@ class Config:
     seed: int = 0  # of the classifier's weights, data order and noise
     log_every: int = 20  # steps
     save_every: int = 50  # steps
-    sample_every: int = 150  # steps
+    sample_every: int = 300  # steps
 
 
 # The paper's steps and Adam without momentum; rates, weight and noise levels as a third party read them.
 WAN5B = {
     "generator": "fast_generator.safetensors", "adapter": "slow_adapter.safetensors", "backbone": "Wan2.2-TI2V-5B",
-    "steps": 1000, "gan_scale": 0.01, "batch": 4, "lr": 2e-6, "classifier_lr": 2e-6, "momentum": 0.0,
-    "adapter_start": 0, "shift": flow.FAST["wan5b"].shift, "judge_low": 0.02, "judge_high": 0.98, "recompute": "full",
+    "steps": 1000, "diffusion_first": 0, "gan_scale": 0.01, "batch": 4, "lr": 2e-6, "classifier_lr": 2e-6,
+    "momentum": 0.0, "adapter_start": 0, "shift": flow.FAST["wan5b"].shift, "judge_low": 0.02, "judge_high": 0.98,
+    "recompute": "full",
 }  # fmt: skip
 
 
@@ -221,15 +223,16 @@ def main(cfg: Config) -> None:
             run.save(step, wait=last)
         if last:
             break
-        values, since = {}, step - cfg.diffusion_first
-        judged = cfg.use_gan and since >= 0
+        # Each of the two parts has its own warm-up, cosine and lambda; in the second the adapter rests at first.
+        values, alone, first = {}, step < cfg.diffusion_first, cfg.diffusion_first
+        age, lifetime = (step, first) if alone else (step - first, cfg.steps - first)
+        rest = 0 if alone else cfg.adapter_start
+        judged = cfg.use_gan and not alone
         if judged:
-            lifetime = cfg.steps - cfg.diffusion_first
-            optim.set_lr(classifier_optimizers, optim.learning_rate(since, cfg.classifier_lr, cfg.warmup, lifetime))
+            optim.set_lr(classifier_optimizers, optim.learning_rate(age, cfg.classifier_lr, cfg.warmup, lifetime))
             values = discriminator_step(step)
-        rests = 0 <= since < cfg.adapter_start
-        if not rests and (step + 1) % cfg.ratio == 0:
-            age, lifetime = step if since < 0 else step - cfg.adapter_start, cfg.steps - cfg.adapter_start
+        if age >= rest and (step + 1) % cfg.ratio == 0:
+            age, lifetime = age - rest, lifetime - rest
             optim.set_lr(optimizers, optim.learning_rate(age, cfg.lr, cfg.warmup, lifetime))
             values |= adapter_step(step, diffusion_weight(cfg.diffusion_scale, age / lifetime), judged)
             ema.update(step)

@@ -225,7 +225,7 @@ CASES = [
     # flags and logs
     ("evaluate.py", ["--videos", "0"], "--videos 0: must be at least 2"),
     ("evaluate.py", ["--out", "rows.md"], "--out rows.md: the name must end in .json"),
-    ("finetune_hybrid.py", ["--adapter_start", "300"], "--adapter_start 300 --diffusion_first 0: give steps from 0 on"),
+    ("finetune_hybrid.py", ["--adapter_start", "300"], "--adapter_start 300 --diffusion_first 300: give steps from 0"),
     ("finetune_hybrid.py", ["--diffusion_first", "9", "--use_diffusion", "false"], "--diffusion_first 9: needs"),
     ("finetune_hybrid.py", ["--diffusion_scale", "fast"], "--diffusion_scale fast: not a valid value; it takes decay"),
     ("finetune_hybrid.py", ["--lr", "nan"], "--lr nan: not a valid value; it takes float"),

@@ -22,7 +22,7 @@ SHORT = {
     "train_slow_generator.py": ["--steps", 2, "--batch", 2, "--compile", "false"],
     "train_slow_adapter.py": ["--steps", 2, "--batch", 2, "--compile", "false"],
     "distill_fast.py": ["--steps", 5, "--batch", 2, "--compile", "false"],
-    "finetune_hybrid.py": ["--steps", 5, "--adapter_start", 0, "--batch", 2, "--compile", "false"],
+    "finetune_hybrid.py": ["--steps=5", "--diffusion_first=0", "--adapter_start=0", "--batch=2", "--compile=false"],
 }
 
 

@@ -28,6 +28,7 @@ SCRIPTS = {
 }
 SHORT = ("--steps", 10, "--batch", 2, "--save_every", 5, "--sample_every", 1000, "--log_every", 1, "--compile", "false",
          "--dtype", "float32", "--warmup", 2)  # fmt: skip
+HYBRID = ("--ratio", 3, "--diffusion_first", 0, "--adapter_start", 1, "--sparse", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def flags(folder):
         "train_slow_generator.py": SHORT,
         "train_slow_adapter.py": (*SHORT, "--generator", slow, "--mask_steps", 4, "--sparse", 0.5),
         "distill_fast.py": (*SHORT, "--generator", slow, "--ratio", 3),
-        "finetune_hybrid.py": (*SHORT, *networks, "--ratio", 3, "--adapter_start", 1, "--sparse", 0.5),
+        "finetune_hybrid.py": (*SHORT, *networks, *HYBRID),
     }
 
 
