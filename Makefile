@@ -24,7 +24,7 @@ test: .venv/ready-dev
 # Killed, it goes on where it was.
 ablation: .venv/ready
 	@echo "$(words $(RUNS)) runs of stage 3 from the shipped networks, two at a time."
-	@echo "Reckoned from a pair's five and a half minutes: about two hours on two cores, table included."
+	@echo "Reckoned from a pair's six minutes: about an hour and a half on two cores, table included."
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUNS)
 	$(BIN)/python evaluate.py --ablation --out results/ablation.json
 
