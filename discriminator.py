@@ -87,6 +87,7 @@ class Classifier(nn.Module):
         """Xavier matrices, small queries, attention almost uniform, the video's alone at work; a logit of zero.
 
         Else the query would soon know whose text and trajectory it sees, and with them the videos it has learned from.
+        Where there is no attention to the video all are at work: if nothing is, nothing can be learned.
         """
         init_xavier(self)
         for block in self.blocks:
@@ -94,7 +95,7 @@ class Classifier(nn.Module):
             for name, attention in block.attentions.items():
                 with torch.no_grad():
                     attention.in_proj_weight[: 2 * self.config.hidden] *= 0.1  # queries and keys
-                if name != "video":
+                if name != "video" and self.config.video:
                     nn.init.zeros_(attention.out_proj.weight)
         nn.init.zeros_(self.logit.weight)
 

@@ -116,7 +116,7 @@ def main(cfg: Config) -> None:
     generator, fake = (VideoDiT.from_pretrained(cfg.generator, "SlowGenerator") for _ in range(2))
     real = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", FROZEN[cfg.preset]).requires_grad_(False)
     generator, fake, real = (
-        parallel.prepare(network, procs, cfg.compile, cfg.recompute) for network in (generator, fake, real)
+        parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype) for network in (generator, fake, real)
     )
     optimizers = [optim.adamw(generator, cfg.weight_decay)]
     fake_optimizers = [optim.adamw(fake, cfg.weight_decay)]

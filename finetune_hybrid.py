@@ -125,7 +125,7 @@ def main(cfg: Config) -> None:
         discriminators.PRESETS[cfg.preset], semantic=cfg.semantic, trajectory=cfg.trajectory, video=cfg.video
     )
     generator, backbone, adapter, classifier = (
-        parallel.prepare(network, procs, cfg.compile, cfg.recompute)
+        parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype)
         for network in (generator, backbone, adapter, Classifier(shape))
     )
     discriminator = DiffusionDiscriminator(backbone, classifier)

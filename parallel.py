@@ -7,6 +7,9 @@ part of the heads.
 
 import contextlib
 import os
+import re
+import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -99,13 +102,21 @@ def init_processes(sequence: int = 1) -> Processes:
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def prepare(model: nn.Module, procs: Processes, compile: bool, recompute: Recompute = "none") -> nn.Module:
+def check_compiler(device: torch.device) -> None:
+    """UserError where torch.compile would not find the C++ compiler that it needs on a CPU."""
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and sys.platform != "win32" and not shutil.which(name):
+        raise UserError(f"torch.compile: no C++ compiler {name}; install it, or pass --compile false")
+
+
+def prepare(
+    model: nn.Module, procs: Processes, compile: bool, recompute: Recompute = "none", dtype: str = "auto"
+) -> nn.Module:
     """Move to the device and, block by block, recompute, compile and shard. With one process nothing is sharded."""
+    if compile:
+        check_compiler(procs.device)
     model.to(procs.device)
-    # On CPU shards stay float32 and autocast computes in bf16; on GPUs bf16 is gathered and gradients reduce in
-    # float32.
-    on_gpu = procs.device.type == "cuda"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
+    policy = precision(procs.device, dtype)
     split_sequence(model, procs.group)
     for block in model.blocks:
         if recompute != "none":
@@ -115,9 +126,22 @@ def prepare(model: nn.Module, procs: Processes, compile: bool, recompute: Recomp
         if procs.mesh is not None:
             fully_shard(block, mesh=procs.mesh, mp_policy=policy)
     if procs.mesh is not None:
+        for name, child in model.named_children():  # what a network wants in float32 is gathered in it
+            if re.search(getattr(model, "float32", "$^"), name):
+                fully_shard(child, mesh=procs.mesh, mp_policy=MixedPrecisionPolicy())
         fully_shard(model, mesh=procs.mesh, mp_policy=policy)
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # warns of in-place sums; there are none
     return model
+
+
+def precision(device: torch.device, dtype: str) -> MixedPrecisionPolicy:
+    """How shards travel: in float32, but on GPUs, unless `dtype` is "float32", they are gathered in bfloat16.
+
+    Gradients are reduced in float32, and inputs stay as they are: timesteps and rotary tables need float32.
+    """
+    if device.type == "cuda" and dtype != "float32":
+        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    return MixedPrecisionPolicy()
 
 
 def recomputed(forward, how: Recompute):
@@ -141,11 +165,16 @@ def recomputed(forward, how: Recompute):
     return partial(checkpoint, forward, **options)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself: a CPU without such instructions emulates it, very slowly."""
+    can = torch.cpu.get_capabilities()
+    return bool(device.type == "cuda" or can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
     """`dtype` is "bfloat16", "float32", or "auto": bfloat16 unless a CPU would have to emulate it."""
     if dtype == "auto":
-        can = torch.cpu.get_capabilities()
-        dtype = "bfloat16" if device.type == "cuda" or can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
+        dtype = "bfloat16" if has_bfloat16(device) else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 

@@ -184,6 +184,8 @@ def main(cfg: Config) -> None:
             raise common.UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}")
         for network in (generator, adapter):
             parallel.split_sequence(network, procs.group)
+            if cfg.compile:
+                parallel.check_compiler(device)
             for block in network.blocks if cfg.compile else ():
                 block.forward = torch.compile(block.forward)
             heavy = isinstance(network, VideoDiT)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import memory
 from model import PRESETS, DiTConfig
+from parallel import has_bfloat16
 
 WIDE, SMALL = DiTConfig(1536, 6144, 12, 8, text_dim=4096, text_tokens=512), DiTConfig(128, 256, 4, 2, 64, 32)
 # Transformer; latent frames, height and width; video frames, height and width for the VAE; latents of a training step.
@@ -57,7 +58,8 @@ def pairs(ours: Callable, theirs: Callable, repeats: int, device: torch.device) 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The most FLOP a second that the machine gives in one matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
+    emulated = dtype == torch.bfloat16 and not has_bfloat16(device)
+    n = 8192 if device.type == "cuda" else 256 if emulated else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
 

@@ -81,7 +81,7 @@ def main(cfg: Config) -> None:
         adapter = adapters.ControlNetAdapter(generator.config)
         adapter.copy_generator(generator)
     generator, adapter = (
-        parallel.prepare(network, procs, cfg.compile, cfg.recompute) for network in (generator, adapter)
+        parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype) for network in (generator, adapter)
     )
     optimizers = optim.make_optimizers(adapter, adapter.blocks, cfg.weight_decay)
     ema = optim.EMA(adapter, cfg.ema)

@@ -68,7 +68,7 @@ def main(cfg: Config) -> None:
         guide = adapters.read_adapter(Path(cfg.init, "slow_adapter.safetensors"), "SlowAdapter")
     else:
         model, guide = VideoDiT(PRESETS[cfg.preset]), adapters.ResNetAdapter(adapters.PRESETS[cfg.preset])
-    model, guide = (parallel.prepare(network, procs, cfg.compile) for network in (model, guide))
+    model, guide = (parallel.prepare(network, procs, cfg.compile, dtype=cfg.dtype) for network in (model, guide))
     optimizers = optim.make_optimizers(model, model.blocks, cfg.weight_decay)
     guide_optimizers = optim.make_optimizers(guide, guide.blocks, cfg.weight_decay)
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)

@@ -75,6 +75,7 @@ sys.path.insert(0, {root!r})
 from dataclasses import dataclass
 import torch, torch.distributed as dist
 import adapter as adapters, common, flow, optim, parallel
+from discriminator import Classifier, ClassifierConfig
 from model import DiTConfig, VideoDiT
 
 @dataclass(frozen=True)
@@ -156,6 +157,63 @@ def test_what_does_not_divide_is_refused(run):
     assert job.returncode != 0 and "--sequence 3: must divide the number of processes, 2" in job.stderr
     job = run("train_slow_adapter.py", *flags, "--sequence", 3, processes=3)
     assert job.returncode != 0 and "4 attention heads do not divide among 3 processes; start fewer" in job.stderr
+
+
+PRECISION = """
+def main(cfg):
+    procs, policy = parallel.init_processes(), parallel.precision(torch.device("cuda"), "auto")
+    shape = DiTConfig(64, 128, 4, 2, text_dim=16, text_tokens=8, channels=16)
+    judge = ClassifierConfig(dim=64, text_dim=16, taps=(0, 1), channels=16)
+    torch.manual_seed(0)
+    for name in ("group_norm", "layer_norm"):  # on GPUs autocast computes these in float32
+        norm = getattr(torch.nn.functional, name)
+        setattr(torch.nn.functional, name,
+                lambda x, n, *rest, norm=norm: norm(x.float(), n, *(r.float() if torch.is_tensor(r) else r for r in rest)))
+    networks = [VideoDiT(shape), adapters.ResNetAdapter(adapters.AdapterConfig(64, 2, 32, 16)),
+                adapters.ControlNetAdapter(shape), Classifier(judge)]
+    for network in networks:
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.05)
+    x, traj = torch.randn(2, 2, 16, 3, 8, 12)
+    t, text = torch.tensor([[0.0, 937.5, 833.3]]).expand(2, 3), torch.randn(2, 8, 16)
+    features = list(torch.randn(2, 2, 72, 64))
+    calls = [(x, t, text), (x, t, text, traj), (x, t, text, traj), (features, text, traj)]
+
+    def outcome(network, call, dtype="bfloat16"):
+        with parallel.autocast(torch.device("cpu"), dtype):
+            out = network(*call)
+        out = torch.stack(out) if isinstance(out, list) else out
+        out.float().square().mean().backward()
+        return out.detach().float(), {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+
+    for network, call in zip(networks, calls, strict=True):
+        exact, _ = outcome(network, call, "float32")
+        network.zero_grad()
+        out, grads = outcome(network, call)
+        network.zero_grad()
+        parallel.precision = lambda device, dtype: policy
+        again, sharded = outcome(parallel.prepare(network, procs, False), call)
+        name = type(network).__name__
+        errors = [((y - exact).norm() / exact.norm()).item() for y in (out, again)]
+        most = 2.5 if isinstance(network, Classifier) else 1.2  # its logit is one number: roundings do not average
+        assert errors[1] < most * errors[0], (name, errors)
+        for n, grad in grads.items():
+            own = parallel.full(sharded[n])
+            assert own.dtype == torch.float32, (name, n)
+            assert (grad - own).norm() < 0.05 * grad.norm() + 1e-9, (name, n, (grad - own).norm() / grad.norm())
+    print("all agree")
+"""
+
+
+def test_shards_gathered_as_on_gpus_change_no_more_than_autocast_does(two):
+    """Timesteps and rotary tables reach the blocks unrounded; gradients come back in float32."""
+    job = two(PRECISION)
+    assert job.returncode == 0 and job.stdout.count("all agree") == 2, job.stderr[-3000:]
+
+
+def test_float32_is_gathered_as_it_is():
+    assert parallel.precision(torch.device("cuda"), "float32").param_dtype is None
+    assert parallel.precision(torch.device("cuda"), "auto").param_dtype == torch.bfloat16
 
 
 STATE = r"""
