@@ -27,7 +27,7 @@ import parallel
 from codec import open_codec
 from maps import BROKEN, Size, fit_frames, fit_nearest, read_frames, read_video
 from trajectory import TrajectoryError, dark_frames, load_trajectory
-from weights import read_safetensors, write_safetensors
+from weights import read_config, read_safetensors, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def find_clips(source: Path) -> list[Clip]:
         clips = []
         for video in sorted(source.glob("*.mp4")):
             text, boxes = video.with_suffix(".txt"), video.with_suffix(".json")
-            clips.append(Clip(video, text.read_text().strip() if text.exists() else "", boxes, boxes))
+            clips.append(Clip(video, read_caption(text), boxes, boxes))
     else:
         try:
             with source.open(newline="", encoding="utf-8-sig") as file:
@@ -87,6 +87,14 @@ def find_clips(source: Path) -> list[Clip]:
     return clips
 
 
+def read_caption(file: Path) -> str:
+    """A text file's content, empty if there is none or it isn't text."""
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def read_row(source: Path, line: int, row: dict[str, str]) -> Clip:
     """A row of a CSV. Paths are relative to its folder."""
     folder, video = source.parent, source.parent / row["path"]
@@ -94,6 +102,8 @@ def read_row(source: Path, line: int, row: dict[str, str]) -> Clip:
         start, end = int(row.get("mask_start_index") or 0), int(row.get("mask_end_index") or row["num_frames"])
     except ValueError:
         raise common.UserError(f"{source}: line {line}: a frame number is not a whole number; correct it") from None
+    if start < 0:
+        raise common.UserError(f"{source}: line {line}: mask_start_index is negative; correct it")
     masks = row.get("trajectory_maps_path") or f"masks/{video.stem}"
     boxes = row.get("box_path") or f"boxs/{video.stem}"
     return Clip(video, row["text"].strip(), folder / masks, folder / boxes, start, end)
@@ -109,7 +119,7 @@ def read_clip(clip: Clip, size: Size, frames: int) -> dict[str, Tensor]:
 
     Raises Rejected.
     """
-    reject(bool(clip.caption), "", "no caption")
+    reject(bool(clip.caption), "", "no caption, or none in UTF-8")
     reject(clip.video.exists(), "", "no such video")
     try:
         stack = list(islice(read_video(clip.video), clip.start, clip.start + frames))
@@ -209,7 +219,7 @@ def settle(out: Path, cfg: Config, clips: int) -> None:
     if not file.exists():
         with common.atomic(file) as temporary:
             temporary.write_text(json.dumps(said, indent=1) + "\n")
-    elif (held := json.loads(file.read_text())) != said:
+    elif (held := read_config(file)) != said:
         other = ", ".join(f"{name} {held.get(name)}" for name in said if held.get(name) != said[name])
         raise common.UserError(f"{file}: shards of other clips lie here ({other}); give another --out")
 

@@ -245,7 +245,8 @@ class ClipLatents:
         if kind is None:
             return x0, text, None
         if absent := [n for n in picked if f"{n}.{kind}" not in self.latents]:
-            raise common.UserError(f"{self.folder}: clip {absent[0]} has no {kind} maps; train without them")
+            mend = "pass --mask_steps 0" if kind == "mask" else "prepare it anew"
+            raise common.UserError(f"{self.folder}: clip {absent[0]} has no {kind} maps; {mend}")
         return x0, text, torch.stack([self.latents[f"{n}.{kind}"].read().float() for n in picked])
 
     def pick(self, sample: int) -> int:

@@ -27,7 +27,7 @@ from data import training_data
 from flow import Velocity
 from model import FROZEN, VideoDiT
 from parallel import Recompute
-from runs import Run
+from runs import Run, check_counts
 from weights import save_network
 
 
@@ -112,6 +112,7 @@ def levels_above(u: Tensor, last: int, steps: int) -> Tensor:
 
 
 def main(cfg: Config) -> None:
+    check_counts(cfg)
     procs = parallel.init_processes(cfg.sequence)
     generator, fake = (VideoDiT.from_pretrained(cfg.generator, "SlowGenerator") for _ in range(2))
     real = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", FROZEN[cfg.preset]).requires_grad_(False)

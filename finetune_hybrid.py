@@ -30,7 +30,7 @@ from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, 
 from flow import Velocity
 from model import FROZEN, VideoDiT
 from parallel import Recompute
-from runs import Run
+from runs import Run, check_counts
 from weights import save_network
 
 
@@ -62,12 +62,13 @@ class Config:
     accumulate: int = 1  # micro-batches a step
     lr: float = 6e-4  # peak learning rate of the adapter
     classifier_lr: float = 3e-3  # peak learning rate of the discriminator's classifier
+    classifier_muon: bool = True  # Muon for its matrices that read tokens, AdamW at 0.05 of the rate for all else
     warmup: int = 20  # steps of linear warm-up before the cosine
-    momentum: float = 0.9  # of the adapter's AdamW, beta1
+    momentum: float = 0.9  # of AdamW, beta1: the adapter's, and the classifier's where there is no Muon
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.95  # decay of the averaged adapter, the one exported
-    shift: float = flow.FAST["tiny"].shift  # warp of the sampler's noise levels towards noise
+    shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
     judge_low: float = 0.05  # least noise level at which videos are judged
     judge_high: float = 0.5  # most
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
@@ -84,8 +85,8 @@ class Config:
 WAN5B = {
     "generator": "fast_generator.safetensors", "adapter": "slow_adapter.safetensors", "backbone": "Wan2.2-TI2V-5B",
     "steps": 1000, "diffusion_first": 0, "gan_scale": 0.01, "batch": 4, "lr": 2e-6, "classifier_lr": 2e-6,
-    "momentum": 0.0, "adapter_start": 0, "shift": flow.FAST["wan5b"].shift, "judge_low": 0.02, "judge_high": 0.98,
-    "recompute": "full",
+    "classifier_muon": False, "momentum": 0.0, "adapter_start": 0, "shift": flow.FAST["wan5b"].shift,
+    "judge_low": 0.02, "judge_high": 0.98, "recompute": "full",
 }  # fmt: skip
 
 
@@ -107,6 +108,7 @@ def diffusion_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor)
 
 
 def main(cfg: Config) -> None:
+    check_counts(cfg)
     if not (cfg.use_gan or cfg.use_diffusion):
         raise common.UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
     if min(cfg.adapter_start, cfg.diffusion_first) < 0 or cfg.adapter_start + cfg.diffusion_first >= cfg.steps:
@@ -130,7 +132,10 @@ def main(cfg: Config) -> None:
     )
     discriminator = DiffusionDiscriminator(backbone, classifier)
     optimizers = [optim.adamw(adapter, cfg.weight_decay, cfg.momentum)]
-    classifier_optimizers = optim.make_optimizers(classifier, classifier.tokens, cfg.weight_decay, rest=0.05)
+    if cfg.classifier_muon:
+        classifier_optimizers = optim.make_optimizers(classifier, classifier.tokens, cfg.weight_decay, rest=0.05)
+    else:
+        classifier_optimizers = [optim.adamw(classifier, cfg.weight_decay, cfg.momentum)]
     ema = optim.EMA(adapter, cfg.ema)
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
     data, held_out = training_data(cfg.data, codec, cfg.seed)
@@ -144,7 +149,7 @@ def main(cfg: Config) -> None:
         """Videos, text, trajectories, the sampler's noise, and the noise and its level that both judged videos get."""
         x0, text, traj = (x.to(procs.device) for x in data.batch(samples, "box", cfg.sparse))
         noise = common.step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
-        u = common.sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
+        u = flow.shift_sigma(common.sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device), cfg.shift)
         sigma = cfg.judge_low + (cfg.judge_high - cfg.judge_low) * u
         return x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2])
 

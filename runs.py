@@ -23,16 +23,27 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from common import UserError, atomic, contact_sheet, to_uint8, write_image, write_video
 from parallel import Processes
+from weights import read_config
 
 Part = tuple[nn.Module, Sequence, Stateful | None]  # a network, its optimizers, its averages if it has any
 KEEP = 2  # checkpoints
+COUNTS = ("steps", "batch", "accumulate", "ratio", "denoising_steps", "log_every", "save_every", "sample_every")
+# Options that may change when a run is resumed: they change how it is computed and what is seen of it, not what.
+FREE = ("dtype", "compile", "recompute", "sequence", "accumulate", "log_every", "save_every", "sample_every")
+
+
+def check_counts(config) -> None:
+    """UserError if something that is counted, of those that the script has, is none at all."""
+    for name in COUNTS:
+        if getattr(config, name, 1) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: at least 1")
 
 
 class Run:
     """What a training script leaves in its folder. Every rank calls; rank 0 writes all but its own shards."""
 
     def __init__(self, folder: Path | str, config, procs: Processes, parts: dict[str, Part]):
-        self.folder, self.procs, self.parts = Path(folder), procs, parts
+        self.folder, self.config, self.procs, self.parts = Path(folder), dataclasses.asdict(config), procs, parts
         self.writer, self.written = ThreadPoolExecutor(1), Future()
         self.written.set_result(None)
         # Writers talk among themselves, from a thread of their own, while training's collectives go on.
@@ -41,8 +52,10 @@ class Run:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
         if procs.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic(self.folder / "config.json") as temporary:
-                temporary.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        self.state()  # makes what an optimizer keeps, by a step without gradient, which is not to be counted
+        for _, optimizers, _ in parts.values():
+            for kept in (kept for optimizer in optimizers for kept in optimizer.state.values() if "step" in kept):
+                kept["step"].zero_()
 
     def state(self) -> dict:
         state = {}
@@ -55,6 +68,8 @@ class Run:
         """Write `ckpt/step_00000500/`. Returns when its content is safe in memory, or with `wait` on disk."""
         self.written.result()  # one at a time; raises what went wrong with the last
         folder, temporary = self.folder / "ckpt" / f"step_{step:08d}", self.folder / "ckpt" / f".step_{step:08d}.tmp"
+        if folder.exists():  # a finished run, begun again
+            return
         if self.procs.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -71,7 +86,6 @@ class Run:
         saved.result()  # rank 0's is done when that of every rank is
         if self.procs.rank == 0:
             fsync_folder(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
             os.rename(temporary, folder)
             fsync_folder(folder.parent)
             for old in self.checkpoints()[:-KEEP]:
@@ -84,15 +98,21 @@ class Run:
     def resume(self) -> int:
         """Fill the parts from the newest checkpoint, and drop log lines of steps that will be taken again.
 
-        Returns the checkpoint's step, or 0 where there is none.
+        Returns the checkpoint's step, or 0 where there is none. UserError if it was made under other options.
         """
-        found, step = self.checkpoints(), 0
+        found, step, options = self.checkpoints(), 0, self.folder / "config.json"
         if found:
+            before = read_config(options) if options.exists() else {}
+            for name, now in self.config.items():
+                if name not in FREE and before.get(name, now) != now:
+                    mend = f"with {now} give the run another --name"
+                    raise UserError(f"{options}: the run began with --{name} {before[name]}; {mend}")
             state = self.state()
             try:
                 dcp.load(state, checkpoint_id=found[-1], no_dist=self.procs.mesh is None)
-            except (ValueError, RuntimeError, CheckpointException):  # another shape, or a missing name
-                raise UserError(f"{found[-1]}: of a network of other shapes; give the run another --name") from None
+            except (ValueError, RuntimeError, CheckpointException):  # another shape, or a missing name or file
+                mend = "delete it, or give the run another --name"
+                raise UserError(f"{found[-1]}: damaged, or of networks of other shapes; {mend}") from None
             for name, (model, optimizers, ema) in self.parts.items():
                 part = state[name]
                 set_state_dict(model, optimizers, model_state_dict=part["weights"], optim_state_dict=part["optimizers"])
@@ -100,6 +120,9 @@ class Run:
                     ema.load_state_dict(part["ema"])
             step = int(found[-1].name.removeprefix("step_"))
         log = self.folder / "log.jsonl"
+        if self.procs.rank == 0:
+            with atomic(options) as temporary:
+                temporary.write_text(json.dumps(self.config, indent=1) + "\n")
         if self.procs.rank == 0 and log.exists():
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill may cut one
             kept = [line for line in lines if json.loads(line)["step"] <= step]
@@ -108,10 +131,17 @@ class Run:
         return step
 
     def samples(self, step: int, videos: Sequence[Tensor]) -> None:
-        """Videos [3, T, H, W] below one another as a contact sheet, and beside one another as an mp4."""
+        """Videos [3, T, H, W] below one another as a contact sheet, and beside one another as an mp4.
+
+        Small ones are enlarged, large ones thinned out; the sheet shows nine frames of each.
+        """
         if self.procs.rank == 0:
-            frames = [to_uint8(video, scale=max(1, 96 // video.shape[-1])) for video in videos]
-            write_image(self.folder / "samples" / f"step_{step:08d}.png", contact_sheet(frames))
+            width = videos[0].shape[-1]
+            thin, scale = max(1, width // 256), max(1, 96 // width)
+            frames = [to_uint8(video[..., ::thin, ::thin], scale) for video in videos]
+            shown = np.linspace(0, len(frames[0]) - 1, min(9, len(frames[0]))).round().astype(int)
+            sheet = contact_sheet([video[shown] for video in frames])
+            write_image(self.folder / "samples" / f"step_{step:08d}.png", sheet)
             write_video(self.folder / "samples" / f"step_{step:08d}.mp4", np.concatenate(frames, axis=2), fps=8)
 
     def log(self, step: int, **values: float) -> None:

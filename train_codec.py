@@ -25,7 +25,7 @@ import parallel
 from codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
 from data import ToyWorld
 from measures import laplacian
-from runs import Run
+from runs import Run, check_counts
 from weights import save_network
 
 
@@ -71,6 +71,7 @@ def decoder_loss(out: Tensor, frames: Tensor, detail: float, energy: float) -> T
 
 
 def main(cfg: Config) -> None:
+    check_counts(cfg)
     procs = parallel.Processes(0, 1, torch.device("cpu"), None)
     torch.manual_seed(cfg.seed)
     world, held_out = ToyWorld(), ToyWorld("validation")

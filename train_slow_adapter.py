@@ -25,7 +25,7 @@ from codec import open_codec
 from data import training_data
 from model import FROZEN, VideoDiT
 from parallel import Recompute
-from runs import Run
+from runs import Run, check_counts
 from weights import save_network
 
 
@@ -70,6 +70,7 @@ WAN5B = {
 
 
 def main(cfg: Config) -> None:
+    check_counts(cfg)
     procs = parallel.init_processes(cfg.sequence)
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", FROZEN[cfg.preset]).requires_grad_(False)

@@ -27,7 +27,7 @@ import parallel
 from codec import ToyCodec
 from data import training_data
 from model import PRESETS, VideoDiT
-from runs import Run
+from runs import Run, check_counts
 from weights import save_network
 
 
@@ -61,6 +61,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    check_counts(cfg)
     procs = parallel.init_processes()
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     if cfg.init:

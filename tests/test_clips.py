@@ -169,6 +169,19 @@ def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path):
     for clip, reason in ((second, "b.json: objects"), (third, "no caption")):
         with pytest.raises(clips.Rejected, match=reason):
             clips.read_clip(clip, (48, 48), 9)
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(clips.Rejected, match="no caption, or none in UTF-8"):
+        clips.read_clip(clips.find_clips(tmp_path)[0], (48, 48), 9)
+
+
+def test_a_torn_config_and_a_negative_frame_are_named(tmp_path, magic):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(common.UserError, match="config.json: not JSON"):
+        clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(tmp_path)))
+    table = tmp_path / "t.csv"
+    table.write_text("path,num_frames,text,mask_start_index\na.mp4,9,a disc,-1\n")
+    with pytest.raises(common.UserError, match="t.csv: line 2: mask_start_index is negative"):
+        clips.find_clips(table)
 
 
 def test_a_share_of_the_clips_loses_boxes_in_some_frames():

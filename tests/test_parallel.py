@@ -167,8 +167,9 @@ def main(cfg):
     torch.manual_seed(0)
     for name in ("group_norm", "layer_norm"):  # on GPUs autocast computes these in float32
         norm = getattr(torch.nn.functional, name)
-        setattr(torch.nn.functional, name,
-                lambda x, n, *rest, norm=norm: norm(x.float(), n, *(r.float() if torch.is_tensor(r) else r for r in rest)))
+        def exact(x, n, *rest, norm=norm):
+            return norm(x.float(), n, *(r.float() if torch.is_tensor(r) else r for r in rest))
+        setattr(torch.nn.functional, name, exact)
     networks = [VideoDiT(shape), adapters.ResNetAdapter(adapters.AdapterConfig(64, 2, 32, 16)),
                 adapters.ControlNetAdapter(shape), Classifier(judge)]
     for network in networks:

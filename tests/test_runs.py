@@ -3,13 +3,14 @@
 import dataclasses
 import json
 
+import imageio.v3 as iio
 import pytest
 import torch
 
 import common
 import optim
 import parallel
-from runs import Run
+from runs import COUNTS, Run, check_counts
 
 ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
@@ -19,6 +20,8 @@ class Options:
     """Options of a script that is none."""
 
     lr: float = 1e-3  # the rate
+    log_every: int = 1  # steps
+    steps: int = 9  # of it
 
 
 def part(width):
@@ -77,5 +80,67 @@ def test_a_write_that_fails_is_not_passed_over(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     Run(tmp_path, Options(), ALONE, part(4)).save(3, wait=True)
     assert Run(tmp_path, Options(), ALONE, part(4)).resume() == 3
-    with pytest.raises(common.UserError, match="of other shapes; give the run another --name"):
+    with pytest.raises(common.UserError, match="of networks of other shapes; delete it, or give the run another"):
         Run(tmp_path, Options(), ALONE, part(5)).resume()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run = Run(tmp_path, Options(), ALONE, part(4))
+    run.resume()
+    run.save(3, wait=True)
+    (run.checkpoints()[-1] / ".metadata").unlink()
+    with pytest.raises(common.UserError, match="step_00000003: damaged"):
+        run.resume()
+
+
+def test_a_run_goes_on_only_under_the_options_it_began_with(tmp_path):
+    run = Run(tmp_path, Options(), ALONE, part(4))
+    run.resume()
+    run.save(3, wait=True)
+    before = (tmp_path / "config.json").read_bytes()
+    for options in (Options(lr=9.0), Options(steps=7)):
+        with pytest.raises(common.UserError, match=r"config.json: the run began with --(lr 0.001|steps 9); with "):
+            Run(tmp_path, options, ALONE, part(4)).resume()
+        assert (tmp_path / "config.json").read_bytes() == before
+    assert Run(tmp_path, Options(log_every=5), ALONE, part(4)).resume() == 3
+    assert json.loads((tmp_path / "config.json").read_text())["log_every"] == 5
+
+
+def test_a_finished_run_leaves_its_checkpoint_alone(tmp_path):
+    run = Run(tmp_path, Options(), ALONE, part(4))
+    run.resume()
+    run.save(3, wait=True)
+    times = [file.stat().st_mtime_ns for file in sorted(run.checkpoints()[-1].iterdir())]
+    run.save(run.resume(), wait=True)
+    assert times == [file.stat().st_mtime_ns for file in sorted(run.checkpoints()[-1].iterdir())]
+
+
+def test_saving_before_the_first_step_changes_no_step(tmp_path):
+    def trained(begin):
+        torch.manual_seed(0)
+        parts = part(4)
+        model, optimizers, _ = parts["net"]
+        begin(parts)
+        optim.set_lr(optimizers, 0.01)
+        for _ in range(3):
+            model[0](torch.ones(3, 4)).square().sum().backward()
+            optim.clip_and_step(model, optimizers, 1.0)
+        return [p.detach().clone() for p in model.parameters()]
+
+    plain = trained(lambda parts: None)
+    saved = trained(lambda parts: Run(tmp_path, Options(), ALONE, parts).save(1, wait=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, saved, strict=True))
+
+
+def test_samples_of_large_videos_stay_small(tmp_path):
+    run = Run(tmp_path, Options(), ALONE, part(4))
+    run.samples(5, torch.zeros(2, 3, 33, 64, 1280))
+    sheet, video = (iio.imread(tmp_path / "samples" / f"step_00000005.{kind}") for kind in ("png", "mp4"))
+    assert sheet.shape[1] < 9 * 270 and video.shape[:1] + video.shape[2:] == (33, 512, 3)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_nothing_that_is_counted_may_be_none(name):
+    options = dataclasses.make_dataclass("Counted", [(name, int, 0)], frozen=True)
+    with pytest.raises(common.UserError, match=f"--{name} 0: at least 1"):
+        check_counts(options())
