@@ -53,6 +53,8 @@ class Config:
 
 def read_whole(path: Path) -> Tensor:
     """uint8 [T, 3, h, w]."""
+    if not path.is_file():
+        raise common.UserError(f"{path}: no such file; videos are paired by name")
     try:
         frames = read_video(path)
         first = next(frames)
@@ -134,6 +136,14 @@ def overlaps(cfg: Config, name: str) -> tuple[float, float, int]:
     return *(float(np.mean(values)) if values else math.nan for values in both), len(colors)
 
 
+def apply(path: str, function: Callable, *inputs: object) -> Tensor:
+    """What a network of a TorchScript file makes of this. UserError if it can't be called so."""
+    try:
+        return function(*inputs)
+    except RuntimeError as error:
+        raise common.UserError(f"{path}: can't be called as --help says ({common.reason(error)})") from None
+
+
 def image_features(network: Callable, video: Tensor) -> Tensor:
     """[T, 3, h, w] uint8 -> [T, D]."""
     return torch.cat([network(part, return_features=True) for part in video.split(32)])
@@ -150,7 +160,10 @@ def main(cfg: Config) -> None:
     out = common.output_path(cfg.out, ".json")
     if bool(cfg.masks) != bool(cfg.found):
         raise common.UserError("--masks, --found: mask IoU compares both; give both or neither")
-    names = sorted(path.stem for path in Path(cfg.generated).glob("*.mp4"))
+    if cfg.boxes and not cfg.masks:
+        raise common.UserError(f"--boxes {cfg.boxes}: are compared with masks; give --masks and --found too")
+    overlay = ".boxes.mp4"  # sample.py writes one beside each video
+    names = sorted(path.stem for path in Path(cfg.generated).glob("*.mp4") if not path.name.endswith(overlay))
     if not names:
         raise common.UserError(f"--generated {cfg.generated}: holds no .mp4 files")
     networks = {n: read_network(getattr(cfg, n)) for n in ("inception", "i3d", "lpips")}
@@ -165,10 +178,11 @@ def main(cfg: Config) -> None:
             raise common.UserError(f"{name}.mp4: {len(made)} frames; FVD needs 10 at least")
         for kind, describe in (("inception", image_features), ("i3d", clip_features)):
             if networks[kind]:
-                features[kind].append([describe(networks[kind], video) for video in (made, true)])
+                features[kind].append([apply(getattr(cfg, kind), describe, networks[kind], v) for v in (made, true)])
         distance = math.nan
         if networks["lpips"]:
-            distance = float(networks["lpips"](*(video.float() / 127.5 - 1 for video in (made, true))).mean())
+            both = (video.float() / 127.5 - 1 for video in (made, true))
+            distance = float(apply(cfg.lpips, networks["lpips"], *both).mean())
         mask_iou, box_iou, count = overlaps(cfg, name) if cfg.masks else (math.nan, math.nan, 0)
         scores.append({"mask_iou": mask_iou, "box_iou": box_iou, "lpips": distance, "objects": count})
     rows = []

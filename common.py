@@ -47,18 +47,18 @@ def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, 
     flags = ", ".join(f"--{name}" for name in types)
     values, rest = {}, list(argv)
     while rest:
-        flag, _, inline = rest.pop(0).partition("=")
+        flag, given, inline = rest.pop(0).partition("=")
         if flag in ("-h", "--help"):
             print(help_text(config_class, presets))
             raise SystemExit(0)
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in types:
             raise UserError(f"unknown flag {flag}; the flags are {flags}")
-        if types[name] is bool and not inline and (not rest or rest[0].startswith("--")):
-            inline = "true"  # a switch may stand alone
-        if not inline and not rest:
+        if types[name] is bool and not given and (not rest or rest[0].startswith("--")):
+            given, inline = "=", "true"  # a switch may stand alone
+        if not given and not rest:
             raise UserError(f"{flag} needs a value ({_describe(types[name])})")
-        values[name] = _convert(flag, inline or rest.pop(0), types[name])
+        values[name] = _convert(flag, inline if given else rest.pop(0), types[name])
     return config_class(**presets.get(values.get("preset", ""), {}) | values)
 
 
@@ -146,6 +146,8 @@ def output_path(text: str, suffix: str, flag: str = "out") -> Path:
     """A flag's value as a path, checked before any work is done: its ending, and that its folder is or can be made."""
     if Path(text).suffix != suffix:
         raise UserError(f"--{flag} {text}: the name must end in {suffix}")
+    if suffix and Path(text).is_dir():
+        raise UserError(f"--{flag} {text}: is a folder; give another name")
     nearest = next(folder for folder in Path(text).absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--{flag} {text}: {nearest} is no folder that can be written to")

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 import common
-from maps import BROKEN, MOST_VIDEO, Size, nearest, read_picture
-from trajectory import PALETTE, Trajectory, TrajectoryError, check_input, draw_overlay, load_trajectory
+from maps import BROKEN, MOST_VIDEO, Size, fit_nearest, read_picture
+from trajectory import PALETTE, Trajectory, TrajectoryError, check_input, draw_overlay, load_trajectory, place
 from weights import unpickle
 
 MOST_FRAMES, MOST_BYTES = 10_000, 1 << 30
@@ -109,7 +109,7 @@ def from_points(cfg: Config, size: Size, source_size: Size) -> Trajectory:
             raise common.UserError(f"--pick {cfg.pick}: takes numbers from 0 to {points.shape[1] - 1}") from None
     count = points.shape[1]
     check(count <= len(PALETTE), "", f"{count} points, {len(PALETTE)} at most; choose some with --pick 0,5,9")
-    centers = points * [size[1] / source_size[1], size[0] / source_size[0]]
+    centers = place(source_size, size, np.concatenate([points, points], axis=-1))[..., :2]
     half = np.array(read_size("box", cfg.box)[::-1]) / 2
     boxes = np.concatenate([centers - half, centers + half], axis=-1).clip(0, (*size[::-1], *size[::-1]))
     inside = shown & (boxes[..., 0] < boxes[..., 2]) & (boxes[..., 1] < boxes[..., 3])
@@ -123,17 +123,21 @@ def from_points(cfg: Config, size: Size, source_size: Size) -> Trajectory:
 
 
 def write_boxes(path: Path, trajectory: Trajectory) -> None:
-    """A boxes.json, and beside it the mask of each object."""
+    """A boxes.json, and beside it the mask of each object. Boxes are cut at the video's edge."""
+    height, width = trajectory.size
+    cut = trajectory.boxes.clip(0, (width, height) * 2).round(3)  # NaN stays
+    drawn = (cut[..., 2:] > cut[..., :2]).all(-1)
+    if not drawn.any(1).all():
+        name = trajectory.names[(~drawn.any(1)).argmax()]
+        raise common.UserError(f"--to {path}: {name} has no box inside the video in any frame; change --size")
     objects = []
     for k, name in enumerate(trajectory.names):
         mask = trajectory.masks[k] if trajectory.masks.ndim == 3 else trajectory.masks[k, 0]
         file = path.with_name(f"{path.stem}_mask_{k}.png")
         common.write_image(file, mask.astype(np.uint8) * 255)
-        drawn = np.isfinite(trajectory.boxes[k]).all(-1)
-        boxes = {str(t): trajectory.boxes[k, t].round(3).tolist() for t in np.flatnonzero(drawn)}
-        kind, color = "linear" if drawn.all() else "none", trajectory.colors[k].tolist()
+        boxes = {str(t): cut[k, t].tolist() for t in np.flatnonzero(drawn[k])}
+        kind, color = "linear" if drawn[k].all() else "none", trajectory.colors[k].tolist()
         objects.append({"name": name, "mask": file.name, "color": color, "interpolate": kind, "boxes": boxes})
-    height, width = trajectory.size
     top = {"num_frames": trajectory.num_frames, "width": width, "height": height, "objects": objects}
     with common.atomic(path) as temporary:
         temporary.write_text(json.dumps(top, indent=1) + "\n")
@@ -149,6 +153,8 @@ def main(cfg: Config) -> None:
     common.output_path(cfg.to, out.suffix, "to")
     if cfg.preview:
         common.output_path(cfg.preview, ".mp4", "preview")
+    if ".mp4" in (out.suffix, Path(cfg.preview).suffix) and (size[0] % 2 or size[1] % 2):
+        raise common.UserError(f"--size {cfg.size}: an mp4 takes an even height and width")
     if not 0 < cfg.frames <= MOST_VIDEO // (size[0] * size[1]):
         raise common.UserError(f"--frames {cfg.frames}: at least 1, and with --size {MOST_VIDEO} pixels at most")
     if Path(cfg.source).suffix in POINTS:
@@ -158,7 +164,7 @@ def main(cfg: Config) -> None:
     background = np.full((*size, 3), 128, np.uint8)
     if cfg.image:
         try:
-            background = nearest(read_picture(cfg.image), size)
+            background = fit_nearest(read_picture(cfg.image), size)
         except BROKEN as error:
             raise common.UserError(f"--image {cfg.image}: not a readable image ({error})") from None
     if out.suffix == ".json":

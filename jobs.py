@@ -20,7 +20,7 @@ def read_jobs(path: Path) -> list[dict]:
     """A CSV file's rows as options of sample.py. UserError if the table as a whole can't be used.
 
     `out` is by default the row's number; a column that sample.py has no use for, `controlnet_weights`, is passed over.
-    What is wrong in a single row is for whoever takes it up: a seed that is no number stays text.
+    What is wrong in a single row is for whoever takes it up: a seed that is no number stays text, a missing image "".
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -41,9 +41,13 @@ def read_jobs(path: Path) -> list[dict]:
         raise UserError(f"{path}: {'no' if not rows else 'too many'} rows; give 1 to {MOST}")
     jobs = []
     for number, row in enumerate(rows):
-        values = {COLUMNS[name]: text.strip() for name, text in row.items() if name and COLUMNS[name] and text}
-        values.setdefault("out", f"{number:05d}.mp4")
-        values |= {name: os.path.normpath(path.parent / values[name]) for name in PATHS if name in values}
+        if None in row:
+            raise UserError(f"{path}: row {number + 1} has more cells than columns; put texts with commas in quotes")
+        values = {COLUMNS[name]: (text or "").strip() for name, text in row.items() if COLUMNS[name]}
+        values["out"] = values.get("out") or f"{number:05d}.mp4"
+        if not values.get("seed"):
+            values.pop("seed", None)
+        values |= {name: os.path.normpath(path.parent / values[name]) for name in PATHS if values[name]}
         if values.get("seed", "").isdecimal():
             values["seed"] = int(values["seed"])
         jobs.append(values)

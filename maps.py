@@ -13,7 +13,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from common import reason
@@ -62,9 +62,9 @@ def fit_frames(frames: np.ndarray, size: Size) -> Tensor:
 
 
 def read_picture(path: Path | str) -> np.ndarray:
-    """uint8 [height, width, 3]; of an animation, the first. One of BROKEN if there is none."""
+    """uint8 [height, width, 3], turned as its EXIF says; of an animation, the first. One of BROKEN if there is none."""
     with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def read_video(path: Path) -> Iterator[np.ndarray]:

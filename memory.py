@@ -4,6 +4,7 @@ Weights of 8 bits take half the memory of bfloat16 and change the result a littl
 take almost none of the device's and change nothing; each is copied while the one before it works.
 """
 
+import contextlib
 import re
 import resource
 import sys
@@ -113,12 +114,13 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
+        with contextlib.suppress(OSError):  # some containers forbid it
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory held since `reset_peak`, in GiB: a GPU's, or the process's resident set (elsewhere than on Linux
-    since its start).
+    """The most memory held since `reset_peak`, in GiB: a GPU's, or the process's resident set (since its start, where
+    Linux or its /proc is not at hand).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

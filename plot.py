@@ -89,8 +89,8 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    given = [arg for arg in sys.argv[1:] if not arg.startswith("--")]
+    given = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
     if given and sys.argv[1] == given[0]:  # folders first
-        count = next((i for i, arg in enumerate(sys.argv[1:]) if arg.startswith("--")), len(sys.argv) - 1)
+        count = next((i for i, arg in enumerate(sys.argv[1:]) if arg.startswith("-")), len(sys.argv) - 1)
         sys.argv[1 : 1 + count] = ["--runs", ",".join(sys.argv[1 : 1 + count])]
     common.run_script(main, Config)

@@ -14,6 +14,7 @@ project in it: fast_generator.safetensors (or a generator.pt), fast_adapter.safe
 """
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ import common
 import flow
 import memory
 import parallel
-from adapter import read_adapter, serves, steer
+from adapter import Adapter, read_adapter, serves, steer
 from codec import Codec, open_codec
 from jobs import read_jobs
 from maps import BROKEN, Size, fit_frames, read_picture
@@ -67,7 +68,7 @@ class Config:
     compile: bool = False  # torch.compile each block: a minute at first, to make long videos faster
 
 
-WAN5B = {"weights": "Wan2.2-TI2V-5B", "size": "704x1280", "frames": 121, "fps": 24, "scale": 1}
+WAN5B = {"prompt": "", "weights": "Wan2.2-TI2V-5B", "size": "704x1280", "frames": 121, "fps": 24, "scale": 1}
 
 
 def load_image(path: str, size: Size) -> tuple[Tensor, Size]:
@@ -91,6 +92,8 @@ def check(cfg: Config) -> None:
         raise common.UserError(f"--scale {cfg.scale} --fps {cfg.fps}: both at least 1")
     if cfg.memory == "medium" and not torch.cuda.is_available():
         raise common.UserError("--memory medium: keeps weights off a GPU, and there is none; give high, or low")
+    if cfg.text and not Path(cfg.text).exists():
+        common.output_path(cfg.text, ".safetensors", "text")
     if cfg.tile < 0 or cfg.tile == 1:
         raise common.UserError(f"--tile {cfg.tile}: at least 2, or 0 for no tiles")
 
@@ -107,14 +110,15 @@ def find_networks(cfg: Config) -> tuple[Path, Path]:
     return found.parent if found.name == "config.json" else found, adapter
 
 
-def embed_prompts(cfg: Config, prompts: list[str], codec: Codec) -> dict[str, Tensor]:
-    """Embeddings of these prompts, [1, L, text_dim] each."""
+def embed_prompts(cfg: Config, prompts: list[str], codec: Codec, first: bool) -> dict[str, Tensor]:
+    """Embeddings of these prompts, [1, L, text_dim] each. The `first` process writes the file."""
     file = Path(cfg.text)
     if cfg.text and file.exists():
         text = read_text(file, prompts)
     else:
-        text = codec.encode_text(prompts)
-        if cfg.text:
+        encode = codec.text_encoder()
+        text = torch.cat([encode(prompts[i : i + 16]) for i in range(0, len(prompts), 16)])
+        if cfg.text and first:
             save_text(file, prompts, text)
     return dict(zip(prompts, text.split(1), strict=True))
 
@@ -123,6 +127,9 @@ def read_inputs(job: Config, size: Size) -> tuple[Tensor, Trajectory]:
     """First frame and trajectory of a video, and every reason why it can't be made."""
     if not isinstance(job.seed, int) or job.seed < 0:
         raise common.UserError(f"--seed {job.seed}: a whole number, 0 at least")
+    for name in ("image", "traj"):
+        if not getattr(job, name):
+            raise common.UserError(f"--{name}: empty; name a file")
     common.output_path(job.out, ".mp4")
     image, source_size = load_image(job.image, size)
     return image, load_trajectory(job.traj, size, job.frames, source_size)
@@ -132,6 +139,8 @@ def main(cfg: Config) -> None:
     check(cfg)
     procs = parallel.init_processes(sequence=1 if cfg.batch else 0)  # a video for each, or one for all
     device, frugal = procs.device, cfg.memory != "high"
+    if cfg.compile:
+        parallel.check_compiler(device)
     aside = frugal and device.type == "cuda"  # blocks stay in the host's memory
     decoder = torch.float32 if cfg.dtype == "float32" else FROZEN[cfg.preset]
     held = torch.int8 if cfg.memory == "low" else decoder
@@ -167,12 +176,20 @@ def main(cfg: Config) -> None:
         files = find_networks(cfg)
         early = None if cfg.batch else read_inputs(cfg, size)  # before anything large is read
     with timed("encode prompt"):
-        text = embed_prompts(cfg, list(dict.fromkeys([*(job.prompt for job in left), ""])), codec)
+        prompts = dict.fromkeys([*(job.prompt for job in (jobs if cfg.text else left)), ""])  # a file serves all
+        text = embed_prompts(cfg, list(prompts), codec, procs.rank == 0)
 
     def encode(image: Tensor, trajectory: Trajectory) -> tuple[Tensor, Tensor, Trajectory]:
         with timed("encode image and boxes"):
             maps = trajectory.maps("box")[None]
             return codec.encode_video(image).to(device), codec.encode_video(maps).to(device), trajectory
+
+    def ready(network: VideoDiT | Adapter) -> None:
+        parallel.split_sequence(network, procs.group)
+        for block in network.blocks if cfg.compile else ():
+            block.forward = torch.compile(block.forward)
+        heavy = isinstance(network, VideoDiT)
+        memory.offload(network, device) if aside and heavy else network.to(device)
 
     encoded = early and encode(*early)  # before the networks take their memory
     with timed("read networks"):
@@ -182,14 +199,8 @@ def main(cfg: Config) -> None:
         adapter = read_adapter(files[1], f"{name}Adapter", held)
         if not serves(adapter, generator):
             raise common.UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}")
-        for network in (generator, adapter):
-            parallel.split_sequence(network, procs.group)
-            if cfg.compile:
-                parallel.check_compiler(device)
-            for block in network.blocks if cfg.compile else ():
-                block.forward = torch.compile(block.forward)
-            heavy = isinstance(network, VideoDiT)
-            memory.offload(network, device) if aside and heavy else network.to(device)
+        ready(generator)
+        ready(adapter)
 
     def denoise(job: Config, first: Tensor, traj: Tensor) -> Tensor:
         velocity = steer(generator, adapter, text[job.prompt].to(device), traj, frugal)
@@ -211,6 +222,7 @@ def main(cfg: Config) -> None:
                 return
             if not cfg.batch:
                 del generator, adapter, denoise  # decoding needs the memory
+                gc.collect()  # blocks whose forward pass is wrapped hold themselves
             with timed("decode"):
                 video = np.concatenate([common.to_uint8(piece[0], cfg.scale) for piece in codec.pieces(latents)])
             with timed("write"):

@@ -175,7 +175,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
     """
     path = Path(path)
     check = partial(check_input, path)
-    check(os.path.exists(path), "", "no such file; correct the path given to --traj")
+    check(os.path.exists(path), "", "no such file; correct the path")
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
         return _load_maps(path, image_size, num_frames, check)
 
@@ -185,7 +185,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
     except json.JSONDecodeError as error:
         check(False, f"line {error.lineno}", f"not valid JSON ({error.msg}); correct this line")
     except (ValueError, RecursionError, OSError):  # not text, numbers or nesting beyond reason, unreadable
-        check(False, "", "can't be read as JSON; --traj takes a boxes.json, a map video or a folder of PNG maps")
+        check(False, "", "can't be read as JSON; give a boxes.json, a map video or a folder of PNG maps")
     _check_fields(check, "", top, TOP_FIELDS)
     for name in ("num_frames", "width", "height"):
         whole = _whole(top.get(name, 1), 1, MOST_SIDE)
@@ -200,7 +200,6 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
     fine = isinstance(objects, list) and 1 <= len(objects) <= MOST_OBJECTS
     check(fine, "objects", f"must be a list of 1 to {MOST_OBJECTS} objects; draw at least one")
 
-    place = partial(_place, size, image_size)
     boxes, masks, colors, names = [], [], [], []
     for k, item in enumerate(objects):
         where = f"objects[{k}]"
@@ -212,7 +211,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
         known = kind in ("smooth", "linear", "none")
         check(known, f"{where}.interpolate", f"{_show(kind)} is unknown; use smooth, linear or none")
         frames, keys = _read_keyframes(check, f"{where}.boxes", item.get("boxes"), num_frames, size)
-        track = _interpolate(frames, place(keys), num_frames, kind)
+        track = _interpolate(frames, place(size, image_size, keys), num_frames, kind)
         # Opposite sides are separate curves, which can cross on a fast path with uneven turns. Straight lines can't.
         crossed = (track[:, 2:] <= track[:, :2]).any(axis=1)
         mend = 'add a keyframe there or use "interpolate": "linear"'
@@ -312,7 +311,7 @@ def _read_visible(check: Check, field: str, ranges: object, num_frames: int) -> 
     return shown
 
 
-def _place(source: Size, target: Size, boxes: np.ndarray) -> np.ndarray:
+def place(source: Size, target: Size, boxes: np.ndarray) -> np.ndarray:
     """Boxes [..., 4] of a source frame, in pixels of the target that covers it."""
     resized, top, left = cover(source, target)
     return boxes * ([resized[1] / source[1], resized[0] / source[0]] * 2) - [left, top] * 2
@@ -392,7 +391,7 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check) -> T
     check(count == num_frames, "", f"{count} maps but the video has {num_frames} frames; pass --frames {count}")
     given = rearrange(torch.from_numpy(maps), "t h w c -> c t h w").float() / 127.5 - 1
     names = [f"object {k}" for k in range(len(colors))]
-    placed = _place(size, image_size, np.stack(boxes, axis=1))
+    placed = place(size, image_size, np.stack(boxes, axis=1))
     return Trajectory(placed, masks, colors.round().astype(np.uint8), names, given)
 
 
@@ -403,6 +402,6 @@ if __name__ == "__main__":
     import convert
     from trajectory import TrajectoryError  # the class that convert.py knows, not this script's
 
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("--"):
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--source")
     common.run_script(convert.main, convert.Config, TrajectoryError)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError
+from common import UserError, reason
 from memory import offload
 from weights import load, read_checkpoint, read_config, read_folder, read_safetensors, rename, write_safetensors
 
@@ -55,7 +55,11 @@ class TextEncoder:
             from transformers import AutoTokenizer
         except ImportError:
             raise UserError("transformers: not installed; pip install -r requirements-wan.txt") from None
-        self.tokenizer, self.device, self.length = AutoTokenizer.from_pretrained(tokenizer), device, length
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        except Exception as error:  # libraries of several kinds read it, and raise whatever they like
+            raise UserError(f"{tokenizer}: no tokenizer can be read ({reason(error)}); get the folder again") from None
+        self.device, self.length = device, length
         network = read_text_encoder(weights)
         self.network = offload(network, device) if aside else network.to(device)
 
@@ -75,9 +79,13 @@ def save_text(path: Path, prompts: list[str], text: Tensor) -> None:
 
 
 def read_text(path: Path, prompts: list[str]) -> Tensor:
-    """Embeddings that `save_text` wrote. UserError if they are not of these prompts."""
+    """Embeddings of these prompts, among those that `save_text` wrote. UserError if one is not there."""
     header, tensors = read_safetensors(path)
-    asked, held = json.dumps(prompts), header.get("prompts", "something else")
-    if held != asked or "text" not in tensors:
-        raise UserError(f"{path}: holds the embeddings of {held}, not of {asked}; give another file")
-    return tensors["text"].read()
+    try:
+        held = json.loads(header.get("prompts", "[]"))
+    except ValueError:
+        held = []
+    for prompt in prompts:
+        if prompt not in held or "text" not in tensors:
+            raise UserError(f"{path}: holds no embeddings of {json.dumps(prompt)}; give another file")
+    return tensors["text"].read()[[held.index(prompt) for prompt in prompts]]

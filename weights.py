@@ -124,7 +124,8 @@ def read_checkpoint(path: Path | str, key: str = "", prefix: str = "") -> dict[s
         raise UserError(f"{path}: holds more than tensors, code perhaps, or is garbled; it is not opened") from None
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({reason(error)}); get it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    fine = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
+    if not fine:
         raise UserError(f"{path}: no dict of tensors{f' under the key {key!r}' if key else ''}")
     return {n.removeprefix(prefix): Stored(tuple(t.shape), lambda n=n: read()[n]) for n, t in tensors.items()}
 

@@ -58,6 +58,28 @@ def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, table, processes):
     assert (path.parent / "a.mp4").stat().st_mtime_ns == before and (path.parent / "d.mp4").exists()
 
 
+def test_an_empty_cell_is_not_the_example(run, table):
+    path = table([{**GOOD, "image": ""}, {**GOOD, "traj": ""}, {**GOOD, "prompt": ""}])
+    assert read_jobs(path)[2]["prompt"] == ""
+    job = run("sample.py", "--batch", path, "--steps", 1, "--scale", 1)
+    assert job.returncode == 2 and [p.name for p in path.parent.glob("*[0-9].mp4")] == ["00002.mp4"]
+    assert "00000.mp4: --image: empty; name a file" in job.stderr and "00001.mp4: --traj: empty" in job.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_file_of_embeddings_serves_the_whole_table(run, table, tmp_path, processes):
+    path = table([{**GOOD, "prompt": f"a {color} disc", "out": f"{color}.mp4"} for color in ("red", "blue", "green")])
+    flags = ("--batch", path, "--steps", 1, "--scale", 1, "--text", "t.safetensors")
+    assert run("sample.py", *flags, processes=processes).returncode == 0
+    blue = path.parent / "blue.mp4"
+    first = iio.imread(blue)
+    blue.unlink()
+    job = run("sample.py", *flags, processes=processes)
+    assert job.returncode == 0 and np.array_equal(iio.imread(blue), first), job.stderr
+    job = run("sample.py", "--prompt", "a cat", "--text", "t.safetensors")
+    assert job.returncode == 2 and 't.safetensors: holds no embeddings of "a cat"; give another file' in job.stderr
+
+
 def test_tables_of_magicmotion(table):
     columns = [
         "validation_prompt",
@@ -90,6 +112,7 @@ def test_tables_of_magicmotion(table):
         ("image,traj,prompt,out\na,b,c,x.mp4\na,b,d,x.mp4\n", "two rows write the same file"),
         ('image,traj,prompt\na,b,"c\n', "not a readable CSV file"),
         (b"\xff\xfe\x00", "not a readable CSV file"),
+        ("image,traj,prompt\na,b,c\na,b,a disc, a square\n", "row 2 has more cells than columns; put texts"),
     ],
 )  # fmt: skip
 def test_tables_that_can_not_be_used(tmp_path, text, message):

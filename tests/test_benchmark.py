@@ -104,7 +104,10 @@ def test_overlaps_worked_out_by_hand(world):
 
 BAD = {
     "no videos": ({"generated": "empty"}, "--generated empty: holds no .mp4 files"),
-    "no true one": ({"true": "empty"}, "empty/v0.mp4: can't be decoded"),
+    "no true one": ({"true": "empty"}, "empty/v0.mp4: no such file; videos are paired by name"),
+    "no video": ({"true": "broken"}, "broken/v0.mp4: can't be decoded"),
+    "boxes alone": ({"boxes": "m"}, "--boxes m: are compared with masks"),
+    "another network": ({"i3d": "wrong.pt"}, "wrong.pt: can't be called as --help says"),
     "masks alone": ({"masks": "m"}, "--masks, --found: mask IoU compares both"),
     "no masks of a video": ({"masks": "empty", "found": "empty"}, "empty/v0: no such folder or video"),
     "not a network": ({"i3d": "text.txt"}, "text.txt: no TorchScript file"),
@@ -120,6 +123,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, name):
     flags, message = BAD[name]
     (world / "empty").mkdir()
     (world / "text.txt").write_text("no network")
+    (world / "broken").mkdir()
+    (world / "broken/v0.mp4").write_bytes(b"no video")
+    torch.jit.script(torch.nn.ReLU()).save(world / "wrong.pt")
     for n in range(4):
         masks(world / "m", f"v{n}", [[[0, 0, 20, 20], None]] * 2)
         masks(world / "short", f"v{n}", [[[0, 0, 20, 20], None]])
@@ -128,6 +134,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, name):
     with pytest.raises((common.UserError, TrajectoryError), match=message) as caught:
         benchmark.main(Config(**flags))
     assert "\n" not in str(caught.value) and not (world / "out").exists()
+
+
+def test_overlays_beside_the_videos_are_passed_over(world):
+    (world / "generated/v0.boxes.mp4").write_bytes((world / "generated/v0.mp4").read_bytes())
+    benchmark.main(Config())
+    assert rows(world)[0]["videos"] == 4
 
 
 def test_help_says_which_files_to_bring(run):

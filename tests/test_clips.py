@@ -176,11 +176,11 @@ def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path):
 
 def test_a_torn_config_and_a_negative_frame_are_named(tmp_path, magic):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(common.UserError, match="config.json: not JSON"):
+    with pytest.raises(common.UserError, match=r"config\.json: not JSON"):
         clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(tmp_path)))
     table = tmp_path / "t.csv"
     table.write_text("path,num_frames,text,mask_start_index\na.mp4,9,a disc,-1\n")
-    with pytest.raises(common.UserError, match="t.csv: line 2: mask_start_index is negative"):
+    with pytest.raises(common.UserError, match=r"t\.csv: line 2: mask_start_index is negative"):
         clips.find_clips(table)
 
 

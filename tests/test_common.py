@@ -103,3 +103,18 @@ def test_pictures(tmp_path):
     big = np.zeros((5, 96, 96, 3), np.uint8)
     common.write_video(tmp_path / "v.mp4", big, fps=8)
     assert iio.imread(tmp_path / "v.mp4").shape == big.shape
+
+
+def test_a_flag_may_be_empty_and_a_folder_is_no_file(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        text: str = "x"
+        seed: int = 0
+
+    assert common.parse_config(Options, ["--text=", "--seed", "3"]) == Options("", 3)
+    assert common.parse_config(Options, ["--text", "", "--seed=3"]) == Options("", 3)
+    with pytest.raises(common.UserError, match="--seed : not a valid value"):
+        common.parse_config(Options, ["--seed="])
+    (tmp_path / "d.mp4").mkdir()
+    with pytest.raises(common.UserError, match=r"d\.mp4: is a folder; give another name"):
+        common.output_path(str(tmp_path / "d.mp4"), ".mp4")

@@ -162,3 +162,35 @@ def test_the_script_takes_its_source_first(run, tmp_path):
     assert iio.imread(tmp_path / "maps.mp4").shape == (9, 48, 48, 3)
     job = run("trajectory.py", "no.json", "--to", "x.mp4")
     assert job.returncode == 2 and len(job.stderr.splitlines()) == 1 and "no.json: no such file" in job.stderr
+
+
+def test_points_and_preview_are_cut_as_the_image_is(tmp_path):
+    """A wide source: the middle is kept, as sample.py keeps it."""
+    track = np.full((9, 1, 2), [60.0, 20.0])
+    np.save(tmp_path / "t.npy", track)
+    image = np.zeros((48, 144, 3), np.uint8)
+    image[15:25, 55:65] = 255
+    iio.imwrite(tmp_path / "image.png", image)
+    flags = {"source_size": "48x144", "box": "10x10", "image": str(tmp_path / "image.png"), **SMALL}
+    convert.main(Config(str(tmp_path / "t.npy"), str(tmp_path / "t.json"), str(tmp_path / "look.mp4"), **flags))
+    made = load_trajectory(tmp_path / "t.json", (48, 48), 9)
+    assert made.boxes[0, 0].tolist() == [7, 15, 17, 25]  # 48 columns are cut from either side
+    bright = (iio.imread(tmp_path / "look.mp4")[4, 17:23].mean(-1) > 128).nonzero()[1]
+    assert bright.min() >= 7 and bright.max() <= 16
+
+
+def test_boxes_that_leave_the_cut_come_back_as_far_as_they_are_inside(tmp_path):
+    objects = [{"boxes": {"0": [60, 10, 80, 30], "8": [10, 10, 30, 30]}}]
+    (tmp_path / "wide.json").write_text(json.dumps({"width": 144, "height": 48, "objects": objects}))
+    convert.main(Config(str(tmp_path / "wide.json"), str(tmp_path / "cut.json"), **SMALL))
+    want = load_trajectory(tmp_path / "wide.json", (48, 48), 9).boxes[0]
+    back = load_trajectory(tmp_path / "cut.json", (48, 48), 9).boxes[0]
+    inside = want[:, 2] > 0
+    assert (np.isfinite(back[:, 0]) == inside).all() and 4 < inside.sum() < 9
+    np.testing.assert_allclose(back[inside], want[inside].clip(0, 48), atol=1e-3)
+
+
+def test_an_odd_size_makes_no_mp4(tmp_path):
+    with pytest.raises(common.UserError, match="--size 45x45: an mp4 takes an even height and width"):
+        convert.main(Config(str(boxes_json(tmp_path)), str(tmp_path / "m.mp4"), size="45x45"))
+    assert not (tmp_path / "m.mp4").exists()

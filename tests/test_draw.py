@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -184,3 +185,30 @@ def test_what_does_not_fit_into_storage_is_said_and_undo_goes_first(tmp_path):
     )
     assert found["few"] < 11 and found["first"] == "" and found["held"] is None
     assert found["second"].startswith("Too large") and found["all"] > 30
+
+
+def test_every_mask_has_a_file_of_its_own_and_the_size_of_the_image(tmp_path):
+    """A loaded mask_1.png stays its object's when another is painted; opening a larger image enlarges both."""
+    objects = [{"name": name, "mask": f"mask_{k}.png", "boxes": {"0": [1, 1, 30, 30]}} for k, name in enumerate("ab")]
+    text = json.dumps({"num_frames": 9, "width": 96, "height": 64, "objects": objects})
+    hands = """
+      await picture();
+      importBoxes(TEXT);
+      chosen = 0; actions.remove();
+      press("n"); go(0); pull([40, 10], [60, 30]);
+      $("brush").value = 80; $("paint").click(); pull([50, 20], [52, 20]); $("paint").click();
+      const before = out();
+      const large = Object.assign(document.createElement("canvas"), {width: 192, height: 128});
+      const bytes = Uint8Array.from(atob(large.toDataURL().split(",")[1]), c => c.charCodeAt(0));
+      await openImage(new File([bytes], "large.png", {type: "image/png"}));
+      return {before, after: out()};
+    """
+    found = browse(tmp_path, hands.replace("TEXT", json.dumps(text)))
+    assert [one["mask"] for one in found["before"]["boxes"]["objects"]] == ["mask_1.png", "mask_0.png"]
+    small, large = (
+        iio.imread(base64.b64decode(found[when]["masks"][1].split(",")[1]), extension=".png")
+        for when in ("before", "after")
+    )
+    assert small.shape[:2] == (64, 96) and small[..., 3].any()
+    assert np.array_equal(small.repeat(2, 0).repeat(2, 1), large)
+    assert found["after"]["command"].endswith("--traj boxes.json --prompt ''")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import memory
 from memory import Int8Linear, Offload, offload, use_int8
 from model import DiTConfig, VideoDiT
 from weights import save_network
@@ -80,3 +81,12 @@ def test_two_blocks_at_a_time_are_on_the_device():
     assert seen == [seen[0], seen[1]] * 3 and seen[0] != seen[1] and not {*seen} & {*homes}
     with pytest.raises(ValueError, match="blocks of several shapes"):
         Offload(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 3)]), torch.device("cpu"))
+
+
+def test_a_peak_that_can_not_be_reset_is_that_since_the_start(monkeypatch):
+    def forbidden(*args, **options):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("pathlib.Path.write_text", forbidden)
+    memory.reset_peak(torch.device("cpu"))
+    assert memory.peak_memory(torch.device("cpu")) > 0

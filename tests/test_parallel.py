@@ -149,6 +149,12 @@ def test_two_processes_that_share_a_video_equal_one(two):
     assert job.returncode == 0 and job.stdout.count("all agree") == 2, job.stderr[-3000:]
 
 
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(common.UserError, match="compiler no-such-compiler; install it, or pass --compile false"):
+        parallel.prepare(torch.nn.Linear(2, 2), ALONE, True)
+
+
 def test_what_does_not_divide_is_refused(run):
     one = torch.randn(1, 3 * 9, 4)
     assert parallel.own_tokens(one, 3, None) is one

@@ -5,15 +5,18 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
 import sample
+from codec import ToyCodec
 from model import PRESETS, DiTConfig, VideoDiT
 from trajectory import TrajectoryError, load_trajectory
 from weights import save_network
@@ -192,3 +195,40 @@ def test_a_box_stays_on_its_object_through_resize_and_cut(size, tmp_path):
     assert np.abs(trajectory.boxes[0, 0] - [left, top, right, bottom]).max() <= 1
     filled = trajectory.maps("box")[0, 0] > -0.9
     assert (filled ^ red).float().mean() < 0.002 and red.float().mean() > 0.1
+
+
+def test_a_photo_is_turned_as_its_exif_says(tmp_path):
+    """As browsers show it, and draw.html with them: lying on its side in the file, upright in the video."""
+    pixels = np.zeros((48, 96, 3), np.uint8)
+    pixels[:, :48] = 255  # the left half, which turned by 90 degrees clockwise is the upper one
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", exif=exif)
+    image, size = sample.load_image(str(tmp_path / "photo.jpg"), (96, 48))
+    assert size == (96, 48) and image[..., :40, :].min() > 0.9 and image[..., 56:, :].max() < -0.9
+
+
+@pytest.mark.parametrize("flags", [{}, {"memory": "low"}])
+def test_the_networks_are_gone_when_the_video_is_decoded(monkeypatch, tmp_path, flags):
+    held, alive = [], []
+
+    def watched(read):
+        def wrapper(*args):
+            network = read(*args)
+            held.append(weakref.ref(network))
+            return network
+
+        return wrapper
+
+    monkeypatch.setattr(sample, "read_adapter", watched(sample.read_adapter))
+    monkeypatch.setattr(VideoDiT, "from_pretrained", watched(VideoDiT.from_pretrained))
+    pieces = ToyCodec.pieces
+
+    def decode(codec, latents):
+        alive.extend(ref() is not None for ref in held)
+        return pieces(codec, latents)
+
+    monkeypatch.setattr(ToyCodec, "pieces", decode)
+    monkeypatch.chdir(ROOT)
+    sample.main(sample.Config(steps=1, scale=1, out=str(tmp_path / "s.mp4"), **flags))
+    assert alive == [False, False]
