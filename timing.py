@@ -59,7 +59,7 @@ def pairs(ours: Callable, theirs: Callable, repeats: int, device: torch.device) 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The most FLOP a second that the machine gives in one matrix product."""
     emulated = dtype == torch.bfloat16 and not has_bfloat16(device)
-    n = 8192 if device.type == "cuda" else 256 if emulated else 2048
+    n = 8192 if device.type == "cuda" else 512 if emulated else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
 
