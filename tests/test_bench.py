@@ -8,6 +8,7 @@ import torch
 import bench
 import common
 import timing
+from parallel import has_bfloat16
 
 pytest.importorskip("diffusers", reason="the reference needs requirements-dev.txt")
 
@@ -27,8 +28,9 @@ def test_every_part_gives_rows_with_ratios(tmp_path, capsys):
     for row in paired:
         assert row["ratio"] == pytest.approx(row["ours"] / row["reference"])  # of a single pair
     by_name = {row["name"]: row for row in rows}
+    most = 1.5 if has_bfloat16(torch.device("cpu")) else 5  # emulated products have no one rate
     for stage in ("stage 1, a step", "stage 2, a cycle", "stage 3, a step"):
-        assert by_name[stage]["ours"] > 0 and 0 < by_name[stage]["share_of_limit"] < 1.5
+        assert by_name[stage]["ours"] > 0 and 0 < by_name[stage]["share_of_limit"] < most
         assert by_name[f"{stage}, peak memory"]["unit"] == "GiB" and by_name[f"{stage}, speed"]["ours"] > 0
     error = by_name["8 bits: error of what a block adds"]
     assert error["reference"] < error["ours"] < 0.05 and 0.5 < by_name["8 bits: weights"]["ratio"] < 0.55
