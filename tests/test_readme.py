@@ -97,7 +97,8 @@ def test_ablation_table_is_the_committed_one_and_says_what_the_page_says():
         for part in ("semantic", "trajectory"):
             low, high = at[4][f"discriminator without {part} attention"][f"{score}_range"]
             assert low < at[4][full][f"{score}_range"][1] and high > at[4][full][f"{score}_range"][0], (part, score)
-        assert at[4][no_video][score] == pytest.approx(at[4][no_gan][score], abs=1e-3)
+        ranges = [at[4][name][f"{score}_range"] for name in (no_video, no_gan)]
+        assert max(low for low, _ in ranges) < min(high for _, high in ranges), score
 
 
 def test_speed_is_the_committed_one_and_ahead_everywhere():
