@@ -140,6 +140,8 @@ def apply(path: str, function: Callable, *inputs: object) -> Tensor:
     """What a network of a TorchScript file makes of this. UserError if it can't be called so."""
     try:
         return function(*inputs)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise common.UserError(f"{path}: can't be called as --help says ({common.reason(error)})") from None
 

@@ -41,9 +41,12 @@ def read_jobs(path: Path) -> list[dict]:
         raise UserError(f"{path}: {'no' if not rows else 'too many'} rows; give 1 to {MOST}")
     jobs = []
     for number, row in enumerate(rows):
-        if None in row:
+        if any(cell.strip() for cell in row.pop(None, ())):
             raise UserError(f"{path}: row {number + 1} has more cells than columns; put texts with commas in quotes")
-        values = {COLUMNS[name]: (text or "").strip() for name, text in row.items() if COLUMNS[name]}
+        values = {}
+        for name, text in row.items():
+            if COLUMNS[name] and not values.get(COLUMNS[name]):
+                values[COLUMNS[name]] = (text or "").strip()
         values["out"] = values.get("out") or f"{number:05d}.mp4"
         if not values.get("seed"):
             values.pop("seed", None)

@@ -4,6 +4,7 @@ A finished map is black with one constant colour per object (MagicMotion's conve
 blend edges. Nothing here knows of trajectories; trajectory.py turns what is found into one.
 """
 
+import contextlib
 import re
 import struct
 import warnings
@@ -13,10 +14,12 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from common import reason
+
+Turn = Image.Transpose
 
 Size = tuple[int, int]  # height, width in pixels
 MOST_PICTURE, MOST_VIDEO = 1 << 26, 1 << 30  # pixels of one picture, of all frames of a video that is to be held
@@ -28,6 +31,11 @@ DARK = 24  # a pixel whose brightest channel is no brighter is background, whate
 BROKEN = (
     OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError
 )  # fmt: skip
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {
+    2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
+    7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
+}  # fmt: skip
 Image.MAX_IMAGE_PIXELS = MOST_PICTURE // 2  # Pillow warns of more, and refuses what is twice as large
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -64,7 +72,11 @@ def fit_frames(frames: np.ndarray, size: Size) -> Tensor:
 def read_picture(path: Path | str) -> np.ndarray:
     """uint8 [height, width, 3], turned as its EXIF says; of an animation, the first. One of BROKEN if there is none."""
     with Image.open(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        turn = None
+        with contextlib.suppress(*BROKEN, TypeError):  # garbled EXIF tells nothing
+            turn = TURNS.get(image.getexif().get(ORIENTATION))
+        upright = image.convert("RGB")
+        return np.asarray(upright if turn is None else upright.transpose(turn))
 
 
 def read_video(path: Path) -> Iterator[np.ndarray]:

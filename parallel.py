@@ -126,7 +126,7 @@ def prepare(
         if procs.mesh is not None:
             fully_shard(block, mesh=procs.mesh, mp_policy=policy)
     if procs.mesh is not None:
-        for name, child in model.named_children():  # what a network wants in float32 is gathered in it
+        for name, child in model.named_children():  # parts that a network wants in float32 as a whole
             if re.search(getattr(model, "float32", "$^"), name):
                 fully_shard(child, mesh=procs.mesh, mp_policy=MixedPrecisionPolicy())
         fully_shard(model, mesh=procs.mesh, mp_policy=policy)

@@ -105,7 +105,7 @@ class Run:
             before = read_config(options) if options.exists() else {}
             for name, now in self.config.items():
                 if name not in FREE and before.get(name, now) != now:
-                    mend = f"with {now} give the run another --name"
+                    mend = f"with {now} give the run another --name (or, if it is a file that moved, correct this one)"
                     raise UserError(f"{options}: the run began with --{name} {before[name]}; {mend}")
             state = self.state()
             try:
@@ -136,9 +136,10 @@ class Run:
         Small ones are enlarged, large ones thinned out; the sheet shows nine frames of each.
         """
         if self.procs.rank == 0:
-            width = videos[0].shape[-1]
+            height, width = videos[0].shape[-2:]
             thin, scale = max(1, width // 256), max(1, 96 // width)
-            frames = [to_uint8(video[..., ::thin, ::thin], scale) for video in videos]
+            even = (..., *(slice(0, n // (2 * thin) * 2 * thin, thin) for n in (height, width)))
+            frames = [to_uint8(video[even], scale) for video in videos]
             shown = np.linspace(0, len(frames[0]) - 1, min(9, len(frames[0]))).round().astype(int)
             sheet = contact_sheet([video[shown] for video in frames])
             write_image(self.folder / "samples" / f"step_{step:08d}.png", sheet)

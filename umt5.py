@@ -85,7 +85,8 @@ def read_text(path: Path, prompts: list[str]) -> Tensor:
         held = json.loads(header.get("prompts", "[]"))
     except ValueError:
         held = []
+    fine = isinstance(held, list) and "text" in tensors and tensors["text"].shape[0] == len(held)
     for prompt in prompts:
-        if prompt not in held or "text" not in tensors:
+        if not fine or prompt not in held:
             raise UserError(f"{path}: holds no embeddings of {json.dumps(prompt)}; give another file")
     return tensors["text"].read()[[held.index(prompt) for prompt in prompts]]

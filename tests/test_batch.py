@@ -1,6 +1,7 @@
 """sample.py --batch: many videos, some of them impossible."""
 
 import csv
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -56,6 +57,12 @@ def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, table, processes):
     (path.parent / "d.mp4").unlink()
     run("sample.py", *flags, processes=processes)
     assert (path.parent / "a.mp4").stat().st_mtime_ns == before and (path.parent / "d.mp4").exists()
+
+
+def test_cells_without_content_change_nothing(tmp_path):
+    path = tmp_path / "jobs.csv"
+    path.write_text("image,validation_images,traj,prompt\na.png,,b,c,\n,d.png,b,c,,\n")
+    assert [Path(job["image"]).name for job in read_jobs(path)] == ["a.png", "d.png"]
 
 
 def test_an_empty_cell_is_not_the_example(run, table):

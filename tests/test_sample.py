@@ -12,11 +12,12 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import common
 import sample
 from codec import ToyCodec
+from maps import read_picture
 from model import PRESETS, DiTConfig, VideoDiT
 from trajectory import TrajectoryError, load_trajectory
 from weights import save_network
@@ -206,6 +207,12 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "photo.jpg", exif=exif)
     image, size = sample.load_image(str(tmp_path / "photo.jpg"), (96, 48))
     assert size == (96, 48) and image[..., :40, :].min() > 0.9 and image[..., 56:, :].max() < -0.9
+    pixels[:20, :10] = 128
+    for orientation in range(10):
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+        with Image.open(tmp_path / "photo.png") as photo:
+            assert np.array_equal(read_picture(tmp_path / "photo.png"), ImageOps.exif_transpose(photo)), orientation
 
 
 @pytest.mark.parametrize("flags", [{}, {"memory": "low"}])
@@ -232,3 +239,19 @@ def test_the_networks_are_gone_when_the_video_is_decoded(monkeypatch, tmp_path, 
     monkeypatch.chdir(ROOT)
     sample.main(sample.Config(steps=1, scale=1, out=str(tmp_path / "s.mp4"), **flags))
     assert alive == [False, False]
+
+
+def test_garbled_exif_tells_nothing(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "somebody"
+    Image.new("RGB", (96, 48)).save(tmp_path / "photo.jpg", exif=exif)
+    whole = (tmp_path / "photo.jpg").read_bytes()
+    at = whole.index(b"Exif")
+    random, sizes = np.random.default_rng(0), set()
+    for _ in range(200):
+        garbled = bytearray(whole)
+        for place in random.integers(at + 6, at + 50, 3):
+            garbled[place] = random.integers(256)
+        (tmp_path / "photo.jpg").write_bytes(garbled)
+        sizes.add(sample.load_image(str(tmp_path / "photo.jpg"), (48, 48))[1])
+    assert sizes == {(48, 96), (96, 48)}
