@@ -93,6 +93,7 @@ def test_ablation_table_is_the_committed_one_and_says_what_the_page_says():
     for score in ("mask_iou", "box_iou"):
         assert max(scales, key=lambda scale: scales[scale][score]) == "decaying"
     assert scales["constant"]["fvd_range"][0] < scales["decaying"]["fvd"] < scales["constant"]["fvd_range"][1]
+    assert scales["growing"]["fvd_range"][1] < scales["decaying"]["fvd_range"][0]
     for score in ("mask_iou", "sharpness", "fvd"):
         for part in ("semantic", "trajectory"):
             low, high = at[4][f"discriminator without {part} attention"][f"{score}_range"]
