@@ -109,7 +109,7 @@ def from_points(cfg: Config, size: Size, source_size: Size) -> Trajectory:
             raise common.UserError(f"--pick {cfg.pick}: takes numbers from 0 to {points.shape[1] - 1}") from None
     count = points.shape[1]
     check(count <= len(PALETTE), "", f"{count} points, {len(PALETTE)} at most; choose some with --pick 0,5,9")
-    centers = place(source_size, size, np.concatenate([points, points], axis=-1))[..., :2]
+    centers = place(source_size, size, points)
     half = np.array(read_size("box", cfg.box)[::-1]) / 2
     boxes = np.concatenate([centers - half, centers + half], axis=-1).clip(0, (*size[::-1], *size[::-1]))
     inside = shown & (boxes[..., 0] < boxes[..., 2]) & (boxes[..., 1] < boxes[..., 3])

@@ -110,15 +110,15 @@ def find_networks(cfg: Config) -> tuple[Path, Path]:
     return found.parent if found.name == "config.json" else found, adapter
 
 
-def embed_prompts(cfg: Config, prompts: list[str], codec: Codec, first: bool) -> dict[str, Tensor]:
-    """Embeddings of these prompts, [1, L, text_dim] each. The `first` process writes the file."""
+def embed_prompts(cfg: Config, prompts: list[str], codec: Codec, writes: bool) -> dict[str, Tensor]:
+    """Embeddings of these prompts, [1, L, text_dim] each. `writes`: this process leaves them in `--text`."""
     file = Path(cfg.text)
     if cfg.text and file.exists():
         text = read_text(file, prompts)
     else:
         encode = codec.text_encoder()
         text = torch.cat([encode(prompts[i : i + 16]) for i in range(0, len(prompts), 16)])
-        if cfg.text and first:
+        if cfg.text and writes:
             save_text(file, prompts, text)
     return dict(zip(prompts, text.split(1), strict=True))
 

@@ -311,10 +311,11 @@ def _read_visible(check: Check, field: str, ranges: object, num_frames: int) -> 
     return shown
 
 
-def place(source: Size, target: Size, boxes: np.ndarray) -> np.ndarray:
-    """Boxes [..., 4] of a source frame, in pixels of the target that covers it."""
+def place(source: Size, target: Size, xy: np.ndarray) -> np.ndarray:
+    """Points [..., 2] or boxes [..., 4] of a source frame, in pixels of the target that covers it."""
     resized, top, left = cover(source, target)
-    return boxes * ([resized[1] / source[1], resized[0] / source[0]] * 2) - [left, top] * 2
+    corners = xy.shape[-1] // 2
+    return xy * ([resized[1] / source[1], resized[0] / source[0]] * corners) - [left, top] * corners
 
 
 def _read_mask(check: Check, field: str, folder: Path, name: object, sizes: set[Size], image_size: Size) -> np.ndarray:

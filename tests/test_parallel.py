@@ -173,9 +173,9 @@ def main(cfg):
     torch.manual_seed(0)
     for name in ("group_norm", "layer_norm"):  # on GPUs autocast computes these in float32
         norm = getattr(torch.nn.functional, name)
-        def exact(x, n, *rest, norm=norm):
+        def in_float32(x, n, *rest, norm=norm):
             return norm(x.float(), n, *(r.float() if torch.is_tensor(r) else r for r in rest))
-        setattr(torch.nn.functional, name, exact)
+        setattr(torch.nn.functional, name, in_float32)
     networks = [VideoDiT(shape), adapters.ResNetAdapter(adapters.AdapterConfig(64, 2, 32, 16)),
                 adapters.ControlNetAdapter(shape), Classifier(judge)]
     for network in networks:
