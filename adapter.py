@@ -6,19 +6,16 @@ output of DiT block i, so a fresh adapter changes nothing, to the bit.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from flow import Velocity
-from model import DiTConfig, Keys, PatchEmbedding, VideoDiT, init_xavier
-from parallel import own_tokens
-from weights import load, read_network
+from core.parallel import own_tokens
+from core.weights import load, read_network
+from model import DiTConfig, PatchEmbedding, VideoDiT, init_xavier
 
 
 @dataclass(frozen=True)
@@ -84,11 +81,15 @@ class ResNetAdapter(nn.Module):
             nn.init.zeros_(block.project.weight)
             nn.init.zeros_(block.project.bias)
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> list[Tensor]:
+    def forward(
+        self, traj: Tensor, x: Tensor | None = None, t: Tensor | None = None, text: Tensor | None = None
+    ) -> list[Tensor]:
         """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""
-        return list(self.residuals(x, t, text, traj))
+        return list(self.residuals(traj))
 
-    def residuals(self, x: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> Iterator[Tensor]:
+    def residuals(
+        self, traj: Tensor, x: Tensor | None = None, t: Tensor | None = None, text: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """The same, each made when it is asked for."""
         traj = self.norm(traj)
         traj = torch.cat([traj, traj[:, :, :1].expand_as(traj)], dim=1)
@@ -128,22 +129,22 @@ class ControlNetAdapter(VideoDiT):
         own = {name: value for name, value in own.items() if not name.startswith("head.")}
         self.load_state_dict(own | {n: p for n, p in self.state_dict().items() if n.startswith("project.")})
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor | list[Keys], traj: Tensor) -> list[Tensor]:
-        """x, traj [B,C,F,H,W], t [B,F], text [B,L,text_dim] or `read_text` -> one residual [B,N,dim] per DiT block."""
-        return list(self.residuals(x, t, text, traj))
+    def forward(self, traj: Tensor, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+        """traj, x [B,C,F,H,W], t [B,F], text [B,L,text_dim] -> one residual [B,N,dim] per DiT block."""
+        return list(self.residuals(traj, x, t, text))
 
-    def residuals(self, x: Tensor, t: Tensor, text: Tensor | list[Keys], traj: Tensor) -> Iterator[Tensor]:
+    def residuals(self, traj: Tensor, x: Tensor, t: Tensor, text: Tensor) -> Iterator[Tensor]:
         """The same, each made when it is asked for: then the generator needs no memory for all of them."""
         tokens, _, e, text, rope = self.embed(torch.cat([x, traj.to(x)], dim=1), t, text)
-        for block, project, seen in zip(self.blocks, self.project, text, strict=True):
-            tokens = block(tokens, e, seen, rope)
+        for block, project in zip(self.blocks, self.project, strict=True):
+            tokens = block(tokens, e, text, rope)
             yield project(tokens)
 
 
 Adapter = ResNetAdapter | ControlNetAdapter
 
 
-def serves(adapter: Adapter, generator: VideoDiT) -> bool:
+def fits(adapter: Adapter, generator: VideoDiT) -> bool:
     """Is the adapter's output of the generator's shape, and its input of the same codec?"""
     return all(
         getattr(adapter.config, n) == getattr(generator.config, n) for n in ("dim", "layers", "channels", "patch")
@@ -159,26 +160,3 @@ def read_adapter(path: Path | str, network: str, dtype: torch.dtype = torch.floa
     if isinstance(config, AdapterConfig):
         return load(lambda: ResNetAdapter(config), tensors, path)
     return load(lambda: ControlNetAdapter(config), tensors, path, dtype)
-
-
-def at_hand(network: nn.Module, device: torch.device) -> bool:
-    """Are the blocks' weights where they are used, neither sharded nor kept in the host's memory?"""
-    return not isinstance(network, FSDPModule) and next(network.blocks.parameters()).device == device
-
-
-def steer(
-    generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor | None = None, frugal: bool = False
-) -> Velocity:
-    """The generator's velocity under this text and, unless the adapter is None, this trajectory.
-
-    What every step would do alike is done once: the blocks' keys of the text, if their weights are at hand, and a
-    static adapter. Its residuals fill memory until the last step; `frugal` makes them anew at every step, one by one.
-    """
-    seen = generator.read_text(text) if at_hand(generator, text.device) else text
-    if adapter is None:
-        return partial(generator, text=seen)
-    if adapter.static and not frugal:
-        return partial(generator, text=seen, residuals=adapter(None, None, None, traj))
-    text = adapter.read_text(text) if not adapter.static and at_hand(adapter, text.device) else text
-    residuals = adapter if isinstance(adapter, FSDPModule) else adapter.residuals
-    return lambda x, t: generator(x, t, seen, residuals(x, t, text, traj))

@@ -1,209 +1,25 @@
-"""Data: the toy world, a procedural video set whose every truth can be computed.
+"""What training reads: batches of latents, text and trajectory maps, of the toy world or of prepared clips.
 
-One to three pinwheels (discs, squares and diamonds cut into sectors of two neighbouring hues) move on cubic Bezier
-paths over a soft gradient, change size, pass in front of one another, and spin. Spin rate and direction are random:
-only half the captions tell the direction, and none the rate, so image and boxes do not determine the video, and a model
-that averages over what it can't know blurs.
+`training_data` gives two sources, one to train on and one held out. Both have one method,
 
-Everything derives from one integer a video, and the three splits use disjoint ranges of integers.
+    x0, text, traj = source.batch(samples, kind="box")     # a Batch: core/codec.py
 
-    python data.py --video 3 --out examples   # writes a held-out video's first frame, masks, boxes.json and itself
-    python data.py prepare --help             # encode real videos: clips.py
+and sample numbers with a seed fix all that it returns. Clips are prepared by `python -m tools.prepare_clips`.
 """
 
-import json
-import math
-import re
-import sys
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-import clips
-import common
-from codec import Codec, ToyCodec
-from trajectory import PALETTE, Trajectory, dark_frames
-from weights import Stored, read_safetensors
-
-SPLITS = {"train": 0, "validation": 1 << 40, "test": 2 << 40}  # first seed of each split
-COLORS = {  # in the order of hue: the mixture of two neighbours is as saturated as they are
-    "red": (1.0, 0.1, 0.1), "yellow": (1.0, 1.0, 0.1), "green": (0.1, 1.0, 0.1),
-    "cyan": (0.1, 1.0, 1.0), "blue": (0.1, 0.1, 1.0), "magenta": (1.0, 0.1, 1.0),
-}  # fmt: skip
-SHAPES = ("disc", "square", "diamond")
-MOST = 3  # objects in one video
-RAMP = 3  # pixels from one sector's colour to the next one's: an edge that a lens would make
-
-
-@dataclass(frozen=True)
-class ToyBatch:
-    """B toy videos and their truth. K = 3 object slots, `count` of which are in use; later objects pass in front."""
-
-    video: Tensor  # [B, 3, T, S, S] in [-1, 1]
-    masks: Tensor  # [B, K, T, S, S] bool, the visible part of each object
-    boxes: Tensor  # [B, K, T, 4] int: x0, y0, x1, y1 of the whole object, covered or not; x1 and y1 are exclusive
-    count: Tensor  # [B] int
-    colors: Tensor  # [B, K, 2] indices into COLORS
-    sectors: Tensor  # [B, K] 2 or 4
-    spin: Tensor  # [B, K] radians a frame; positive turns clockwise on the screen
-    captions: list[str]
-    told: Tensor  # [B] bool: the caption says the direction
-
-    def trajectory(self, i: int) -> Trajectory:
-        """What the user of video i would have drawn."""
-        n = int(self.count[i])
-        return Trajectory(
-            boxes=self.boxes[i, :n].double().numpy(),
-            masks=self.masks[i, :n].numpy(),
-            colors=np.array(PALETTE[:n], dtype=np.uint8),
-            names=[caption.split(" spinning")[0] for caption in self.captions[i].split(", ")],
-        )
-
-
-class ToyWorld:
-    """`ToyWorld("train").batch([0, 1, 2])` renders videos 0, 1 and 2 of the split."""
-
-    def __init__(self, split: str = "train", size: int = 48, frames: int = 9):
-        self.first, self.size, self.frames = SPLITS[split], size, frames
-
-    def batch(self, indices: list[int]) -> ToyBatch:
-        # A fixed number of uniform draws a video: the same video whatever batch it is in.
-        u = np.stack([np.random.default_rng(self.first + int(i)).random(256) for i in indices])
-        draw = _Draws(torch.from_numpy(u))
-        size, B, K, T = self.size, len(indices), MOST, self.frames
-
-        count = draw.integer((), 1, MOST)
-        shape = draw.integer((K,), 0, len(SHAPES) - 1)
-        sectors = 2 * draw.integer((K,), 1, 2)
-        hue = 2 * draw((K,)).argsort(1) + draw.integer((1,), 0, 1)  # no colour twice in one video
-        order = draw.integer((K,), 0, 1)
-        colors = torch.stack([hue + order, hue + 1 - order], dim=2) % len(COLORS)  # (B, K, 2)
-        spin = (draw((K,)) * 2 - 1).sign() * torch.deg2rad(draw.between((K,), 10, 20))
-        phase = draw.between((K,), 0, 2 * math.pi)
-        first, last = draw.between((2, K, 1), 14, 23).unbind(1)
-        diameter = torch.lerp(first, last, torch.linspace(0, 1, T).double())  # (B, K, T)
-
-        # Cubic Bezier paths that keep the whole object inside. Of eight sets of paths the one whose closest pair stays
-        # furthest apart is taken, frame 0 counting most: every object can be seen in the image, and they still cross.
-        control = draw((8, K, 4, 2))
-        s = torch.linspace(0, 1, T).double()
-        bernstein = torch.stack([(1 - s) ** 3, 3 * s * (1 - s) ** 2, 3 * s**2 * (1 - s), s**3])  # (4, T)
-        path = torch.einsum("bnkcx,ct->bnktx", control, bernstein)  # (B, 8, K, T, 2)
-        start = (1.4 * path[..., :1, :] - 0.2).clamp(0, 1)
-        path = (start + 0.65 * (path - path[..., :1, :])).clamp(0, 1)
-        at = path * (size - diameter)[:, None, ..., None]
-        gap = (at[:, :, :, None] - at[:, :, None]).abs().amax(-1).clamp(max=23)  # (B, 8, K, K, T)
-        gap = gap[..., 0] + gap.mean(-1)
-        used = torch.arange(K) < count[:, None]  # (B, K)
-        pair = used[:, None, :, None] & used[:, None, None, :] & ~torch.eye(K, dtype=torch.bool)
-        best = gap.masked_fill(~pair, 2 * size).amin((2, 3)).argmax(1)
-        path = path[torch.arange(B), best]  # (B, K, T, 2)
-
-        side = diameter.round()
-        corner = (path * (size - side)[..., None]).round()
-        boxes = torch.cat([corner, corner + side[..., None]], -1)  # whole pixels: a box tells its silhouette exactly
-
-        # Silhouettes and sectors from pixel centres relative to the box.
-        center, side = (boxes[..., :2] + boxes[..., 2:]).float() / 2, side.float()
-        radius = (side / 2)[..., None, None]
-        pixel = torch.arange(size) + 0.5
-        dx = (pixel - center[..., 0:1])[..., None, :] / radius  # (B, K, T, 1, S)
-        dy = (pixel - center[..., 1:2])[..., :, None] / radius  # (B, K, T, S, 1)
-        inside = torch.stack([dx**2 + dy**2 <= 1, torch.maximum(dx.abs(), dy.abs()) <= 1, dx.abs() + dy.abs() <= 1], 2)
-        inside = inside[torch.arange(B)[:, None], torch.arange(K), shape] & used[:, :, None, None, None]
-        angle = (phase[:, :, None] + spin[:, :, None] * torch.arange(T)).float()  # (B, K, T)
-        periods = (sectors / 2)[..., None, None, None]
-        wave = (periods * (torch.atan2(dy, dx) - angle[..., None, None])).sin() / periods
-        across = wave * torch.hypot(dx, dy) * radius  # pixels to the sectors' edge, near it
-        mix = (0.5 - across / RAMP).clamp(0, 1)  # (B, K, T, S, S)
-
-        # A gradient between two greyish colours, then the objects from back to front.
-        ends = (draw.between((2, 1), 0.2, 0.8) + draw.between((2, 3), -0.08, 0.08)).float()
-        direction = draw.between((), 0, 2 * math.pi).float()
-        ramp = pixel / size - 0.5
-        slope = direction.cos()[:, None, None] * ramp + direction.sin()[:, None, None] * ramp[:, None] + 0.5
-        frame = ends[:, 0, :, None, None] + (ends[:, 1] - ends[:, 0])[..., None, None] * slope[:, None].clamp(0, 1)
-        video = frame[:, :, None].repeat(1, 1, T, 1, 1)
-        palette = torch.tensor(list(COLORS.values()))[colors]  # (B, K, 2, 3)
-        masks = inside.clone()
-        for k in range(K):
-            first, other = (palette[:, k, i, :, None, None, None] for i in range(2))
-            video = torch.where(inside[:, None, k], torch.lerp(first, other, mix[:, None, k]), video)
-            masks[:, :k] &= ~inside[:, k : k + 1]
-
-        told = draw(()) < 0.5
-        names, kinds = list(COLORS), shape.tolist()
-        captions = []
-        for b in range(B):
-            clauses = []
-            for k in range(int(count[b])):
-                turning = ("counterclockwise", "clockwise")[int(spin[b, k] > 0)]
-                one, two = (names[c] for c in colors[b, k])
-                article = "an" if one[0] in "aeiou" else "a"
-                clause = f"{article} {one} and {two} {SHAPES[kinds[b][k]]}"
-                clauses.append(f"{clause} spinning {turning}" if told[b] else clause)
-            captions.append(", ".join(clauses))
-        return ToyBatch(video * 2 - 1, masks, boxes.long(), count, colors, sectors, spin, captions, told)
-
-
-class _Draws:
-    """Hands out the uniform numbers of a batch, [B, n] in all, in order."""
-
-    def __init__(self, u: Tensor):
-        self.u, self.at = u, 0
-
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
-        n = math.prod(shape)
-        self.at += n
-        if self.at > self.u.shape[1]:
-            raise IndexError(f"a video takes more than the {self.u.shape[1]} numbers drawn for it")
-        return self.u[:, self.at - n : self.at].reshape(-1, *shape)
-
-    def between(self, shape: tuple[int, ...], low: float, high: float) -> Tensor:
-        return low + (high - low) * self(shape)
-
-    def integer(self, shape: tuple[int, ...], low: int, high: int) -> Tensor:
-        return (low + (high - low + 1) * self(shape)).floor().long()
-
-
-class ToyLatents:
-    """What training reads: toy videos as latents, text embeddings and trajectory latents.
-
-    Seed and sample numbers fix everything. Another seed, 0 to 255, means 2^32 other videos of the split.
-    """
-
-    def __init__(self, codec, split: str = "train", seed: int = 0):
-        if not 0 <= seed < 256:
-            raise common.UserError(f"--seed {seed}: use 0 to 255")
-        self.codec, self.world, self.offset = codec, ToyWorld(split), seed << 32
-
-    def batch(
-        self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
-
-        A share `sparse` of the trajectories is blacked out in a random subset of frames; a share `drop_text` of the
-        captions is empty, which trains the unconditional branch of guidance.
-        """
-        samples = [self.offset + s for s in samples]
-        batch = self.world.batch(samples)
-        seeds = ([self.world.first, s, 1] for s in samples)
-        chance = np.stack([np.random.default_rng(seed).random(2 + self.world.frames) for seed in seeds])
-        captions = ["" if u < drop_text else c for u, c in zip(chance[:, 0], batch.captions, strict=True)]
-        x0, text = self.codec.encode_video(batch.video), self.codec.encode_text(captions)
-        if kind is None:
-            return x0, text, None
-        maps = []
-        for i, u in enumerate(chance):
-            lit = np.nonzero(~dark_frames(u[1:], sparse))[0]
-            maps.append(batch.trajectory(i).sparse(lit).maps(kind))
-        return x0, text, self.codec.encode_video(torch.stack(maps))
+from core.codec import Batch, Codec
+from core.config import UserError
+from core.weights import Stored, read_safetensors
+from toy.codec import ToyCodec
+from toy.latents import ToyLatents
+from wan.codec import WanCodec
 
 
 class ClipLatents:
@@ -218,7 +34,7 @@ class ClipLatents:
     def __init__(self, folder: Path | str, text_tokens: int, split: str = "train", seed: int = 0):
         self.folder, self.text_tokens, self.seed = Path(folder), text_tokens, seed
         if not (self.folder / "rejected.csv").exists():
-            raise common.UserError(f"{folder}: holds no finished shards; run python data.py prepare")
+            raise UserError(f"{folder}: holds no finished shards; run python -m tools.prepare_clips")
         self.latents: dict[str, Stored] = {}
         self.texts: dict[str, Stored] = {}
         for kind, tensors in (("latents", self.latents), ("text", self.texts)):
@@ -226,12 +42,10 @@ class ClipLatents:
                 tensors |= read_safetensors(file)[1]
         numbers = sorted({int(name.split(".")[0]) for name in self.latents})
         if len(numbers) <= self.held_out:
-            raise common.UserError(f"{folder}: holds {len(numbers)} clips; training needs over {self.held_out}")
+            raise UserError(f"{folder}: holds {len(numbers)} clips; training needs over {self.held_out}")
         self.numbers = numbers[: self.held_out] if split == "validation" else numbers[self.held_out :]
 
-    def batch(
-        self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def batch(self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0) -> Batch:
         """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
 
         `sparse` is not looked at: which clips have frames without boxes was settled when they were encoded.
@@ -243,11 +57,11 @@ class ClipLatents:
         text = torch.stack([F.pad(t, (0, 0, 0, self.text_tokens - len(t))) for t in texts])
         x0 = torch.stack([self.latents[f"{n}.video"].read().float() for n in picked])
         if kind is None:
-            return x0, text, None
+            return Batch(x0, text, None)
         if absent := [n for n in picked if f"{n}.{kind}" not in self.latents]:
             mend = "pass --mask_steps 0" if kind == "mask" else "prepare it anew"
-            raise common.UserError(f"{self.folder}: clip {absent[0]} has no {kind} maps; {mend}")
-        return x0, text, torch.stack([self.latents[f"{n}.{kind}"].read().float() for n in picked])
+            raise UserError(f"{self.folder}: clip {absent[0]} has no {kind} maps; {mend}")
+        return Batch(x0, text, torch.stack([self.latents[f"{n}.{kind}"].read().float() for n in picked]))
 
     def pick(self, sample: int) -> int:
         """The number of the clip that is this sample."""
@@ -261,52 +75,15 @@ def shuffled(number: int, *key: int) -> np.ndarray:
     return np.random.default_rng(key).permutation(number)
 
 
+def open_codec(preset: str, folder: Path | str, device: torch.device, **options) -> Codec:
+    """The preset's codec; `folder`, of Wan2.2-TI2V-5B, and `options` are WanCodec's."""
+    return WanCodec(folder, device, **options) if preset == "wan5b" else ToyCodec()
+
+
 def training_data(folder: str, codec: Codec, seed: int) -> tuple[ToyLatents | ClipLatents, ToyLatents | ClipLatents]:
     """What to train on and what is held out: of prepared clips in `folder`, or of the toy world if that is empty."""
     if folder:
         return tuple(ClipLatents(folder, codec.text_tokens, split, seed) for split in ("train", "validation"))
     if not isinstance(codec, ToyCodec):
-        raise common.UserError("--data: missing; preset wan5b trains on clips that python data.py prepare has encoded")
+        raise UserError("--data: missing; preset wan5b trains on clips that python -m tools.prepare_clips has encoded")
     return ToyLatents(codec, seed=seed), ToyLatents(codec, "validation")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Options of writing one toy video as a user's input."""
-
-    out: str = "out/toy"  # folder for image.png, boxes.json, the masks it names, prompt.txt and truth.mp4
-    split: Literal["train", "validation", "test"] = "test"  # which seeds
-    video: int = 0  # number of the video in its split
-    every: int = 4  # a keyframe every so many frames; the path between is interpolated
-
-
-def main(cfg: Config) -> None:
-    if cfg.video < 0 or cfg.every < 1:
-        raise common.UserError(f"--video {cfg.video} --every {cfg.every}: give a video from 0 and a distance from 1")
-    world, out = ToyWorld(cfg.split), Path(cfg.out)
-    batch = world.batch([cfg.video])
-    trajectory = batch.trajectory(0)
-    frames = common.to_uint8(batch.video[0])
-    objects = []
-    for k, name in enumerate(trajectory.names):
-        mask = f"mask_{k}.png"
-        common.write_image(out / mask, trajectory.masks[k, 0].astype(np.uint8) * 255)
-        keys = sorted({*range(0, world.frames, cfg.every), world.frames - 1})
-        objects.append({"name": name, "mask": mask, "boxes": {str(t): batch.boxes[0, k, t].tolist() for t in keys}})
-    common.write_image(out / "image.png", frames[0])
-    with common.atomic(out / "boxes.json") as temporary:
-        top = {"num_frames": world.frames, "width": world.size, "height": world.size, "objects": objects}
-        text = json.dumps(top, indent=1)
-        temporary.write_text(re.sub(r"\[\s+([\d,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n")
-    with common.atomic(out / "prompt.txt") as temporary:
-        temporary.write_text(batch.captions[0] + "\n")
-    common.write_video(out / "truth.mp4", common.to_uint8(batch.video[0], scale=8), fps=8)
-    print(f"{out}: {batch.captions[0]}")
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["prepare"]:
-        del sys.argv[1]
-        common.run_script(clips.prepare, clips.Config, presets={"wan5b": clips.WAN5B})
-    else:
-        common.run_script(main, Config)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.weights import load, read_network
 from model import PatchEmbedding, VideoDiT, init_xavier, rotary_table
-from weights import load, read_network
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ClassifierConfig:
 
     dim: int  # width of the backbone
     text_dim: int
-    taps: tuple[int, ...]  # numbers of the backbone's blocks whose outputs are judged
+    feature_blocks: tuple[int, ...]  # of the backbone: their outputs are judged
     hidden: int = 128  # width of the query
     heads: int = 4
     channels: int = 48  # of the trajectory latent
@@ -34,13 +34,13 @@ class ClassifierConfig:
 
 
 PRESETS = {
-    "tiny": ClassifierConfig(160, 64, taps=(1, 3, 5), channels=16, position_dim=40),
-    "wan5b": ClassifierConfig(3072, 4096, taps=(13, 21, 29), hidden=1024, heads=8, position_dim=128),
+    "tiny": ClassifierConfig(160, 64, feature_blocks=(1, 3, 5), channels=16, position_dim=40),
+    "wan5b": ClassifierConfig(3072, 4096, feature_blocks=(13, 21, 29), hidden=1024, heads=8, position_dim=128),
 }
 
 
 class ClassifierBlock(nn.Module):
-    """One tapped block's judge: a query through three attentions. It starts as a plain mean over the video's tokens."""
+    """The judge of one block's features: a query through three attentions. It starts as a plain mean over the video's tokens."""
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
@@ -76,11 +76,11 @@ class Classifier(nn.Module):
             nn.Sequential(
                 nn.LayerNorm(config.dim), nn.Linear(config.dim, 2 * width), nn.GELU("tanh"), nn.Linear(2 * width, width)
             )
-            for _ in config.taps
+            for _ in config.feature_blocks
         )
-        self.blocks = nn.ModuleList(ClassifierBlock(config) for _ in config.taps)
-        self.norm = nn.LayerNorm(config.hidden * len(config.taps))
-        self.logit = nn.Linear(config.hidden * len(config.taps), 1)
+        self.blocks = nn.ModuleList(ClassifierBlock(config) for _ in config.feature_blocks)
+        self.norm = nn.LayerNorm(config.hidden * len(config.feature_blocks))
+        self.logit = nn.Linear(config.hidden * len(config.feature_blocks), 1)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -100,7 +100,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.logit.weight)
 
     def forward(self, features: list[Tensor], text: Tensor, traj: Tensor) -> Tensor:
-        """Tapped features [B,N,D] each, text [B,L,Dt], traj [B,C,F,H,W] -> logits [B], large for real."""
+        """Features [B,N,D] of each block, text [B,L,Dt], traj [B,C,F,H,W] -> logits [B], large for real."""
         frames, height, width = (n // p for n, p in zip(traj.shape[2:], self.config.patch, strict=True))
         cos, sin = rotary_table(frames, height, width, self.config.position_dim, traj.device)
         where = self.position(torch.cat([cos, sin], dim=1))  # (N, hidden)
@@ -126,8 +126,8 @@ class DiffusionDiscriminator(nn.Module):
         self.backbone, self.classifier = backbone.requires_grad_(False), classifier
 
     def features(self, x_t: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
-        """What the tapped blocks make of a noisy latent [B,C,F,H,W]: [B,N,D] each."""
-        return self.backbone(x_t, t, text, taps=self.classifier.config.taps)[1]
+        """What `feature_blocks` make of a noisy latent [B,C,F,H,W]: [B,N,D] each."""
+        return self.backbone(x_t, t, text, feature_blocks=self.classifier.config.feature_blocks)[1]
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> Tensor:
         return self.classifier(self.features(x_t, t, text), text, traj)

@@ -4,34 +4,34 @@
     torchrun --nproc_per_node=8 finetune_hybrid.py
 
 The diffusion loss alone keeps to the trajectory and blurs; the adversarial loss alone is sharp and drifts. The adapter
-gets both, weighed `loss = adversarial + lambda(step) * diffusion` (paper, stage 3). On the toy the diffusion loss has
-the first steps to itself, and the discriminator begins with what that leaves blurred. It judges what all four steps
-together make, and learns at every step, the adapter at every fifth; all else is frozen. To resume, run the same command
-again.
+gets both, weighed `loss = adversarial + lambda(step) * diffusion` (paper, stage 3). The discriminator judges what all
+four steps together make. It learns at every step and the adapter at every fifth; all else is frozen. On the toy the
+diffusion loss has the first steps to itself, and the discriminator begins with what that leaves blurred. To resume,
+run the same command again.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import common
 import discriminator as discriminators
 import flow
-import optim
-import parallel
-from adapter import read_adapter, steer
-from codec import open_codec
-from data import training_data
+from adapter import read_adapter
+from core import optim, parallel
+from core.config import UserError, run_script, shipped
+from core.noise import sample_uniform, step_noise
+from core.parallel import Recompute
+from core.runs import Run, check_counts, due
+from core.weights import save_network
+from data import open_codec, training_data
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
 from flow import Velocity
-from model import FROZEN, VideoDiT
-from parallel import Recompute
-from runs import Run, check_counts
-from weights import save_network
+from model import FROZEN_DTYPE, VideoDiT
+
+DIFFUSION_STEP = 3  # the random stream that draws at which of the four noise levels the diffusion loss looks
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Config:
 
     name: str = "fast_adapter"  # run folder under runs/
     preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
-    data: str = ""  # folder of clips prepared by data.py; the toy world if empty
+    data: str = ""  # folder of prepared clips (tools.prepare_clips); the toy world if empty
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
-    generator: str = "checkpoints/tiny/fast_generator.safetensors"  # the frozen FastGenerator
-    adapter: str = "checkpoints/tiny/slow_adapter.safetensors"  # the SlowAdapter that training starts from
-    backbone: str = "checkpoints/tiny/slow_generator.safetensors"  # the SlowGenerator inside the discriminator
+    generator: str = shipped("checkpoints/tiny/fast_generator.safetensors")  # the frozen FastGenerator
+    adapter: str = shipped("checkpoints/tiny/slow_adapter.safetensors")  # the SlowAdapter that training starts from
+    backbone: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # the SlowGenerator in the discriminator
     steps: int = 600  # of training; the adapter learns in every `ratio`-th
     ratio: int = 5  # discriminator updates for one of the adapter
     diffusion_first: int = 300  # steps of the diffusion loss alone, before the discriminator begins
@@ -69,11 +69,11 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.95  # decay of the averaged adapter, the one exported
     shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
-    judge_low: float = 0.05  # least noise level at which videos are judged
-    judge_high: float = 0.5  # most
+    judge_sigma_min: float = 0.05  # least noise level at which videos are judged
+    judge_sigma_max: float = 0.5  # most
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
-    recompute: Recompute = "none"  # of what the gradient needs of a block, what is computed again: less memory
+    recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
     sequence: int = 1  # neighbouring processes that share one video
     seed: int = 0  # of the classifier's weights, data order and noise
     log_every: int = 20  # steps
@@ -86,8 +86,19 @@ WAN5B = {
     "generator": "fast_generator.safetensors", "adapter": "slow_adapter.safetensors", "backbone": "Wan2.2-TI2V-5B",
     "steps": 1000, "diffusion_first": 0, "gan_scale": 0.01, "batch": 4, "lr": 2e-6, "classifier_lr": 2e-6,
     "classifier_muon": False, "momentum": 0.0, "adapter_start": 0, "shift": flow.FAST["wan5b"].shift,
-    "judge_low": 0.02, "judge_high": 0.98, "recompute": "full",
+    "judge_sigma_min": 0.02, "judge_sigma_max": 0.98, "recompute": "full",
 }  # fmt: skip
+
+
+def diffusion_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """`|| G(x_t, t, traj) - x0 ||^2` at one of the sampler's noise levels [paper, L_diffusion], but for frame 0.
+
+    x0, noise [B,C,F,H,W], sigma [B]. The adversarial losses are in discriminator.py.
+    """
+    level = flow.frame_sigma(sigma, x0.shape[2])
+    x_t = flow.add_noise(x0, noise, level)
+    predicted = flow.velocity_to_x0(x_t, velocity(x_t, flow.timestep(level)).float(), level)
+    return (predicted - x0)[:, :, 1:].square().mean()
 
 
 def diffusion_weight(kind: str, progress: float) -> float:
@@ -96,39 +107,80 @@ def diffusion_weight(kind: str, progress: float) -> float:
     return {"decay": 1 / (4e-3 * step + 0.1), "grow": 0.25e-3 * step + 0.1, "constant": 1.0}[kind]
 
 
-def diffusion_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """`|| G(x_t, t, traj) - x0 ||^2` at one of the sampler's noise levels [paper, L_diffusion], but for frame 0.
+class Phase(NamedTuple):
+    """What happens at a step, and how far training has come."""
 
-    x0, noise [B,C,F,H,W], sigma [B].
+    judged: bool  # the discriminator is at work
+    adapter_learns: bool
+    new_fakes: bool  # a cycle begins: the discriminator sees new videos
+    age: int  # steps since the discriminator's rate began its warm-up
+    lifetime: int  # steps of its whole schedule
+    adapter_age: int  # the same for the adapter's rate, and for lambda
+    adapter_lifetime: int
+
+
+def phase(step: int, *, steps: int, ratio: int, diffusion_first: int, adapter_start: int) -> Phase:
+    """Training has two parts, each with its own warm-up, cosine and lambda.
+
+    First `diffusion_first` steps of the diffusion loss alone; then both losses, while the adapter rests for
+    `adapter_start` steps. It learns in the last step of every cycle of `ratio` steps.
     """
-    level = flow.frame_sigma(sigma, x0.shape[2])
-    x_t = flow.add_noise(x0, noise, level)
-    predicted = flow.velocity_to_x0(x_t, velocity(x_t, flow.timestep(level)).float(), level)
-    return (predicted - x0)[:, :, 1:].square().mean()
+    alone = step < diffusion_first
+    age, lifetime = (step, diffusion_first) if alone else (step - diffusion_first, steps - diffusion_first)
+    rest = 0 if alone else adapter_start
+    learns = age >= rest and (step + 1) % ratio == 0
+    return Phase(not alone, learns, step % ratio == 0, age, lifetime, age - rest, lifetime - rest)
 
 
-def main(cfg: Config) -> None:
+class Inputs(NamedTuple):
+    """Videos and everything random that a loss needs."""
+
+    x0: Tensor  # true videos [B,C,F,H,W]
+    text: Tensor  # [B,L,text_dim]
+    traj: Tensor  # [B,C,F,H,W]
+    noise: Tensor  # of the generator's sampling [steps,B,C,F,H,W]
+    renoise: Tensor  # with which both true and generated videos are noised before they are judged [B,C,F,H,W]
+    level: Tensor  # how far [B,F]
+
+
+class Fakes(NamedTuple):
+    """What the generator makes, and of what."""
+
+    x0: Tensor
+    text: Tensor
+    traj: Tensor
+
+
+def check(cfg: Config) -> None:
+    """UserError if the options contradict one another."""
     check_counts(cfg)
     if not (cfg.use_gan or cfg.use_diffusion):
-        raise common.UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
+        raise UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
     if min(cfg.adapter_start, cfg.diffusion_first) < 0 or cfg.adapter_start + cfg.diffusion_first >= cfg.steps:
-        raise common.UserError(
+        raise UserError(
             f"--adapter_start {cfg.adapter_start} --diffusion_first {cfg.diffusion_first}: give steps from 0 on,"
             f" together below --steps {cfg.steps}"
         )
     if cfg.diffusion_first and not cfg.use_diffusion:
-        raise common.UserError(f"--diffusion_first {cfg.diffusion_first}: needs --use_diffusion true")
+        raise UserError(f"--diffusion_first {cfg.diffusion_first}: needs --use_diffusion true")
+
+
+def main(cfg: Config) -> None:
+    check(cfg)
     procs = parallel.init_processes(cfg.sequence)
     torch.manual_seed(cfg.seed)  # the same initial classifier on every rank
-    generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", FROZEN[cfg.preset]).requires_grad_(False)
-    backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", FROZEN[cfg.preset]).requires_grad_(False)
+
+    # 1. The frozen FastGenerator, the adapter that learns, and the discriminator: a frozen SlowGenerator and a
+    # classifier on top, which learns too.
+    dtype = FROZEN_DTYPE[cfg.preset]
+    generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", dtype).requires_grad_(False)
+    backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", dtype).requires_grad_(False)
     adapter = read_adapter(cfg.adapter, "SlowAdapter")
-    shape = replace(
-        discriminators.PRESETS[cfg.preset], semantic=cfg.semantic, trajectory=cfg.trajectory, video=cfg.video
-    )
+    attentions = {"semantic": cfg.semantic, "trajectory": cfg.trajectory, "video": cfg.video}
+    classifier = Classifier(replace(discriminators.PRESETS[cfg.preset], **attentions))
     generator, backbone, adapter, classifier = (
         parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype)
-        for network in (generator, backbone, adapter, Classifier(shape))
+        for network in (generator, backbone, adapter, classifier)
     )
     discriminator = DiffusionDiscriminator(backbone, classifier)
     optimizers = [optim.adamw(adapter, cfg.weight_decay, cfg.momentum)]
@@ -137,44 +189,50 @@ def main(cfg: Config) -> None:
     else:
         classifier_optimizers = [optim.adamw(classifier, cfg.weight_decay, cfg.momentum)]
     ema = optim.EMA(adapter, cfg.ema)
+
+    # 2. What they learn from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
     data, held_out = training_data(cfg.data, codec, cfg.seed)
     sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
-
     parts = {"adapter": (adapter, optimizers, ema), "classifier": (classifier, classifier_optimizers, None)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
 
-    def inputs(samples: list[int], turn: int) -> tuple[Tensor, ...]:
-        """Videos, text, trajectories, the sampler's noise, and the noise and its level that both judged videos get."""
-        x0, text, traj = (x.to(procs.device) for x in data.batch(samples, "box", cfg.sparse))
-        noise = common.step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
-        u = flow.shift_sigma(common.sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device), cfg.shift)
-        sigma = cfg.judge_low + (cfg.judge_high - cfg.judge_low) * u
-        return x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2])
+    def inputs(samples: list[int], turn: int) -> Inputs:
+        x0, text, traj = data.batch(samples, "box", cfg.sparse).to(procs.device)
+        noise = step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
+        u = flow.shift_sigma(sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device), cfg.shift)
+        sigma = cfg.judge_sigma_min + (cfg.judge_sigma_max - cfg.judge_sigma_min) * u
+        return Inputs(x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2]))
 
-    @lru_cache(maxsize=1)
-    def generated(cycle: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What the generator makes in a cycle, with its text and trajectory; the adapter stays as it is throughout."""
-        turn, fakes = 2 * cycle * cfg.ratio, []
+    def controlled(text: Tensor, traj: Tensor) -> Velocity:
+        """The generator's velocity under this text, with the adapter's residuals of this trajectory."""
+        if adapter.static:
+            residuals = adapter(traj)  # once for all steps: it sees the trajectory alone
+            return lambda x, t: generator(x, t, text, residuals)
+        return lambda x, t: generator(x, t, text, adapter(traj, x, t, text))
+
+    def make_fakes(step: int) -> list[Fakes]:
+        """What the generator makes with the adapter as it is now, a micro-batch at a time."""
+        turn, fakes = 2 * (step // cfg.ratio * cfg.ratio), []
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             x0, text, traj, noise, _, _ = inputs(samples, turn)
             with torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-                velocity = steer(generator, adapter, text, traj)
-                fakes.append((flow.sample_fewstep(velocity, x0[:, :, :1], noise, sigmas), text, traj))
+                made = flow.sample_fewstep(controlled(text, traj), x0[:, :, :1], noise, sigmas)
+            fakes.append(Fakes(made, text, traj))
         return fakes
 
-    def discriminator_step(step: int) -> dict[str, Tensor]:
-        """The classifier learns to tell noisy videos from what the generator makes. No gradient but its own."""
+    def discriminator_step(step: int, fakes: list[Fakes]) -> dict[str, Tensor]:
+        """The classifier learns to tell true videos from fakes, all of them noisy. No gradient but its own."""
         turn, losses = 2 * step, []
         micro_batches = procs.share(cfg.batch, cfg.accumulate, turn)
-        for samples, fake in zip(micro_batches, generated(step // cfg.ratio), strict=True):
-            x0, text, traj, _, renoise, level = inputs(samples, turn)
+        for samples, fake in zip(micro_batches, fakes, strict=True):
+            real = inputs(samples, turn)
             with parallel.autocast(procs.device, cfg.dtype):
                 with torch.no_grad():
-                    x_t = torch.cat([flow.add_noise(x, renoise, level) for x in (x0, fake[0])])
-                    text, traj = torch.cat([text, fake[1]]), torch.cat([traj, fake[2]])
-                    features = discriminator.features(x_t, torch.cat([flow.timestep(level)] * 2), text)
+                    x_t = torch.cat([flow.add_noise(x0, real.renoise, real.level) for x0 in (real.x0, fake.x0)])
+                    text, traj = torch.cat([real.text, fake.text]), torch.cat([real.traj, fake.traj])
+                    features = discriminator.features(x_t, torch.cat([flow.timestep(real.level)] * 2), text)
                 loss = discriminator_loss(*classifier(features, text, traj).chunk(2))
             (loss / cfg.accumulate).backward()
             losses.append(loss.detach())
@@ -182,67 +240,68 @@ def main(cfg: Config) -> None:
         return {"discriminator_loss": torch.stack(losses).mean(), "discriminator_grad_norm": norm}
 
     def adapter_step(step: int, weight: float, judged: bool) -> dict[str, Tensor]:
-        """The adapter learns, judged from both losses, diffusion's weighed; gradient passes through frozen networks."""
+        """The adapter learns from both losses, the diffusion loss weighed; gradients pass through frozen networks."""
         turn, logged = 2 * step + 1, []
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             x0, text, traj, noise, renoise, level = inputs(samples, turn)
-            zero = torch.zeros((), device=procs.device)
+            diffusion = adversarial = torch.zeros((), device=procs.device)
             with parallel.autocast(procs.device, cfg.dtype):
-                velocity = steer(generator, adapter, text, traj)
-
-                # 1. Diffusion: the true video, seen at one of the sampler's noise levels.
-                diffusion = zero
-                if cfg.use_diffusion:
-                    u = common.sample_uniform(samples, cfg.batch, cfg.seed, turn, 3)
+                velocity = controlled(text, traj)
+                if cfg.use_diffusion:  # the true video, seen at one of the sampler's noise levels
+                    u = sample_uniform(samples, cfg.batch, cfg.seed, turn, DIFFUSION_STEP)
                     picked = [sigmas[int(v * cfg.denoising_steps)] for v in u]
                     diffusion = diffusion_loss(velocity, x0, renoise, torch.tensor(picked, device=procs.device))
-
-                # 2. Generator: what a few steps make, noised, is to pass for real.
-                adversarial = zero
-                if judged:
+                if judged:  # what all steps together make, noised, is to pass for real
                     fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, cfg.denoising_steps - 1)
                     x_t = flow.add_noise(fake, renoise, level)
                     adversarial = adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
             ((cfg.gan_scale * adversarial + weight * diffusion) / cfg.accumulate).backward()
             logged.append(torch.stack([adversarial.detach(), diffusion.detach()]))
-        classifier.zero_grad()  # the gradient passed through it on its way; its own comes from the step above
+        classifier.zero_grad()  # the gradient passed through it on its way; its own comes from discriminator_step
         norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
         adversarial, diffusion = torch.stack(logged).mean(0)
         return {"adversarial_loss": adversarial, "diffusion_loss": diffusion, "adapter_grad_norm": norm}
 
     def write_samples(step: int) -> None:
         """Four held-out trajectories: truth and sample in turn."""
-        x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
-        noise = common.step_noise(cfg.denoising_steps, x0.shape[1:], range(4), cfg.seed).to(procs.device)
+        x0, text, traj = held_out.batch(list(range(4)), "box").to(procs.device)
+        noise = step_noise(cfg.denoising_steps, x0.shape[1:], range(4), cfg.seed).to(procs.device)
         with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            velocity = steer(generator, adapter, text, traj)
-            out = flow.sample_fewstep(velocity, x0[:, :, :1], noise, sigmas)
+            out = flow.sample_fewstep(controlled(text, traj), x0[:, :, :1], noise, sigmas)
         pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
         run.samples(step, pairs.flatten(0, 1))
 
+    # 3. The loop: the discriminator learns from true videos and fakes, then the adapter from both losses.
+    fakes = None
     for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=procs.rank > 0):
         last = step == cfg.steps
-        if (step % cfg.sample_every == 0 and step > start) or last:
+        if due(step, cfg.sample_every, start, last):
             write_samples(step)
-        if (step % cfg.save_every == 0 and step > start) or last:
+        if due(step, cfg.save_every, start, last):
             run.save(step, wait=last)
         if last:
             break
-        # Each of the two parts has its own warm-up, cosine and lambda; in the second the adapter rests at first.
-        values, alone, first = {}, step < cfg.diffusion_first, cfg.diffusion_first
-        age, lifetime = (step, first) if alone else (step - first, cfg.steps - first)
-        rest = 0 if alone else cfg.adapter_start
-        judged = cfg.use_gan and not alone
+        now = phase(
+            step, steps=cfg.steps, ratio=cfg.ratio, diffusion_first=cfg.diffusion_first, adapter_start=cfg.adapter_start
+        )
+        judged, values = cfg.use_gan and now.judged, {}
         if judged:
-            optim.set_lr(classifier_optimizers, optim.learning_rate(age, cfg.classifier_lr, cfg.warmup, lifetime))
-            values = discriminator_step(step)
-        if age >= rest and (step + 1) % cfg.ratio == 0:
-            age, lifetime = age - rest, lifetime - rest
-            optim.set_lr(optimizers, optim.learning_rate(age, cfg.lr, cfg.warmup, lifetime))
-            values |= adapter_step(step, diffusion_weight(cfg.diffusion_scale, age / lifetime), judged)
+            if fakes is None or now.new_fakes:
+                fakes = make_fakes(step)
+            optim.set_lr(
+                classifier_optimizers, optim.learning_rate(now.age, cfg.classifier_lr, cfg.warmup, now.lifetime)
+            )
+            values |= discriminator_step(step, fakes)
+        if now.adapter_learns:
+            weight = diffusion_weight(cfg.diffusion_scale, now.adapter_age / now.adapter_lifetime)
+            optim.set_lr(optimizers, optim.learning_rate(now.adapter_age, cfg.lr, cfg.warmup, now.adapter_lifetime))
+            values |= adapter_step(step, weight, judged)
             ema.update(step)
+            fakes = None  # made by the adapter as it was
         if (step + 1) % cfg.log_every == 0:
             run.log(step + 1, **{name: procs.mean(value) for name, value in values.items()})
+
+    # 4. The averaged adapter is the FastAdapter.
     weights, classifier_weights = ema.weights(), {n: parallel.full(p) for n, p in classifier.named_parameters()}
     if procs.rank == 0:
         save_network(run.folder / "fast_adapter.safetensors", "FastAdapter", adapter.config, weights)
@@ -250,4 +309,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, Config, presets={"wan5b": WAN5B})
+    run_script(main, Config, {"wan5b": WAN5B})

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common import UserError
-from parallel import all_tokens, heads_to_tokens, own_tokens, tokens_to_heads
-from weights import Stored, load, read_checkpoint, read_config, read_folder, read_network, rename
+from core.attention import attend
+from core.config import UserError
+from core.parallel import all_tokens, heads_to_tokens, own_tokens, tokens_to_heads
+from core.weights import Stored, load, read_checkpoint, read_config, read_folder, read_network, rename
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ PRESETS = {
     "tiny": DiTConfig(160, 640, 4, 6, text_dim=64, text_tokens=32, channels=16),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
-FROZEN = {"tiny": torch.float32, "wan5b": torch.bfloat16}  # type of the networks that do not learn
+FROZEN_DTYPE = {"tiny": torch.float32, "wan5b": torch.bfloat16}  # of the networks that do not learn
 
 
 @lru_cache(maxsize=8)
@@ -100,27 +101,6 @@ class FloatRMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention. q [B, heads, N, head_dim]; k, v [B, heads, L, head_dim].
-
-    On a CPU PyTorch's fused attention is beaten twice: its backward takes half of a training step at toy sizes, and
-    written out on small grids it is three times as fast; in bfloat16 it reaches 40% of the rate of matrix products, and
-    compiled in parts of a few hundred queries, whose weights fit into the caches, 70%.
-    """
-    scale = q.shape[-1] ** -0.5
-    if q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= 1024**2:
-        weights = (q * scale @ k.transpose(-1, -2)).float().softmax(-1)
-        return weights.to(v.dtype) @ v
-    if q.device.type == "cpu" and not q.requires_grad and q.dtype == torch.bfloat16 and torch.compiler.is_compiling():
-        k, v, parts = k.contiguous(), v.contiguous(), []
-        for some in q.split(max(256, q.shape[2] // 16), dim=2):
-            scores = some @ k.transpose(-1, -2)
-            weights = ((scores.float() - scores.amax(-1, keepdim=True).float()) * scale).exp()
-            parts.append((weights.to(v.dtype) @ v).float() / weights.sum(-1, keepdim=True))
-        return torch.cat(parts, dim=2).to(v.dtype)
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 class PatchEmbedding(nn.Module):
     """Wan's patch convolution as the matrix product it is: kernel equals stride, so each patch is one row."""
 
@@ -144,9 +124,6 @@ def init_xavier(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-Keys = tuple[Tensor, Tensor]  # keys and values that queries attend to
-
-
 class Attention(nn.Module):
     """Attention with RMS norm of queries and keys over the full width. Serves self- and cross-attention."""
 
@@ -158,21 +135,15 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = (FloatRMSNorm(dim, eps=eps) for _ in range(2))
 
-    def keys(self, context: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Keys:
-        """Keys and values of a context [B, L, dim], [B, L, heads, head_dim] each."""
+    def forward(self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [B, N, dim] attends to a context [B, L, dim]; with `rope` to itself."""
         k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))
         v = self.v(context).unflatten(-1, (self.heads, -1))
-        if rope is not None:
-            k = rotate(k, *rope)
-        return k.to(v.dtype), v
-
-    def forward(self, x: Tensor, context: Tensor | Keys, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x [B, N, dim] attends to a context [B, L, dim] or its keys; with `rope` to itself."""
-        k, v = self.keys(context, rope) if isinstance(context, Tensor) else context
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
         if rope is not None:
-            q = rotate(q, *rope)
-        q, shared = q.to(v.dtype), self.group is not None and rope is not None
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        shared = self.group is not None and rope is not None  # other processes hold the rest of the video's tokens
         if shared:
             q, k, v = tokens_to_heads(torch.cat([q, k, v]), self.group).chunk(3)
         out = attend(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
@@ -192,8 +163,8 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
-    def forward(self, x: Tensor, e: Tensor, text: Tensor | Keys, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B,N,D], e [B,F,6,D] float32, text [B,L,D] or its keys -> [B,N,D]."""
+    def forward(self, x: Tensor, e: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B,N,D], e [B,F,6,D] float32, text [B,L,D] -> [B,N,D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).unbind(2)  # (B, F, D) each
         y = modulate(self.norm1(x), shift1, scale1).type_as(x)
         x = add_gated(x, self.self_attn(y, y, rope), gate1)
@@ -272,15 +243,8 @@ class VideoDiT(nn.Module):
         angle = t.double()[..., None] * rate
         return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
-    def read_text(self, text: Tensor) -> list[Keys]:
-        """What every block sees of text [B,L,text_dim]: in its place in `forward` it saves work at every step."""
-        text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
-        return [block.cross_attn.keys(text) for block in self.blocks]
-
-    def embed(
-        self, x: Tensor, t: Tensor, text: Tensor | list[Keys]
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | Keys], tuple[Tensor, Tensor]]:
-        """What the blocks work on: tokens [B,N,D], timestep [B,F,D] and [B,F,6,D], text for each, rotary tables.
+    def embed(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """What the blocks work on: tokens [B,N,D], timestep [B,F,D] and [B,F,6,D], text [B,L,D], rotary tables.
 
         Here and in the blocks N counts this process's tokens, if several share a video.
         """
@@ -290,38 +254,37 @@ class VideoDiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # as Wan: every layer hangs on these few rows
             e = self.time_embedding(self.time_features(t).to(self.time_embedding[0].weight.dtype))
             e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
-        if isinstance(text, Tensor):
-            text = [self.text_embedding(text.to(self.text_embedding[0].weight.dtype))] * len(self.blocks)
+        text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
         return tokens, e, e6, text, tuple(rope)
 
     def forward(
         self,
         x: Tensor,
         t: Tensor,
-        text: Tensor | list[Keys],
+        text: Tensor,
         residuals: Iterable[Tensor] | None = None,
-        taps: tuple[int, ...] = (),
+        feature_blocks: tuple[int, ...] = (),
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Velocity of x [B,C,F,H,W] at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim] or `read_text`.
+        """Velocity of x [B,C,F,H,W] at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim].
 
         `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output; taken one by one.
-        `taps`: block numbers whose outputs [B,N,D] are returned too, as a list beside the velocity.
+        `feature_blocks`: numbers of the blocks whose outputs [B,N,D] are returned too, as a list beside the velocity.
         """
         tokens, e, e6, text, rope = self.embed(x, t, text)
-        tapped, added = [], repeat(None, len(self.blocks)) if residuals is None else residuals
+        features, added = [], repeat(None, len(self.blocks)) if residuals is None else residuals
         for i, (block, residual) in enumerate(zip(self.blocks, added, strict=True)):
-            tokens = block(tokens, e6, text[i], rope)
+            tokens = block(tokens, e6, text, rope)
             if residual is not None:
                 tokens = tokens + residual.type_as(tokens)
-            if i in taps:
-                tapped.append(all_tokens(tokens, e.shape[1], self.group))
+            if i in feature_blocks:
+                features.append(all_tokens(tokens, e.shape[1], self.group))
         p, q, r = self.config.patch
         out = rearrange(
             all_tokens(self.head(tokens, e.float()), e.shape[1], self.group),
             "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
             f=x.shape[2] // p, h=x.shape[3] // q, p=p, q=q, r=r,
         )  # fmt: skip
-        return (out, tapped) if taps else out
+        return (out, features) if feature_blocks else out
 
 
 # Parameter names of diffusers' WanTransformer3DModel -> Wan's own.

@@ -1,12 +1,13 @@
-"""Stage 1: train the SlowAdapter, which makes a frozen SlowGenerator follow a trajectory. The reference loop: read it
-first.
+"""Stage 1: train the SlowAdapter, which makes a frozen SlowGenerator follow a trajectory.
+
+This is the reference loop: read it first.
 
     python train_slow_adapter.py                # preset tiny on this machine, from the shipped generator
     torchrun --nproc_per_node=8 train_slow_adapter.py
 
-The loss is the generator's own flow-matching loss; only the adapter learns (paper, stage 1). Training starts with
-dense masks, which show every pixel of an object, and goes on with boxes; a share of the boxes is sparse. To resume,
-run the same command again.
+The loss is the generator's own flow-matching loss, but only the adapter learns (paper, stage 1). Training starts with
+dense masks, which show every pixel of an object, and goes on with boxes; some of the box trajectories are sparse. To
+resume, run the same command again.
 """
 
 from dataclasses import dataclass
@@ -17,16 +18,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import adapter as adapters
-import common
 import flow
-import optim
-import parallel
-from codec import open_codec
-from data import training_data
-from model import FROZEN, VideoDiT
-from parallel import Recompute
-from runs import Run, check_counts
-from weights import save_network
+from adapter import Adapter
+from core import optim, parallel
+from core.codec import Batch
+from core.config import run_script, shipped
+from core.noise import sample_noise, sample_uniform
+from core.parallel import Recompute
+from core.runs import Run, check_counts, due
+from core.weights import save_network
+from data import open_codec, training_data
+from model import FROZEN_DTYPE, VideoDiT
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Config:
 
     name: str = "slow_adapter"  # run folder under runs/
     preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
-    data: str = ""  # folder of clips prepared by data.py; the toy world if empty
+    data: str = ""  # folder of prepared clips (tools.prepare_clips); the toy world if empty
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
-    generator: str = "checkpoints/tiny/slow_generator.safetensors"  # the frozen SlowGenerator
+    generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # the frozen SlowGenerator
     kind: Literal["resnet", "controlnet"] = "resnet"  # of a new adapter: light and static, or a copy of the generator
     init: str = ""  # a SlowAdapter to go on from, such as stage 0's guide; random weights if empty
     steps: int = 2400  # optimizer steps in all
@@ -54,7 +56,7 @@ class Config:
     drop_text: float = 0.1  # share of empty captions, for guidance
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
-    recompute: Recompute = "none"  # of what the gradient needs of a block, what is computed again: less memory
+    recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
     sequence: int = 1  # neighbouring processes that share one video
     seed: int = 1  # of weights, data order and noise
     log_every: int = 20  # steps
@@ -69,11 +71,29 @@ WAN5B = {
 }  # fmt: skip
 
 
+def adapter_loss(generator: VideoDiT, adapter: Adapter, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
+    """`|| v(x_t, t, text, traj) - (noise - x0) ||^2` [paper, stage 1]: the adapter's part in what the generator predicts.
+
+    noise [B,C,F,H,W], sigma [B].
+    """
+    x0, text, traj = batch
+    return flow.flow_matching_loss(
+        lambda x_t, t: generator(x_t, t, text, adapter(traj, x_t, t, text)), x0, noise, sigma
+    )
+
+
+def trajectory_kind(step: int, mask_steps: int, sparse: float) -> tuple[Literal["mask", "box"], float]:
+    """How a step's trajectories are drawn, and the share of them that is sparse: dense masks first, then boxes."""
+    return ("mask", 0.0) if step < mask_steps else ("box", sparse)
+
+
 def main(cfg: Config) -> None:
     check_counts(cfg)
     procs = parallel.init_processes(cfg.sequence)
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
-    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", FROZEN[cfg.preset]).requires_grad_(False)
+
+    # 1. The frozen generator, and the adapter that learns.
+    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", FROZEN_DTYPE[cfg.preset]).requires_grad_(False)
     if cfg.init:
         adapter = adapters.read_adapter(cfg.init, "SlowAdapter")
     elif cfg.kind == "resnet":
@@ -86,44 +106,45 @@ def main(cfg: Config) -> None:
     )
     optimizers = optim.make_optimizers(adapter, adapter.blocks, cfg.weight_decay)
     ema = optim.EMA(adapter, cfg.ema)
+
+    # 2. What it learns from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
     data, held_out = training_data(cfg.data, codec, cfg.seed)
-
-    parts = {"adapter": (adapter, optimizers, ema)}
-    run = Run(f"runs/{cfg.name}", cfg, procs, parts)
+    run = Run(f"runs/{cfg.name}", cfg, procs, {"adapter": (adapter, optimizers, ema)})
     start = run.resume()
 
     def train_step(step: int) -> tuple[Tensor, Tensor]:
-        kind, sparse = ("mask", 0.0) if step < cfg.mask_steps else ("box", cfg.sparse)
+        """One update of the adapter: its loss and the norm of its gradient."""
+        kind, sparse = trajectory_kind(step, cfg.mask_steps, cfg.sparse)
         losses = []
         for samples in procs.share(cfg.batch, cfg.accumulate, step):
-            x0, text, traj = (x.to(procs.device) for x in data.batch(samples, kind, sparse, cfg.drop_text))
-            noise = common.sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
-            u = common.sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
-            sigma = flow.shift_sigma(u, cfg.shift)
+            batch = data.batch(samples, kind, sparse, cfg.drop_text).to(procs.device)
+            noise = sample_noise(batch.x0.shape[1:], samples, cfg.seed, step).to(procs.device)
+            u = sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
             with parallel.autocast(procs.device, cfg.dtype):
-                loss = flow.flow_matching_loss(
-                    lambda x, t: generator(x, t, text, adapter(x, t, text, traj)), x0, noise, sigma
-                )
+                loss = adapter_loss(generator, adapter, batch, noise, flow.shift_sigma(u, cfg.shift))
             (loss / cfg.accumulate).backward()
             losses.append(loss.detach())
         return torch.stack(losses).mean(), optim.clip_and_step(adapter, optimizers, cfg.clip)
 
     def write_samples(step: int) -> None:
         """Four held-out trajectories: truth and sample in turn."""
-        x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
-        noise = common.sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
+        x0, text, traj = held_out.batch(list(range(4)), "box").to(procs.device)
+        noise = sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
         with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            velocity = adapters.steer(generator, adapter, text, traj)
-            out = flow.sample_multistep(velocity, x0[:, :, :1], noise, flow.sigma_schedule(20, cfg.shift))
+            out = flow.sample_multistep(
+                lambda x, t: generator(x, t, text, adapter(traj, x, t, text)),
+                x0[:, :, :1], noise, flow.sigma_schedule(20, cfg.shift),
+            )  # fmt: skip
         pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
         run.samples(step, pairs.flatten(0, 1))
 
+    # 3. The loop. It comes around once more after the last step, to save and show what is there.
     for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=procs.rank > 0):
         last = step == cfg.steps
-        if (step % cfg.sample_every == 0 and step > start) or last:
+        if due(step, cfg.sample_every, start, last):
             write_samples(step)
-        if (step % cfg.save_every == 0 and step > start) or last:
+        if due(step, cfg.save_every, start, last):
             run.save(step, wait=last)
         if last:
             break
@@ -133,10 +154,12 @@ def main(cfg: Config) -> None:
         ema.update(step)
         if (step + 1) % cfg.log_every == 0:
             run.log(step + 1, loss=procs.mean(loss), grad_norm=norm.item(), lr=lr)
+
+    # 4. The averaged weights are the result.
     weights = ema.weights()
     if procs.rank == 0:
         save_network(run.folder / "slow_adapter.safetensors", "SlowAdapter", adapter.config, weights)
 
 
 if __name__ == "__main__":
-    common.run_script(main, Config, presets={"wan5b": WAN5B})
+    run_script(main, Config, {"wan5b": WAN5B})

@@ -23,18 +23,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from maps import (
-    BROKEN,
-    MOST_OBJECTS,
-    VIDEO_SUFFIXES,
-    Size,
-    cover,
-    extents,
-    fit_nearest,
-    flat_colors,
-    label_pixels,
-    read_frames,
-)  # fmt: skip
+from core.colors import MOST_OBJECTS, extents, flat_colors, label_pixels
+from core.config import UserError
+from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover, fit_nearest, read_frames
 
 # Half-intensity colours, as MagicMotion draws them; its first two are these. Any two are at least 45 apart in RGB.
 PALETTE = [
@@ -48,7 +39,7 @@ MOST_BYTES, MOST_SIDE = 16 << 20, 65536
 MOST_COUNTED = 1000  # maps beyond those asked for, to say how many there are
 
 
-class TrajectoryError(ValueError):
+class TrajectoryError(UserError):
     """What the user gave can't be used. One line that names the file, the field and the mend."""
 
 
@@ -394,15 +385,3 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check) -> T
     names = [f"object {k}" for k in range(len(colors))]
     placed = place(size, image_size, np.stack(boxes, axis=1))
     return Trajectory(placed, masks, colors.round().astype(np.uint8), names, given)
-
-
-if __name__ == "__main__":
-    import sys
-
-    import common
-    import convert
-    from trajectory import TrajectoryError  # the class that convert.py knows, not this script's
-
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        sys.argv.insert(1, "--source")
-    common.run_script(convert.main, convert.Config, TrajectoryError)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import adapter as adapters
-import common
 import flow
-import optim
+from core import optim
+from core.config import UserError
+from core.weights import save_network
 from model import PRESETS, VideoDiT
-from weights import save_network
 
 
 def networks(kind="resnet"):
@@ -93,7 +93,7 @@ def test_export_reads_back_as_its_kind(kind, tmp_path):
     assert type(again) is type(adapter) and adapters.serves(again, generator)
     assert all(torch.equal(p, again.state_dict()[n]) for n, p in adapter.state_dict().items())
     assert not adapters.serves(again, VideoDiT(dataclasses.replace(generator.config, layers=5)))
-    with pytest.raises(common.UserError, match="holds a SlowAdapter, expected a FastAdapter"):
+    with pytest.raises(UserError, match="holds a SlowAdapter, expected a FastAdapter"):
         adapters.read_adapter(path, "FastAdapter")
 
 

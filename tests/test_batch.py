@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from common import UserError
-from jobs import read_jobs
+from core.config import UserError
+from sample import read_jobs
 
 GOOD = {"image": "image.png", "traj": "boxes.json", "prompt": "a disc"}
 

@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 
-import bench
-import common
-import timing
-from parallel import has_bfloat16
+from core.config import UserError
+from core.parallel import has_bfloat16
+from tools import bench
 
 pytest.importorskip("diffusers", reason="the reference needs requirements-dev.txt")
 
@@ -45,13 +44,13 @@ def test_every_part_gives_rows_with_ratios(tmp_path, capsys):
 
 def test_what_differs_is_not_timed():
     a = torch.randn(10)
-    timing.agree(a, a * (1 + 1e-5), torch.float32, "x")
+    bench.agree(a, a * (1 + 1e-5), torch.float32, "x")
     with pytest.raises(RuntimeError, match=r"x: ours and the reference differ by 1\.0e-03"):
-        timing.agree(a, a * 1.001, torch.float32, "x")
-    with pytest.raises(common.UserError, match="--repeats 0"):
+        bench.agree(a, a * 1.001, torch.float32, "x")
+    with pytest.raises(UserError, match="--repeats 0"):
         bench.main(bench.Config(repeats=0))
 
 
 def test_floating_point_operations_of_the_real_transformer():
     """At 704x1280 and 121 frames: about 5.2e14, published."""
-    assert timing.flop(timing.PRESETS["wan5b"], 31 * 22 * 40) == pytest.approx(5.2e14, rel=0.03)
+    assert bench.flop(bench.PRESETS["wan5b"], 31 * 22 * 40) == pytest.approx(5.2e14, rel=0.03)

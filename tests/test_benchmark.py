@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import benchmark
-import common
-from benchmark import Config
+from core.config import UserError
+from core.media import write_image, write_video
+from tools import evaluate_folder
+from tools.evaluate_folder import Config
 from trajectory import TrajectoryError
 
 COLORS = [(200, 40, 40), (40, 200, 40)]
@@ -34,7 +35,7 @@ class LPIPS(nn.Module):
 
 def video(folder, name, seed, frames=12):
     pixels = np.random.default_rng(seed).integers(0, 255, (frames, 6, 8, 3)).astype(np.uint8)
-    common.write_video(folder / f"{name}.mp4", pixels.repeat(8, 1).repeat(8, 2), fps=8)
+    write_video(folder / f"{name}.mp4", pixels.repeat(8, 1).repeat(8, 2), fps=8)
 
 
 def masks(folder, name, boxes):
@@ -44,7 +45,7 @@ def masks(folder, name, boxes):
         for color, box in zip(COLORS, frame, strict=True):
             if box:
                 image[box[1] : box[3], box[0] : box[2]] = color
-        common.write_image(folder / name / f"{t}.png", image)
+        write_image(folder / name / f"{t}.png", image)
 
 
 @pytest.fixture
@@ -64,9 +65,11 @@ def rows(folder) -> list[dict]:
 
 def test_distances_are_those_of_a_matrix_square_root(world):
     scipy = pytest.importorskip("scipy.linalg", reason="the reference needs requirements-dev.txt")
-    benchmark.main(Config(inception="inception.pt", i3d="i3d.pt", lpips="lpips.pt"))
+    evaluate_folder.main(Config(inception="inception.pt", i3d="i3d.pt", lpips="lpips.pt"))
     (row,) = rows(world)
-    sets = [[benchmark.read_whole(world / side / f"v{n}.mp4") for n in range(4)] for side in ("generated", "true")]
+    sets = [
+        [evaluate_folder.read_whole(world / side / f"v{n}.mp4") for n in range(4)] for side in ("generated", "true")
+    ]
 
     def reference(features: list[np.ndarray]) -> float:
         (a, b), (m, n) = ([np.cov(x.T) for x in features], [x.mean(0) for x in features])
@@ -87,7 +90,7 @@ def test_overlaps_worked_out_by_hand(world):
         masks(world / "m", f"v{n}", [[[0, 0, 20, 20], None]] * 2 if n else [[[0, 0, 20, 20], [30, 10, 50, 30]]] * 2)
         masks(world / "f", f"v{n}", [[[10, 0, 30, 20], None]] * 2 if n else
               [[[0, 0, 20, 20], [30, 10, 50, 30]], [[0, 0, 20, 20], None]])  # fmt: skip
-    benchmark.main(Config(masks="m", found="f"))
+    evaluate_folder.main(Config(masks="m", found="f"))
     everyone, one, two = rows(world)
     assert [r["objects"] for r in (everyone, one, two)] == ["all", 1, 2] and [one["videos"], two["videos"]] == [3, 1]
     for measure in ("mask_iou", "box_iou"):
@@ -98,7 +101,7 @@ def test_overlaps_worked_out_by_hand(world):
         objects = [{"boxes": {"0": [0, 0, 20, 20]}}, {"boxes": {"0": [30, 10, 50, 30]}}][: 1 if n else 2]
         (world / f"boxes/v{n}.json").parent.mkdir(exist_ok=True)
         (world / f"boxes/v{n}.json").write_text(json.dumps({"objects": objects}))
-    benchmark.main(Config(masks="m", found="f", boxes="boxes"))
+    evaluate_folder.main(Config(masks="m", found="f", boxes="boxes"))
     assert [r["box_iou"] for r in rows(world)] == [r["box_iou"] for r in (everyone, one, two)]
 
 
@@ -130,15 +133,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, name):
         masks(world / "m", f"v{n}", [[[0, 0, 20, 20], None]] * 2)
         masks(world / "short", f"v{n}", [[[0, 0, 20, 20], None]])
         masks(world / "black", f"v{n}", [[None, None]] * 2)
-        common.write_video(world / f"small/v{n}.mp4", np.zeros((12, 24, 32, 3), np.uint8), fps=8)
-    with pytest.raises((common.UserError, TrajectoryError), match=message) as caught:
-        benchmark.main(Config(**flags))
+        write_video(world / f"small/v{n}.mp4", np.zeros((12, 24, 32, 3), np.uint8), fps=8)
+    with pytest.raises((UserError, TrajectoryError), match=message) as caught:
+        evaluate_folder.main(Config(**flags))
     assert "\n" not in str(caught.value) and not (world / "out").exists()
 
 
 def test_overlays_beside_the_videos_are_passed_over(world):
     (world / "generated/v0.boxes.mp4").write_bytes((world / "generated/v0.mp4").read_bytes())
-    benchmark.main(Config())
+    evaluate_folder.main(Config())
     assert rows(world)[0]["videos"] == 4
 
 

@@ -12,23 +12,25 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import clips
-import common
-from clips import Config
-from codec import ToyCodec
-from data import ClipLatents, ToyWorld
+from core.config import UserError
+from core.media import to_uint8, write_video
+from data import ClipLatents
+from tools import prepare_clips
+from tools.prepare_clips import Config
+from toy.codec import ToyCodec
+from toy.world import ToyWorld
 
 FRAMES = 9
 
 
 def write_maps(folder, maps):
     folder.mkdir(parents=True)
-    for t, frame in enumerate(common.to_uint8(maps)):
+    for t, frame in enumerate(to_uint8(maps)):
         iio.imwrite(folder / f"annotated_frame_{t:05}.png", frame)
 
 
 def write_clip(root, name, video, trajectory, mask_frames=FRAMES, crop=48):
-    common.write_video(root / f"videos/{name}.mp4", common.to_uint8(video)[:, :crop], fps=8)
+    write_video(root / f"videos/{name}.mp4", to_uint8(video)[:, :crop], fps=8)
     write_maps(root / f"masks/{name}", trajectory.maps("mask")[:, :mask_frames])
     write_maps(root / f"boxs/{name}", trajectory.maps("box"))
 
@@ -44,8 +46,8 @@ def magic(tmp_path_factory):
         write_clip(root, name, video, batch.trajectory(i))
         rows.append({"path": f"videos/{name}.mp4", "num_frames": FRAMES, "text": batch.captions[i]})
     (root / "videos/clip03.mp4").write_bytes(b"no video at all")
-    common.write_video(root / "videos/clip07.mp4", common.to_uint8(batch.video[7])[:5], fps=8)
-    common.write_video(root / "videos/clip11.mp4", common.to_uint8(batch.video[11])[:, :32], fps=8)
+    write_video(root / "videos/clip07.mp4", to_uint8(batch.video[7])[:5], fps=8)
+    write_video(root / "videos/clip11.mp4", to_uint8(batch.video[11])[:, :32], fps=8)
     (root / "masks/clip15/annotated_frame_00008.png").unlink()
     with (root / "MagicData.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, ["path", "num_frames", "text"])
@@ -68,7 +70,7 @@ def shards(folder):
 
 @pytest.fixture(scope="module")
 def prepared(magic):
-    clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(magic / "shards"), shard=4))
+    prepare_clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(magic / "shards"), shard=4))
     return magic / "shards"
 
 
@@ -137,64 +139,64 @@ def test_training_reads_every_clip_once_an_epoch(prepared):
 def test_the_authors_own_columns_name_maps_and_their_frames(tmp_path):
     batch = ToyWorld("train").batch([0])
     trajectory = batch.trajectory(0)
-    frames = common.to_uint8(batch.video[0])
-    common.write_video(tmp_path / "v.mp4", np.concatenate([np.zeros_like(frames[:3]), frames]), fps=8)
+    frames = to_uint8(batch.video[0])
+    write_video(tmp_path / "v.mp4", np.concatenate([np.zeros_like(frames[:3]), frames]), fps=8)
     write_maps(tmp_path / "m", trajectory.maps("mask"))
     write_maps(tmp_path / "b", trajectory.maps("box"))
     names = "text,path,num_frames,width,height,trajectory_maps_path,videoid,mask_start_index,mask_end_index,box_path"
     (tmp_path / "x.csv").write_text(f"{names}\na disc,v.mp4,12,48,48,m,v,3,12,b\na disc,v.mp4,12,48,48,m,v,4,12,b\n")
-    good, short = clips.find_clips(tmp_path / "x.csv")
-    parts = clips.read_clip(good, (48, 48), 9)
+    good, short = prepare_clips.find_clips(tmp_path / "x.csv")
+    parts = prepare_clips.read_clip(good, (48, 48), 9)
     assert (parts["video"] - batch.video[0]).abs().mean() < 0.1  # three black frames are passed over
     assert torch.equal(parts["mask"], trajectory.maps("mask"))
-    with pytest.raises(clips.Rejected, match="8 frames of 9"):
-        clips.read_clip(short, (48, 48), 9)
+    with pytest.raises(prepare_clips.Rejected, match="8 frames of 9"):
+        prepare_clips.read_clip(short, (48, 48), 9)
 
 
 def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path):
     batch = ToyWorld("train").batch([0, 1, 2])
     for i, name in enumerate("abc"):
-        common.write_video(tmp_path / f"{name}.mp4", common.to_uint8(batch.video[i]), fps=8)
+        write_video(tmp_path / f"{name}.mp4", to_uint8(batch.video[i]), fps=8)
         boxes = {str(t): box for t, box in enumerate(batch.boxes[i, 0].tolist())}
         (tmp_path / f"{name}.json").write_text(json.dumps({"objects": [{"boxes": boxes}]}))
         (tmp_path / f"{name}.txt").write_text(batch.captions[i] + "\n")
     (tmp_path / "b.json").write_text("{}")
     (tmp_path / "c.txt").unlink()
-    first, second, third = clips.find_clips(tmp_path)
-    parts = clips.read_clip(first, (48, 48), 9)
+    first, second, third = prepare_clips.find_clips(tmp_path)
+    parts = prepare_clips.read_clip(first, (48, 48), 9)
     assert set(parts) == {"video", "box"} and first.caption == batch.captions[0]
     x0, y0, x1, y1 = batch.boxes[0, 0, 4].tolist()
     lit = (parts["box"][0, 4] > -1).nonzero()
     assert lit.amin(0).tolist() == [y0, x0] and lit.amax(0).tolist() == [y1 - 1, x1 - 1]
     for clip, reason in ((second, "b.json: objects"), (third, "no caption")):
-        with pytest.raises(clips.Rejected, match=reason):
-            clips.read_clip(clip, (48, 48), 9)
+        with pytest.raises(prepare_clips.Rejected, match=reason):
+            prepare_clips.read_clip(clip, (48, 48), 9)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(clips.Rejected, match="no caption, or none in UTF-8"):
-        clips.read_clip(clips.find_clips(tmp_path)[0], (48, 48), 9)
+    with pytest.raises(prepare_clips.Rejected, match="no caption, or none in UTF-8"):
+        prepare_clips.read_clip(prepare_clips.find_clips(tmp_path)[0], (48, 48), 9)
 
 
 def test_a_torn_config_and_a_negative_frame_are_named(tmp_path, magic):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(common.UserError, match=r"config\.json: not JSON"):
-        clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(tmp_path)))
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
+        prepare_clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(tmp_path)))
     table = tmp_path / "t.csv"
     table.write_text("path,num_frames,text,mask_start_index\na.mp4,9,a disc,-1\n")
-    with pytest.raises(common.UserError, match=r"t\.csv: line 2: mask_start_index is negative"):
-        clips.find_clips(table)
+    with pytest.raises(UserError, match=r"t\.csv: line 2: mask_start_index is negative"):
+        prepare_clips.find_clips(table)
 
 
 def test_a_share_of_the_clips_loses_boxes_in_some_frames():
     maps = torch.ones(3, 9, 4, 4)
-    dark = [(clips.darken(maps, 0.5, 0, n)[0, :, 0, 0] < 0).tolist() for n in range(200)]
+    dark = [(prepare_clips.darken(maps, 0.5, 0, n)[0, :, 0, 0] < 0).tolist() for n in range(200)]
     assert not any(row[0] for row in dark) and 60 < sum(any(row) for row in dark) < 110
-    assert torch.equal(clips.darken(maps, 0.0, 0, 1), maps)
+    assert torch.equal(prepare_clips.darken(maps, 0.0, 0, 1), maps)
 
 
 def test_bad_input_is_one_line(tmp_path, prepared, magic):
     def refused(message, **options):
-        with pytest.raises(common.UserError, match=message) as caught:
-            clips.prepare(Config(out=str(tmp_path / "out"), **options))
+        with pytest.raises(UserError, match=message) as caught:
+            prepare_clips.prepare(Config(out=str(tmp_path / "out"), **options))
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
     refused("--source: missing")
@@ -207,5 +209,5 @@ def test_bad_input_is_one_line(tmp_path, prepared, magic):
     refused("--size 48x50", source=str(magic / "MagicData.csv"), size="48x50")
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
-    with pytest.raises(common.UserError, match=r"shards of other clips lie here \(shard 4\)"):
-        clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(copy)))
+    with pytest.raises(UserError, match=r"shards of other clips lie here \(shard 4\)"):
+        prepare_clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(copy)))

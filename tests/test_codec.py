@@ -4,10 +4,10 @@ import pytest
 import safetensors.torch
 import torch
 
-import common
-import evaluate
-from codec import TOY_WEIGHTS, ToyCodec
-from data import ToyWorld
+from core.config import UserError
+from toy import evaluate
+from toy.codec import TOY_WEIGHTS, ToyCodec
+from toy.world import ToyWorld
 
 
 def test_videos_survive():
@@ -49,5 +49,5 @@ def test_weights_of_another_network_are_refused(tmp_path):
     wrong = tmp_path / "wrong.safetensors"
     tensors = safetensors.torch.load_file(TOY_WEIGHTS)
     safetensors.torch.save_file(tensors, wrong, {"network": "SlowAdapter", "config": "{}"})
-    with pytest.raises(common.UserError, match=r"wrong\.safetensors: holds a SlowAdapter, expected a ToyAutoencoder"):
+    with pytest.raises(UserError, match=r"wrong\.safetensors: holds a SlowAdapter, expected a ToyAutoencoder"):
         ToyCodec(wrong)

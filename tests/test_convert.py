@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import common
-import convert
-from convert import Config, read_points
+from core.config import UserError
+from core.media import to_uint8
+from tools import convert
+from tools.convert import Config, read_points
 from trajectory import TrajectoryError, load_trajectory
 
 SMALL = {"size": "48x48", "frames": 9}
@@ -54,7 +55,7 @@ def test_a_folder_of_maps_is_exact_and_a_preview_shows_the_image(tmp_path):
     flags = {"preview": str(tmp_path / "look.mp4"), "image": str(tmp_path / "image.png")}
     convert.main(Config(str(source), str(tmp_path / "maps"), **SMALL, **flags))
     read, want = (load_trajectory(p, (48, 48), 9).maps() for p in (tmp_path / "maps", source))
-    assert np.array_equal(common.to_uint8(read), common.to_uint8(want))
+    assert np.array_equal(to_uint8(read), to_uint8(want))
     look = iio.imread(tmp_path / "look.mp4")
     assert look.shape == (9, 48, 48, 3) and abs(np.median(look) - 60.0) < 4
 
@@ -150,7 +151,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     (tmp_path / "uneven.txt").write_text("1 2 3 4\n1 2\n")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     source, flags, message = BAD[name]
-    with pytest.raises((TrajectoryError, common.UserError), match=message) as caught:
+    with pytest.raises((TrajectoryError, UserError), match=message) as caught:
         convert.main(Config(source, **{"to": "out.json", **SMALL, **flags}))
     assert "\n" not in str(caught.value) and "code ran" not in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
@@ -191,6 +192,6 @@ def test_boxes_that_leave_the_cut_come_back_as_far_as_they_are_inside(tmp_path):
 
 
 def test_an_odd_size_makes_no_mp4(tmp_path):
-    with pytest.raises(common.UserError, match="--size 45x45: an mp4 takes an even height and width"):
+    with pytest.raises(UserError, match="--size 45x45: an mp4 takes an even height and width"):
         convert.main(Config(str(boxes_json(tmp_path)), str(tmp_path / "m.mp4"), size="45x45"))
     assert not (tmp_path / "m.mp4").exists()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import discriminator as discriminators
-import optim
+from core import optim
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
 from model import PRESETS, VideoDiT
 

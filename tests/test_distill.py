@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import flow
-import optim
+from core import optim
 from distill_fast import fake_score_loss, generator_loss, levels_above
 from model import PRESETS, VideoDiT
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 import adapter as adapters
-import common
-import evaluate
-import parallel
-from codec import ToyCodec
-from data import ToyBatch, ToyWorld
-from measures import subset
+from core import parallel
+from core.config import UserError, help_text
+from core.weights import save_network
 from model import PRESETS, VideoDiT
-from weights import save_network
+from toy import evaluate
+from toy.codec import ToyCodec
+from toy.metrics import subset
+from toy.world import ToyBatch, ToyWorld
 
 ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
@@ -125,7 +125,7 @@ def test_adapter_guidance_and_captions_reach_the_sample(world):
 
 def test_broken_weights_are_the_users_fault(world):
     few = subset(world, range(2))
-    with pytest.raises(common.UserError, match="fast: generates values that are no numbers"):
+    with pytest.raises(UserError, match="fast: generates values that are no numbers"):
         evaluate.generate(lambda first, *_: first.expand(-1, -1, 9, -1, -1) * math.nan, few, CFG, ALONE, "fast")
 
 
@@ -184,7 +184,7 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
     """Every variant's runs are found, each with its own adapter; a row holds mean and range over them."""
     monkeypatch.chdir(tmp_path)
     cfg = evaluate.Config(**weights, out="rows.json", ablation=True, videos=4, batch=4, steps=5, compile=False)
-    with pytest.raises(common.UserError, match=rf"{evaluate.METHOD}_0.*: no such run"):
+    with pytest.raises(UserError, match=rf"{evaluate.METHOD}_0.*: no such run"):
         evaluate.main(cfg)
     assert not Path("rows.json").exists()
     for i, variant in enumerate(evaluate.VARIANTS):
@@ -238,7 +238,7 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
 def test_bad_options(changes, words, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(UserError) as error:
         evaluate.main(evaluate.Config(**{**weights, "compile": False, **changes}))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
@@ -249,7 +249,7 @@ def test_networks_that_do_not_fit(weights, tmp_path):
     path = Path(weights["slow_adapter"])
     save_network(path, "SlowAdapter", config, adapters.ResNetAdapter(config).state_dict())
     wrong = f"{path}: has 2 blocks of width 64, but {weights['slow_generator']} has 1 blocks of width 160"
-    with pytest.raises(common.UserError, match=re.escape(wrong)):
+    with pytest.raises(UserError, match=re.escape(wrong)):
         evaluate.main(evaluate.Config(**weights, out=str(tmp_path / "rows.json"), compile=False))
 
 
@@ -266,5 +266,5 @@ def test_errors_end_in_one_line(weights, tmp_path):
 
 
 def test_help_describes_every_flag():
-    text = common.help_text(evaluate.Config)
+    text = help_text(evaluate.Config)
     assert all(f"--{field.name} " in text for field in dataclasses.fields(evaluate.Config))

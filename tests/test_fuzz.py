@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from common import UserError
-from convert import read_points
-from jobs import read_jobs
+from core.config import UserError
+from core.weights import read_checkpoint
+from sample import read_jobs
+from tools.convert import read_points
 from trajectory import Trajectory, TrajectoryError, load_trajectory
-from weights import read_checkpoint
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs requirements-dev.txt")
 st = hypothesis.strategies

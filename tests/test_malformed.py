@@ -22,21 +22,19 @@ import safetensors.torch
 import torch
 from conftest import ROOT
 
-import clips
-import common
-import convert
 import distill_fast
-import evaluate
 import finetune_hybrid
-import plot
 import sample
 import train_slow_adapter
+from core.config import run_script
+from tools import convert, plot, prepare_clips
+from toy import evaluate
 from trajectory import TrajectoryError
 
 SCRIPTS = {
     "sample.py": (sample.main, sample.Config, {"presets": {"wan5b": sample.WAN5B}}),
     "trajectory.py": (convert.main, convert.Config, {}),
-    "data.py": (clips.prepare, clips.Config, {"presets": {"wan5b": clips.WAN5B}}),
+    "data.py": (prepare_clips.prepare, prepare_clips.Config, {"presets": {"wan5b": prepare_clips.WAN5B}}),
     "evaluate.py": (evaluate.main, evaluate.Config, {}),
     "plot.py": (plot.main, plot.Config, {}),
     "train_slow_adapter.py": (train_slow_adapter.main, train_slow_adapter.Config, {}),
@@ -247,7 +245,7 @@ def test_one_line_exit_2_at_once_and_nothing_left(script, flags, message, files,
     monkeypatch.setattr(sys, "argv", [script, *flags])
     before, began = sorted(files.rglob("*")), time.monotonic()
     with pytest.raises(SystemExit) as caught:
-        common.run_script(main, config, TrajectoryError, **more)
+        run_script(main, config, TrajectoryError, **more)
     out, err = capfd.readouterr()
     assert caught.value.code == 2 and out == ""
     assert err.count("\n") == 1 and err.startswith(f"{script}: ") and message in err, err

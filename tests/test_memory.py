@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-import memory
-from memory import Int8Linear, Offload, offload, use_int8
+from core import memory
+from core.memory import Int8Linear, Offload, offload, use_int8
+from core.weights import save_network
 from model import DiTConfig, VideoDiT
-from weights import save_network
 
 SMALL = DiTConfig(64, 256, 2, 3, text_dim=16, text_tokens=8, channels=16)
 

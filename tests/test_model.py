@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-import bench
-import common
+from core.config import UserError
+from core.weights import save_network
 from model import PRESETS, DiTConfig, VideoDiT
-from weights import save_network
+from tools import bench
 
 SMALL = DiTConfig(128, 256, 4, 3, text_dim=40, text_tokens=7)
 ONE_WIDE_BLOCK = dataclasses.replace(PRESETS["wan5b"], layers=1)
@@ -113,7 +113,7 @@ def test_export_round_trip_and_refusals(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
     def refused(message, network="SlowGenerator"):
-        with pytest.raises(common.UserError, match=message) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             VideoDiT.from_pretrained(path, network)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 

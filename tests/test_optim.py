@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import optim
+from core import optim
 
 
 def test_orthogonal_keeps_singular_vectors_and_levels_singular_values():

@@ -9,10 +9,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
-import parallel
-import timing
+from core import parallel
+from core.config import UserError
 from model import DiTConfig, VideoDiT
+from tools import bench
 
 ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
@@ -21,7 +21,7 @@ def test_a_global_batch_is_shared_whole():
     everyone = [parallel.Processes(r, 4, torch.device("cpu"), None).share(16, 2, 3) for r in range(4)]
     assert sorted(s for parts in everyone for part in parts for s in part) == list(range(48, 64))
     assert all(len(part) == 2 for parts in everyone for part in parts)
-    with pytest.raises(common.UserError, match="--batch 6 does not divide into 4 processes x 1"):
+    with pytest.raises(UserError, match="--batch 6 does not divide into 4 processes x 1"):
         parallel.Processes(0, 4, torch.device("cpu"), None).share(6, 1, 0)
 
 
@@ -29,7 +29,7 @@ def test_processes_that_share_a_video_get_the_same_samples():
     everyone = [parallel.Processes(r, 8, torch.device("cpu"), None, 2).share(16, 1, 0) for r in range(8)]
     assert everyone[::2] == everyone[1::2]
     assert sorted(s for parts in everyone[::2] for part in parts for s in part) == list(range(16))
-    with pytest.raises(common.UserError, match="--batch 6 does not divide into 4 x 2 processes"):
+    with pytest.raises(UserError, match="--batch 6 does not divide into 4 x 2 processes"):
         parallel.Processes(0, 8, torch.device("cpu"), None, 2).share(6, 1, 0)
 
 
@@ -83,7 +83,7 @@ class Config:
     pass
 
 {main}
-common.run_script(main, Config)
+run_script(main, Config)
 """
 
 
@@ -151,7 +151,7 @@ def test_two_processes_that_share_a_video_equal_one(two):
 
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(common.UserError, match="compiler no-such-compiler; install it, or pass --compile false"):
+    with pytest.raises(UserError, match="compiler no-such-compiler; install it, or pass --compile false"):
         parallel.prepare(torch.nn.Linear(2, 2), ALONE, True)
 
 
@@ -271,4 +271,4 @@ def test_floating_point_operations_are_those_counted():
     plain = sdpa_kernel(SDPBackend.MATH)  # the only one that the counter knows on a CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
         VideoDiT(config)(torch.randn(1, 16, 5, 16, 16), torch.zeros(1, 5), torch.randn(1, 8, 16))
-    assert counter.get_total_flops() == pytest.approx(timing.flop(config, 5 * 8 * 8), rel=0.07)
+    assert counter.get_total_flops() == pytest.approx(bench.flop(config, 5 * 8 * 8), rel=0.07)

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-import common
-import plot
+from core.config import UserError
+from tools import plot
 
 
 def log(folder, rows):
@@ -43,6 +43,6 @@ def test_bad_input_is_one_line(tmp_path):
         (tmp_path / "gone", "x.html", "log.jsonl: no such file; give folders of runs"),
         (good, "x.png", "the name must end in .html"),
     ):
-        with pytest.raises(common.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             plot.main(plot.Config(runs=str(runs), out=str(tmp_path / out)))
     assert not list(tmp_path.glob("x.*"))

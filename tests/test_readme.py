@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import bench
-import evaluate
+from core import tables
+from tools import bench
+from toy import evaluate
 
 ROOT = Path(evaluate.__file__).parent
 PAGES = ("README.md", "checkpoints/tiny/README.md")
@@ -50,7 +51,7 @@ def test_command(command, run):
 
 def test_results_table_is_the_committed_one():
     rows = json.loads((ROOT / "results/tiny.json").read_text())
-    assert evaluate.markdown(rows) in (ROOT / "README.md").read_text()
+    assert tables.markdown(rows) in (ROOT / "README.md").read_text()
     by_name = {(row["name"], row["objects"]): row for row in rows}
     alone, slow, fast = (
         by_name[name, "all"] for name in ("SlowGenerator", "SlowGenerator + SlowAdapter", "FastGenerator + FastAdapter")
@@ -70,8 +71,8 @@ def test_results_table_is_the_committed_one():
 def test_ablation_table_is_the_committed_one_and_says_what_the_page_says():
     rows = json.loads((ROOT / "results/ablation.json").read_text())
     page = (ROOT / "README.md").read_text()
-    assert evaluate.markdown([row for row in rows if row["steps"] >= 4]) in page
-    assert evaluate.markdown(rows) == (ROOT / "results/ablation.md").read_text().strip()
+    assert tables.markdown([row for row in rows if row["steps"] >= 4]) in page
+    assert tables.markdown(rows) == (ROOT / "results/ablation.md").read_text().strip()
     assert all(row["videos"] >= 256 and row["seeds"] == 3 for row in rows if "hybrid" in row["name"])
     at = {n: {row["name"]: row for row in rows if row["steps"] == n} for n in (4, 2, 1)}
     full, no_gan = "FlashMotion: hybrid, decaying scale", "hybrid without GAN loss"

@@ -7,10 +7,9 @@ import imageio.v3 as iio
 import pytest
 import torch
 
-import common
-import optim
-import parallel
-from runs import COUNTS, Run, check_counts
+from core import optim, parallel
+from core.config import UserError
+from core.runs import COUNTS, Run, check_counts
 
 ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
@@ -80,7 +79,7 @@ def test_a_write_that_fails_is_not_passed_over(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     Run(tmp_path, Options(), ALONE, part(4)).save(3, wait=True)
     assert Run(tmp_path, Options(), ALONE, part(4)).resume() == 3
-    with pytest.raises(common.UserError, match="of networks of other shapes; delete it, or give the run another"):
+    with pytest.raises(UserError, match="of networks of other shapes; delete it, or give the run another"):
         Run(tmp_path, Options(), ALONE, part(5)).resume()
 
 
@@ -89,7 +88,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     run.resume()
     run.save(3, wait=True)
     (run.checkpoints()[-1] / ".metadata").unlink()
-    with pytest.raises(common.UserError, match="step_00000003: damaged"):
+    with pytest.raises(UserError, match="step_00000003: damaged"):
         run.resume()
 
 
@@ -99,7 +98,7 @@ def test_a_run_goes_on_only_under_the_options_it_began_with(tmp_path):
     run.save(3, wait=True)
     before = (tmp_path / "config.json").read_bytes()
     for options in (Options(lr=9.0), Options(steps=7)):
-        with pytest.raises(common.UserError, match=r"config.json: the run began with --(lr 0.001|steps 9); with "):
+        with pytest.raises(UserError, match=r"config.json: the run began with --(lr 0.001|steps 9); with "):
             Run(tmp_path, options, ALONE, part(4)).resume()
         assert (tmp_path / "config.json").read_bytes() == before
     assert Run(tmp_path, Options(log_every=5), ALONE, part(4)).resume() == 3
@@ -142,5 +141,5 @@ def test_samples_of_large_videos_stay_small(tmp_path):
 @pytest.mark.parametrize("name", COUNTS)
 def test_nothing_that_is_counted_may_be_none(name):
     options = dataclasses.make_dataclass("Counted", [(name, int, 0)], frozen=True)
-    with pytest.raises(common.UserError, match=f"--{name} 0: at least 1"):
+    with pytest.raises(UserError, match=f"--{name} 0: at least 1"):
         check_counts(options())

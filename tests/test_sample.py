@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import common
 import sample
-from codec import ToyCodec
-from maps import read_picture
+from core.config import run_script
+from core.media import read_picture
+from core.weights import save_network
 from model import PRESETS, DiTConfig, VideoDiT
+from toy.codec import ToyCodec
 from trajectory import TrajectoryError, load_trajectory
-from weights import save_network
 
 ROOT = Path(sample.__file__).parent
 
@@ -158,7 +158,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["sample.py", "--image", "x.png", "--traj", "boxes.json", *flags])
     with pytest.raises(SystemExit) as caught:
-        common.run_script(sample.main, sample.Config, TrajectoryError, presets={"wan5b": sample.WAN5B})
+        run_script(sample.main, sample.Config, TrajectoryError, presets={"wan5b": sample.WAN5B})
     out, err = capsys.readouterr()
     assert caught.value.code == 2 and out == ""
     assert err.count("\n") == 1 and err.startswith("sample.py: ") and message in err, err

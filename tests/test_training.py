@@ -9,16 +9,16 @@ import sys
 import time
 from functools import cache
 
+import common
 import pytest
 import safetensors.torch
 import torch
 from conftest import start_in
+from weights import save_network
 
 import adapter as adapters
-import common
 from adapter import ResNetAdapter
 from model import PRESETS, VideoDiT
-from weights import save_network
 
 SCRIPTS = {
     "train_slow_generator.py": "slow_generator",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import ToyWorld
+from toy.world import ToyWorld
 from trajectory import PALETTE, Trajectory, TrajectoryError, draw_overlay, load_trajectory
 
 CELLS = {".": (0, 0, 0), "a": PALETTE[0], "b": PALETTE[1]}

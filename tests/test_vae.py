@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import bench
-import vae
-from vae import VAEConfig, WanVAE
-from weights import rename
+from core.weights import rename
+from tools import bench
+from wan import vae
+from wan.vae import VAEConfig, WanVAE
 
 SMALL = VAEConfig(width=8, decoder_width=12)
 WIDE = VAEConfig(multipliers=(1, 2, 2), blocks=1, temporal=(True, True))  # true widths, at three levels of four

@@ -12,14 +12,14 @@ from test_model import diffusers_model
 from test_vae import SMALL, pair
 
 import adapter as adapters
-import common
 import model
 import sample
-from codec import WanCodec
+from core.config import UserError
+from core.weights import save_network
 from model import DiTConfig
-from umt5 import UMT5_XXL, read_text_encoder
-from vae import WanVAE
-from weights import save_network
+from wan.codec import WanCodec
+from wan.umt5 import UMT5_XXL, read_text_encoder
+from wan.vae import WanVAE
 
 transformers = pytest.importorskip("transformers", reason="the text encoder needs requirements-wan.txt")
 SHAPES = {
@@ -144,16 +144,16 @@ def test_sample_makes_a_video_from_a_published_folder(folder, tmp_path, monkeypa
     assert first.shape == (5, 64, 96, 3) and (tmp_path / "o.boxes.mp4").exists()
     shutil.rmtree(folder / "text_encoder")
     assert np.array_equal(pixels(), first)
-    with pytest.raises(common.UserError, match='holds no embeddings of "another prompt"'):
+    with pytest.raises(UserError, match='holds no embeddings of "another prompt"'):
         pixels("another prompt")
 
 
 def test_an_incomplete_folder_is_named(folder):
-    with pytest.raises(common.UserError, match=r"holds no Wan2.2_VAE.pth or vae; give"):
+    with pytest.raises(UserError, match=r"holds no Wan2.2_VAE.pth or vae; give"):
         WanCodec(folder / "tokenizer", torch.device("cpu")).encode_video(torch.zeros(1, 3, 1, 32, 32))
     codec = WanCodec(folder, torch.device("cpu"))
     (folder / "text_encoder/model.safetensors").unlink()
-    with pytest.raises(common.UserError, match=r"model.safetensors: no such file"):
+    with pytest.raises(UserError, match=r"model.safetensors: no such file"):
         codec.encode_text([PROMPT])
 
 

@@ -9,10 +9,10 @@ import torch
 from test_model import diffusers_model, to_diffusers
 from test_vae import SMALL, pair
 
-import common
+from core.config import UserError
+from core.weights import save_network
 from model import PRESETS, VideoDiT
-from vae import VAEConfig, WanVAE
-from weights import save_network
+from wan.vae import VAEConfig, WanVAE
 
 SHALLOW = dataclasses.replace(PRESETS["wan5b"], layers=1)  # wan5b's shapes, one of its 30 blocks
 # Fields of config.json as Wan2.2-TI2V-5B is published in its own layout.
@@ -115,7 +115,7 @@ def test_damaged_weights_give_one_line_that_says_what_is_wrong(tmp_path, capsys)
     )
 
     def refused(message, path, load=lambda path: VideoDiT.from_pretrained(path, "SlowGenerator")):
-        with pytest.raises(common.UserError, match=message) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             load(path)
         assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -181,5 +181,5 @@ def test_both_layouts_of_the_vae_give_the_reference_output(tmp_path):
     file = tmp_path / "Wan2.2_VAE.pth"
     torch.save(ours.state_dict(), file)
     assert torch.equal(WanVAE.from_pretrained(file, config=SMALL).decode(latents), ours.decode(latents))
-    with pytest.raises(common.UserError, match="wrong shape: conv1"):
+    with pytest.raises(UserError, match="wrong shape: conv1"):
         WanVAE.from_pretrained(file, config=VAEConfig(channels=16))

@@ -24,9 +24,9 @@ from test_weights import WAN_CONFIG
 
 import adapter as adapters
 import model
-from umt5 import UMT5_XXL
-from vae import WanVAE
-from weights import save_network
+from core.weights import save_network
+from wan.umt5 import UMT5_XXL
+from wan.vae import WanVAE
 
 SHARD = 5 << 30  # bytes
 

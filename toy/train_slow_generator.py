@@ -1,7 +1,7 @@
 """Stage 0: train the SlowGenerator, an image-to-video VideoDiT, with the flow-matching loss.
 
-    python train_slow_generator.py                                # preset tiny on this machine
-    torchrun --nproc_per_node=8 train_slow_generator.py
+    python -m toy.train_slow_generator                            # preset tiny on this machine
+    torchrun --nproc_per_node=8 -m toy.train_slow_generator
 
 The paper starts from Wan2.2-TI2V-5B, whose owners did this stage; the toy world has no published generator, so we train
 one. An adapter on a frozen network this small learned slowly (docs/LOG.md), so in a share of the videos an adapter, the
@@ -20,15 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import adapter as adapters
-import common
 import flow
-import optim
-import parallel
-from codec import ToyCodec
-from data import training_data
+from core import optim, parallel
+from core.config import run_script
+from core.noise import sample_noise, sample_uniform
+from core.runs import Run, check_counts, due
+from core.weights import save_network
 from model import PRESETS, VideoDiT
-from runs import Run, check_counts
-from weights import save_network
+from toy.codec import ToyCodec
+from toy.latents import ToyLatents
+
+TOLD, PURE = 2, 3  # random streams: which videos the guide tells of, and which are pure noise
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,6 @@ class Config:
 
     name: str = "slow_generator"  # run folder under runs/
     preset: Literal["tiny"] = "tiny"  # size of the network and its world
-    data: str = ""  # folder of clips prepared by data.py; the toy world if empty
     init: str = ""  # folder of a slow_generator.safetensors and slow_adapter.safetensors to go on from; none: random
     guided: float = 0.7  # share of videos whose trajectory the guide tells
     sparse: float = 0.15  # share of trajectories with frames blacked out
@@ -74,7 +75,7 @@ def main(cfg: Config) -> None:
     guide_optimizers = optim.make_optimizers(guide, guide.blocks, cfg.weight_decay)
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
     codec = ToyCodec()
-    data, held_out = training_data(cfg.data, codec, cfg.seed)
+    data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
 
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
@@ -84,14 +85,14 @@ def main(cfg: Config) -> None:
         losses = []
         for samples in procs.share(cfg.batch, cfg.accumulate, step):
             x0, text, traj = (x.to(procs.device) for x in data.batch(samples, "box", cfg.sparse, cfg.drop_text))
-            noise = common.sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
-            u = common.sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
+            noise = sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
+            u = sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
             sigma = flow.shift_sigma(u, cfg.shift)
             pure = cfg.pure_noise * (1 - step / cfg.steps)
-            sigma[common.sample_uniform(samples, 1, cfg.seed, step, 3).to(procs.device) < pure] = 1
-            told = common.sample_uniform(samples, 1, cfg.seed, step, 2).to(procs.device) < cfg.guided
+            sigma[sample_uniform(samples, 1, cfg.seed, step, PURE).to(procs.device) < pure] = 1
+            told = sample_uniform(samples, 1, cfg.seed, step, TOLD).to(procs.device) < cfg.guided
             with parallel.autocast(procs.device, cfg.dtype):
-                residuals = [r * told[:, None, None] for r in guide(None, None, None, traj)]
+                residuals = [r * told[:, None, None] for r in guide(traj)]
                 loss = flow.flow_matching_loss(lambda x, t: model(x, t, text, residuals), x0, noise, sigma)
             (loss / cfg.accumulate).backward()
             losses.append(loss.detach())
@@ -101,19 +102,19 @@ def main(cfg: Config) -> None:
     def write_samples(step: int) -> None:
         """Four held-out images set in motion: truth, a sample of the generator alone, and a guided one, in turn."""
         x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
-        noise = common.sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
+        noise = sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
         with ema.applied(), guide_ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
             sigmas, videos = flow.sigma_schedule(20, cfg.shift), [x0]
-            for residuals in (None, guide(None, None, None, traj)):
+            for residuals in (None, guide(traj)):
                 velocity = partial(model, text=text, residuals=residuals)
                 videos.append(flow.sample_multistep(velocity, x0[:, :, :1], noise, sigmas))
         run.samples(step, torch.stack([codec.decode_video(video) for video in videos], dim=1).flatten(0, 1))
 
     for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=procs.rank > 0):
         last = step == cfg.steps
-        if (step % cfg.sample_every == 0 and step > start) or last:
+        if due(step, cfg.sample_every, start, last):
             write_samples(step)
-        if (step % cfg.save_every == 0 and step > start) or last:
+        if due(step, cfg.save_every, start, last):
             run.save(step, wait=last)
         if last:
             break
@@ -131,4 +132,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, Config)
+    run_script(main, Config)

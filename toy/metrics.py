@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import common
-from data import COLORS, ToyBatch
+from core.frechet import frechet_distance
+from core.noise import rng
+from toy.world import COLORS, ToyBatch
 
 SATURATED = 0.42  # max - min of RGB in [0, 1]: object colours have 0.75 and more, backgrounds 0.16 at most
 VISIBLE = 20  # pixels: with fewer in sight, an object's place in a frame says little and isn't scored
@@ -163,7 +164,7 @@ def video_features(video: Tensor) -> Tensor:
     Three 3-D convolutions whose every 3x3x3 kernel has zero mean, so that change in space and time counts, not plain
     colour; then mean and deviation over the positions that remain.
     """
-    seeded, pooled = common.generator(64), []
+    seeded, pooled = rng(64), []
     sizes = pairwise((3, 16, 32, FEATURES // 2))
     kernels = [torch.randn(n, m, 3, 3, 3, generator=seeded) * (2 / (27 * m)) ** 0.5 for m, n in sizes]
     for x in video.split(32):  # bounds memory
@@ -171,19 +172,6 @@ def video_features(video: Tensor) -> Tensor:
             x = F.conv3d(x, kernel - kernel.mean((2, 3, 4), keepdim=True), stride=(1, 2, 2)).relu()
         pooled.append(torch.cat([x.mean((2, 3, 4)), x.std((2, 3, 4))], dim=1))
     return 10 * torch.cat(pooled).double()  # of order 1
-
-
-def frechet_video_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Frechet distance of Gaussians fitted to features [n, D] and [m, D], in float64 (small sets bias it upwards):
-    `|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)` with covariances A and B.
-    """
-    a, b = features_a.double(), features_b.double()
-    between = (a.mean(0) - b.mean(0)).square().sum()
-    a, b = (x.T.cov(correction=0).reshape(x.shape[1], -1) for x in (a, b))  # one number's covariance is a scalar
-    values, vectors = torch.linalg.eigh(a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^1/2: rounding can leave eigenvalues just below 0
-    cross = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()
-    return max(0.0, float(between + a.trace() + b.trace() - 2 * cross))
 
 
 def score(video: Tensor, batch: ToyBatch) -> dict[str, float]:
@@ -194,7 +182,7 @@ def score(video: Tensor, batch: ToyBatch) -> dict[str, float]:
         "mask_iou": float(mask_iou(found, batch.masks).nanmean()),
         "box_iou": float(box_iou(found, batch.masks).nanmean()),
         "sharpness": sharpness(video, found, batch),
-        "fvd": frechet_video_distance(video_features(video), video_features(batch.video)),
+        "fvd": frechet_distance(video_features(video), video_features(batch.video)),
         "prompt_accuracy": prompt_accuracy(rotation, batch),
         "clockwise_when_untold": clockwise_when_untold(rotation, batch),
     }

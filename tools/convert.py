@@ -1,8 +1,8 @@
 """Convert trajectories: from boxes.json, map videos, folders of maps or masks, and point tracks, to the first three.
 
-    python trajectory.py maps.mp4 --to boxes.json --size 704x1280 --frames 121
-    python trajectory.py boxes.json --to maps --preview out/look.mp4              # a folder of PNG maps
-    python trajectory.py tracks.npy --to boxes.json --box 80x60 --pick 0,4,7      # points become boxes of this size
+    python -m tools.convert maps.mp4 --to boxes.json --size 704x1280 --frames 121
+    python -m tools.convert boxes.json --to maps --preview out/look.mp4              # a folder of PNG maps
+    python -m tools.convert tracks.npy --to boxes.json --box 80x60 --pick 0,4,7      # points become boxes of this size
 
 Point tracks are x and y in pixels, frame by frame: `.npy` of [T, K, 2], or [T, K, 3] with visibility (above 0.5) last;
 `.npz` with `tracks` and perhaps `visibility` [T, K]; `.pt` or `.pth` of a tensor, or of a dict with these or
@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import common
-from maps import BROKEN, MOST_VIDEO, Size, fit_nearest, read_picture
+from core.config import UserError, reason, run_script, shipped
+from core.files import atomic, output_path
+from core.media import BROKEN, MOST_VIDEO, Size, fit_nearest, read_picture, to_uint8, write_image, write_video
+from core.weights import unpickle
 from trajectory import PALETTE, Trajectory, TrajectoryError, check_input, draw_overlay, load_trajectory, place
-from weights import unpickle
 
 MOST_FRAMES, MOST_BYTES = 10_000, 1 << 30
 POINTS = {".npy", ".npz", ".txt", ".pt", ".pth"}
@@ -35,7 +36,7 @@ POINTS = {".npy", ".npz", ".txt", ".pt", ".pth"}
 class Config:
     """Options of a conversion."""
 
-    source: str = "examples/boxes.json"  # what to read; may stand first, without the flag
+    source: str = shipped("examples/boxes.json")  # what to read
     to: str = "out/maps.mp4"  # what to write: a .json, an .mp4 of maps, or a folder of PNG maps
     preview: str = ""  # an .mp4 that shows it over the image, to look at
     image: str = ""  # of the preview; gray if empty
@@ -50,7 +51,7 @@ def read_size(name: str, text: str) -> Size:
     """ "704x1280" -> (704, 1280)."""
     sides = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
     if not sides:
-        raise common.UserError(f"--{name} {text}: takes height x width in pixels, as 704x1280")
+        raise UserError(f"--{name} {text}: takes height x width in pixels, as 704x1280")
     return int(sides[1]), int(sides[2])
 
 
@@ -85,7 +86,7 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except TrajectoryError:
         raise
     except (*BROKEN, TypeError, MemoryError, zipfile.BadZipFile) as error:
-        check(False, "", f"can't be read as point tracks ({common.reason(error)}); {form}")
+        check(False, "", f"can't be read as point tracks ({reason(error)}); {form}")
     points = points[0] if points.ndim == 4 and len(points) == 1 else points
     check(points.ndim == 3 and points.shape[2] in (2, 3) and points.size > 0, "", f"is {list(points.shape)}; {form}")
     check(len(points) <= MOST_FRAMES, "", f"has {len(points)} frames; {MOST_FRAMES} is the most")
@@ -106,7 +107,7 @@ def from_points(cfg: Config, size: Size, source_size: Size) -> Trajectory:
         try:
             points, shown = (x[:, [int(n) for n in cfg.pick.split(",")]] for x in (points, shown))
         except (ValueError, IndexError):
-            raise common.UserError(f"--pick {cfg.pick}: takes numbers from 0 to {points.shape[1] - 1}") from None
+            raise UserError(f"--pick {cfg.pick}: takes numbers from 0 to {points.shape[1] - 1}") from None
     count = points.shape[1]
     check(count <= len(PALETTE), "", f"{count} points, {len(PALETTE)} at most; choose some with --pick 0,5,9")
     centers = place(source_size, size, points)
@@ -129,17 +130,17 @@ def write_boxes(path: Path, trajectory: Trajectory) -> None:
     drawn = (cut[..., 2:] > cut[..., :2]).all(-1)
     if not drawn.any(1).all():
         name = trajectory.names[(~drawn.any(1)).argmax()]
-        raise common.UserError(f"--to {path}: {name} has no box inside the video in any frame; change --size")
+        raise UserError(f"--to {path}: {name} has no box inside the video in any frame; change --size")
     objects = []
     for k, name in enumerate(trajectory.names):
         mask = trajectory.masks[k] if trajectory.masks.ndim == 3 else trajectory.masks[k, 0]
         file = path.with_name(f"{path.stem}_mask_{k}.png")
-        common.write_image(file, mask.astype(np.uint8) * 255)
+        write_image(file, mask.astype(np.uint8) * 255)
         boxes = {str(t): cut[k, t].tolist() for t in np.flatnonzero(drawn[k])}
         kind, color = "linear" if drawn[k].all() else "none", trajectory.colors[k].tolist()
         objects.append({"name": name, "mask": file.name, "color": color, "interpolate": kind, "boxes": boxes})
     top = {"num_frames": trajectory.num_frames, "width": width, "height": height, "objects": objects}
-    with common.atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(json.dumps(top, indent=1) + "\n")
 
 
@@ -147,16 +148,16 @@ def main(cfg: Config) -> None:
     size, out = read_size("size", cfg.size), Path(cfg.to)
     source_size = read_size("source_size", cfg.source_size) if cfg.source_size else size
     if out.suffix not in (".json", ".mp4", ""):
-        raise common.UserError(f"--to {out}: give a .json, an .mp4, or a folder")
+        raise UserError(f"--to {out}: give a .json, an .mp4, or a folder")
     if not out.suffix and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise common.UserError(f"--to {out}: exists and is no empty folder; give another")
-    common.output_path(cfg.to, out.suffix, "to")
+        raise UserError(f"--to {out}: exists and is no empty folder; give another")
+    output_path(cfg.to, out.suffix, "to")
     if cfg.preview:
-        common.output_path(cfg.preview, ".mp4", "preview")
+        output_path(cfg.preview, ".mp4", "preview")
     if ".mp4" in (out.suffix, Path(cfg.preview).suffix) and (size[0] % 2 or size[1] % 2):
-        raise common.UserError(f"--size {cfg.size}: an mp4 takes an even height and width")
+        raise UserError(f"--size {cfg.size}: an mp4 takes an even height and width")
     if not 0 < cfg.frames <= MOST_VIDEO // (size[0] * size[1]):
-        raise common.UserError(f"--frames {cfg.frames}: at least 1, and with --size {MOST_VIDEO} pixels at most")
+        raise UserError(f"--frames {cfg.frames}: at least 1, and with --size {MOST_VIDEO} pixels at most")
     if Path(cfg.source).suffix in POINTS:
         trajectory = from_points(cfg, size, source_size)
     else:
@@ -166,16 +167,20 @@ def main(cfg: Config) -> None:
         try:
             background = fit_nearest(read_picture(cfg.image), size)
         except BROKEN as error:
-            raise common.UserError(f"--image {cfg.image}: not a readable image ({error})") from None
+            raise UserError(f"--image {cfg.image}: not a readable image ({error})") from None
     if out.suffix == ".json":
         write_boxes(out, trajectory)
     else:
-        maps = common.to_uint8(trajectory.maps())
+        maps = to_uint8(trajectory.maps())
         if out.suffix:
-            common.write_video(out, maps, fps=8)
+            write_video(out, maps, fps=8)
         for t, frame in enumerate(maps) if not out.suffix else ():
-            common.write_image(out / f"{t:05d}.png", frame)
+            write_image(out / f"{t:05d}.png", frame)
     if cfg.preview:
         frames = np.repeat(background[None], cfg.frames, axis=0)
-        common.write_video(cfg.preview, draw_overlay(frames, trajectory), fps=8)
+        write_video(cfg.preview, draw_overlay(frames, trajectory), fps=8)
     print(f"{len(trajectory.names)} objects, {cfg.frames} frames: {out}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, positional="source")

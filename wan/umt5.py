@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError, reason
-from memory import offload
-from weights import load, read_checkpoint, read_config, read_folder, read_safetensors, rename, write_safetensors
+from core.config import UserError, reason
+from core.memory import offload
+from core.weights import load, read_checkpoint, read_config, read_folder, read_safetensors, rename, write_safetensors
 
 # Wan's names of the text encoder's parameters -> those in transformers.
 UMT5_NAMES = (

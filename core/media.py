@@ -1,14 +1,10 @@
-"""Map videos as found on disk: reading their frames, and finding the objects in them by colour.
-
-A finished map is black with one constant colour per object (MagicMotion's convention), but codecs move colours and
-blend edges. Nothing here knows of trajectories; trajectory.py turns what is found into one.
-"""
+"""Pictures and videos in and out: read whatever format they come in, resized and cut, and written to look at."""
 
 import contextlib
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -17,16 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import reason
+from core.config import reason
+from core.files import atomic
 
 Turn = Image.Transpose
 
 Size = tuple[int, int]  # height, width in pixels
 MOST_PICTURE, MOST_VIDEO = 1 << 26, 1 << 30  # pixels of one picture, of all frames of a video that is to be held
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif"}
-MOST_OBJECTS = 64
-NEAR = 28  # in RGB: how far a codec may move a colour
-DARK = 24  # a pixel whose brightest channel is no brighter is background, whatever a codec did to it
 # What imageio and Pillow raise on broken files, and on small ones that hold gigantic pictures.
 BROKEN = (
     OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError
@@ -101,57 +95,32 @@ def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator
         check(False, "", f"can't be decoded ({reason(error)}); save the maps as an H.264 mp4 or as PNG files")
 
 
-def flat_colors(frame: np.ndarray) -> np.ndarray:
-    """Colours of the objects in frame 0, [height, width, 3] -> float [K, 3], largest object first.
-
-    Only pixels like all their neighbours count: at an edge two colours blend into others that no object has. In
-    MagicMotion's own videos the codec moves flat colours by up to 19 in RGB, and its objects are 27 apart or more.
-    """
-    windows = np.lib.stride_tricks.sliding_window_view(frame, (3, 3), axis=(0, 1))  # (H - 2, W - 2, 3, 3, 3)
-    flat = (windows.max((-1, -2)) - windows.min((-1, -2))).max(-1) <= 16
-    inner = frame[1:-1, 1:-1]
-    pixels = inner[flat & (inner.max(-1) > DARK)].astype(float)  # (n, 3)
-    colors = []
-    while len(pixels) and len(colors) <= MOST_OBJECTS:
-        code = pixels.astype(int) // 8 @ np.array([1024, 32, 1])
-        color = pixels[code == np.bincount(code).argmax()].mean(0)  # of the fullest cell; then of all around it
-        near = np.linalg.norm(pixels - color, axis=1) < 14
-        if near.sum() < 3 + frame.size // 30000:  # specks
-            break
-        colors.append(pixels[near].mean(0))
-        pixels = pixels[np.linalg.norm(pixels - colors[-1], axis=1) > 24]
-    return np.array(colors).reshape(-1, 3)
+def to_uint8(video: Tensor, scale: int = 1) -> np.ndarray:
+    """[3, T, H, W] in [-1, 1] -> [T, scale H, scale W, 3] uint8, enlarged by repeating pixels."""
+    frames = ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+    return frames.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
-def label_pixels(frame: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Which object's colour each pixel shows: [height, width, 3] -> int8 [height, width], -1 for none.
-
-    4:2:0 video halves the chroma of lines a pixel or two thick, so in small frames a colour's way to half its chroma
-    counts as the colour. In large frames lines are thicker, and what is narrower than two pixels is a blend of two
-    colours that looks like a third: it is dropped.
-    """
-    thick = min(frame.shape[:2]) >= 300
-    label, bright = np.full(frame.shape[:2], -1, dtype=np.int8), frame.max(-1) > DARK
-    distance = np.empty((len(colors), np.count_nonzero(bright)))
-    for k, color in enumerate(colors):
-        offset = frame[bright] - color  # (n, 3)
-        if not thick:
-            pale = (color @ [0.299, 0.587, 0.114] - color) / 2
-            offset -= (offset @ pale / (pale @ pale + 1e-9)).clip(0, 1)[:, None] * pale
-        distance[k] = np.linalg.norm(offset, axis=1)
-    label[bright] = np.where(distance.min(0) < NEAR, distance.argmin(0), -1)
-    if thick:
-        across = label[:, 1:] == label[:, :-1]
-        square = np.pad(across[1:] & across[:-1] & (label[1:, 1:] == label[:-1, 1:]), 1)  # 2x2 pixels alike
-        label[~(square[1:, 1:] | square[1:, :-1] | square[:-1, 1:] | square[:-1, :-1])] = -1
-    return label
+def contact_sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
+    """One row a video [T, H, W, 3], its frames from left to right."""
+    border = ((0, gap), (0, gap), (0, 0))
+    return np.concatenate(
+        [np.concatenate([np.pad(f, border, constant_values=255) for f in row], axis=1) for row in rows], axis=0
+    )
 
 
-def extents(label: np.ndarray, count: int) -> np.ndarray:
-    """The box around each label's pixels, [count, 4]; NaN where there are none."""
-    boxes = np.full((count, 4), np.nan)
-    for k in range(count):
-        y, x = np.nonzero(label == k)
-        if len(x):
-            boxes[k] = x.min(), y.min(), x.max() + 1, y.max() + 1
-    return boxes
+def write_video(path: Path | str, frames: np.ndarray, fps: int) -> None:
+    """[T, H, W, 3] uint8 -> an h264 mp4 that plays anywhere."""
+    with atomic(path) as temporary:
+        iio.imwrite(temporary, frames, fps=fps, codec="libx264", macro_block_size=2, quality=9)
+
+
+def write_animation(path: Path | str, frames: np.ndarray, fps: int) -> None:
+    """[T, H, W, 3] uint8 -> a gif that plays for ever."""
+    with atomic(path) as temporary:
+        iio.imwrite(temporary, frames, plugin="pillow", duration=1000 / fps, loop=0)
+
+
+def write_image(path: Path | str, image: np.ndarray) -> None:
+    with atomic(path) as temporary:
+        iio.imwrite(temporary, image)

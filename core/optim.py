@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from parallel import full
+from core.parallel import full
 
 
 class Muon(torch.optim.Optimizer):

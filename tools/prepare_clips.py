@@ -1,7 +1,7 @@
 """Real videos: clips on disk, encoded once into the latent shards that training reads.
 
-    python data.py prepare --source MagicData/MagicData.csv --out shards --preset wan5b --weights Wan2.2-TI2V-5B
-    torchrun --nproc_per_node=8 data.py prepare --source clips --out shards ...
+    python -m tools.prepare_clips --source MagicData/MagicData.csv --out shards --preset wan5b --weights Wan2.2-TI2V-5B
+    torchrun --nproc_per_node=8 -m tools.prepare_clips --source clips --out shards ...
 
 `--source` is a CSV of MagicData (columns path, num_frames, text; or the authors' own: text, path, num_frames,
 trajectory_maps_path, box_path, mask_start_index, mask_end_index), with mask maps in masks/<id>/ and box maps in
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import common
-import parallel
-from codec import open_codec
-from maps import BROKEN, Size, fit_frames, fit_nearest, read_frames, read_video
+from core import parallel
+from core.config import UserError, run_script
+from core.files import atomic
+from core.media import BROKEN, Size, fit_frames, fit_nearest, read_frames, read_video
+from core.weights import read_config, read_safetensors, write_safetensors
+from data import open_codec
 from trajectory import TrajectoryError, dark_frames, load_trajectory
-from weights import read_config, read_safetensors, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,14 @@ def find_clips(source: Path) -> list[Clip]:
             with source.open(newline="", encoding="utf-8-sig") as file:
                 rows = list(csv.DictReader(file, restval="", strict=True))
         except OSError as error:
-            raise common.UserError(f"--source {source}: {error.strerror or error}; give a CSV or a folder") from None
+            raise UserError(f"--source {source}: {error.strerror or error}; give a CSV or a folder") from None
         except (UnicodeError, csv.Error) as error:
-            raise common.UserError(f"{source}: not a readable CSV file ({error}); save it as UTF-8 text") from None
+            raise UserError(f"{source}: not a readable CSV file ({error}); save it as UTF-8 text") from None
         if absent := [name for name in ("path", "num_frames", "text") if rows and name not in rows[0]]:
-            raise common.UserError(f"{source}: has no column {', '.join(absent)}; its first line must name the columns")
+            raise UserError(f"{source}: has no column {', '.join(absent)}; its first line must name the columns")
         clips = [read_row(source, line, row) for line, row in enumerate(rows, start=2)]
     if not clips:
-        raise common.UserError(f"{source}: holds no clips; give a CSV with rows or a folder with mp4 files")
+        raise UserError(f"{source}: holds no clips; give a CSV with rows or a folder with mp4 files")
     return clips
 
 
@@ -101,9 +102,9 @@ def read_row(source: Path, line: int, row: dict[str, str]) -> Clip:
     try:
         start, end = int(row.get("mask_start_index") or 0), int(row.get("mask_end_index") or row["num_frames"])
     except ValueError:
-        raise common.UserError(f"{source}: line {line}: a frame number is not a whole number; correct it") from None
+        raise UserError(f"{source}: line {line}: a frame number is not a whole number; correct it") from None
     if start < 0:
-        raise common.UserError(f"{source}: line {line}: mask_start_index is negative; correct it")
+        raise UserError(f"{source}: line {line}: mask_start_index is negative; correct it")
     masks = row.get("trajectory_maps_path") or f"masks/{video.stem}"
     boxes = row.get("box_path") or f"boxs/{video.stem}"
     return Clip(video, row["text"].strip(), folder / masks, folder / boxes, start, end)
@@ -162,12 +163,12 @@ def darken(maps: Tensor, share: float, seed: int, number: int) -> Tensor:
     return maps.masked_fill(torch.from_numpy(dark)[:, None, None], -1)
 
 
-def prepare(cfg: Config) -> None:
+def main(cfg: Config) -> None:
     """Encode captions, then videos and maps, a shard at a time; the shards are shared out over the processes."""
     if not cfg.source:
-        raise common.UserError("--source: missing; give a CSV in MagicData's format or a folder of mp4 files")
+        raise UserError("--source: missing; give a CSV in MagicData's format or a folder of mp4 files")
     if cfg.shard < 1:
-        raise common.UserError(f"--shard {cfg.shard}: at least 1")
+        raise UserError(f"--shard {cfg.shard}: at least 1")
     procs = parallel.init_processes()
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
     size, out = codec.check_size(cfg.size, cfg.frames), Path(cfg.out)
@@ -217,11 +218,11 @@ def settle(out: Path, cfg: Config, clips: int) -> None:
     del said["out"], said["weights"]
     file = out / "config.json"
     if not file.exists():
-        with common.atomic(file) as temporary:
+        with atomic(file) as temporary:
             temporary.write_text(json.dumps(said, indent=1) + "\n")
     elif (held := read_config(file)) != said:
         other = ", ".join(f"{name} {held.get(name)}" for name in said if held.get(name) != said[name])
-        raise common.UserError(f"{file}: shards of other clips lie here ({other}); give another --out")
+        raise UserError(f"{file}: shards of other clips lie here ({other}); give another --out")
 
 
 def report(out: Path) -> tuple[int, list[list[str]]]:
@@ -231,6 +232,10 @@ def report(out: Path) -> tuple[int, list[list[str]]]:
         header, tensors = read_safetensors(file)
         kept += sum(name.endswith(".video") for name in tensors)
         rejected += json.loads(header["rejected"])
-    with common.atomic(out / "rejected.csv") as temporary, temporary.open("w", newline="") as table:
+    with atomic(out / "rejected.csv") as temporary, temporary.open("w", newline="") as table:
         csv.writer(table).writerows([("path", "reason"), *rejected])
     return kept, rejected
+
+
+if __name__ == "__main__":
+    run_script(main, Config, {"wan5b": WAN5B})

@@ -1,4 +1,4 @@
-"""Measure generated videos of the real world against true ones: `python evaluate.py folder --generated DIR --true DIR`.
+"""Measure generated videos of the real world against true ones: `python -m tools.evaluate_folder --generated DIR --true DIR`.
 
 Videos are paired by name: `DIR/name.mp4` in both. What else you bring decides what is measured; the rest stays empty.
 
@@ -16,7 +16,6 @@ IoU is the mean over objects of the mean over frames in which the truth shows th
 found counts 0. As FlashBench does, rows stand for all videos and by the number of objects.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,10 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import common
-import evaluate
-from maps import BROKEN, MOST_VIDEO, VIDEO_SUFFIXES, extents, flat_colors, label_pixels, read_frames, read_video
-from measures import frechet_video_distance as frechet_distance
+from core.colors import extents, flat_colors, label_pixels
+from core.config import UserError, reason, run_script
+from core.files import output_path
+from core.frechet import frechet_distance
+from core.media import BROKEN, MOST_VIDEO, VIDEO_SUFFIXES, read_frames, read_video
+from core.tables import table, write_rows
 from trajectory import check_input, load_trajectory
 
 
@@ -54,15 +55,15 @@ class Config:
 def read_whole(path: Path) -> Tensor:
     """uint8 [T, 3, h, w]."""
     if not path.is_file():
-        raise common.UserError(f"{path}: no such file; videos are paired by name")
+        raise UserError(f"{path}: no such file; videos are paired by name")
     try:
         frames = read_video(path)
         first = next(frames)
         rest = list(islice(frames, MOST_VIDEO // first[..., 0].size))
     except (*BROKEN, StopIteration):
-        raise common.UserError(f"{path}: can't be decoded; save it as an H.264 mp4") from None
+        raise UserError(f"{path}: can't be decoded; save it as an H.264 mp4") from None
     if (1 + len(rest)) * first[..., 0].size > MOST_VIDEO:
-        raise common.UserError(f"{path}: more than {MOST_VIDEO} pixels in all its frames; cut it")
+        raise UserError(f"{path}: more than {MOST_VIDEO} pixels in all its frames; cut it")
     return torch.from_numpy(np.stack([first, *rest])).permute(0, 3, 1, 2)
 
 
@@ -73,7 +74,7 @@ def read_network(path: str) -> torch.jit.ScriptModule | None:
     try:
         return torch.jit.load(path).eval()
     except (RuntimeError, ValueError, OSError) as error:
-        raise common.UserError(f"{path}: no TorchScript file ({common.reason(error)})") from None
+        raise UserError(f"{path}: no TorchScript file ({reason(error)})") from None
 
 
 def find(folder: str, name: str) -> Path:
@@ -82,7 +83,7 @@ def find(folder: str, name: str) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise common.UserError(f"{places[0]}: no such folder or video; every generated video needs one")
+    raise UserError(f"{places[0]}: no such folder or video; every generated video needs one")
 
 
 def read_labels(path: Path, colors: np.ndarray | None) -> tuple[Iterator[np.ndarray], np.ndarray]:
@@ -111,7 +112,7 @@ def overlaps(cfg: Config, name: str) -> tuple[float, float, int]:
     boxes = None
     pairs = list(zip_longest(true, found))
     if any(label is None for pair in pairs for label in pair):
-        raise common.UserError(f"{where}: has not as many frames as the true masks; give one of each frame")
+        raise UserError(f"{where}: has not as many frames as the true masks; give one of each frame")
     if cfg.boxes:
         file = Path(cfg.boxes) / f"{name}.json"
         boxes = load_trajectory(file, pairs[0][0].shape, len(pairs)).boxes
@@ -123,7 +124,7 @@ def overlaps(cfg: Config, name: str) -> tuple[float, float, int]:
     masks_iou, boxes_iou = [[] for _ in colors], [[] for _ in colors]
     for t, (want, got) in enumerate(pairs):
         if want.shape != got.shape:
-            raise common.UserError(f"{where}: frame {t} is {got.shape}, the true mask {want.shape}; give one size")
+            raise UserError(f"{where}: frame {t} is {got.shape}, the true mask {want.shape}; give one size")
         extent = [extents(label, len(colors)) for label in (got, want)]
         for k in range(len(colors)):
             if (want == k).any():
@@ -143,7 +144,7 @@ def apply(path: str, function: Callable, *inputs: object) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise common.UserError(f"{path}: can't be called as --help says ({common.reason(error)})") from None
+        raise UserError(f"{path}: can't be called as --help says ({reason(error)})") from None
 
 
 def image_features(network: Callable, video: Tensor) -> Tensor:
@@ -159,15 +160,15 @@ def clip_features(network: Callable, video: Tensor) -> Tensor:
 
 @torch.no_grad()
 def main(cfg: Config) -> None:
-    out = common.output_path(cfg.out, ".json")
+    out = output_path(cfg.out, ".json")
     if bool(cfg.masks) != bool(cfg.found):
-        raise common.UserError("--masks, --found: mask IoU compares both; give both or neither")
+        raise UserError("--masks, --found: mask IoU compares both; give both or neither")
     if cfg.boxes and not cfg.masks:
-        raise common.UserError(f"--boxes {cfg.boxes}: are compared with masks; give --masks and --found too")
+        raise UserError(f"--boxes {cfg.boxes}: are compared with masks; give --masks and --found too")
     overlay = ".boxes.mp4"  # sample.py writes one beside each video
     names = sorted(path.stem for path in Path(cfg.generated).glob("*.mp4") if not path.name.endswith(overlay))
     if not names:
-        raise common.UserError(f"--generated {cfg.generated}: holds no .mp4 files")
+        raise UserError(f"--generated {cfg.generated}: holds no .mp4 files")
     networks = {n: read_network(getattr(cfg, n)) for n in ("inception", "i3d", "lpips")}
     features: dict[str, list[list[Tensor]]] = {"inception": [], "i3d": []}
     scores = []
@@ -175,9 +176,9 @@ def main(cfg: Config) -> None:
         made, true = (read_whole(Path(folder) / f"{name}.mp4") for folder in (cfg.generated, cfg.true))
         if made.shape != true.shape:
             mend = "cut or resize one"
-            raise common.UserError(f"{name}.mp4: {list(made.shape)} generated, {list(true.shape)} true; {mend}")
+            raise UserError(f"{name}.mp4: {list(made.shape)} generated, {list(true.shape)} true; {mend}")
         if networks["i3d"] and len(made) < 10:
-            raise common.UserError(f"{name}.mp4: {len(made)} frames; FVD needs 10 at least")
+            raise UserError(f"{name}.mp4: {len(made)} frames; FVD needs 10 at least")
         for kind, describe in (("inception", image_features), ("i3d", clip_features)):
             if networks[kind]:
                 features[kind].append([apply(getattr(cfg, kind), describe, networks[kind], v) for v in (made, true)])
@@ -200,8 +201,9 @@ def main(cfg: Config) -> None:
             row[measure] = float(np.mean(values)) if values else math.nan
         rows.append({k: round(v, 4) if isinstance(v, float) and math.isfinite(v) else v for k, v in row.items()})
     rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
-    print(evaluate.table(rows))
-    with common.atomic(out) as temporary:
-        temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    with common.atomic(out.with_suffix(".md")) as temporary:
-        temporary.write_text(evaluate.markdown(rows) + "\n")
+    print(table(rows))
+    write_rows(out, rows)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,9 +1,8 @@
-"""Measure the networks on held-out toy videos: what the measures mean stands in measures.py.
+"""Measure the networks on held-out toy videos: what the measures mean stands in metrics.py.
 
-    python evaluate.py                                  # the shipped networks, slow and fast
-    python evaluate.py --videos 32 --steps 10 --out runs/evaluate/quick.json
-    python evaluate.py --ablation                       # the runs that `make ablation` trained: why each part is there
-    python evaluate.py folder --help                    # videos of the real world instead: which files to bring
+    python -m toy.evaluate                                  # the shipped networks, slow and fast
+    python -m toy.evaluate --videos 32 --steps 10 --out runs/evaluate/quick.json
+    python -m toy.evaluate --ablation                       # the runs that `make ablation` trained: why each part is there
 
 Prints a table, writes its rows as a JSON list, and beside it the table in Markdown and a contact sheet that shows, from
 top to bottom, a video's trajectory maps, the truth, and each way to make it. The first rows score the true videos and
@@ -11,12 +10,11 @@ what the codec leaves of them: no generator does better. A measure without a sin
 are means over training seeds, and `<measure>_range` holds their least and greatest.
 """
 
-import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,16 +23,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import common
-import finetune_hybrid
 import flow
-import parallel
-from adapter import Adapter, read_adapter, steer
-from codec import ToyCodec
-from data import ToyBatch, ToyWorld
-from measures import FEATURES, score, subset
+from adapter import Adapter, fits, read_adapter
+from core import parallel
+from core.config import UserError, run_script, shipped
+from core.files import output_path
+from core.media import contact_sheet, to_uint8, write_animation, write_image
+from core.noise import sample_noise, step_noise
+from core.tables import provenance, table, write_rows
 from model import VideoDiT
-from trajectory import TrajectoryError, draw_overlay
+from toy.codec import ToyCodec
+from toy.metrics import FEATURES, score, subset
+from toy.world import ToyBatch, ToyWorld
+from trajectory import draw_overlay
 
 RUNS = Path("runs/ablation")  # <variant>_<seed>/fast_adapter.safetensors
 VARIANTS = {  # of stage 3, by the folder's name; the Makefile has their flags
@@ -47,7 +48,7 @@ VARIANTS = {  # of stage 3, by the folder's name; the Makefile has their flags
     "no_trajectory": "discriminator without trajectory attention",
     "no_video": "discriminator without video attention",
 }
-METHOD = finetune_hybrid.Config.diffusion_scale  # the full method is the hybrid with the default scale
+METHOD = "decay"  # the full method: the hybrid with the default scale
 SLOW, FAST = flow.SLOW["tiny"], flow.FAST["tiny"]  # what is measured is the toy world
 
 
@@ -55,10 +56,10 @@ SLOW, FAST = flow.SLOW["tiny"], flow.FAST["tiny"]  # what is measured is the toy
 class Config:
     """Options of the evaluation."""
 
-    slow_generator: str = "checkpoints/tiny/slow_generator.safetensors"  # of stage 0
-    slow_adapter: str = "checkpoints/tiny/slow_adapter.safetensors"  # of stage 1
-    fast_generator: str = "checkpoints/tiny/fast_generator.safetensors"  # of stage 2
-    fast_adapter: str = "checkpoints/tiny/fast_adapter.safetensors"  # of stage 3
+    slow_generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # of stage 0
+    slow_adapter: str = shipped("checkpoints/tiny/slow_adapter.safetensors")  # of stage 1
+    fast_generator: str = shipped("checkpoints/tiny/fast_generator.safetensors")  # of stage 2
+    fast_adapter: str = shipped("checkpoints/tiny/fast_adapter.safetensors")  # of stage 3
     ablation: bool = False  # the runs under runs/ablation instead of the shipped FastAdapter
     out: str = "runs/evaluate/rows.json"  # rows; the .md table, the contact sheet's .png and a .gif go beside it
     split: Literal["test", "validation"] = "test"  # of the toy world; neither is trained on
@@ -77,12 +78,18 @@ class Config:
 Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 
 
+def controlled(generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor) -> flow.Velocity:
+    """The generator's velocity, with the residuals of an adapter if there is one: all of this world's are static."""
+    return partial(generator, text=text, residuals=adapter(traj) if adapter else None)
+
+
 def slow_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config) -> Sampler:
     """Euler steps, guided away from what the generator makes of the image alone."""
 
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
-        noise = common.sample_noise(traj.shape[1:], samples, cfg.seed).to(first.device)
-        velocity = flow.guided(steer(generator, adapter, text, traj), steer(generator, None, empty), cfg.guidance)
+        noise = sample_noise(traj.shape[1:], samples, cfg.seed).to(first.device)
+        velocity = controlled(generator, adapter, text, traj)
+        velocity = flow.guided(velocity, partial(generator, text=empty), cfg.guidance)
         return flow.sample_multistep(velocity, first, noise, flow.sigma_schedule(cfg.steps, cfg.shift))
 
     return sample
@@ -92,9 +99,9 @@ def fast_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config, step
     """The few steps that stages 2 and 3 train for, or fewer."""
 
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
-        noise = common.step_noise(steps, traj.shape[1:], samples, cfg.seed).to(first.device)
+        noise = step_noise(steps, traj.shape[1:], samples, cfg.seed).to(first.device)
         sigmas = flow.sigma_schedule(steps, FAST.shift)
-        return flow.sample_fewstep(steer(generator, adapter, text, traj), first, noise, sigmas)
+        return flow.sample_fewstep(controlled(generator, adapter, text, traj), first, noise, sigmas)
 
     return sample
 
@@ -117,7 +124,7 @@ def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: parallel.Proc
         videos.append(codec.decode_video(latents).cpu())
     video = torch.cat(videos)
     if not video.isfinite().all():
-        raise common.UserError(f"{name}: generates values that are no numbers; give other weights")
+        raise UserError(f"{name}: generates values that are no numbers; give other weights")
     return video
 
 
@@ -154,38 +161,12 @@ def over_seeds(rows: Sequence[dict]) -> dict:
     return merged
 
 
-def cells(rows: Sequence[dict]) -> list[list[str]]:
-    """Head and rows of a table; a range stands behind its measure."""
-    keys = [key for key in rows[0] if key not in ("command", "machine") and not key.endswith("_range")]
-    lines = [[key.replace("_", " ") for key in keys]]
-    for row in rows:
-        spans = {key: row.get(f"{key}_range") for key in keys}
-        values = {key: "" if row[key] is None else str(row[key]) for key in keys}
-        wide = {key for key in keys if spans[key] and spans[key][0] < spans[key][1]}
-        lines.append([f"{v} ({spans[k][0]} to {spans[k][1]})" if k in wide else v for k, v in values.items()])
-    return lines
-
-
-def table(rows: Sequence[dict]) -> str:
-    """Rows of equal keys as aligned text."""
-    lines = cells(rows)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
-
-
-def markdown(rows: Sequence[dict]) -> str:
-    """The same as a Markdown table, for a page that quotes it."""
-    lines = cells(rows)
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def contact_sheet(videos: Sequence[Tensor], batch: ToyBatch, kind: str) -> np.ndarray:
+def comparison(videos: Sequence[Tensor], batch: ToyBatch, kind: str) -> np.ndarray:
     """Maps and `videos` [B,3,T,S,S] below one another, for two clips of each number of objects: uint8 [h, w, 3]."""
     picks, blocks = [i for n in range(1, 4) for i in torch.nonzero(batch.count == n)[:2, 0].tolist()], []
     for i in picks[: len(picks) // 2 * 2]:  # two columns
         clips = [batch.trajectory(i).maps(kind), *(video[i] for video in videos)]
-        sheet = common.contact_sheet([common.to_uint8(clip, scale=2) for clip in clips])
+        sheet = contact_sheet([to_uint8(clip, scale=2) for clip in clips])
         blocks.append(np.pad(sheet, ((0, 12), (0, 12), (0, 0)), constant_values=255))
     return np.concatenate([np.concatenate(blocks[column::2]) for column in range(2)], axis=1)
 
@@ -197,7 +178,7 @@ def animation(videos: Sequence[Tensor], batch: ToyBatch) -> np.ndarray:
     rows = []
     for i in [torch.nonzero(batch.count == n)[0].item() for n in batch.count.unique()]:
         still = batch.video[i][:, :1].expand_as(batch.video[i])
-        tiles = [common.to_uint8(clip, scale=4) for clip in (still, *(video[i] for video in videos))]
+        tiles = [to_uint8(clip, scale=4) for clip in (still, *(video[i] for video in videos))]
         tiles[0] = draw_overlay(tiles[0], batch.trajectory(i))
         border = ((0, 0), (0, 4), (0, 4), (0, 0))
         rows.append(np.concatenate([np.pad(tile, border, constant_values=255) for tile in tiles], axis=2))
@@ -210,9 +191,9 @@ def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: para
         VideoDiT.from_pretrained(generator, f"{speed}Generator"),
         read_adapter(adapter, f"{speed}Adapter"),
     )
-    shapes = [f"{net.config.layers} blocks of width {net.config.dim}" for net in pair]
-    if shapes[0] != shapes[1]:
-        raise common.UserError(f"{adapter}: has {shapes[1]}, but {generator} has {shapes[0]}")
+    if not fits(pair[1], pair[0]):
+        shapes = [f"{net.config.layers} blocks of width {net.config.dim}" for net in pair]
+        raise UserError(f"{adapter}: has {shapes[1]}, but {generator} has {shapes[0]}")
     return tuple(parallel.prepare(network, procs, cfg.compile) for network in pair)
 
 
@@ -252,7 +233,7 @@ def ablate(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[lis
     for variant, label in VARIANTS.items():
         files = sorted(RUNS.glob(f"{variant}_*/fast_adapter.safetensors"))
         if not files and variant == METHOD:
-            raise common.UserError(f"{RUNS / variant}_0/fast_adapter.safetensors: no such run; run `make ablation`")
+            raise UserError(f"{RUNS / variant}_0/fast_adapter.safetensors: no such run; run `make ablation`")
         if not files:
             print(f"{RUNS / variant}_0/fast_adapter.safetensors: no such run; the table leaves out: {label}")
             continue
@@ -275,29 +256,19 @@ def ablate(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[lis
 def main(cfg: Config) -> None:
     for name, least in (("videos", 2), ("steps", 1), ("batch", 1), ("seed", 0), ("shift", 0.01)):
         if getattr(cfg, name) < least:
-            raise common.UserError(f"--{name} {getattr(cfg, name)}: must be at least {least}")
-    out = common.output_path(cfg.out, ".json")
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {least}")
+    out = output_path(cfg.out, ".json")
     procs = parallel.init_processes()
     batch = ToyWorld(cfg.split).batch(list(range(cfg.videos)))
     rows, videos = (ablate if cfg.ablation else compare)(cfg, batch, procs)
 
     print(table(rows))
-    with common.atomic(out) as temporary:
-        temporary.write_text(
-            json.dumps([row | common.provenance("evaluate.py", cfg, procs.device) for row in rows], indent=1) + "\n"
-        )
-    with common.atomic(out.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown(rows) + "\n")
-    common.write_image(out.with_suffix(".png"), contact_sheet(videos, batch, cfg.maps))
+    about = provenance("-m toy.evaluate", cfg, procs.device)
+    write_rows(out, [row | about for row in rows])
+    write_image(out.with_suffix(".png"), comparison(videos, batch, cfg.maps))
     if not cfg.ablation:
-        common.write_animation(out.with_suffix(".gif"), animation([videos[2], videos[4]], batch), fps=6)
+        write_animation(out.with_suffix(".gif"), animation([videos[2], videos[4]], batch), fps=6)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["folder"]:
-        import benchmark
-
-        del sys.argv[1]
-        common.run_script(benchmark.main, benchmark.Config, TrajectoryError)
-    else:
-        common.run_script(main, Config, OSError)
+    run_script(main, Config)

@@ -21,9 +21,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 
-from common import UserError, atomic, contact_sheet, to_uint8, write_image, write_video
-from parallel import Processes
-from weights import read_config
+from core.config import UserError
+from core.files import atomic
+from core.media import contact_sheet, to_uint8, write_image, write_video
+from core.parallel import Processes
+from core.weights import read_config
 
 Part = tuple[nn.Module, Sequence, Stateful | None]  # a network, its optimizers, its averages if it has any
 KEEP = 2  # checkpoints
@@ -37,6 +39,11 @@ def check_counts(config) -> None:
     for name in COUNTS:
         if getattr(config, name, 1) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: at least 1")
+
+
+def due(step: int, every: int, start: int, last: bool) -> bool:
+    """Is it time, before this step, for what comes every so many steps and after the last? Not where a run begins."""
+    return last or (step % every == 0 and step > start)
 
 
 class Run:

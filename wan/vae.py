@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from common import UserError
-from weights import load, read_checkpoint, read_config, read_folder, rename
+from core.config import UserError
+from core.weights import load, read_checkpoint, read_config, read_folder, rename
 
 # Of the published latents, per channel: what the DiT sees is (z - MEAN) / STD.
 MEAN = (

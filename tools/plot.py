@@ -1,15 +1,15 @@
 """Draw what runs have logged: one chart a measure, one line a run, in a page that needs nothing else.
 
-python plot.py runs/fast_adapter runs/other --out out/curves.html
+python -m tools.plot runs/fast_adapter runs/other --out out/curves.html
 """
 
 import html
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import common
+from core.config import UserError, run_script
+from core.files import atomic, output_path
 
 COLORS = ("#2a7de1", "#e1562a", "#2aa84a", "#9b3fd1", "#c9a200", "#00a3a3", "#d13f7f", "#777777")
 WIDTH, HEIGHT, LEFT, BOTTOM = 460, 220, 56, 22
@@ -19,7 +19,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 460, 220, 56, 22
 class Config:
     """Options of the charts."""
 
-    runs: str = "runs/fast_adapter"  # folders with a log.jsonl, with commas between; may stand first, without the flag
+    runs: tuple[str, ...] = ("runs/fast_adapter",)  # folders with a log.jsonl
     out: str = "out/curves.html"  # the page
     smooth: int = 1  # logged steps that are averaged
 
@@ -28,19 +28,19 @@ def read_log(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """A run's log as measure -> (step, value) pairs. UserError if there is none."""
     file = folder / "log.jsonl"
     if not file.is_file():
-        raise common.UserError(f"{file}: no such file; give folders of runs")
+        raise UserError(f"{file}: no such file; give folders of runs")
     curves: dict[str, list[tuple[int, float]]] = {}
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
         try:
             values = json.loads(line)
             step = int(values.pop("step"))
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise common.UserError(f"{file}: line {number} is no logged step; remove it") from None
+            raise UserError(f"{file}: line {number} is no logged step; remove it") from None
         for name, value in values.items():
             if isinstance(value, int | float) and abs(value) < float("inf"):  # no NaN either
                 curves.setdefault(name, []).append((step, value))
     if not curves:
-        raise common.UserError(f"{file}: holds no logged step; let the run log first")
+        raise UserError(f"{file}: holds no logged step; let the run log first")
     return curves
 
 
@@ -69,10 +69,10 @@ def chart(name: str, curves: dict[int, list[tuple[int, float]]]) -> str:
 
 
 def main(cfg: Config) -> None:
-    out = common.output_path(cfg.out, ".html")
+    out = output_path(cfg.out, ".html")
     if cfg.smooth < 1:
-        raise common.UserError(f"--smooth {cfg.smooth}: at least 1")
-    runs = [Path(name) for name in cfg.runs.split(",") if name]
+        raise UserError(f"--smooth {cfg.smooth}: at least 1")
+    runs = [Path(name) for name in cfg.runs]
     logs = [read_log(run) for run in runs]
     charts = []
     for name in dict.fromkeys(name for log in logs for name in log):
@@ -83,14 +83,10 @@ def main(cfg: Config) -> None:
     head = "<!doctype html><meta charset=utf-8><title>Runs</title>"
     head += "<style>body{font:13px system-ui} figure{display:inline-block} svg text{font-size:10px;fill:gray}</style>"
     page = f"{head}<p>{legend}</p>{''.join(charts)}\n"
-    with common.atomic(out) as temporary:
+    with atomic(out) as temporary:
         temporary.write_text(page)
     print(f"{len(charts)} charts of {len(runs)} runs: {out}")
 
 
 if __name__ == "__main__":
-    given = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
-    if given and sys.argv[1] == given[0]:  # folders first
-        count = next((i for i, arg in enumerate(sys.argv[1:]) if arg.startswith("-")), len(sys.argv) - 1)
-        sys.argv[1 : 1 + count] = ["--runs", ",".join(sys.argv[1 : 1 + count])]
-    common.run_script(main, Config)
+    run_script(main, Config, positional="runs")

@@ -21,8 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from common import UserError, atomic, reason
-from memory import Int8Linear, use_int8
+from core.config import UserError, reason
+from core.files import atomic
+from core.memory import Int8Linear, use_int8
 
 
 @dataclass(frozen=True)

@@ -1,51 +1,19 @@
-"""Codecs: pixels and prompts <-> latents and embeddings.
+"""The toy world's codec: a small learned autoencoder of single frames, and a fixed embedding of words."""
 
-Every codec has `encode_video`, `decode_video`, `encode_text` and the attributes `channels`, `spatial` and `temporal`
-(pixels and video frames per latent position), so nothing downstream knows which one it holds.
-"""
-
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError
-from maps import MOST_VIDEO
-from umt5 import TextEncoder
-from vae import WanVAE
-from weights import load, read_network
+from core.codec import Codec
+from core.config import ROOT
+from core.weights import load, read_network
 
-TOY_WEIGHTS = Path(__file__).parent / "checkpoints/tiny/codec.safetensors"
-
-
-class Codec:
-    """What both codecs have in common."""
-
-    channels: int  # of the latent
-    spatial: int  # pixels of a latent position, each way
-    temporal: int  # video frames of a latent frame; the first is alone
-    patch = 2  # latent positions of a token, each way
-
-    def check_size(self, size: str, frames: int) -> tuple[int, int]:
-        """ "704x1280" -> (704, 1280). UserError unless the networks can make such videos."""
-        unit = self.spatial * self.patch
-        sides = re.fullmatch(r"(\d+)x(\d+)", size)
-        if not sides or any(int(n) % unit or int(n) < unit for n in sides.groups()):
-            example = f"as {4 * unit}x{6 * unit}"
-            raise UserError(f"--size {size}: takes height x width, both multiples of {unit}, {example}")
-        if frames < 2 or (frames - 1) % self.temporal:
-            near = self.temporal * max((frames - 1) // self.temporal, 1) + 1
-            raise UserError(f"--frames {frames}: must be {self.temporal} n + 1, at least 2; {near} is")
-        pixels = int(sides[1]) * int(sides[2]) * frames
-        if pixels > MOST_VIDEO:
-            raise UserError(f"--size {size} --frames {frames}: {pixels} pixels; {MOST_VIDEO} is the most")
-        return int(sides[1]), int(sides[2])
+TOY_WEIGHTS = ROOT / "checkpoints/tiny/codec.safetensors"
 
 
 @dataclass(frozen=True)
@@ -178,62 +146,3 @@ class ToyCodec(Codec):
             if tokens:
                 row[: len(tokens)] = torch.stack(tokens)[: self.text_tokens]
         return out
-
-
-class WanCodec(Codec):
-    """Wan2.2's codec: its VAE, and UMT5-XXL through `transformers` (requirements-wan.txt).
-
-    `folder` is Wan2.2-TI2V-5B as published, in its own layout or diffusers'. Each part is read when first needed, and
-    the text encoder, larger than all else, let go of after; with `offload` its blocks stay in the host's memory. The
-    VAE encodes in float32 and decodes in `dtype`, if `tile` is set in squares of so many latent positions.
-    """
-
-    channels, spatial, temporal = 48, 16, 4
-    text_dim, text_tokens = 4096, 512
-
-    def __init__(
-        self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32, tile: int = 0,
-        offload: bool = False,
-    ):  # fmt: skip
-        self.folder, self.device, self.dtype, self.tile, self.offload = Path(folder), device, dtype, tile, offload
-
-    @cached_property
-    def vae(self) -> WanVAE:
-        vae = WanVAE.from_pretrained(self._part("Wan2.2_VAE.pth", "vae")).to(self.device).requires_grad_(False)
-        vae.decoder.to(self.dtype)
-        vae.conv2.to(self.dtype)
-        return vae
-
-    def _part(self, *names: str) -> Path:
-        """The first of these that is in the folder: a part's place in the two layouts."""
-        for name in names:
-            if (self.folder / name).exists():
-                return self.folder / name
-        raise UserError(f"{self.folder}: holds no {' or '.join(names)}; give Wan2.2-TI2V-5B as published")
-
-    def encode_video(self, video: Tensor) -> Tensor:
-        """[B, 3, T, height, width] in [-1, 1], T = 4 n + 1 -> [B, 48, n + 1, height / 16, width / 16]."""
-        return self.vae.encode(video.to(self.device))
-
-    def decode_video(self, latents: Tensor) -> Tensor:
-        """[B, 48, F, H, W] -> [B, 3, 4 (F - 1) + 1, 16 H, 16 W] in [-1, 1]."""
-        return self.vae.decode(latents.to(self.device), tile=self.tile, overlap=min(8, self.tile // 2))
-
-    def pieces(self, latents: Tensor) -> Iterator[Tensor]:
-        """What `decode_video` gives, some frames at a time; at once in squares, which reach over all frames."""
-        yield from [self.decode_video(latents)] if self.tile else self.vae.frames(latents.to(self.device))
-
-    def text_encoder(self) -> Callable[[list[str]], Tensor]:
-        """What embeds prompts, read from disk; let go of it when all are embedded."""
-        tokenizer = self._part("google/umt5-xxl", "tokenizer")
-        encoder = self._part("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
-        return TextEncoder(tokenizer, encoder, self.device, self.text_tokens, self.offload)
-
-    def encode_text(self, prompts: list[str]) -> Tensor:
-        """Prompts -> [B, 512, 4096] bfloat16, zeros after the last token. Tokens past 512 are dropped."""
-        return self.text_encoder()(prompts)
-
-
-def open_codec(preset: str, folder: Path | str, device: torch.device, **options) -> Codec:
-    """The preset's codec; `folder`, of Wan2.2-TI2V-5B, and `options` are WanCodec's."""
-    return WanCodec(folder, device, **options) if preset == "wan5b" else ToyCodec()

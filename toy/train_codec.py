@@ -1,13 +1,13 @@
 """Before stage 0: make the toy world's codec, an autoencoder of single frames.
 
-    python train_codec.py                                         # one process, some ten minutes on two cores
+    python -m toy.train_codec                                       # one process, some ten minutes on two cores
 
 The encoder is computed, principal components of the first videos' frames; the decoder is trained, on frames of videos
 and of trajectory maps. Noise on the latents makes it bear a generator's errors; an error of each pixel alone would make
 it blur where it is not sure, so how much detail there is around a pixel counts too. To resume, run the same command
 again.
 
-    python train_codec.py --init checkpoints/tiny/codec.safetensors --name decoder
+    python -m toy.train_codec --init checkpoints/tiny/codec.safetensors --name decoder
 
 goes on with the decoder of a codec: its latents, and with them all other networks, stay valid.
 """
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import common
-import optim
-import parallel
-from codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
-from data import ToyWorld
-from measures import laplacian
-from runs import Run, check_counts
-from weights import save_network
+from core import optim, parallel
+from core.config import run_script
+from core.noise import rng
+from core.runs import Run, check_counts, due
+from core.weights import save_network
+from toy.codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
+from toy.metrics import laplacian
+from toy.world import ToyWorld
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Config:
 def frames_of(world: ToyWorld, samples: list[int], number: int, seed: int) -> Tensor:
     """`number` frames of each video, a quarter of them replaced by frames of its maps: [B * number, 3, S, S]."""
     batch = world.batch(samples)
-    draw = common.generator(seed, samples[0])
+    draw = rng(seed, samples[0])
     frames = []
     for i, video in enumerate(batch.video):
         maps = batch.trajectory(i).maps("box")
@@ -90,7 +90,7 @@ def main(cfg: Config) -> None:
         samples = list(range(step * cfg.batch, (step + 1) * cfg.batch))
         frames = frames_of(world, samples, cfg.frames, cfg.seed)
         latents = model.encode(frames)
-        noise = torch.randn(latents.shape, generator=common.generator(cfg.seed, step, 1))
+        noise = torch.randn(latents.shape, generator=rng(cfg.seed, step, 1))
         loss = decoder_loss(model.decode(latents + cfg.noise * noise), frames, cfg.detail, cfg.energy)
         loss.backward()
         return loss.detach(), optim.clip_and_step(decoder, optimizers, cfg.clip)
@@ -106,9 +106,9 @@ def main(cfg: Config) -> None:
 
     for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps):
         last = step == cfg.steps
-        if (step % cfg.sample_every == 0 and step > start) or last:
+        if due(step, cfg.sample_every, start, last):
             write_samples(step)
-        if (step % cfg.save_every == 0 and step > start) or last:
+        if due(step, cfg.save_every, start, last):
             run.save(step, wait=last)
         if last:
             break
@@ -120,4 +120,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, Config)
+    run_script(main, Config)

@@ -1,0 +1,34 @@
+"""Random numbers without a state: a key of integers gives the same numbers on any device, rank and resumed run.
+
+A key is (seed, step or turn, stream). Streams keep draws apart that share a seed and a step; scripts name theirs.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEVEL = 1  # the stream of noise levels, and of whatever else is uniform
+
+
+def rng(*key: int) -> torch.Generator:
+    """A CPU generator for this key."""
+    seed = np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) >> 1)
+
+
+def sample_noise(shape: Sequence[int], samples: Sequence[int], *key: int) -> Tensor:
+    """Gaussian noise [len(samples), *shape], each row seeded by its sample number, whichever rank draws it."""
+    return torch.stack([torch.randn(*shape, generator=rng(*key, sample)) for sample in samples])
+
+
+def step_noise(steps: int, shape: Sequence[int], samples: Sequence[int], *key: int) -> Tensor:
+    """Fresh noise for each step of a sampler: [steps, len(samples), *shape], drawn as `sample_noise` draws."""
+    return sample_noise((steps, *shape), samples, *key).transpose(0, 1)
+
+
+def sample_uniform(samples: Sequence[int], batch: int, *key: int) -> Tensor:
+    """One number in [0, 1) a sample, stratified: the i-th of a batch of n falls in [i/n, (i+1)/n)."""
+    u = torch.cat([torch.rand(1, generator=rng(*key, sample, LEVEL)) for sample in samples])
+    return (torch.tensor([sample % batch for sample in samples]) + u) / batch

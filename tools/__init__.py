@@ -1,0 +1,1 @@
+"""What a user runs beside the method: prepare clips, convert trajectories, evaluate a folder, measure speed."""

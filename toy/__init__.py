@@ -1,0 +1,1 @@
+"""The toy world, whose every truth can be computed: its videos, its codec, its metrics and its own stage 0."""

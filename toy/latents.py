@@ -1,0 +1,42 @@
+"""What training reads of the toy world: its videos, captions and trajectories, through the toy codec."""
+
+import numpy as np
+import torch
+
+from core.codec import Batch
+from core.config import UserError
+from toy.codec import ToyCodec
+from toy.world import ToyWorld
+from trajectory import dark_frames
+
+
+class ToyLatents:
+    """What training reads: toy videos as latents, text embeddings and trajectory latents.
+
+    Seed and sample numbers fix everything. Another seed, 0 to 255, means 2^32 other videos of the split.
+    """
+
+    def __init__(self, codec: ToyCodec, split: str = "train", seed: int = 0):
+        if not 0 <= seed < 256:
+            raise UserError(f"--seed {seed}: use 0 to 255")
+        self.codec, self.world, self.offset = codec, ToyWorld(split), seed << 32
+
+    def batch(self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0) -> Batch:
+        """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
+
+        A share `sparse` of the trajectories is blacked out in a random subset of frames; a share `drop_text` of the
+        captions is empty, which trains the unconditional branch of guidance.
+        """
+        samples = [self.offset + s for s in samples]
+        batch = self.world.batch(samples)
+        seeds = ([self.world.first, s, 1] for s in samples)
+        chance = np.stack([np.random.default_rng(seed).random(2 + self.world.frames) for seed in seeds])
+        captions = ["" if u < drop_text else c for u, c in zip(chance[:, 0], batch.captions, strict=True)]
+        x0, text = self.codec.encode_video(batch.video), self.codec.encode_text(captions)
+        if kind is None:
+            return Batch(x0, text, None)
+        maps = []
+        for i, u in enumerate(chance):
+            lit = np.nonzero(~dark_frames(u[1:], sparse))[0]
+            maps.append(batch.trajectory(i).sparse(lit).maps(kind))
+        return Batch(x0, text, self.codec.encode_video(torch.stack(maps)))
