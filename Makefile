@@ -17,6 +17,7 @@ no_video = --video false
 
 demo: .venv/ready
 	$(BIN)/python sample.py
+	@echo "To go on in this shell: source .venv/bin/activate"
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope
@@ -26,7 +27,7 @@ ablation: .venv/ready
 	@echo "$(words $(RUNS)) runs of stage 3 from the shipped networks, two at a time."
 	@echo "Reckoned from a pair's six minutes: about an hour and a half on two cores, table included."
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUNS)
-	$(BIN)/python evaluate.py --ablation --out results/ablation.json
+	$(BIN)/python -m toy.evaluate --ablation --out results/ablation.json
 
 runs/ablation/%/fast_adapter.safetensors: | .venv/ready
 	$(BIN)/python finetune_hybrid.py --name ablation/$* --seed $(lastword $(subst _, ,$*)) \

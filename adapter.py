@@ -53,9 +53,7 @@ class ResNetBlock(nn.Module):
 
 
 class ResNetAdapter(nn.Module):
-    """The light adapter (paper: base + adapter = 5.02B). It reads the trajectory latent alone: once per clip, not per
-    step.
-    """
+    """The light adapter (paper: base + adapter = 5.02B). It reads only the trajectory: it runs once a clip."""
 
     static = True  # its output depends on neither x, t nor text
 
@@ -64,11 +62,11 @@ class ResNetAdapter(nn.Module):
         self.config = config
         # A codec's latent of black is far from 0 and most of a map is black: without this, constants drown the lines.
         self.norm = nn.GroupNorm(config.channels, config.channels)
-        # Frame 0 holds the objects' masks. Every frame sees its own map beside it, so identity needs no long reach in
-        # time.
+        # Every frame sees its own map beside frame 0's masks, so identity needs no long reach in time.
         self.patch_embedding = nn.Linear(2 * config.channels * config.patch[1] * config.patch[2], config.hidden)
         self.blocks = nn.ModuleList(ResNetBlock(config.hidden, config.dim) for _ in range(config.layers))
-        self.init_weights()
+        if not self.patch_embedding.weight.is_meta:  # there, weights are about to be read
+            self.init_weights()
 
     def init_weights(self) -> None:
         """He initialisation for convolutions, zero for every block's projection."""
@@ -81,15 +79,11 @@ class ResNetAdapter(nn.Module):
             nn.init.zeros_(block.project.weight)
             nn.init.zeros_(block.project.bias)
 
-    def forward(
-        self, traj: Tensor, x: Tensor | None = None, t: Tensor | None = None, text: Tensor | None = None
-    ) -> list[Tensor]:
+    def forward(self, traj: Tensor, *_x_t_text: Tensor) -> list[Tensor]:
         """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""
         return list(self.residuals(traj))
 
-    def residuals(
-        self, traj: Tensor, x: Tensor | None = None, t: Tensor | None = None, text: Tensor | None = None
-    ) -> Iterator[Tensor]:
+    def residuals(self, traj: Tensor, *_x_t_text: Tensor) -> Iterator[Tensor]:
         """The same, each made when it is asked for."""
         traj = self.norm(traj)
         traj = torch.cat([traj, traj[:, :, :1].expand_as(traj)], dim=1)
@@ -116,9 +110,8 @@ class ControlNetAdapter(VideoDiT):
         self.patch_embedding = PatchEmbedding(2 * config.channels, config.patch, config.dim)
         self.project = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.layers))
         init_xavier(self.patch_embedding)
-        for layer in self.project:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in self.project.parameters():
+            nn.init.zeros_(parameter)
 
     @torch.no_grad()
     def copy_generator(self, generator: VideoDiT) -> None:

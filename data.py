@@ -7,7 +7,6 @@
 and sample numbers with a seed fix all that it returns. Clips are prepared by `python -m tools.prepare_clips`.
 """
 
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +65,7 @@ class ClipLatents:
     def pick(self, sample: int) -> int:
         """The number of the clip that is this sample."""
         epoch, place = divmod(sample, len(self.numbers))
-        return self.numbers[shuffled(len(self.numbers), self.seed, epoch)[place]]
-
-
-@lru_cache(maxsize=2)
-def shuffled(number: int, *key: int) -> np.ndarray:
-    """0 to number - 1 in an order that the key fixes."""
-    return np.random.default_rng(key).permutation(number)
+        return self.numbers[np.random.default_rng((self.seed, epoch)).permutation(len(self.numbers))[place]]
 
 
 def open_codec(preset: str, folder: Path | str, device: torch.device, **options) -> Codec:

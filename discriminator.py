@@ -6,13 +6,11 @@ the video, and one number judges what it saw (paper, section on the diffusion di
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.weights import load, read_network
 from model import PatchEmbedding, VideoDiT, init_xavier, rotary_table
 
 
@@ -40,7 +38,7 @@ PRESETS = {
 
 
 class ClassifierBlock(nn.Module):
-    """The judge of one block's features: a query through three attentions. It starts as a plain mean over the video's tokens."""
+    """Judges one block's features: a query goes through three attentions. At first it is a plain mean over tokens."""
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
@@ -81,7 +79,8 @@ class Classifier(nn.Module):
         self.blocks = nn.ModuleList(ClassifierBlock(config) for _ in config.feature_blocks)
         self.norm = nn.LayerNorm(config.hidden * len(config.feature_blocks))
         self.logit = nn.Linear(config.hidden * len(config.feature_blocks), 1)
-        self.init_weights()
+        if not self.logit.weight.is_meta:  # there, weights are about to be read
+            self.init_weights()
 
     def init_weights(self) -> None:
         """Xavier matrices, small queries, attention almost uniform, the video's alone at work; a logit of zero.
@@ -110,12 +109,6 @@ class Classifier(nn.Module):
             for block, embed, feature in zip(self.blocks, self.tokens, features, strict=True)
         ]
         return self.logit(self.norm(torch.cat(seen, dim=1)))[:, 0].float()
-
-    @classmethod
-    def from_pretrained(cls, path: Path | str) -> "Classifier":
-        """Read an own export."""
-        config, tensors = read_network(path, "Classifier", ClassifierConfig)
-        return load(lambda: cls(config), tensors, path)
 
 
 class DiffusionDiscriminator(nn.Module):

@@ -4,10 +4,9 @@
     torchrun --nproc_per_node=8 distill_fast.py
 
 Three networks start from the SlowGenerator. The *student* learns to turn noise into clean videos in four steps. The
-*real score* is frozen: it tells where a noisy video should go to look like data. The *fake score* trains all along on
-what the student makes: it tells where the video should go to look like the student's. The difference of the two scores
-is the student's gradient (DMD; paper, stage 2). No trajectory takes part; the adapter comes back in stage 3. To resume,
-run the same command again.
+frozen *real score* tells where a noisy video should go to look like data; the *fake score*, trained all along on what
+the student makes, where it should go to look like the student's. Their difference is the student's gradient (DMD;
+paper, stage 2). No trajectory takes part; the adapter comes back in stage 3. To resume, run the same command again.
 """
 
 from collections.abc import Sequence
@@ -17,14 +16,13 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import flow
 from core import optim, parallel
 from core.config import run_script, shipped
 from core.noise import rng, sample_uniform, step_noise
 from core.parallel import Recompute
-from core.runs import Run, check_counts, due
+from core.runs import Run, check_counts
 from core.weights import save_network
 from data import open_codec, training_data
 from flow import Velocity
@@ -35,8 +33,6 @@ EXIT_STEP = 2  # the random stream that draws where backward simulation ends
 
 @dataclass(frozen=True)
 class Config:
-    """Options of stage 2."""
-
     name: str = "fast_generator"  # run folder under runs/
     preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
     data: str = ""  # folder of prepared clips (tools.prepare_clips); the toy world if empty
@@ -73,31 +69,25 @@ WAN5B = {
 
 
 class Draw(NamedTuple):
-    """Everything random in one loss, and the first frame that it is about."""
+    """The first frame that a loss is about, the student's schedule, and everything random."""
 
     first: Tensor  # clean first-frame latents [B,C,1,H,W]
-    noise: Tensor  # of the student's own sampling [steps,B,C,F,H,W]
+    sigmas: Sequence[float]  # the student's noise levels
+    exit_step: int  # the step at which its sampling ends
+    noise: Tensor  # of its sampling [steps,B,C,F,H,W]
     renoise: Tensor  # with which its result is noised again, for the scores to judge [B,C,F,H,W]
     sigma: Tensor  # how far [B]
 
 
-def student_loss(
-    student: Velocity,
-    *,
-    real_score: Velocity,
-    fake_score: Velocity,
-    draw: Draw,
-    sigmas: Sequence[float],
-    exit_step: int,
-) -> Tensor:
-    """Distribution matching: move the student's x0 against `fake_score(x_t) - real_score(x_t)`, both read as clean videos.
+def student_loss(student: Velocity, real_score: Velocity, fake_score: Velocity, draw: Draw) -> Tensor:
+    """Distribution matching: move the student's x0 against `fake_score(x_t) - real_score(x_t)`, read as clean videos.
 
-    The student samples up to `exit_step` of the schedule `sigmas`; that step alone gets the gradient. The difference is
-    divided by the mean of |x0 - real_score(x_t)| of each video, so that all noise levels pull alike (DMD, eq. 8). The
-    returned value has that gradient; it is no distance, and does not fall.
+    The student samples up to `draw.exit_step`, and that step alone gets the gradient. The difference is divided by the
+    mean of |x0 - real_score(x_t)| of each video, so that all noise levels pull alike (DMD, eq. 8). The returned value
+    has that gradient; it is no distance, and does not fall.
     """
     # 1. The student makes videos, by the same steps as in use.
-    x0 = flow.backward_simulation(student, draw.first, draw.noise, sigmas, exit_step)
+    x0 = flow.backward_simulation(student, draw.first, draw.noise, draw.sigmas, draw.exit_step)
     with torch.no_grad():
         # 2. They are noised again, and both scores say what they see in them.
         level = flow.frame_sigma(draw.sigma, x0.shape[2])
@@ -111,17 +101,15 @@ def student_loss(
     return 0.5 * (x0[:, :, 1:] - target).square().mean()
 
 
-def fake_score_loss(
-    fake_score: Velocity, *, student: Velocity, draw: Draw, sigmas: Sequence[float], exit_step: int
-) -> Tensor:
-    """The flow-matching loss of the fake score on what the student makes. Arguments as in `student_loss`."""
+def fake_score_loss(fake_score: Velocity, student: Velocity, draw: Draw) -> Tensor:
+    """The flow-matching loss of the fake score on what the student makes."""
     with torch.no_grad():
-        x0 = flow.backward_simulation(student, draw.first, draw.noise, sigmas, exit_step)
+        x0 = flow.backward_simulation(student, draw.first, draw.noise, draw.sigmas, draw.exit_step)
     return flow.flow_matching_loss(fake_score, x0, draw.renoise, draw.sigma)
 
 
 def levels_above(u: Tensor, exit_step: int, steps: int) -> Tensor:
-    """Uniform u in [0, 1) -> uniform over the levels, before the shift, from that of the step after `exit_step` to noise.
+    """Uniform u in [0, 1) -> uniform over the levels, before the shift, from the one after `exit_step` to pure noise.
 
     To that level the sampler noises what `exit_step` predicts, so how its prediction looks with less noise is never
     seen. If the scores judged it there as well, the vague predictions of the first steps would blend with those of the
@@ -167,7 +155,7 @@ def main(cfg: Config) -> None:
         noise = step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
         u = sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
         sigma = flow.shift_sigma(levels_above(u, exit_step, cfg.denoising_steps), cfg.shift).clamp(0.02, 0.98)
-        return text, Draw(x0[:, :, :1], noise[:-1], noise[-1], sigma)
+        return text, Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
 
     def train_step(step: int, learner: Literal["fake", "generator"]) -> dict[str, Tensor]:
         """One update of the fake score or of the student (in logs and checkpoints: the generator)."""
@@ -176,17 +164,14 @@ def main(cfg: Config) -> None:
         exit_step = int(torch.randint(cfg.denoising_steps, (), generator=rng(cfg.seed, turn, EXIT_STEP)))
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             text, draw = inputs(samples, turn, exit_step)
-            generates, fake, real, unconditional = (
-                partial(student, text=text), partial(fake_score, text=text), partial(real_score, text=text),
-                partial(real_score, text=empty.expand_as(text)),
-            )  # fmt: skip
-            shared = {"draw": draw, "sigmas": sigmas, "exit_step": exit_step}
+            generates, fake, real = (partial(network, text=text) for network in (student, fake_score, real_score))
             with parallel.autocast(procs.device, cfg.dtype):
                 if learner == "fake":
-                    loss = fake_score_loss(fake, student=generates, **shared)
+                    loss = fake_score_loss(fake, student=generates, draw=draw)
                 else:
+                    unconditional = partial(real_score, text=empty.expand_as(text))
                     guided = flow.guided(real, unconditional, cfg.guidance)
-                    loss = student_loss(generates, real_score=guided, fake_score=fake, **shared)
+                    loss = student_loss(generates, real_score=guided, fake_score=fake, draw=draw)
             (loss / cfg.accumulate).backward()
             losses.append(loss.detach())
         network, its_optimizers = (fake_score, fake_optimizers) if learner == "fake" else (student, optimizers)
@@ -203,14 +188,7 @@ def main(cfg: Config) -> None:
         run.samples(step, pairs.flatten(0, 1))
 
     # 3. The loop: the fake score follows the student, and every few steps the student learns from both scores.
-    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=procs.rank > 0):
-        last = step == cfg.steps
-        if due(step, cfg.sample_every, start, last):
-            write_samples(step)
-        if due(step, cfg.save_every, start, last):
-            run.save(step, wait=last)
-        if last:
-            break
+    for step in run.steps(start, write_samples):
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
         optim.set_lr(fake_optimizers, optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps))
         values = train_step(step, "fake")

@@ -6,8 +6,7 @@
 The diffusion loss alone keeps to the trajectory and blurs; the adversarial loss alone is sharp and drifts. The adapter
 gets both, weighed `loss = adversarial + lambda(step) * diffusion` (paper, stage 3). The discriminator judges what all
 four steps together make. It learns at every step and the adapter at every fifth; all else is frozen. On the toy the
-diffusion loss has the first steps to itself, and the discriminator begins with what that leaves blurred. To resume,
-run the same command again.
+diffusion loss has the first steps to itself. To resume, run the same command again.
 """
 
 from dataclasses import dataclass, replace
@@ -15,16 +14,16 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import discriminator as discriminators
 import flow
 from adapter import read_adapter
 from core import optim, parallel
+from core.codec import Batch
 from core.config import UserError, run_script, shipped
 from core.noise import sample_uniform, step_noise
 from core.parallel import Recompute
-from core.runs import Run, check_counts, due
+from core.runs import Run, check_counts
 from core.weights import save_network
 from data import open_codec, training_data
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
@@ -36,8 +35,6 @@ DIFFUSION_STEP = 3  # the random stream that draws at which of the four noise le
 
 @dataclass(frozen=True)
 class Config:
-    """Options of stage 3."""
-
     name: str = "fast_adapter"  # run folder under runs/
     preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
     data: str = ""  # folder of prepared clips (tools.prepare_clips); the toy world if empty
@@ -108,28 +105,28 @@ def diffusion_weight(kind: str, progress: float) -> float:
 
 
 class Phase(NamedTuple):
-    """What happens at a step, and how far training has come."""
+    """What happens at a step, and how far its part of the training has come."""
 
     judged: bool  # the discriminator is at work
-    adapter_learns: bool
     new_fakes: bool  # a cycle begins: the discriminator sees new videos
-    age: int  # steps since the discriminator's rate began its warm-up
-    lifetime: int  # steps of its whole schedule
-    adapter_age: int  # the same for the adapter's rate, and for lambda
+    adapter_learns: bool
+    age: int  # steps since the discriminator's rate began to warm up, of `lifetime`
+    lifetime: int
+    adapter_age: int  # the same for the adapter's rate and for lambda
     adapter_lifetime: int
 
 
-def phase(step: int, *, steps: int, ratio: int, diffusion_first: int, adapter_start: int) -> Phase:
+def phase(step: int, steps: int, ratio: int, diffusion_first: int, adapter_start: int) -> Phase:
     """Training has two parts, each with its own warm-up, cosine and lambda.
 
-    First `diffusion_first` steps of the diffusion loss alone; then both losses, while the adapter rests for
-    `adapter_start` steps. It learns in the last step of every cycle of `ratio` steps.
+    First `diffusion_first` steps of the diffusion loss alone. Then both losses, while the adapter rests for
+    `adapter_start` steps. The adapter learns in the last step of every cycle of `ratio` steps.
     """
-    alone = step < diffusion_first
-    age, lifetime = (step, diffusion_first) if alone else (step - diffusion_first, steps - diffusion_first)
-    rest = 0 if alone else adapter_start
+    judged = step >= diffusion_first
+    age, lifetime = (step - diffusion_first, steps - diffusion_first) if judged else (step, diffusion_first)
+    rest = adapter_start if judged else 0
     learns = age >= rest and (step + 1) % ratio == 0
-    return Phase(not alone, learns, step % ratio == 0, age, lifetime, age - rest, lifetime - rest)
+    return Phase(judged, step % ratio == 0, learns, age, lifetime, age - rest, lifetime - rest)
 
 
 class Inputs(NamedTuple):
@@ -143,26 +140,17 @@ class Inputs(NamedTuple):
     level: Tensor  # how far [B,F]
 
 
-class Fakes(NamedTuple):
-    """What the generator makes, and of what."""
-
-    x0: Tensor
-    text: Tensor
-    traj: Tensor
-
-
 def check(cfg: Config) -> None:
     """UserError if the options contradict one another."""
     check_counts(cfg)
     if not (cfg.use_gan or cfg.use_diffusion):
         raise UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
-    if min(cfg.adapter_start, cfg.diffusion_first) < 0 or cfg.adapter_start + cfg.diffusion_first >= cfg.steps:
-        raise UserError(
-            f"--adapter_start {cfg.adapter_start} --diffusion_first {cfg.diffusion_first}: give steps from 0 on,"
-            f" together below --steps {cfg.steps}"
-        )
-    if cfg.diffusion_first and not cfg.use_diffusion:
-        raise UserError(f"--diffusion_first {cfg.diffusion_first}: needs --use_diffusion true")
+    first, rest = cfg.diffusion_first, cfg.adapter_start
+    if min(first, rest) < 0 or first + rest >= cfg.steps:
+        mend = f"give steps from 0 on, together below --steps {cfg.steps}"
+        raise UserError(f"--adapter_start {rest} --diffusion_first {first}: {mend}")
+    if first and not cfg.use_diffusion:
+        raise UserError(f"--diffusion_first {first}: needs --use_diffusion true")
 
 
 def main(cfg: Config) -> None:
@@ -212,21 +200,20 @@ def main(cfg: Config) -> None:
             return lambda x, t: generator(x, t, text, residuals)
         return lambda x, t: generator(x, t, text, adapter(traj, x, t, text))
 
-    def make_fakes(step: int) -> list[Fakes]:
+    def make_fakes(step: int) -> list[Batch]:
         """What the generator makes with the adapter as it is now, a micro-batch at a time."""
         turn, fakes = 2 * (step // cfg.ratio * cfg.ratio), []
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             x0, text, traj, noise, _, _ = inputs(samples, turn)
             with torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
                 made = flow.sample_fewstep(controlled(text, traj), x0[:, :, :1], noise, sigmas)
-            fakes.append(Fakes(made, text, traj))
+            fakes.append(Batch(made, text, traj))
         return fakes
 
-    def discriminator_step(step: int, fakes: list[Fakes]) -> dict[str, Tensor]:
+    def discriminator_step(step: int, fakes: list[Batch]) -> dict[str, Tensor]:
         """The classifier learns to tell true videos from fakes, all of them noisy. No gradient but its own."""
         turn, losses = 2 * step, []
-        micro_batches = procs.share(cfg.batch, cfg.accumulate, turn)
-        for samples, fake in zip(micro_batches, fakes, strict=True):
+        for samples, fake in zip(procs.share(cfg.batch, cfg.accumulate, turn), fakes, strict=True):
             real = inputs(samples, turn)
             with parallel.autocast(procs.device, cfg.dtype):
                 with torch.no_grad():
@@ -273,31 +260,21 @@ def main(cfg: Config) -> None:
 
     # 3. The loop: the discriminator learns from true videos and fakes, then the adapter from both losses.
     fakes = None
-    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=procs.rank > 0):
-        last = step == cfg.steps
-        if due(step, cfg.sample_every, start, last):
-            write_samples(step)
-        if due(step, cfg.save_every, start, last):
-            run.save(step, wait=last)
-        if last:
-            break
-        now = phase(
-            step, steps=cfg.steps, ratio=cfg.ratio, diffusion_first=cfg.diffusion_first, adapter_start=cfg.adapter_start
-        )
+    for step in run.steps(start, write_samples):
+        now = phase(step, cfg.steps, cfg.ratio, cfg.diffusion_first, cfg.adapter_start)
         judged, values = cfg.use_gan and now.judged, {}
         if judged:
             if fakes is None or now.new_fakes:
                 fakes = make_fakes(step)
-            optim.set_lr(
-                classifier_optimizers, optim.learning_rate(now.age, cfg.classifier_lr, cfg.warmup, now.lifetime)
-            )
+            lr = optim.learning_rate(now.age, cfg.classifier_lr, cfg.warmup, now.lifetime)
+            optim.set_lr(classifier_optimizers, lr)
             values |= discriminator_step(step, fakes)
         if now.adapter_learns:
-            weight = diffusion_weight(cfg.diffusion_scale, now.adapter_age / now.adapter_lifetime)
             optim.set_lr(optimizers, optim.learning_rate(now.adapter_age, cfg.lr, cfg.warmup, now.adapter_lifetime))
+            weight = diffusion_weight(cfg.diffusion_scale, now.adapter_age / now.adapter_lifetime)
             values |= adapter_step(step, weight, judged)
             ema.update(step)
-            fakes = None  # made by the adapter as it was
+            fakes = None  # the adapter that made them is gone
         if (step + 1) % cfg.log_every == 0:
             run.log(step + 1, **{name: procs.mean(value) for name, value in values.items()})
 

@@ -204,7 +204,8 @@ class VideoDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
-        self.init_weights()
+        if not self.head.head.weight.is_meta:  # there, weights are about to be read
+            self.init_weights()
 
     def init_weights(self) -> None:
         """All initialisation in one place: Xavier matrices, small embeddings, a head that starts at zero."""
@@ -258,13 +259,9 @@ class VideoDiT(nn.Module):
         return tokens, e, e6, text, tuple(rope)
 
     def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        text: Tensor,
-        residuals: Iterable[Tensor] | None = None,
+        self, x: Tensor, t: Tensor, text: Tensor, residuals: Iterable[Tensor] | None = None,
         feature_blocks: tuple[int, ...] = (),
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:  # fmt: skip
         """Velocity of x [B,C,F,H,W] at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim].
 
         `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output; taken one by one.

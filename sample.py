@@ -6,23 +6,19 @@
     python sample.py --batch jobs.csv                                      # a table of videos
     python sample.py --preset wan5b --weights Wan2.2-TI2V-5B --image x.png --traj boxes.json --prompt "a cat jumps"
 
-Writes `--out` and, beside it, the same video with the boxes drawn over it. Fast: FastGenerator + FastAdapter in 4 steps,
-each of which predicts the clean video and adds noise again. Slow: SlowGenerator + SlowAdapter in 50 Euler steps. An
-image of another shape than the video's is resized until it covers it and cut to its middle, and the boxes with it.
-
-For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, in its own layout or diffusers', with the networks of this
-project in it: fast_generator.safetensors (or a generator.pt), fast_adapter.safetensors, slow_adapter.safetensors.
+Writes `--out` and, beside it, the same video with the boxes drawn over it. Fast: FastGenerator + FastAdapter in 4
+steps, each of which predicts the clean video and adds noise again. Slow: SlowGenerator + SlowAdapter in 50 Euler steps.
+An image of another shape than the video's is resized until it covers it and cut to its middle, and the boxes with it.
+For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, with the networks of this project in it.
 """
 
 import contextlib
-import csv
 import gc
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -38,18 +34,18 @@ from core.config import UserError, reason, run_script, shipped
 from core.files import output_path
 from core.media import BROKEN, Size, fit_frames, read_picture, to_uint8, write_video
 from core.noise import sample_noise, step_noise
+from core.tables import read_table
 from data import open_codec
 from model import FROZEN_DTYPE, PRESETS, VideoDiT
 from trajectory import Trajectory, draw_overlay, load_trajectory
 from wan.umt5 import read_text, save_text
 
+SAMPLING = {"fast": flow.FAST, "slow": flow.SLOW}
 EXAMPLE = "a yellow and red disc spinning clockwise, a cyan and green diamond spinning counterclockwise"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options of sampling."""
-
     image: str = shipped("examples/image.png")  # the first frame
     traj: str = shipped("examples/boxes.json")  # boxes.json, a map video, or a folder of PNG maps
     prompt: str = EXAMPLE  # what the video shows
@@ -81,7 +77,6 @@ COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | 
     "output_path": "out", "controlnet_weights": "",
 }  # fmt: skip
 PATHS = ("image", "traj", "out")  # relative to the table
-MOST_JOBS = 100_000
 
 
 def load_image(path: str, size: Size) -> tuple[Tensor, Size]:
@@ -126,41 +121,27 @@ def find_networks(cfg: Config) -> tuple[Path, Path]:
 def read_jobs(path: Path) -> list[dict]:
     """The rows of a --batch table as options. UserError if the table as a whole can't be used.
 
-    `out` is by default the row's number; the column `controlnet_weights` is passed over.
-    What is wrong in a single row is for whoever takes it up: a seed that is no number stays text, a missing image "".
+    `out` is by default the row's number; the column `controlnet_weights` is passed over. What is wrong in a single row
+    is for whoever takes it up: a seed that is no number stays text, a missing image "".
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, strict=True)
-            rows = list(islice(table, MOST_JOBS + 1))
-            names = table.fieldnames or []
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; correct --batch") from None
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable CSV file ({error}); save it as UTF-8 text with commas") from None
+    names, rows = read_table(path)
     known = ", ".join(COLUMNS)
     if unknown := [name for name in names if name not in COLUMNS]:
         raise UserError(f"{path}: column {unknown[0]!r} is unknown; the known ones are {known}")
-    lacking = {"image", "traj", "prompt"} - {COLUMNS[name] for name in names}
-    if lacking:
-        raise UserError(f"{path}: no column {sorted(lacking)[0]}; the first line names the columns, of {known}")
-    if not 0 < len(rows) <= MOST_JOBS:
-        raise UserError(f"{path}: {'no' if not rows else 'too many'} rows; give 1 to {MOST_JOBS}")
+    if lacking := sorted({"image", "traj", "prompt"} - {COLUMNS[name] for name in names}):
+        raise UserError(f"{path}: no column {lacking[0]}; the first line names the columns, of {known}")
     jobs = []
     for number, row in enumerate(rows):
-        if any(cell.strip() for cell in row.pop(None, ())):
-            raise UserError(f"{path}: row {number + 1} has more cells than columns; put texts with commas in quotes")
         values = {}
         for name, text in row.items():
             if COLUMNS[name] and not values.get(COLUMNS[name]):
-                values[COLUMNS[name]] = (text or "").strip()
+                values[COLUMNS[name]] = text.strip()
         values["out"] = values.get("out") or f"{number:05d}.mp4"
         if not values.get("seed"):
             values.pop("seed", None)
-        values |= {name: os.path.normpath(path.parent / values[name]) for name in PATHS if values[name]}
-        if values.get("seed", "").isdecimal():
+        elif values["seed"].isdecimal():
             values["seed"] = int(values["seed"])
-        jobs.append(values)
+        jobs.append(values | {name: os.path.normpath(path.parent / values[name]) for name in PATHS if values[name]})
     if len({job["out"] for job in jobs}) < len(jobs):
         raise UserError(f"{path}: two rows write the same file; give each another in the column out")
     return jobs
@@ -191,10 +172,13 @@ def read_inputs(job: Config, size: Size) -> tuple[Tensor, Trajectory]:
     return image, load_trajectory(job.traj, size, job.frames, source_size)
 
 
+def frozen_dtype(cfg: Config) -> torch.dtype:
+    return torch.float32 if cfg.dtype == "float32" else FROZEN_DTYPE[cfg.preset]
+
+
 def load(cfg: Config, files: tuple[Path, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:
     """Generator and adapter, ready to work. UserError if they don't fit the preset or one another."""
-    name, device = cfg.speed.title(), procs.device
-    dtype = torch.int8 if cfg.memory == "low" else decoder_dtype(cfg)
+    name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg)
     generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype)
     if generator.config != PRESETS[cfg.preset]:
         raise UserError(f"{files[0]}: is no network of preset {cfg.preset}")
@@ -205,20 +189,11 @@ def load(cfg: Config, files: tuple[Path, Path], procs: parallel.Processes) -> tu
         parallel.split_sequence(network, procs.group)
         for block in network.blocks if cfg.compile else ():
             block.forward = torch.compile(block.forward)
-        if isinstance(network, VideoDiT) and offloads(cfg, device):
-            memory.offload(network, device)
+        if isinstance(network, VideoDiT) and cfg.memory != "high" and procs.device.type == "cuda":
+            memory.offload(network, procs.device)
         else:
-            network.to(device)
+            network.to(procs.device)
     return generator, adapter
-
-
-def decoder_dtype(cfg: Config) -> torch.dtype:
-    return torch.float32 if cfg.dtype == "float32" else FROZEN_DTYPE[cfg.preset]
-
-
-def offloads(cfg: Config, device: torch.device) -> bool:
-    """Do the blocks of the large networks stay in the host's memory until they are called?"""
-    return cfg.memory != "high" and device.type == "cuda"
 
 
 def encode(codec: Codec, image: Tensor, trajectory: Trajectory, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -240,7 +215,7 @@ def denoise(
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return generator(x, t, text, adapter.residuals(traj, x, t, text))
 
-    sampling = (flow.FAST if cfg.speed == "fast" else flow.SLOW)[cfg.preset]
+    sampling = SAMPLING[cfg.speed][cfg.preset]
     steps = cfg.steps or sampling.steps
     sigmas, shape = flow.sigma_schedule(steps, sampling.shift), traj.shape[1:]
     with parallel.autocast(first.device, cfg.dtype):
@@ -289,12 +264,9 @@ def main(cfg: Config) -> None:
     device = procs.device
     if cfg.compile:
         parallel.check_compiler(device)
-    tile = cfg.tile or (16 if cfg.memory == "low" else 0)
-    codec = open_codec(
-        cfg.preset, cfg.weights, device, dtype=decoder_dtype(cfg), tile=tile, offload=offloads(cfg, device)
-    )
+    tile, offload = cfg.tile or (16 if cfg.memory == "low" else 0), cfg.memory != "high" and device.type == "cuda"
+    codec = open_codec(cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg), tile=tile, offload=offload)
     size, clock, failed = codec.check_size(cfg.size, cfg.frames), Clock(device), []
-
     jobs = [replace(cfg, **row) for row in (read_jobs(Path(cfg.batch)) if cfg.batch else [{}])]
     left = [job for job in jobs if not Path(job.out).exists()][procs.rank :: procs.world] if cfg.batch else jobs
     with clock("read inputs"):
@@ -332,7 +304,7 @@ def main(cfg: Config) -> None:
                 raise
             failed.append(f"{job.out}: {error}")  # a video that can't be made does not stop the rest
             continue
-        steps = cfg.steps or (flow.FAST if cfg.speed == "fast" else flow.SLOW)[cfg.preset].steps
+        steps = cfg.steps or SAMPLING[cfg.speed][cfg.preset].steps
         progress = f" ({number + 1} of {len(left)})" if cfg.batch else ""
         print(f"{steps} steps on {device}: {job.out} and {overlay}{progress}")
     print(clock)

@@ -6,8 +6,7 @@ This is the reference loop: read it first.
     torchrun --nproc_per_node=8 train_slow_adapter.py
 
 The loss is the generator's own flow-matching loss, but only the adapter learns (paper, stage 1). Training starts with
-dense masks, which show every pixel of an object, and goes on with boxes; some of the box trajectories are sparse. To
-resume, run the same command again.
+dense masks and goes on with boxes, some of them sparse. To resume, run the same command again.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import adapter as adapters
 import flow
@@ -25,7 +23,7 @@ from core.codec import Batch
 from core.config import run_script, shipped
 from core.noise import sample_noise, sample_uniform
 from core.parallel import Recompute
-from core.runs import Run, check_counts, due
+from core.runs import Run, check_counts
 from core.weights import save_network
 from data import open_codec, training_data
 from model import FROZEN_DTYPE, VideoDiT
@@ -33,8 +31,6 @@ from model import FROZEN_DTYPE, VideoDiT
 
 @dataclass(frozen=True)
 class Config:
-    """Options of stage 1."""
-
     name: str = "slow_adapter"  # run folder under runs/
     preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
     data: str = ""  # folder of prepared clips (tools.prepare_clips); the toy world if empty
@@ -72,14 +68,9 @@ WAN5B = {
 
 
 def adapter_loss(generator: VideoDiT, adapter: Adapter, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
-    """`|| v(x_t, t, text, traj) - (noise - x0) ||^2` [paper, stage 1]: the adapter's part in what the generator predicts.
-
-    noise [B,C,F,H,W], sigma [B].
-    """
+    """`|| v(x_t, t, text, traj) - (noise - x0) ||^2` [paper, stage 1]. noise [B,C,F,H,W], sigma [B]."""
     x0, text, traj = batch
-    return flow.flow_matching_loss(
-        lambda x_t, t: generator(x_t, t, text, adapter(traj, x_t, t, text)), x0, noise, sigma
-    )
+    return flow.flow_matching_loss(lambda x, t: generator(x, t, text, adapter(traj, x, t, text)), x0, noise, sigma)
 
 
 def trajectory_kind(step: int, mask_steps: int, sparse: float) -> tuple[Literal["mask", "box"], float]:
@@ -139,15 +130,8 @@ def main(cfg: Config) -> None:
         pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
         run.samples(step, pairs.flatten(0, 1))
 
-    # 3. The loop. It comes around once more after the last step, to save and show what is there.
-    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=procs.rank > 0):
-        last = step == cfg.steps
-        if due(step, cfg.sample_every, start, last):
-            write_samples(step)
-        if due(step, cfg.save_every, start, last):
-            run.save(step, wait=last)
-        if last:
-            break
+    # 3. The loop, with samples and checkpoints written in between.
+    for step in run.steps(start, write_samples):
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
         optim.set_lr(optimizers, lr)
         loss, norm = train_step(step)

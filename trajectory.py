@@ -39,10 +39,6 @@ MOST_BYTES, MOST_SIDE = 16 << 20, 65536
 MOST_COUNTED = 1000  # maps beyond those asked for, to say how many there are
 
 
-class TrajectoryError(UserError):
-    """What the user gave can't be used. One line that names the file, the field and the mend."""
-
-
 @dataclass(frozen=True)
 class Trajectory:
     """K objects over T frames, in pixels of the generated video. Later objects pass in front of earlier ones."""
@@ -162,7 +158,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
     image_size is the (height, width) of the generated video. source_size is that of the user's image, in whose pixels
     the boxes are unless the JSON states a width and height (default: image_size). A frame of another shape than the
     video is treated as the image is: resized until it covers the video, and cut to its middle.
-    Raises TrajectoryError for anything that can't be used.
+    Raises UserError for anything that can't be used.
     """
     path = Path(path)
     check = partial(check_input, path)
@@ -231,7 +227,7 @@ Check = Callable[[bool, str, str], None]  # (fine, field, problem and mend), rai
 
 def check_input(path: Path, fine: bool, field: str, problem: str) -> None:
     if not fine:  # names and values are the user's: whatever breaks a line in them becomes a space
-        raise TrajectoryError(" ".join(": ".join(filter(None, [str(path), field, problem])).splitlines())) from None
+        raise UserError(" ".join(": ".join(filter(None, [str(path), field, problem])).splitlines())) from None
 
 
 def _show(value: object) -> str:
@@ -320,8 +316,6 @@ def _read_mask(check: Check, field: str, folder: Path, name: object, sizes: set[
             width, height = image.size
             check((height, width) in sizes, field, f"{file} is {width}x{height} but the image is {wanted}; resize it")
             rgba = np.asarray(image.convert("RGBA"))
-    except TrajectoryError:
-        raise
     except BROKEN:
         check(False, field, f"{file} is not an image; save the mask as PNG")
     mask = rgba[..., :3].any(axis=-1) & (rgba[..., 3] > 0)

@@ -1,1 +1,1 @@
-"""What knows nothing of FlashMotion: options, processes, runs, optimizers, weight files, pictures and videos."""
+"""Everything that knows nothing of FlashMotion: options, processes, runs, optimizers, weight files, images, videos."""

@@ -1,4 +1,4 @@
-"""What every codec is: pixels and prompts to latents and embeddings, and back. And what training reads of them."""
+"""What all codecs share: they turn videos and prompts into latents and embeddings, and latents back into videos."""
 
 import re
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from core.media import MOST_VIDEO
 
 
 class Batch(NamedTuple):
-    """B videos as training reads them."""
+    """B training videos."""
 
     x0: Tensor  # latents of the videos [B, C, F, H, W]
     text: Tensor  # embeddings of their captions [B, L, text_dim]
@@ -22,24 +22,23 @@ class Batch(NamedTuple):
 
 
 class Codec:
-    """`encode_video`, `decode_video` and `encode_text` are the subclass's; nothing else knows which one it holds."""
+    """Subclasses add `encode_video`, `decode_video` and `encode_text`."""
 
     channels: int  # of the latent
-    spatial: int  # pixels of a latent position, each way
-    temporal: int  # video frames of a latent frame; the first is alone
-    patch = 2  # latent positions of a token, each way
+    spatial: int  # pixels per latent position, in height and width
+    temporal: int  # video frames per latent frame; frame 0 has one to itself
+    patch = 2  # latent positions per token, in height and width
 
     def check_size(self, size: str, frames: int) -> tuple[int, int]:
-        """ "704x1280" -> (704, 1280). UserError unless the networks can make such videos."""
+        """ "704x1280" -> (704, 1280). UserError if the networks can't make such a video."""
         unit = self.spatial * self.patch
         sides = re.fullmatch(r"(\d+)x(\d+)", size)
-        if not sides or any(int(n) % unit or int(n) < unit for n in sides.groups()):
-            example = f"as {4 * unit}x{6 * unit}"
-            raise UserError(f"--size {size}: takes height x width, both multiples of {unit}, {example}")
+        height, width = map(int, sides.groups()) if sides else (0, 0)
+        if not height or not width or height % unit or width % unit:
+            raise UserError(f"--size {size}: takes height x width, both multiples of {unit}, as {4 * unit}x{6 * unit}")
         if frames < 2 or (frames - 1) % self.temporal:
             near = self.temporal * max((frames - 1) // self.temporal, 1) + 1
             raise UserError(f"--frames {frames}: must be {self.temporal} n + 1, at least 2; {near} is")
-        pixels = int(sides[1]) * int(sides[2]) * frames
-        if pixels > MOST_VIDEO:
+        if (pixels := height * width * frames) > MOST_VIDEO:
             raise UserError(f"--size {size} --frames {frames}: {pixels} pixels; {MOST_VIDEO} is the most")
-        return int(sides[1]), int(sides[2])
+        return height, width

@@ -1,10 +1,6 @@
-"""Options and errors. A script is a frozen dataclass of options and a `main(cfg)`; `run_script` joins them.
-
-The comment beside a field of the dataclass is its help text.
-"""
+"""Options and errors. A script is a frozen dataclass of options and a `main(cfg)`; `run_script` joins them."""
 
 import argparse
-import ast
 import dataclasses
 import difflib
 import inspect
@@ -22,16 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):
-    """The user's input is at fault. The message is one line that names the file, the field and the mend."""
+    """Something is wrong with the user's input. The message is one line: which file, which field, how to fix it."""
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what a library says went wrong, or the error's kind if it says nothing."""
+    """The first line of a library's error message, or the error's type if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def shipped(name: str) -> str:
-    """The path of a file that comes with this project, whatever folder the user stands in."""
+    """Path of a file that comes with this project, from whatever folder the user works in."""
     return name if Path.cwd() == ROOT else str(ROOT / name)
 
 
@@ -54,19 +50,17 @@ def _switch(text: str) -> bool:
 
 
 def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, dict] = {}, positional: str = ""):
-    """`--lr 1e-4 --compile false` -> an instance of the frozen dataclass.
+    """`--lr 1e-4 --compile false` -> an instance of the frozen dataclass. UserError for a wrong flag or value.
 
-    `presets`: other defaults under another `--preset`. `positional`: a field that is given without its flag.
-
-    Raises UserError for an unknown flag or a value of the wrong type. `--help` prints every field with its default.
+    `presets`: the defaults that each `--preset` changes. `positional`: a field that is given without its flag.
     """
-    source = inspect.getsource(config_class)
+    source = inspect.getsource(config_class)  # the comment next to a field is its help text
     comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", source, flags=re.MULTILINE))
-    about = ast.get_docstring(ast.parse(Path(inspect.getfile(config_class)).read_text(encoding="utf-8")))
     lines = [f"defaults with --preset {preset}:\n  {flags(values)}" for preset, values in presets.items()]
     parser = _Parser(
-        description=about, epilog="\n\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"%(prog)s {f'{positional} ' if positional else ''}[--flag value ...]", allow_abbrev=False,
+        description=inspect.getdoc(inspect.getmodule(config_class)), epilog="\n\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage=f"%(prog)s {f'{positional} ' if positional else ''}[--flag value ...]",
     )  # fmt: skip
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -95,19 +89,18 @@ def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, 
 
 
 def flags(values: Mapping[str, object]) -> str:
-    """Options as one types them."""
-    words = {True: "true", False: "false"}
-    text = {name: words[v] if isinstance(v, bool) else v for name, v in values.items()}
+    """Options as they are typed on the command line."""
+    text = {name: str(v).lower() if isinstance(v, bool) else v for name, v in values.items()}
     return " ".join(f"--{name} {' '.join(v) if isinstance(v, tuple) else v}" for name, v in text.items())
 
 
 def run_script(main: Callable, config_class: type, presets: Mapping[str, dict] = {}, positional: str = "") -> None:
-    """Parse the command line and call `main(cfg)`. User errors end as one line on stderr and exit status 2."""
+    """Parse the command line and call `main(cfg)`. A UserError becomes one line on stderr and exit status 2."""
     status = 0
     try:
         main(parse_config(config_class, sys.argv[1:], presets, positional))
         if dist.is_initialized():
-            dist.barrier()  # nobody leaves while another still talks
+            dist.barrier()  # no process leaves while others still communicate
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         status = 2
@@ -115,8 +108,8 @@ def run_script(main: Callable, config_class: type, presets: Mapping[str, dict] =
         if parallel := dist.is_initialized():
             dist.destroy_process_group()
     if parallel:
-        # Gloo's threads outlive their process group, and one that drops its last tensor while the interpreter shuts
-        # down aborts the process. So there is no shutdown.
+        # Gloo's threads outlive their process group, and one that frees its last tensor while the interpreter shuts
+        # down aborts the process. So skip the shutdown.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

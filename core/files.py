@@ -1,4 +1,4 @@
-"""Files out: a path is checked before any work is done, and a file appears whole or not at all."""
+"""Writing files: paths are checked before any work is done, and a file appears whole or not at all."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from core.config import UserError
 
 
 def output_path(text: str, suffix: str, flag: str = "out") -> Path:
-    """A flag's value as a path, checked before any work is done: its ending, and that its folder is or can be made."""
+    """A flag's value as a path. UserError if it has another ending or its folder can't be written to."""
     if Path(text).suffix != suffix:
         raise UserError(f"--{flag} {text}: the name must end in {suffix}")
     if suffix and Path(text).is_dir():
@@ -22,7 +22,7 @@ def output_path(text: str, suffix: str, flag: str = "out") -> Path:
 
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it on success, removes it on any failure."""
+    """Yields a temporary path next to `path`; renames it on success, removes it on any failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
@@ -34,6 +34,6 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """UTF-8, with one line end at the end."""
+    """Write UTF-8 text and a final newline."""
     with atomic(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

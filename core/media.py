@@ -1,4 +1,4 @@
-"""Pictures and videos in and out: read whatever format they come in, resized and cut, and written to look at."""
+"""Images and videos: read in any common format, resized and cropped, written for viewing."""
 
 import contextlib
 import re
@@ -10,71 +10,60 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image
+from einops import rearrange
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from core.config import reason
 from core.files import atomic
 
-Turn = Image.Transpose
-
 Size = tuple[int, int]  # height, width in pixels
-MOST_PICTURE, MOST_VIDEO = 1 << 26, 1 << 30  # pixels of one picture, of all frames of a video that is to be held
+MOST_PICTURE, MOST_VIDEO = 1 << 26, 1 << 30  # pixels of one picture; of all frames of a video that is held in memory
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif"}
-# What imageio and Pillow raise on broken files, and on small ones that hold gigantic pictures.
+# What imageio and Pillow raise on broken files, and on small files that decompress to gigantic pictures.
 BROKEN = (
     OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError
 )  # fmt: skip
-ORIENTATION = 0x0112  # EXIF's tag
-TURNS = {
-    2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
-    7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
-}  # fmt: skip
-Image.MAX_IMAGE_PIXELS = MOST_PICTURE // 2  # Pillow warns of more, and refuses what is twice as large
+Image.MAX_IMAGE_PIXELS = MOST_PICTURE // 2  # Pillow warns above this, and refuses twice as much
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-def nearest(image: np.ndarray, size: Size) -> np.ndarray:
-    """[height, width, ...] resized: each pixel takes the value under its centre."""
-    rows, columns = ((2 * np.arange(n) + 1) * old // (2 * n) for n, old in zip(size, image.shape[:2], strict=True))
-    return image[rows[:, None], columns]
-
-
 def cover(source: Size, target: Size) -> tuple[Size, int, int]:
-    """Resize until the target is covered, then cut its middle: resized (height, width), and the cut's top and left."""
+    """Resize until the target is covered, then crop the centre: resized (height, width), the crop's top and left."""
     scale = max(target[0] / source[0], target[1] / source[1])
     resized = tuple(max(round(n * scale), least) for n, least in zip(source, target, strict=True))
     return resized, (resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2
 
 
 def fit_nearest(image: np.ndarray, size: Size) -> np.ndarray:
-    """Nearest-neighbour resize and centre cut, as `cover` says. [height, width, ...] -> [*size, ...]."""
-    resized, top, left = cover(image.shape[:2], size)
-    return nearest(image, resized)[top : top + size[0], left : left + size[1]]
+    """Nearest-neighbour resize and centre crop, as in `cover`: [height, width, ...] -> [*size, ...]."""
+    resized, *corner = cover(image.shape[:2], size)
+    rows, columns = (  # each pixel takes the value under its centre
+        (2 * np.arange(start, start + length) + 1) * old // (2 * new)
+        for old, new, start, length in zip(image.shape[:2], resized, corner, size, strict=True)
+    )
+    return image[rows[:, None], columns]
 
 
 def fit_frames(frames: np.ndarray, size: Size) -> Tensor:
-    """Smooth resize and centre cut, as `cover` says. uint8 [T, height, width, 3] -> float32 [3, T, *size], 0 to 255."""
+    """Smooth resize and centre crop, as in `cover`: uint8 [T, height, width, 3] -> float32 [3, T, *size], 0 to 255."""
     (height, width), top, left = cover(frames.shape[1:3], size)
     box = (left, top, left + size[1], top + size[0])
-    fitted = [
-        np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS).crop(box)) for f in frames
-    ]
-    return torch.from_numpy(np.stack(fitted)).permute(3, 0, 1, 2).float()
+    pictures = (Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS).crop(box) for f in frames)
+    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(3, 0, 1, 2).float()
 
 
 def read_picture(path: Path | str) -> np.ndarray:
-    """uint8 [height, width, 3], turned as its EXIF says; of an animation, the first. One of BROKEN if there is none."""
+    """uint8 [height, width, 3], upright as its EXIF says; an animation's first frame. Raises one of BROKEN."""
     with Image.open(path) as image:
-        turn = None
-        with contextlib.suppress(*BROKEN, TypeError):  # garbled EXIF tells nothing
-            turn = TURNS.get(image.getexif().get(ORIENTATION))
-        upright = image.convert("RGB")
-        return np.asarray(upright if turn is None else upright.transpose(turn))
+        image.load()
+        with contextlib.suppress(Exception):  # a garbled EXIF block can raise anything; the picture is fine
+            ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(image.convert("RGB"))
 
 
 def read_video(path: Path) -> Iterator[np.ndarray]:
-    """Frames [height, width, 3] uint8 of a video file. One of BROKEN if there is none."""
+    """Frames [height, width, 3] uint8 of a video file. Raises one of BROKEN."""
     with iio.imopen(path, "r", plugin="FFMPEG") as file:
         width, height = file.metadata()["size"]
         if width * height > MOST_PICTURE:
@@ -83,7 +72,7 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
 
 
 def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator[np.ndarray]:
-    """Frames [height, width, 3] uint8 of a video, or of a folder's PNG files: 2.png before 10.png."""
+    """Frames [height, width, 3] uint8 of a video, or of a folder of PNG files: 2.png before 10.png."""
     try:
         if path.is_dir():
             files = [file for file in path.iterdir() if file.suffix.lower() == ".png"]
@@ -102,21 +91,20 @@ def to_uint8(video: Tensor, scale: int = 1) -> np.ndarray:
 
 
 def contact_sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
-    """One row a video [T, H, W, 3], its frames from left to right."""
-    border = ((0, gap), (0, gap), (0, 0))
-    return np.concatenate(
-        [np.concatenate([np.pad(f, border, constant_values=255) for f in row], axis=1) for row in rows], axis=0
-    )
+    """One row per video [T, H, W, 3], its frames from left to right."""
+    border = ((0, 0), (0, gap), (0, gap), (0, 0))
+    padded = [np.pad(video, border, constant_values=255) for video in rows]
+    return np.concatenate([rearrange(video, "t h w c -> h (t w) c") for video in padded])
 
 
 def write_video(path: Path | str, frames: np.ndarray, fps: int) -> None:
-    """[T, H, W, 3] uint8 -> an h264 mp4 that plays anywhere."""
+    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere."""
     with atomic(path) as temporary:
         iio.imwrite(temporary, frames, fps=fps, codec="libx264", macro_block_size=2, quality=9)
 
 
 def write_animation(path: Path | str, frames: np.ndarray, fps: int) -> None:
-    """[T, H, W, 3] uint8 -> a gif that plays for ever."""
+    """[T, H, W, 3] uint8 -> a gif that loops forever."""
     with atomic(path) as temporary:
         iio.imwrite(temporary, frames, plugin="pillow", duration=1000 / fps, loop=0)
 

@@ -1,7 +1,7 @@
-"""Memory: how much is held, and two ways to hold less of a network.
+"""Measuring memory, and two ways for a network to need less of it.
 
-Weights of 8 bits take half the memory of bfloat16 and change the result a little. Blocks that stay in the host's memory
-take almost none of the device's and change nothing; each is copied while the one before it works.
+int8 weights take half the memory of bfloat16 and change the result a little. Blocks offloaded to host memory take
+almost none on the device and change nothing; each is copied over while the block before it runs.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,10 +18,7 @@ from torch import Tensor, nn
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with a weight of 8 bits and one scale an output, which it multiplies out at every call.
-
-    That costs a pass over the weight, little beside a product with thousands of tokens.
-    """
+    """A linear layer with an int8 weight and one scale per output, dequantised at every call."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -29,17 +27,17 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def fill(self, weight: Tensor) -> None:
-        """Round a weight [out, in] to the nearest of 255 steps between its row's extremes."""
+        """Quantise a weight [out, in] to -127 ... 127 times its row's scale."""
         scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
         self.weight, self.scale = (weight.float() / scale).round().to(torch.int8), scale.to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)
+        weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)  # cheap next to a product with thousands of tokens
         return F.linear(x, weight, self.bias.to(x.dtype))
 
 
 def use_int8(blocks: nn.Module) -> None:
-    """Put an Int8Linear, not yet filled, in the place of every linear layer inside."""
+    """Replace every linear layer inside by an Int8Linear that is yet to be filled."""
     for module in list(blocks.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
@@ -47,39 +45,36 @@ def use_int8(blocks: nn.Module) -> None:
 
 
 class Offload:
-    """Keeps blocks of one shape in the host's memory, and on the device copies of two: one works, the next arrives.
-
-    The blocks must be called in their order, round after round. On a GPU the copies come from pinned memory on a stream
-    of their own; a CPU, which has nothing to gain, makes the same moves, for the tests.
-    """
+    """Keeps blocks, which are called in order, in host memory, and two on the device: one runs, the next arrives."""
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device):
+        # Copies have a stream of their own. A CPU has no use for copies; it makes the same ones for the tests.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.blocks = [[*block.parameters(), *block.buffers()] for block in blocks]
-        if any([t.shape for t in one] != [t.shape for t in self.blocks[0]] for one in self.blocks):
+        if any([t.shape for t in block] != [t.shape for t in self.blocks[0]] for block in self.blocks):
             raise ValueError("blocks of several shapes can't take turns in one place")
-        for tensor in (t for one in self.blocks for t in one) if self.stream else ():
+        for tensor in chain(*self.blocks) if self.stream else ():
             tensor.data = tensor.data.pin_memory()
-        self.home = [[t.data for t in one] for one in self.blocks]
-        self.slots = [[torch.empty_like(t, device=device) for t in self.home[0]] for _ in range(2)]
+        self.host = [[t.data for t in block] for block in self.blocks]
+        self.slots = [[torch.empty_like(t, device=device) for t in self.host[0]] for _ in range(2)]
         self.arrived, self.free = ([torch.cuda.Event() for _ in range(2)] if self.stream else [] for _ in range(2))
         for number, block in enumerate(blocks):
             block.forward = self.staged(number, block.forward)
-        self.turn = 0  # calls so far: the slot of the block at work is this modulo 2
+        self.turn = 0  # calls so far; modulo 2, the slot of the block that runs
         self.fetch(0, slot=0)
 
     def fetch(self, number: int, slot: int) -> None:
-        """Begin to copy a block into a slot, once whoever worked there is done."""
-        with torch.cuda.stream(self.stream):  # no stream, no effect
-            if self.stream:
-                self.stream.wait_event(self.free[slot])
-            for to, origin in zip(self.slots[slot], self.home[number], strict=True):
-                to.copy_(origin, non_blocking=True)
-            if self.stream:
-                self.arrived[slot].record(self.stream)
+        """Start copying a block into a slot, once the block that ran there is done."""
+        if self.stream:
+            self.stream.wait_event(self.free[slot])
+        with torch.cuda.stream(self.stream):  # has no effect without a stream
+            for copy, tensor in zip(self.slots[slot], self.host[number], strict=True):
+                copy.copy_(tensor, non_blocking=True)
+        if self.stream:
+            self.arrived[slot].record(self.stream)
 
     def staged(self, number: int, forward: Callable) -> Callable:
-        """The block's forward pass, with its parameters where it works."""
+        """The block's forward pass, with its parameters on the device while it runs."""
 
         def call(*args, **kwargs):
             slot = self.turn % 2
@@ -89,8 +84,8 @@ class Offload:
             for tensor, copy in zip(self.blocks[number], self.slots[slot], strict=True):
                 tensor.data = copy
             out = forward(*args, **kwargs)
-            for tensor, origin in zip(self.blocks[number], self.home[number], strict=True):
-                tensor.data = origin
+            for tensor, home in zip(self.blocks[number], self.host[number], strict=True):
+                tensor.data = home
             if self.stream:
                 self.free[slot].record()
             self.turn += 1
@@ -100,7 +95,7 @@ class Offload:
 
 
 def offload(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network on the device, but for its blocks, which come when they are called."""
+    """Move a network to the device, all but its blocks, which are copied there as they are called."""
     blocks = network.blocks if hasattr(network, "blocks") else network.block  # transformers' name
     for child in network.children():
         if child is not blocks:
@@ -110,18 +105,16 @@ def offload(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def reset_peak(device: torch.device) -> None:
-    """From here on `peak_memory` counts anew."""
+    """Let `peak_memory` start again from here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        with contextlib.suppress(OSError):  # some containers forbid it
-            Path("/proc/self/clear_refs").write_text("5")
+        return
+    with contextlib.suppress(OSError):  # only Linux has this file, and some containers forbid writing it
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory held since `reset_peak`, in GiB: a GPU's, or the process's resident set (since its start, where
-    Linux or its /proc is not at hand).
-    """
+    """Peak memory in GiB since `reset_peak`: the GPU's, or the process's (since its start if it couldn't be reset)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "linux":

@@ -1,6 +1,6 @@
-"""Random numbers without a state: a key of integers gives the same numbers on any device, rank and resumed run.
+"""Stateless random numbers: a key of integers gives the same numbers on any device, rank and resumed run.
 
-A key is (seed, step or turn, stream). Streams keep draws apart that share a seed and a step; scripts name theirs.
+A key is (seed, step or turn, stream). Streams separate draws that share a seed and a step; scripts name theirs.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEVEL = 1  # the stream of noise levels, and of whatever else is uniform
+LEVEL = 1  # the stream of noise levels and of anything else that is uniform
 
 
 def rng(*key: int) -> torch.Generator:
@@ -19,16 +19,16 @@ def rng(*key: int) -> torch.Generator:
 
 
 def sample_noise(shape: Sequence[int], samples: Sequence[int], *key: int) -> Tensor:
-    """Gaussian noise [len(samples), *shape], each row seeded by its sample number, whichever rank draws it."""
+    """Gaussian noise [len(samples), *shape]; each row is seeded by its sample number, whatever rank draws it."""
     return torch.stack([torch.randn(*shape, generator=rng(*key, sample)) for sample in samples])
 
 
 def step_noise(steps: int, shape: Sequence[int], samples: Sequence[int], *key: int) -> Tensor:
-    """Fresh noise for each step of a sampler: [steps, len(samples), *shape], drawn as `sample_noise` draws."""
+    """Fresh noise for each step of a sampler: [steps, len(samples), *shape], seeded as in `sample_noise`."""
     return sample_noise((steps, *shape), samples, *key).transpose(0, 1)
 
 
 def sample_uniform(samples: Sequence[int], batch: int, *key: int) -> Tensor:
-    """One number in [0, 1) a sample, stratified: the i-th of a batch of n falls in [i/n, (i+1)/n)."""
+    """One number in [0, 1) per sample, stratified: the i-th in a batch of n falls in [i/n, (i+1)/n)."""
     u = torch.cat([torch.rand(1, generator=rng(*key, sample, LEVEL)) for sample in samples])
     return (torch.tensor([sample % batch for sample in samples]) + u) / batch

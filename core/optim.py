@@ -1,25 +1,24 @@
-"""Optimizers, learning rate and weight averages of the training scripts."""
+"""Optimizers, learning rate and weight averages for the training scripts."""
 
 import contextlib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import AdamW, Optimizer
 
 from core.parallel import full
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal by Newton-Schulz iterations (Jordan et al. 2024).
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024): orthogonalised momentum, for matrices and convolution kernels [out, ...]."""
 
-    For matrices, and for the kernels of convolutions, whose rows are output channels.
-
-    `torch.optim.Muon` iterates in bfloat16, which a CPU without such instructions emulates 60 times slower than
-    float32, and shard by shard, with hundreds of collectives a step. Here matrices of one shape iterate as one batch,
-    and a sharded one is gathered once; its momentum stays sharded.
-    """
+    # `torch.optim.Muon` iterates in bfloat16, which older CPUs emulate 60 times slower than float32, and it iterates
+    # shard by shard, with hundreds of collectives per step. Here all matrices of one shape iterate as one batch. A
+    # sharded one is gathered once; its momentum stays sharded.
 
     def __init__(self, params: Iterable[nn.Parameter], weight_decay: float, momentum: float = 0.95):
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
@@ -27,10 +26,10 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            shapes = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
+                    shapes[p.shape].append(p)
             for params in shapes.values():
                 updates = []
                 for p in params:
@@ -38,9 +37,9 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["momentum"] = torch.zeros_like(p)
                     momentum = self.state[p]["momentum"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(full(p.grad.lerp(momentum, group["momentum"])))  # Nesterov's
+                    updates.append(full(p.grad.lerp(momentum, group["momentum"])))  # Nesterov
                 matrices = torch.stack(updates).flatten(2)
-                scale = 0.2 * max(matrices.shape[1:]) ** 0.5  # the usual size of an AdamW update: both share a rate
+                scale = 0.2 * max(matrices.shape[1:]) ** 0.5  # AdamW's typical RMS, to share its rate
                 for p, update in zip(params, orthogonal(matrices).view(-1, *params[0].shape), strict=True):
                     if isinstance(p, DTensor):
                         update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
@@ -48,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Singular values moved close to 1 (0.7 to 1.2), singular vectors kept: [n, rows, columns] -> the same shape."""
+    """Moves singular values close to 1 (0.7 to 1.2), keeps singular vectors: [n, rows, columns] -> the same shape."""
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
@@ -59,23 +58,19 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def make_optimizers(
-    model: nn.Module, blocks: nn.Module, weight_decay: float, rest: float = 0.4
-) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW at `rest` of its rate for all else (embeddings, head, biases)."""
+def make_optimizers(model: nn.Module, blocks: nn.Module, weight_decay: float, rest: float = 0.4) -> list[Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW at `rest` times its rate for embeddings, head, biases, norms."""
     layers = [m for m in blocks.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
     inside = [layer.weight for layer in layers if layer.weight.requires_grad]
     outside = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in inside)]
-    adamw = torch.optim.AdamW([{"params": outside, "lr_scale": rest}], betas=(0.9, 0.99), weight_decay=weight_decay)
+    adamw = AdamW([{"params": outside, "lr_scale": rest}], betas=(0.9, 0.99), weight_decay=weight_decay)
     return [Muon(inside, weight_decay), adamw]
 
 
-def adamw(model: nn.Module, weight_decay: float, momentum: float = 0.0) -> torch.optim.Optimizer:
-    """AdamW, by default without momentum, as adversarial and score-matching games are played (betas as in
-    Wan2.2-TI2V-5B-Turbo).
-    """
+def adamw(model: nn.Module, weight_decay: float, momentum: float = 0.0) -> Optimizer:
+    """AdamW. No momentum by default, as in adversarial and score-matching training; betas of Wan2.2-TI2V-5B-Turbo."""
     params = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(params, betas=(momentum, 0.999), weight_decay=weight_decay)
+    return AdamW(params, betas=(momentum, 0.999), weight_decay=weight_decay)
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
@@ -85,14 +80,14 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def set_lr(optimizers: Sequence[torch.optim.Optimizer], lr: float) -> None:
+def set_lr(optimizers: Sequence[Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1)
 
 
-def clip_and_step(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float) -> Tensor:
-    """Clip the gradient, step, clear the gradient. Returns the norm before clipping."""
+def clip_and_step(model: nn.Module, optimizers: Sequence[Optimizer], clip: float) -> Tensor:
+    """Clip the gradient, take a step, clear the gradient. Returns the norm before clipping."""
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
     for optimizer in optimizers:
         optimizer.step()
@@ -105,8 +100,8 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.average = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
         self.source = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.average = {n: p.detach().float().clone() for n, p in self.source.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -119,24 +114,25 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """Inside this context the network holds the averages."""
         saved = {n: p.detach().clone() for n, p in self.source.items()}
-        self._fill(self.average)
+        fill(self.source, self.average)
         try:
             yield
         finally:
-            self._fill(saved)
+            fill(self.source, saved)
 
     def weights(self) -> dict[str, Tensor]:
         """The averages as whole tensors; every rank must call."""
         return {name: full(average) for name, average in self.average.items()}
 
-    @torch.no_grad()
-    def _fill(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.source.items():
-            parameter.copy_(values[name])
-
     def state_dict(self) -> dict[str, Tensor]:
         return self.average
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, average in self.average.items():
-            average.copy_(state[name])
+        fill(self.average, state)
+
+
+@torch.no_grad()
+def fill(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy the values into the tensors of the same names."""
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])

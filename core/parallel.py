@@ -1,8 +1,7 @@
-"""Many devices: the processes that torchrun starts, FSDP2 and HSDP, recomputed activations, split sequences.
+"""Many devices: torchrun's processes, FSDP2 and HSDP, recomputed activations, sequence parallelism.
 
-Nothing here knows about FlashMotion. Parameters are sharded over all processes. Videos are shared out among them, or
-one video among several (Ulysses): each holds its part of every frame's tokens, and for attention all trade them for a
-part of the heads.
+Parameters are sharded over all processes. Each process gets videos of its own, or several share one (Ulysses): each
+holds a part of every frame's tokens, and for attention they exchange tokens for heads.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from core.config import UserError
 
@@ -32,17 +31,17 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class Processes:
-    """Who this process is among those torchrun started (one, without torchrun)."""
+    """This process among those that torchrun started; without torchrun, the only one."""
 
     rank: int
     world: int
     device: torch.device
     mesh: DeviceMesh | None  # None for a single process
-    sequence: int = 1  # how many neighbouring ranks share one video
-    group: dist.ProcessGroup | None = None  # those ranks, if they are several
+    sequence: int = 1  # how many neighbouring ranks share a video
+    group: dist.ProcessGroup | None = None  # those ranks, if there are several
 
     def share(self, batch: int, accumulate: int, step: int) -> list[list[int]]:
-        """This rank's sample numbers at a step, by micro-batch. The global batch is that of any number of ranks."""
+        """This rank's sample numbers at a step, by micro-batch. The whole batch is the same for any number of ranks."""
         teams, team = self.world // self.sequence, self.rank // self.sequence
         if batch % (teams * accumulate):
             among = f"{teams} processes" if self.sequence == 1 else f"{teams} x {self.sequence} processes"
@@ -72,10 +71,7 @@ class Processes:
 
 
 def init_processes(sequence: int = 1) -> Processes:
-    """Read torchrun's environment: nccl on GPUs, gloo on CPU, a (replicate, shard) mesh over several nodes.
-
-    `sequence`: ranks that share one video; 0 for all of them.
-    """
+    """Start torchrun's processes: nccl on GPUs, gloo on CPUs. `sequence`: how many ranks share a video; 0 for all."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     world = int(os.environ.get("WORLD_SIZE", 1))
     sequence = sequence or world
@@ -99,11 +95,8 @@ def init_processes(sequence: int = 1) -> Processes:
     return Processes(rank, world, device, mesh, sequence, group)
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------
-
-
 def check_compiler(device: torch.device) -> None:
-    """UserError where torch.compile would not find the C++ compiler that it needs on a CPU."""
+    """UserError if torch.compile wouldn't find the C++ compiler that it needs on a CPU."""
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and sys.platform != "win32" and not shutil.which(name):
         raise UserError(f"torch.compile: no C++ compiler {name}; install it, or pass --compile false")
@@ -112,7 +105,7 @@ def check_compiler(device: torch.device) -> None:
 def prepare(
     model: nn.Module, procs: Processes, compile: bool, recompute: Recompute = "none", dtype: str = "auto"
 ) -> nn.Module:
-    """Move to the device and, block by block, recompute, compile and shard. With one process nothing is sharded."""
+    """Move a network to the device, and recompute, compile and (with several processes) shard it block by block."""
     if compile:
         check_compiler(procs.device)
     model.to(procs.device)
@@ -126,72 +119,57 @@ def prepare(
         if procs.mesh is not None:
             fully_shard(block, mesh=procs.mesh, mp_policy=policy)
     if procs.mesh is not None:
-        for name, child in model.named_children():  # parts that a network wants in float32 as a whole
+        for name, child in model.named_children():  # parts that the network wants in float32
             if re.search(getattr(model, "float32", "$^"), name):
                 fully_shard(child, mesh=procs.mesh, mp_policy=MixedPrecisionPolicy())
         fully_shard(model, mesh=procs.mesh, mp_policy=policy)
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # warns of in-place sums; there are none
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # it is about in-place ops; we have none
     return model
 
 
 def precision(device: torch.device, dtype: str) -> MixedPrecisionPolicy:
-    """How shards travel: in float32, but on GPUs, unless `dtype` is "float32", they are gathered in bfloat16.
-
-    Gradients are reduced in float32, and inputs stay as they are: timesteps and rotary tables need float32.
-    """
+    """On GPUs parameters are gathered in bfloat16, unless `dtype` is "float32"; on CPUs in float32."""
+    # Gradients are reduced in float32. Inputs aren't cast, because timesteps and rotary tables need float32.
     if device.type == "cuda" and dtype != "float32":
         return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     return MixedPrecisionPolicy()
 
 
 def recomputed(forward, how: Recompute):
-    """`forward`, keeping little of what its gradient needs: that is computed again when asked for.
-
-    "full" keeps the inputs alone. "selective" also the results of matrix products and attention, which cost the most.
-    """
+    """`forward` that recomputes activations in the backward pass. "selective" keeps the costliest, "full" none."""
     aten = torch.ops.aten
-    kept = {
+    kept = [  # matrix products and attention
         aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
         aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
-    }  # fmt: skip
-
-    def policy(_context, op, *_args, **_kwargs) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
+    ]  # fmt: skip
     options = {"use_reentrant": False, "preserve_rng_state": False}  # no network here draws random numbers
     if how == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
     return partial(checkpoint, forward, **options)
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 itself: a CPU without such instructions emulates it, very slowly."""
+    """Whether the device multiplies in bfloat16 natively. Older CPUs emulate it, very slowly."""
     can = torch.cpu.get_capabilities()
     return bool(device.type == "cuda" or can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
-    """`dtype` is "bfloat16", "float32", or "auto": bfloat16 unless a CPU would have to emulate it."""
+    """`dtype` is "bfloat16", "float32", or "auto": bfloat16 unless the CPU would have to emulate it."""
     if dtype == "auto":
         dtype = "bfloat16" if has_bfloat16(device) else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor (every rank must call), or the tensor itself."""
+    """A sharded tensor, gathered (every rank must call); any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# --- split sequences --------------------------------------------------------------------------------------------------
-
-
 def split_sequence(model: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Tell every part that works on tokens (it has an attribute `group`) who shares a video with this process.
-
-    A loss then has the same value on every rank of the group, and the mean of their gradients is its gradient: the mean
-    that FSDP takes over all ranks.
-    """
+    """Tell every module that has an attribute `group` which processes share a video with this one."""
+    # A loss then has the same value on all of them, and its gradient is the mean of theirs, which FSDP takes anyway.
     for part in model.modules():
         if hasattr(part, "group"):
             part.group = group
@@ -202,10 +180,8 @@ def own_tokens(x: Tensor, frames: int, group: dist.ProcessGroup | None) -> Tenso
     if group is None:
         return x
     by_frame = x.unflatten(-2, (frames, -1))
-    if by_frame.shape[-2] % group.size():
-        raise UserError(
-            f"{by_frame.shape[-2]} tokens a frame do not divide among {group.size()} processes; start fewer"
-        )
+    if (count := by_frame.shape[-2]) % group.size():
+        raise UserError(f"{count} tokens a frame do not divide among {group.size()} processes; start fewer")
     return by_frame.chunk(group.size(), dim=-2)[group.rank()].flatten(-3, -2)
 
 
@@ -218,19 +194,19 @@ def all_tokens(x: Tensor, frames: int, group: dist.ProcessGroup | None) -> Tenso
 
 
 def tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All tokens of this process's heads for its tokens of all heads: [B, n, heads, d] -> [B, P*n, heads/P, d].
-
-    The order of the tokens changes, which attention does not see.
-    """
+    """From this process's tokens of all heads to all tokens of its heads: [B, n, heads, d] -> [B, P*n, heads/P, d]."""
     if x.shape[2] % group.size():
         raise UserError(f"{x.shape[2]} attention heads do not divide among {group.size()} processes; start fewer")
-    parts = rearrange(x, "b n (p h) d -> p b n h d", p=group.size()).contiguous()
-    parts = collectives.all_to_all_single_autograd(parts, None, None, group)
-    return rearrange(parts, "p b n h d -> b (p n) h d")
+    return exchange(x, "b n (p h) d", "b (p n) h d", group)  # in another order, which attention doesn't see
 
 
 def heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The inverse of `tokens_to_heads`."""
-    parts = rearrange(x, "b (p n) h d -> p b n h d", p=group.size()).contiguous()
+    return exchange(x, "b (p n) h d", "b n (p h) d", group)
+
+
+def exchange(x: Tensor, split: str, joined: str, group: dist.ProcessGroup) -> Tensor:
+    """All-to-all: axis p of `split` counts the parts to send, axis p of `joined` those received."""
+    parts = rearrange(x, f"{split} -> p b n h d", p=group.size()).contiguous()
     parts = collectives.all_to_all_single_autograd(parts, None, None, group)
-    return rearrange(parts, "p b n h d -> b n (p h) d")
+    return rearrange(parts, f"p b n h d -> {joined}")

@@ -1,61 +1,82 @@
-"""Tables of results: rows as JSON, as Markdown and as text to read, and where they come from."""
+"""Tables: reads CSV files; writes rows of results as JSON, Markdown and text, with the command that made them."""
 
+import csv
 import dataclasses
 import json
 import platform
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 
-from core.config import flags
+from core.config import UserError, flags
 from core.files import write_text
+
+MOST_ROWS = 100_000
+
+
+def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """A CSV file's columns and rows, "" for missing cells. UserError if it isn't a table of 1 to MOST_ROWS rows."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="", strict=True)
+            rows, columns = list(islice(reader, MOST_ROWS + 1)), list(reader.fieldnames or [])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct the path") from None
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a readable CSV file ({error}); save it as UTF-8 text with commas") from None
+    if not 0 < len(rows) <= MOST_ROWS:
+        raise UserError(f"{path}: {'no' if not rows else 'too many'} rows; give 1 to {MOST_ROWS}")
+    for number, row in enumerate(rows, start=1):
+        if any(cell.strip() for cell in row.pop(None, ())):  # DictReader's key for what is left over
+            raise UserError(f"{path}: row {number} has more cells than columns; put texts with commas in quotes")
+    return columns, rows
 
 
 def provenance(script: str, config, device: torch.device) -> dict[str, str]:
-    """The command that makes a result again, and the machine that made it."""
+    """The command that reproduces a result, and the machine that made it."""
     changed = {f.name: v for f in dataclasses.fields(config) if (v := getattr(config, f.name)) != f.default}
     info = Path("/proc/cpuinfo")  # Linux only
-    models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    if device.type == "cuda":
-        models = [torch.cuda.get_device_name(device)]
-    machine = f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    found = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    cpu = found[1] if found else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return {"command": f"python {script} {flags(changed)}".strip(), "machine": machine}
 
 
 def cells(rows: Sequence[dict], show: Callable[[object], str] = str) -> list[list[str]]:
-    """Head and rows of a table; a range stands behind its measure."""
+    """Header and rows of a table. A measure's `_range`, if it isn't a single value, goes into the measure's cell."""
     keys = [key for key in rows[0] if key not in ("command", "machine") and not key.endswith("_range")]
-    lines = [[key.replace("_", " ") for key in keys]]
-    for row in rows:
-        spans = {key: row.get(f"{key}_range") for key in keys}
-        values = {key: "" if row[key] is None else show(row[key]) for key in keys}
-        wide = {key for key in keys if spans[key] and spans[key][0] < spans[key][1]}
-        lines.append([f"{v} ({spans[k][0]} to {spans[k][1]})" if k in wide else v for k, v in values.items()])
-    return lines
+
+    def cell(row: dict, key: str) -> str:
+        text, span = "" if row[key] is None else show(row[key]), row.get(f"{key}_range")
+        return f"{text} ({span[0]} to {span[1]})" if span and span[0] < span[1] else text
+
+    return [[key.replace("_", " ") for key in keys], *([cell(row, key) for key in keys] for row in rows)]
 
 
 def three_digits(value: object) -> str:
-    """For measured times: 0.0912345 is 0.0912."""
+    """Numbers to three significant digits, for measured times: 0.0912345 becomes 0.0912."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Rows of equal keys as aligned text."""
+    """Rows with equal keys as aligned text."""
     lines = cells(rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
 
 def markdown(rows: Sequence[dict], show: Callable[[object], str] = str) -> str:
-    """The same as a Markdown table, for a page that quotes it."""
+    """Rows with equal keys as a Markdown table."""
     lines = cells(rows, show)
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_rows(out: Path, rows: Sequence[dict], show: Callable[[object], str] = str) -> None:
-    """A JSON list, and beside it the table in Markdown."""
+    """Write the rows as a JSON list and, next to it, as a Markdown table."""
     write_text(out, json.dumps(rows, indent=1))
     write_text(out.with_suffix(".md"), markdown(rows, show))

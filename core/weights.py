@@ -1,7 +1,7 @@
 """Weights on disk: this project's own files, and the layouts in which others publish theirs.
 
-A file is a table of tensors that stay on disk until one is asked for; `load` puts them into a network one at a time, so
-memory never holds more than the network and one tensor. Nothing is unpickled.
+A file is read as a dict of tensors that stay on disk until asked for. `load` puts them into a network one by one, so
+memory never holds more than the network and one tensor. Nothing but tensors and plain containers is unpickled.
 """
 
 import json
@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,19 @@ class Stored:
     read: Callable[[], Tensor]
 
 
-def write_safetensors(
-    path: Path, tensors: dict[str, Tensor], header: dict[str, str], dtype: torch.dtype = torch.bfloat16
-) -> None:
-    """Tensors in one type, and what the header says of them."""
+def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str], dtype=torch.bfloat16) -> None:
+    """Write tensors, all in one dtype, and a header."""
     with atomic(path) as temporary:
         safetensors.torch.save_file({n: t.to("cpu", dtype).contiguous() for n, t in tensors.items()}, temporary, header)
 
 
 def save_network(path: Path, network: str, config, tensors: dict[str, Tensor], dtype=torch.bfloat16) -> None:
-    """One safetensors file that says in its header which network it holds and with which config."""
+    """Write a safetensors file whose header names the network and its config."""
     write_safetensors(path, tensors, {"network": network, "config": json.dumps(asdict(config))}, dtype)
 
 
 def read_network(path: Path | str, network: str, *shapes: type) -> tuple[Any, dict[str, Stored]]:
-    """The config and tensors of a file written by `save_network`. UserError if it is none, or of another network.
-
-    `shapes`: dataclasses of configs; the one whose fields and types the header has is made.
-    """
+    """The config and tensors of a file written by `save_network`. UserError for any other file or network."""
     header, tensors = read_safetensors(path)
     if header.get("network") != network:
         raise UserError(f"{path}: holds a {header.get('network', 'network of unknown kind')}, expected a {network}")
@@ -59,7 +55,7 @@ def read_network(path: Path | str, network: str, *shapes: type) -> tuple[Any, di
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["config"]).items()}
     except (KeyError, ValueError, AttributeError):
         config = {}
-    for shape in shapes:
+    for shape in shapes:  # the config becomes the first of these dataclasses whose fields and types fit
         types = {name: typing.get_origin(kind) or kind for name, kind in typing.get_type_hints(shape).items()}
         if {name: type(value) for name, value in config.items()} == types:
             return shape(**config), tensors
@@ -67,10 +63,10 @@ def read_network(path: Path | str, network: str, *shapes: type) -> tuple[Any, di
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored]]:
-    """A safetensors file's header and tensors."""
+    """The header and tensors of a safetensors file."""
 
     def read(name: str) -> Tensor:
-        # Opened anew for every tensor: an open file keeps in memory what was read of it.
+        # Opened again for every tensor, because an open file keeps in memory what was read from it.
         with safetensors.safe_open(path, "pt") as file:
             return file.get_tensor(name)
 
@@ -82,11 +78,11 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored
         raise UserError(f"{path}: no such file") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); get it again") from None
-    return header, {name: Stored(shape, lambda name=name: read(name)) for name, shape in shapes.items()}
+    return header, {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
 
 
 def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
-    """The tensors of `stem.safetensors`, or of the shards that `stem.safetensors.index.json` names."""
+    """The tensors in `stem.safetensors`, or in the shards listed by `stem.safetensors.index.json`."""
     index = folder / f"{stem}.safetensors.index.json"
     if not index.exists():
         return read_safetensors(folder / f"{stem}.safetensors")[1]
@@ -101,20 +97,19 @@ def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
 
 
 def unpickle(path: Path | str, mmap: bool = False) -> object:
-    """What `torch.save` wrote: tensors and plain containers alone. pickle.UnpicklingError if more, or garbled."""
+    """Read a `torch.save` file. UnpicklingError if it is garbled or holds more than tensors and plain containers."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of the file's age
+        with warnings.catch_warnings(action="ignore"):  # about old file formats
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, struct.error) as error:
         raise pickle.UnpicklingError(f"garbled: {error}") from None
 
 
 def read_checkpoint(path: Path | str, key: str = "", prefix: str = "") -> dict[str, Stored]:
-    """The tensors of a `torch.save` file: a dict, or one in it under `key`. `prefix` is cut from their names."""
+    """The tensors of a `torch.save` file: a dict, or the dict under its `key`. `prefix` is cut from their names."""
 
     def read() -> object:
-        # Anew for every tensor, as above.
-        whole = unpickle(path, zipfile.is_zipfile(path))
+        whole = unpickle(path, zipfile.is_zipfile(path))  # again for every tensor, as above
         return whole.get(key) if key and isinstance(whole, dict) else whole
 
     try:
@@ -132,7 +127,7 @@ def read_checkpoint(path: Path | str, key: str = "", prefix: str = "") -> dict[s
 
 
 def read_config(path: Path) -> dict:
-    """A JSON object. UserError if there is none."""
+    """The JSON object in a file. UserError if there is none."""
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
@@ -145,44 +140,42 @@ def read_config(path: Path) -> dict:
 
 
 def rename(tensors: dict[str, Stored], table: Sequence[tuple[str, str]]) -> dict[str, Stored]:
-    """Every (pattern, replacement) of the table applied to every name, in order."""
-
-    def own(name: str) -> str:
-        for theirs, ours in table:
-            name = re.sub(theirs, ours, name)
-        return name
-
-    return {own(name): tensor for name, tensor in tensors.items()}
+    """Apply every (pattern, replacement) of the table to every name, in order."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in table:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
 
 
 def brief(names: Sequence[str], most: int = 8) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def load(
     build: Callable[[], nn.Module], tensors: dict[str, Stored], path: Path | str, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """The network that `build` makes, with these weights: built on the meta device, filled tensor by tensor.
+    """Build a network on the meta device and fill it tensor by tensor. UserError if a name or shape doesn't match.
 
-    `dtype` is that of all parameters but those whose names its class attribute `float32` finds; int8 is that of the
-    linear layers inside the blocks, and the rest is bfloat16. Every name and shape must match, or one UserError lists
-    what does not.
+    Parameters get `dtype`, except that names matching the network's regex `float32` stay in float32. With int8, only
+    the linear layers inside the blocks are quantised; other parameters get bfloat16.
     """
     with torch.device("meta"):
         network = build()
     own = network.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    wrong = [
-        f"{n} is {list(tensors[n].shape)}, expected {list(own[n].shape)}"
-        for n in sorted(own.keys() & tensors.keys())
-        if tuple(own[n].shape) != tensors[n].shape
-    ]
-    problems = [f"{what}: {brief(names)}" for what, names in
-                (("missing", missing), ("unexpected", extra), ("wrong shape", wrong)) if names]  # fmt: skip
-    if problems:
-        raise UserError(f"{path}: {'; '.join(problems)}")
+    problems = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "wrong shape": [
+            f"{name} is {list(tensors[name].shape)}, expected {list(own[name].shape)}"
+            for name in sorted(own.keys() & tensors.keys())
+            if tuple(own[name].shape) != tensors[name].shape
+        ],
+    }
+    if found := "; ".join(f"{problem}: {brief(names)}" for problem, names in problems.items() if names):
+        raise UserError(f"{path}: {found}")
     kept = re.compile(getattr(network, "float32", "$^"))
     if dtype == torch.int8:
         use_int8(network.blocks)
@@ -194,6 +187,6 @@ def load(
         if isinstance(module, Int8Linear) and leaf == "weight":
             module.fill(tensor)
         else:
-            # Not strict, for its other tensors have turns of their own; that all names and shapes fit is checked above.
+            # Not strict, because it gets one tensor at a time; names and shapes were checked above.
             module.load_state_dict({leaf: tensor}, strict=False, assign=True)
     return network

@@ -1,13 +1,14 @@
-"""Tests run from any folder: the flat scripts are importable, and `run` starts one as a user would."""
+"""Tests run from any folder: the modules are importable, and `run` starts a script as a user would."""
 
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
 import pytest
 import torch
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -15,28 +16,11 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two wo
 
 
 def start_in(folder: Path):
-    """start("sample.py", "--steps", "2") in a folder that then sees the shipped examples and weights."""
-    for name in ("examples", "checkpoints"):
-        (folder / name).symlink_to(ROOT / name)
+    """start("sample.py", "--steps", 2) or start("toy.evaluate") in this folder."""
 
-    def start(script: str, *flags: object, processes: int = 1, torchrun: tuple = ("--standalone",), wait: bool = True):
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *torchrun]
-        command = [*launcher, str(ROOT / script), *(str(flag) for flag in flags)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        job = subprocess.Popen(
-            command, cwd=folder, env=environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        if not wait:
-            return job
-        try:
-            out, err = job.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            os.killpg(job.pid, signal.SIGKILL)
-            raise
-        return subprocess.CompletedProcess(command, job.returncode, out, err)
+    def start(script: str, *flags: object, processes: int = 1, nodes: int = 1, wait: bool = True) -> warm.Job:
+        job = warm.Job(script, [str(flag) for flag in flags], folder, processes, nodes)
+        return job.wait() if wait else job
 
     return start
 
@@ -44,3 +28,12 @@ def start_in(folder: Path):
 @pytest.fixture
 def run(tmp_path):
     return start_in(tmp_path)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The test stands in a folder of its own, which shows the shipped examples and weights."""
+    for name in ("examples", "checkpoints"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -5,8 +5,8 @@ import safetensors.torch
 import torch
 
 from core.config import UserError
-from toy import evaluate
 from toy.codec import TOY_WEIGHTS, ToyCodec
+from toy.metrics import score
 from toy.world import ToyWorld
 
 
@@ -17,7 +17,7 @@ def test_videos_survive():
     assert latents.square().mean().item() == pytest.approx(1, abs=0.1)
     deviation = latents.std((0, 2, 3, 4))
     assert deviation[0] > 3 * deviation[-1] > 1  # coarse components first, and stronger
-    scores = evaluate.score(codec.decode_video(latents), batch)
+    scores = score(codec.decode_video(latents), batch)
     assert scores["mask_iou"] > 0.97 and scores["box_iou"] > 0.97 and scores["prompt_accuracy"] > 0.97
     assert 0.85 < scores["sharpness"] < 1.1  # trained to bear errors in latents, it softens those that have none
 

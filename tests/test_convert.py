@@ -1,4 +1,4 @@
-"""trajectory.py as a script: every form of a trajectory into every other, and point tracks into boxes."""
+"""tools/convert.py: every form of a trajectory into every other, and point tracks into boxes."""
 
 import json
 
@@ -6,12 +6,13 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from core.config import UserError
 from core.media import to_uint8
 from tools import convert
 from tools.convert import Config, read_points
-from trajectory import TrajectoryError, load_trajectory
+from trajectory import load_trajectory
 
 SMALL = {"size": "48x48", "frames": 9}
 LARGE = {"size": "320x480", "frames": 13}
@@ -151,17 +152,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     (tmp_path / "uneven.txt").write_text("1 2 3 4\n1 2\n")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     source, flags, message = BAD[name]
-    with pytest.raises((TrajectoryError, UserError), match=message) as caught:
+    with pytest.raises((UserError, UserError), match=message) as caught:
         convert.main(Config(source, **{"to": "out.json", **SMALL, **flags}))
     assert "\n" not in str(caught.value) and "code ran" not in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
 def test_the_script_takes_its_source_first(run, tmp_path):
-    job = run("trajectory.py", "examples/boxes.json", "--to", "maps.mp4")
+    job = run("tools.convert", ROOT / "examples/boxes.json", "--to", "maps.mp4")
     assert job.returncode == 0 and "2 objects, 9 frames: maps.mp4" in job.stdout, job.stderr
     assert iio.imread(tmp_path / "maps.mp4").shape == (9, 48, 48, 3)
-    job = run("trajectory.py", "no.json", "--to", "x.mp4")
+    job = run("tools.convert", "no.json", "--to", "x.mp4")
     assert job.returncode == 2 and len(job.stderr.splitlines()) == 1 and "no.json: no such file" in job.stderr
 
 

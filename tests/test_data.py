@@ -8,28 +8,30 @@ import pytest
 import torch
 
 from core.config import UserError
-from toy import latents, world
+from toy import world
 from toy.codec import ToyCodec
+from toy.latents import ToyLatents
+from toy.world import COLORS, SPLITS, ToyWorld
 from trajectory import load_trajectory
 
 
 def test_a_video_depends_on_its_number_alone():
-    world = ToyWorld()
-    together, alone = world.batch([3, 8]), world.batch([8])
+    source = ToyWorld()
+    together, alone = source.batch([3, 8]), source.batch([8])
     for name in ("video", "masks", "boxes", "spin"):
         assert torch.equal(getattr(together, name)[1:], getattr(alone, name))
     assert together.captions[1:] == alone.captions
-    others = [world.ToyWorld(split).batch([8]).video for split in ("validation", "test")]
+    others = [ToyWorld(split).batch([8]).video for split in ("validation", "test")]
     assert not torch.equal(alone.video, others[0]) and not torch.equal(others[0], others[1])
 
 
 def test_split_seeds_are_disjoint():
-    firsts = sorted(world.SPLITS.values())
+    firsts = sorted(SPLITS.values())
     assert min(b - a for a, b in pairwise(firsts)) >= 1 << 40  # more videos than can be made
 
 
 def test_boxes_and_masks_are_exact():
-    batch = world.ToyWorld().batch(list(range(64)))
+    batch = ToyWorld().batch(list(range(64)))
     assert set(batch.count.tolist()) == {1, 2, 3}
     for b in range(64):
         for k in range(3):
@@ -44,7 +46,7 @@ def test_boxes_and_masks_are_exact():
                 if k == batch.count[b] - 1:  # in front: the box is exactly its extent
                     assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == (x0, y0, x1, y1)
         assert batch.masks[b].sum(0).max() <= 1  # a pixel belongs to one object
-        colors = torch.tensor(list(world.COLORS.values()))[batch.colors[b]] * 2 - 1  # (K, 2, 3)
+        colors = torch.tensor(list(COLORS.values()))[batch.colors[b]] * 2 - 1  # (K, 2, 3)
         for k in range(batch.count[b]):
             pixels = batch.video[b].permute(1, 2, 3, 0)[batch.masks[b, k]]
             axis = colors[k, 1] - colors[k, 0]
@@ -55,8 +57,8 @@ def test_boxes_and_masks_are_exact():
 
 
 def test_captions_tell_what_is_there_and_half_the_directions():
-    batch = world.ToyWorld().batch(list(range(400)))
-    names = list(world.COLORS)
+    batch = ToyWorld().batch(list(range(400)))
+    names = list(COLORS)
     for b, caption in enumerate(batch.captions):
         clauses = caption.split(", ")
         assert len(clauses) == batch.count[b]
@@ -73,11 +75,11 @@ def test_captions_tell_what_is_there_and_half_the_directions():
 
 def test_pinwheels_turn_as_said():
     """A lone disc of two sectors: the colour boundary advances by `spin` a frame."""
-    batch = world.ToyWorld().batch(list(range(300)))
+    batch = ToyWorld().batch(list(range(300)))
     lone = [b for b in range(300) if batch.count[b] == 1 and batch.sectors[b, 0] == 2]
     assert len(lone) > 20
     for b in lone:
-        color = torch.tensor(list(world.COLORS.values()))[batch.colors[b, 0, 1]] * 2 - 1
+        color = torch.tensor(list(COLORS.values()))[batch.colors[b, 0, 1]] * 2 - 1
         angles = []
         for t in range(9):
             on = ((batch.video[b, :, t] - color[:, None, None]).abs().amax(0) < 1e-6).nonzero().double() + 0.5
@@ -90,15 +92,15 @@ def test_pinwheels_turn_as_said():
 
 def test_training_batches():
     codec = ToyCodec()
-    source = latents.ToyLatents(codec)
+    source = ToyLatents(codec)
     x0, text, none = source.batch([1, 2, 3], drop_text=0.0)
     assert x0.shape == (3, 16, 9, 12, 12) and text.shape == (3, 32, 64) and none is None
     empty = source.batch(list(range(200)), drop_text=0.3)[1].flatten(1).abs().amax(1) == 0
     assert 0.2 < empty.float().mean() < 0.4
-    other = latents.ToyLatents(codec, seed=1)
+    other = ToyLatents(codec, seed=1)
     assert not torch.equal(other.batch([1])[0], source.batch([1])[0])
     with pytest.raises(UserError, match="--seed 256: use 0 to 255"):
-        latents.ToyLatents(codec, seed=256)
+        ToyLatents(codec, seed=256)
     box, mask = (source.batch([1, 2, 3], kind)[2] for kind in ("box", "mask"))
     assert torch.allclose(box[:, :, 0], mask[:, :, 0], atol=1e-5)  # frame 0 is always the mask
     assert not torch.allclose(box[:, :, 1:], mask[:, :, 1:], atol=0.1)
@@ -109,10 +111,10 @@ def test_training_batches():
     assert len({tuple(row.tolist()) for row in dark}) > 20
 
 
-def test_example_script_writes_what_sampling_reads(run, tmp_path):
-    job = run("data.py", "--video", 40)
-    assert job.returncode == 0, job.stderr
-    batch = world.ToyWorld("test").batch([40])
+def test_example_script_writes_what_sampling_reads(tmp_path, capsys):
+    world.main(world.Config(out=str(tmp_path / "out/toy"), video=40))
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/out/toy: ")
+    batch = ToyWorld("test").batch([40])
     loaded = load_trajectory(tmp_path / "out/toy/boxes.json", (48, 48), 9, (48, 48))
     assert loaded.names == batch.trajectory(0).names
     for t in (0, 4, 8):

@@ -8,6 +8,7 @@ import torch
 
 import discriminator as discriminators
 from core import optim
+from core.weights import load, read_network, save_network
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
 from model import PRESETS, VideoDiT
 
@@ -86,14 +87,13 @@ def test_presets_fit_their_networks():
         network = PRESETS[name]
         assert (shape.dim, shape.text_dim, shape.channels) == (network.dim, network.text_dim, network.channels)
         assert shape.patch == network.patch and shape.position_dim == network.dim // network.heads
-        assert max(shape.taps) == network.layers - 1
+        assert max(shape.feature_blocks) == network.layers - 1
 
 
 def test_export_reads_back(tmp_path):
-    from weights import save_network
-
     classifier, (_, _, text, traj) = build().classifier, inputs()
     save_network(tmp_path / "c.safetensors", "Classifier", classifier.config, classifier.state_dict(), torch.float32)
     features = [torch.randn(2, 12, 160) for _ in range(3)]
-    again = Classifier.from_pretrained(tmp_path / "c.safetensors")
+    config, tensors = read_network(tmp_path / "c.safetensors", "Classifier", discriminators.ClassifierConfig)
+    again = load(lambda: Classifier(config), tensors, tmp_path / "c.safetensors")
     assert torch.equal(again(features, text, traj), classifier(features, text, traj))

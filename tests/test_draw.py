@@ -1,4 +1,4 @@
-"""draw.html in a headless Chromium: boxes drawn by hand reach trajectory.py as the page showed them."""
+"""draw.html in a headless Chromium: boxes drawn by hand reach sample.py as the page showed them."""
 
 import base64
 import json
@@ -59,7 +59,7 @@ addEventListener("load", async () => {
 def browse(folder, hands: str) -> dict:
     """Open the page in this folder's browser, let these hands work, and return what they return."""
     page = folder / "draw.html"  # the same address each time: what it keeps is kept by address
-    page.write_text((ROOT / "draw.html").read_text().replace("</html>", HANDS % hands + "</html>"))
+    page.write_text((ROOT / "tools/draw.html").read_text().replace("</html>", HANDS % hands + "</html>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
     command = [CHROMIUM, *flags, "--virtual-time-budget=20000", "--window-size=1200,800", page.as_uri()]
     for _ in range(3):  # the virtual clock can run ahead of a busy machine's image decoder

@@ -1,12 +1,10 @@
-"""Sampling and the script with random networks."""
+"""toy/evaluate.py: sampling, and the script, with random networks."""
 
 import dataclasses
 import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +13,9 @@ import pytest
 import torch
 
 import adapter as adapters
+import finetune_hybrid
 from core import parallel
-from core.config import UserError, help_text
+from core.config import UserError, parse_config
 from core.weights import save_network
 from model import PRESETS, VideoDiT
 from toy import evaluate
@@ -169,7 +168,7 @@ def test_main_writes_rows_and_sheet(tmp_path, weights, capsys):
     assert len({row["mask_iou"] for row in whole[:-1]}) == 4  # four ways
     assert whole[-1]["mask_iou"] == pytest.approx(whole[-2]["mask_iou"], abs=0.1)  # rounded, not another
     assert all(row["fvd"] is None for row in rows if row["objects"] != "all")  # too few videos
-    assert rows[0]["command"].startswith(f"python evaluate.py --slow_generator {weights['slow_generator']}")
+    assert rows[0]["command"].startswith(f"python -m toy.evaluate --slow_generator {weights['slow_generator']}")
     assert rows[0]["command"].endswith("--videos 6 --steps 2 --batch 4 --compile false")
     assert "threads, torch" in rows[0]["machine"]
     sheet = iio.imread(out.with_suffix(".png"))
@@ -253,18 +252,20 @@ def test_networks_that_do_not_fit(weights, tmp_path):
         evaluate.main(evaluate.Config(**weights, out=str(tmp_path / "rows.json"), compile=False))
 
 
-def test_errors_end_in_one_line(weights, tmp_path):
+def test_errors_end_in_one_line(weights, tmp_path, run):
     (tmp_path / "file").write_text("")
     flags = [f"--{name}={value}" for name, value in weights.items()]
-    script = Path(evaluate.__file__)
-    result = subprocess.run(
-        [sys.executable, script, *flags, f"--out={tmp_path / 'file' / 'rows.json'}", "--compile=false"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=120,
-    )  # fmt: skip
+    result = run("toy.evaluate", *flags, f"--out={tmp_path / 'file' / 'rows.json'}", "--compile=false")
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("evaluate.py: ") and "file" in result.stderr
 
 
-def test_help_describes_every_flag():
-    text = help_text(evaluate.Config)
+def test_the_method_is_what_stage_3_does_by_itself():
+    assert finetune_hybrid.Config.diffusion_scale == evaluate.METHOD and evaluate.METHOD in evaluate.VARIANTS
+
+
+def test_help_describes_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(evaluate.Config, ["--help"])
+    text = capsys.readouterr().out
     assert all(f"--{field.name} " in text for field in dataclasses.fields(evaluate.Config))

@@ -10,7 +10,7 @@ from core.config import UserError
 from core.weights import read_checkpoint
 from sample import read_jobs
 from tools.convert import read_points
-from trajectory import Trajectory, TrajectoryError, load_trajectory
+from trajectory import Trajectory, load_trajectory
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs requirements-dev.txt")
 st = hypothesis.strategies
@@ -43,7 +43,7 @@ def places(value, path=()):
 def used_or_refused(path: Path) -> None:
     try:
         assert isinstance(load_trajectory(path, (48, 48), 9), Trajectory)
-    except TrajectoryError as error:
+    except UserError as error:
         assert str(error).startswith(str(path)) and "\n" not in str(error) and len(str(error)) < 1000
 
 
@@ -83,5 +83,5 @@ def test_any_bytes_for_points_and_weights(tmp_path, name, content, start):
     for read in (read_points, read_checkpoint):
         try:
             read(path)
-        except (UserError, TrajectoryError) as error:
+        except UserError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)

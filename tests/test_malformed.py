@@ -27,16 +27,14 @@ import finetune_hybrid
 import sample
 import train_slow_adapter
 from core.config import run_script
-from tools import convert, plot, prepare_clips
+from tools import convert, prepare_clips
 from toy import evaluate
-from trajectory import TrajectoryError
 
 SCRIPTS = {
     "sample.py": (sample.main, sample.Config, {"presets": {"wan5b": sample.WAN5B}}),
-    "trajectory.py": (convert.main, convert.Config, {}),
-    "data.py": (prepare_clips.prepare, prepare_clips.Config, {"presets": {"wan5b": prepare_clips.WAN5B}}),
+    "convert.py": (convert.main, convert.Config, {"positional": "source"}),
+    "prepare_clips.py": (prepare_clips.main, prepare_clips.Config, {"presets": {"wan5b": prepare_clips.WAN5B}}),
     "evaluate.py": (evaluate.main, evaluate.Config, {}),
-    "plot.py": (plot.main, plot.Config, {}),
     "train_slow_adapter.py": (train_slow_adapter.main, train_slow_adapter.Config, {}),
     "distill_fast.py": (distill_fast.main, distill_fast.Config, {}),
     "finetune_hybrid.py": (finetune_hybrid.main, finetune_hybrid.Config, {}),
@@ -107,6 +105,7 @@ def files(tmp_path_factory) -> Path:
         "wide.csv": "path,num_frames,text\n" + "x" * 200_000 + ",9,a\n",
         "rows.csv": "path,num_frames,text\nx.mp4\n",
         "headless.csv": "x.mp4,9,a disc\n",
+        "foreign.csv": "x.mp4,9,a disc\ny.mp4,9,a disc\n",
         "empty.csv": "",
         "untagged.safetensors": network({}),
         "unshaped.safetensors": network({"network": "FastGenerator"}),
@@ -123,10 +122,6 @@ def files(tmp_path_factory) -> Path:
         "cut.npy": npy_of("(9, 2, 2)"),
         "code.npy": b"\x93NUMPY\x01\x00" + pickle.dumps(Code()),
         "nul.txt": "\0\0\0",
-        "run/log.jsonl": '{"step": "first", "loss": 1}\n',
-        "cut_run/log.jsonl": '{"step": 1, "loss": 1}\n{"step": 2, "lo',
-        "flat_run/log.jsonl": "[1, 2]\n",
-        "hollow_run/log.jsonl": "",
     }
     for name, content in written.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -157,7 +152,7 @@ CASES = [
     ("sample.py", [*PNG, "--traj", "nested.json"], "nested.json: can't be read as JSON"),
     ("sample.py", [*PNG, "--traj", "digits.json"], "digits.json: can't be read as JSON"),
     ("sample.py", [*PNG, "--traj", "bomb.png"], "bomb.png: can't be read as JSON"),
-    ("trajectory.py", ["--source", "keyframes.json"], 'objects[0].boxes["9"]: frame 9 is beyond'),
+    ("convert.py", ["keyframes.json"], 'objects[0].boxes["9"]: frame 9 is beyond'),
     # pictures
     ("sample.py", [*PNG, "--traj", "bomb_mask.json"], "bomb_mask.json: objects[0].mask: bomb.png is not an image"),
     ("sample.py", ["--image", "bomb.png", *JSON], "bomb.png: not a readable image (Image size (3600000000 pixels)"),
@@ -166,7 +161,7 @@ CASES = [
     ("sample.py", ["--image", "ten_hours.mp4", *JSON], "ten_hours.mp4: not a readable image"),
     ("sample.py", ["--image", "good.json", *JSON], "good.json: not a readable image"),
     ("sample.py", ["--image", ".", *JSON], ".: no such image"),
-    ("trajectory.py", ["--source", "good.json", "--image", "bomb.png"], "--image bomb.png: not a readable image"),
+    ("convert.py", ["good.json", "--image", "bomb.png"], "--image bomb.png: not a readable image"),
     # maps and videos
     ("sample.py", [*PNG, "--traj", "bomb_maps"], "bomb_maps: can't be decoded (Image size (3600000000 pixels)"),
     ("sample.py", [*PNG, "--traj", "no_maps"], "no_maps: a folder without PNG files"),
@@ -174,34 +169,35 @@ CASES = [
     ("sample.py", [*PNG, "--traj", "gigantic.mkv"], "gigantic.mkv: can't be decoded (a frame of 9000x9000 is larger"),
     ("sample.py", [*PNG, "--traj", "noise.mp4"], "noise.mp4: can't be decoded"),
     ("sample.py", [*PNG, "--traj", "empty.mp4"], "empty.mp4: can't be decoded"),
-    ("trajectory.py", ["--source", "noise.mp4"], "noise.mp4: can't be decoded"),
+    ("convert.py", ["noise.mp4"], "noise.mp4: can't be decoded"),
     # points
-    ("trajectory.py", ["--source", "bomb.npz"], "bomb.npz: unpacks to more than 1024 MiB"),
-    ("trajectory.py", ["--source", "claimed.npy"], "claimed.npy: can't be read as point tracks"),
-    ("trajectory.py", ["--source", "cut.npy"], "cut.npy: can't be read as point tracks"),
-    ("trajectory.py", ["--source", "code.npy"], "code.npy: can't be read as point tracks"),
-    ("trajectory.py", ["--source", "code.pt"], "code.pt: holds more than tensors"),
-    ("trajectory.py", ["--source", "noise.pt"], "noise.pt: "),
-    ("trajectory.py", ["--source", "nul.txt"], "nul.txt: can't be read as point tracks"),
+    ("convert.py", ["bomb.npz"], "bomb.npz: unpacks to more than 1024 MiB"),
+    ("convert.py", ["claimed.npy"], "claimed.npy: can't be read as point tracks"),
+    ("convert.py", ["cut.npy"], "cut.npy: can't be read as point tracks"),
+    ("convert.py", ["code.npy"], "code.npy: can't be read as point tracks"),
+    ("convert.py", ["code.pt"], "code.pt: holds more than tensors"),
+    ("convert.py", ["noise.pt"], "noise.pt: "),
+    ("convert.py", ["nul.txt"], "nul.txt: can't be read as point tracks"),
     # sizes and lengths
     ("sample.py", [*PNG, *JSON, "--frames", "864001"], "--size 48x48 --frames 864001: 1990658304 pixels; 1073741824"),
     ("sample.py", [*PNG, *JSON, "--size", "80000x80000"], "--size 80000x80000 --frames 9: 57600000000 pixels"),
-    ("sample.py", [*PNG, *JSON, "--size", "-48x48"], "--size -48x48: takes height x width"),
+    ("sample.py", [*PNG, *JSON, "--size=-48x48"], "--size -48x48: takes height x width"),
     ("sample.py", [*PNG, *JSON, "--seed", "-1"], "--seed -1: a whole number"),
     ("sample.py", [*PNG, *JSON, "--out", "good.png/x.mp4"], "--out good.png/x.mp4: "),
-    ("trajectory.py", ["--source", "good.json", "--frames", "1000000000"], "--frames 1000000000: at least 1, and"),
-    ("trajectory.py", ["--source", "good.json", "--size", "99998x99998"], "--frames 9: at least 1, and"),
-    ("trajectory.py", ["--source", "good.json", "--to", "checkpoints"], "--to checkpoints: exists"),
-    ("data.py", ["--source", "rows.csv", "--frames", "999999999"], "--size 48x48 --frames 999999999: "),
+    ("convert.py", ["good.json", "--frames", "1000000000"], "--frames 1000000000: at least 1, and"),
+    ("convert.py", ["good.json", "--size", "99998x99998"], "--frames 9: at least 1, and"),
+    ("convert.py", ["good.json", "--to", "checkpoints"], "--to checkpoints: exists"),
+    ("prepare_clips.py", ["--source", "rows.csv", "--frames", "999999999"], "--size 48x48 --frames 999999999: "),
     # tables
-    ("data.py", ["--source", "none.csv"], "none.csv: not a readable CSV file"),
-    ("data.py", ["--source", "quotes.csv"], "quotes.csv: not a readable CSV file"),
-    ("data.py", ["--source", "wide.csv"], "wide.csv: not a readable CSV file"),
-    ("data.py", ["--source", "rows.csv"], "rows.csv: line 2: a frame number is not a whole number"),
-    ("data.py", ["--source", "headless.csv"], "headless.csv: holds no clips"),
-    ("data.py", ["--source", "empty.csv"], "empty.csv: holds no clips"),
+    ("prepare_clips.py", ["--source", "none.csv"], "none.csv: not a readable CSV file"),
+    ("prepare_clips.py", ["--source", "quotes.csv"], "quotes.csv: not a readable CSV file"),
+    ("prepare_clips.py", ["--source", "wide.csv"], "wide.csv: not a readable CSV file"),
+    ("prepare_clips.py", ["--source", "rows.csv"], "rows.csv: line 2: a frame number is not a whole number"),
+    ("prepare_clips.py", ["--source", "headless.csv"], "headless.csv: no rows; give 1 to 100000"),
+    ("prepare_clips.py", ["--source", "empty.csv"], "empty.csv: no rows; give 1 to 100000"),
     ("sample.py", ["--batch", "none.csv"], "none.csv: not a readable CSV file"),
-    ("sample.py", ["--batch", "headless.csv"], "headless.csv: column 'x.mp4' is unknown"),
+    ("sample.py", ["--batch", "headless.csv"], "headless.csv: no rows; give 1 to 100000"),
+    ("sample.py", ["--batch", "foreign.csv"], "foreign.csv: column 'x.mp4' is unknown"),
     ("sample.py", ["--batch", "no_maps"], "no_maps: not a readable CSV file"),
     # weights
     ("sample.py", ["--generator", "untagged.safetensors"], "holds a network of unknown kind, expected a FastGenerator"),
@@ -225,16 +221,11 @@ CASES = [
     ("evaluate.py", ["--out", "rows.md"], "--out rows.md: the name must end in .json"),
     ("finetune_hybrid.py", ["--adapter_start", "300"], "--adapter_start 300 --diffusion_first 300: give steps from 0"),
     ("finetune_hybrid.py", ["--diffusion_first", "9", "--use_diffusion", "false"], "--diffusion_first 9: needs"),
-    ("finetune_hybrid.py", ["--diffusion_scale", "fast"], "--diffusion_scale fast: not a valid value; it takes decay"),
-    ("finetune_hybrid.py", ["--lr", "nan"], "--lr nan: not a valid value; it takes float"),
-    ("finetune_hybrid.py", ["--lr"], "--lr needs a value (float)"),
-    ("distill_fast.py", ["--compile", "perhaps"], "--compile perhaps: not a valid value; it takes true|false"),
-    ("train_slow_adapter.py", ["tiny"], "unknown flag tiny; the flags are --name"),
-    ("plot.py", ["--runs", "run"], "run/log.jsonl: line 1 is no logged step"),
-    ("plot.py", ["--runs", "cut_run"], "cut_run/log.jsonl: line 2 is no logged step"),
-    ("plot.py", ["--runs", "flat_run"], "flat_run/log.jsonl: line 1 is no logged step"),
-    ("plot.py", ["--runs", "hollow_run"], "hollow_run/log.jsonl: holds no logged step"),
-    ("plot.py", ["--runs", "nowhere"], "nowhere/log.jsonl: no such file"),
+    ("finetune_hybrid.py", ["--diffusion_scale", "fast"], "--diffusion_scale: invalid choice: 'fast' (choose from"),
+    ("finetune_hybrid.py", ["--lr", "nan"], "argument --lr: nan is not a finite number"),
+    ("finetune_hybrid.py", ["--lr"], "argument --lr: expected one argument"),
+    ("distill_fast.py", ["--compile", "perhaps"], "argument --compile: perhaps is neither true nor false"),
+    ("train_slow_adapter.py", ["tiny"], "unknown flag tiny; --help lists them all"),
 ]
 
 
@@ -245,7 +236,7 @@ def test_one_line_exit_2_at_once_and_nothing_left(script, flags, message, files,
     monkeypatch.setattr(sys, "argv", [script, *flags])
     before, began = sorted(files.rglob("*")), time.monotonic()
     with pytest.raises(SystemExit) as caught:
-        run_script(main, config, TrajectoryError, **more)
+        run_script(main, config, **more)
     out, err = capfd.readouterr()
     assert caught.value.code == 2 and out == ""
     assert err.count("\n") == 1 and err.startswith(f"{script}: ") and message in err, err

@@ -82,24 +82,24 @@ def small(batch: int) -> tuple[VideoDiT, torch.Tensor, torch.Tensor, torch.Tenso
     return model, torch.randn(batch, 48, 2, 4, 4), torch.full((batch, 2), 500.0), torch.randn(batch, 7, 40)
 
 
-def test_text_read_once_is_text_read_at_every_step():
+def test_every_video_reads_its_own_text():
     model, x, t, text = small(2)
     with torch.no_grad():
-        seen = model.read_text(text)
-        assert [k.shape for k, _ in seen] == [(2, 7, 4, 32)] * 3
-        assert torch.equal(model(x, t, seen), model(x, t, text))
-        assert not torch.allclose(model(x, t, model.read_text(text + 1)), model(x, t, text))
+        tokens, _, _, seen, _ = model.embed(x, t, text)
+        assert seen.shape == (2, 7, 128) and tokens.shape == (2, 8, 128)
+        torch.testing.assert_close(model(x[1:], t[1:], text[1:]), model(x, t, text)[1:], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(model(x, t, text + 1), model(x, t, text))
 
 
-def test_taps_and_residuals():
+def test_features_and_residuals():
     model, x, t, text = small(1)
     with torch.no_grad():
-        plain, features = model(x, t, text, taps=(0, 2))
+        plain, features = model(x, t, text, feature_blocks=(0, 2))
         assert [f.shape for f in features] == [(1, 8, 128)] * 2
         residuals = [torch.zeros(1, 8, 128) for _ in range(3)]
         assert torch.equal(model(x, t, text, residuals), plain)
         residuals[1] += 1
-        moved, after = model(x, t, text, residuals, taps=(0, 1))
+        moved, after = model(x, t, text, residuals, feature_blocks=(0, 1))
     assert torch.equal(after[0], features[0])  # block 0 is before the residual
     assert not torch.allclose(moved, plain)
 

@@ -1,57 +1,177 @@
-"""Every command and every figure of the README pages is real."""
+"""Every command and every figure of the pages is real."""
 
+import ast
+import importlib
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from core import tables
-from tools import bench
-from toy import evaluate
+from core.config import parse_config
 
-ROOT = Path(evaluate.__file__).parent
-PAGES = ("README.md", "checkpoints/tiny/README.md")
-# The same command made short. Later flags win.
+PAGES = ("README.md", "docs/RESULTS.md", "docs/SPEED.md", "docs/WAN.md", "docs/SCALE.md", "docs/FORMATS.md",
+         "checkpoints/tiny/README.md")  # fmt: skip
+# What makes a command short, by how it begins. Later flags win.
 SHORT = {
-    "sample.py": ["--steps", 2],
-    "data.py": [],
-    "trajectory.py": [],
-    "evaluate.py": ["--videos", 4, "--steps", 2, "--batch", 4, "--compile", "false", "--out", "runs/e/rows.json"],
-    "train_codec.py": ["--steps", 2, "--batch", 2],
-    "train_slow_generator.py": ["--steps", 2, "--batch", 2, "--compile", "false"],
-    "train_slow_adapter.py": ["--steps", 2, "--batch", 2, "--compile", "false"],
-    "distill_fast.py": ["--steps", 5, "--batch", 2, "--compile", "false"],
-    "finetune_hybrid.py": ["--steps=5", "--diffusion_first=0", "--adapter_start=0", "--batch=2", "--compile=false"],
+    "make test": "--dry-run",  # this is what runs it
+    "python sample.py": "--steps 2",
+    "torchrun --nproc_per_node=2 sample.py": "--steps 2",
+    "python -m toy.evaluate": "--videos 4 --steps 2 --batch 4 --compile false --out runs/e/rows.json",
+    "python -m toy.train_codec": "--steps 2 --batch 2",
+    "python -m toy.train_slow_generator": "--steps 2 --batch 2 --compile false",
+    "python train_slow_adapter.py": "--steps 2 --mask_steps 1 --batch 2 --compile false",
+    "torchrun --nproc_per_node=2 train_slow_adapter.py": "--steps 2 --mask_steps 1 --batch 2 --compile false --name t",
+    "python distill_fast.py": "--steps 5 --batch 2 --compile false",
+    "python finetune_hybrid.py": "--steps 5 --diffusion_first 0 --adapter_start 0 --batch 2 --compile false",
 }
 
 
-def commands() -> list[str]:
-    blocks = [b for page in PAGES for b in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)]
-    lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
-    return sorted({line for line in lines if line})
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command(command, run):
+def prose(page: str) -> str:
+    """A page in one line: where its lines break says nothing."""
+    return " ".join(text(page).split())
+
+
+def commands(page: str, language: str) -> list[str]:
+    """Of the blocks in this language, in order: without comments, and those over several lines in one."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", text(page), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    return [line for line in (re.sub(r"(^|\s+)#.*", "", line).strip() for line in lines) if line]
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """What a user gets, and the packages of these tests in its .venv, as `make` would have installed them."""
+    folder = tmp_path / "clone"
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if name and not name.startswith("tests/") and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv").mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        if entry.name not in ("ready", "ready-dev"):
+            (folder / ".venv" / entry.name).symlink_to(entry)
+    if not (folder / ".venv/bin/activate").exists():  # an interpreter without an environment of its own
+        (folder / ".venv/bin").unlink()
+        (folder / ".venv/bin").mkdir()
+        for entry in Path(sys.prefix, "bin").iterdir():
+            (folder / ".venv/bin" / entry.name).symlink_to(entry)
+        (folder / ".venv/bin/activate").write_text(f'PATH="{folder}/.venv/bin:$PATH"\n')
+    for stamp in ("ready", "ready-dev"):
+        (folder / ".venv" / stamp).touch()
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page, "sh")])
+def test_commands_run_as_printed_in_a_fresh_shell(page, clone):
+    """All of a page, one after another in one shell. Where the page does not begin with it: in the environment."""
+    listed, script = commands(page, "sh"), ["set -e"]
+    if not any(command.startswith("source") for command in listed):
+        script.append("source .venv/bin/activate")
+    for command in listed:
+        short = max((begin for begin in SHORT if command.startswith(begin)), key=len, default=None)
+        known = command in ("make demo", "source .venv/bin/activate") or command.startswith("python -m tools.convert")
+        assert short or known or command.startswith("python -m toy.world"), f"{command}: not in the table"
+        more = "" if short is None or "--help" in command else f" {SHORT[short]}"
+        script += [f"echo {shlex.quote(f'$ {command}')}", f"{command}{more}"]
+    environment = ["env", "-i", f"HOME={clone.parent}", "PATH=/usr/bin:/bin"]
+    job = subprocess.run(
+        [*environment, "bash", "-c", "\n".join(script)], cwd=clone, capture_output=True, text=True, timeout=900
+    )
+    reached = [line.removeprefix("$ ") for line in job.stdout.splitlines() if line.startswith("$ ")]
+    assert job.returncode == 0, f"{reached[-1:]} failed: {job.stderr[-3000:]}"
+    assert reached == listed
+    if page == "README.md":
+        assert {"sample.mp4", "seed1.mp4", "slow.mp4"} <= {path.name for path in (clone / "out").iterdir()}
+        assert "pytest" in job.stdout and "pip" not in job.stdout  # make test would run the tests, and install nothing
+
+
+def quoted(page: str) -> list[str]:
+    """Commands within sentences, but those with places to fill in."""
+    found = [" ".join(code.split()) for code in re.findall(r"`((?:python|torchrun) [^`]+)`", text(page))]
+    return [command for command in found if "..." not in command and "<" not in command]
+
+
+def parsed(command: str) -> bool:
+    """Hand a command's flags to its script, or say that it is no script of this project's."""
     words = shlex.split(command)
-    if words[0] == "make":  # `make test` is what runs this, and `make demo` installs: only their targets are checked
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-        return
-    processes = 1
-    if words[0] == "torchrun":
-        processes = int(words.pop(1).removeprefix("--nproc_per_node="))
-    launcher, script, *flags = words
-    assert launcher in ("python", "torchrun") and script in SHORT
-    short = [] if "--help" in flags else SHORT[script]
-    job = run(script, *flags, *short, processes=processes)
-    assert job.returncode == 0, job.stderr[-2000:]
+    words = words[words.index("torchrun") :] if "torchrun" in words else words
+    if words[0] not in ("python", "torchrun"):
+        return False
+    while words[1].startswith("--"):  # torchrun's own
+        words.pop(1)
+    name = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
+    flags = words[3:] if words[1] == "-m" else words[2:]
+    if name.startswith("tests/"):
+        return (ROOT / f"{name}.py").is_file()
+    script = importlib.import_module(name)
+    presets = {"wan5b": script.WAN5B} if hasattr(script, "WAN5B") else {}
+    positional = re.findall(r'run_script\(.*positional="(\w+)"', Path(script.__file__).read_text(encoding="utf-8"))
+    if "--help" not in flags:
+        assert isinstance(parse_config(script.Config, flags, presets, "".join(positional)), script.Config)
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_that_need_more_than_a_test_has_are_well_formed(page):
+    """They need published weights or GPUs: each is one that its script takes."""
+    foreign = [command for command in (*commands(page, "bash"), *quoted(page)) if not parsed(command)]
+    assert all(command.startswith(("pip install ", "hf download ", "export ", "srun ")) for command in foreign), foreign
+
+
+def test_commands_in_slurm_files_are_well_formed():
+    found = re.findall(r"srun bash -c '(.*?)'", re.sub(r"\\\n\s*", "", text("docs/SCALE.md")), flags=re.DOTALL)
+    assert found and all(parsed(command) for command in found)
+
+
+def test_code_on_the_pages_is_code():
+    for page in PAGES:
+        for block in re.findall(r"^```json\n(.*?)^```", text(page), flags=re.DOTALL | re.MULTILINE):
+            assert json.loads(block)
+        for block in re.findall(r"^```python\n(.*?)^```", text(page), flags=re.DOTALL | re.MULTILINE):
+            assert ast.parse(block)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def results(name: str) -> list[dict]:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def test_the_readme_is_short_and_its_table_is_the_committed_one():
+    assert len((ROOT / "README.md").read_bytes()) <= 8192
+    rows = {row["name"]: row for row in results("tiny") if row["objects"] == "all"}
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text("README.md").splitlines()]
+    quotes = [line for line in lines if line[0] in rows]
+    assert {"SlowGenerator + SlowAdapter", "FastGenerator + FastAdapter"} <= {line[0] for line in quotes}
+    head = next(line for line in lines if line[0] == "name")
+    other = {"distance": "fvd", "seconds": "seconds_per_video"}  # words of the page for a measure's name
+    keys = [other.get(cell, cell.lower().replace(" ", "_")) for cell in head]
+    assert len(quotes) <= 7 and {"steps", "mask_iou", "box_iou"} <= set(keys)
+    for name, *cells in quotes:
+        for key, cell in zip(keys[1:], cells, strict=True):
+            value = rows[name][key]
+            assert cell == ("" if value is None else str(value)), (name, key)
 
 
 def test_results_table_is_the_committed_one():
-    rows = json.loads((ROOT / "results/tiny.json").read_text())
-    assert tables.markdown(rows) in (ROOT / "README.md").read_text()
+    rows = results("tiny")
+    assert tables.markdown(rows) in text("docs/RESULTS.md")
     by_name = {(row["name"], row["objects"]): row for row in rows}
     alone, slow, fast = (
         by_name[name, "all"] for name in ("SlowGenerator", "SlowGenerator + SlowAdapter", "FastGenerator + FastAdapter")
@@ -69,8 +189,7 @@ def test_results_table_is_the_committed_one():
 
 
 def test_ablation_table_is_the_committed_one_and_says_what_the_page_says():
-    rows = json.loads((ROOT / "results/ablation.json").read_text())
-    page = (ROOT / "README.md").read_text()
+    rows, page = results("ablation"), text("docs/RESULTS.md")
     assert tables.markdown([row for row in rows if row["steps"] >= 4]) in page
     assert tables.markdown(rows) == (ROOT / "results/ablation.md").read_text().strip()
     assert all(row["videos"] >= 256 and row["seeds"] == 3 for row in rows if "hybrid" in row["name"])
@@ -85,7 +204,7 @@ def test_ablation_table_is_the_committed_one_and_says_what_the_page_says():
         assert table[as_is]["box_iou"] < table[full]["box_iou_range"][0]
     assert at[4][no_gan]["fvd"] > 2 * at[4][full]["fvd"]
     assert at[1][as_is]["fvd"] > 1.5 * at[1][full]["fvd_range"][1]
-    assert f"({at[1][as_is]['fvd']:.2f} against {at[1][full]['fvd']:.2f})" in page
+    assert f"({at[1][as_is]['fvd']:.2f} against {at[1][full]['fvd']:.2f})" in prose("docs/RESULTS.md")
     assert all(at[n][as_is]["fvd"] < at[n][full]["fvd"] for n in (4, 2))  # other than in the paper: the page says so
     scales = {scale: at[4][f"hybrid, {scale} scale"] for scale in ("constant", "growing")} | {"decaying": at[4][full]}
     crisp = {scale: row["sharpness_range"] for scale, row in scales.items()}
@@ -104,57 +223,65 @@ def test_ablation_table_is_the_committed_one_and_says_what_the_page_says():
 
 
 def test_speed_is_the_committed_one_and_ahead_everywhere():
-    rows = json.loads((ROOT / "results/bench-cpu.json").read_text())
-    names = bench.Row.__dataclass_fields__
-    own = [bench.Row(**{name: row[name] for name in names}) for row in rows]
-    table, page = bench.markdown(own), (ROOT / "README.md").read_text()
-    assert table == (ROOT / "results/bench-cpu.md").read_text().strip()
-    beside = [row for row in own if row.name.startswith(("DiT", "4 steps", "VAE", "attention")) and row.reference]
-    assert len(beside) == 14 and bench.markdown(beside) in page
-    assert all(row.ratio < 1 for row in beside)
-    ratio = {(row.name, row.dtype, row.compiled): row.ratio for row in own}
+    rows, page = results("bench-cpu"), prose("docs/SPEED.md")
+    assert tables.markdown(rows, tables.three_digits) == (ROOT / "results/bench-cpu.md").read_text().strip()
+    compared = ("DiT", "4 steps", "VAE", "attention")
+    beside = [row for row in rows if row["name"].startswith(compared) and row["reference"]]
+    assert len(beside) == 14 and tables.markdown(beside, tables.three_digits) in text("docs/SPEED.md")
+    assert all(row["ratio"] < 1 for row in beside)
+    ratio = {(row["name"], row["dtype"], row["compiled"]): row["ratio"] for row in rows}
     for fused in ("", ", reference fused"):
         assert ratio[f"DiT forward{fused}", "float32", False] <= 0.93
         assert ratio[f"DiT forward{fused}", "bfloat16", True] <= 0.85
     assert ratio["4 steps with adapter", "bfloat16", True] <= 0.8
     assert ratio["VAE decode", "bfloat16", False] <= 0.8
     assert ratio["VAE decode, peak memory", "bfloat16", False] <= 0.6
-    flat = [row.ours for row in own if "piece by piece" in row.name]
+    flat = [row["ours"] for row in rows if "piece by piece" in row["name"]]
     assert len(flat) == 2 and max(flat) <= 1.01 * min(flat)
-    growth = next(row.ratio for row in own if row.name.startswith("block: b / a"))
+    growth = next(row["ratio"] for row in rows if row["name"].startswith("block: b / a"))
     assert 0.8 < growth < 1.25 and f"the ratio of both terms is {growth:.2f} of the predicted" in page
-    error = {row.name: row.ours for row in own}
-    assert error["--memory medium: error of a forward pass"] == 0  # "the same to the bit"
-    error = error["--memory low: error of a forward pass"]
-    assert f"differs by a relative {error:.2f}" in page
+    error = {row["name"]: row["ours"] for row in rows}
+    assert error["--memory medium: error of a forward pass"] == 0  # "the same result to the bit"
+    error, page = error["--memory low: error of a forward pass"], prose("docs/WAN.md")
+    assert "the same result to the bit" in page and f"differs by a relative {error:.2f}" in page
 
 
 def test_training_times_are_the_committed_ones():
-    rows, page = json.loads((ROOT / "results/training.json").read_text()), (ROOT / "README.md").read_text()
+    rows = results("training")
     for row in rows:
-        assert f"stage {row['stage']} took {row['seconds'] / 60:.0f} minutes" in page
+        assert f"stage {row['stage']} took {row['seconds'] / 60:.0f} minutes" in prose("README.md")
     assert [row["stage"] for row in rows] == [1, 2, 3] and sum(row["seconds"] for row in rows) < 6 * 3600
-    assert rows[0]["mask_iou"] >= 0.88 and f"comes to a mask IoU of {rows[0]['mask_iou']:.3f}" in page
+    assert rows[0]["mask_iou"] >= 0.88
+    assert f"comes to a mask IoU of {rows[0]['mask_iou']:.3f}" in prose("docs/RESULTS.md")
 
 
 def test_memory_of_the_real_model_is_the_committed_one():
     cost = json.loads((ROOT / "results/wan5b-cpu.json").read_text())
-    page, peak, low = (ROOT / "README.md").read_text(), max(cost["peak_gib"].values()), cost["low"]["peak_gib"]
+    page, peak, low = prose("docs/WAN.md"), max(cost["peak_gib"].values()), cost["low"]["peak_gib"]
     assert peak < 14 and f"a peak of {peak:.1f} GiB" in page
-    low = max(value for part, value in low.items() if part != "encode prompt")
-    assert low < 9 and f"`--memory low` of {low:.1f} GiB" in page
+    prompt, low = low["encode prompt"], max(value for part, value in low.items() if part != "encode prompt")
+    assert low < 9 and f"`--memory low` of {low:.1f} GiB" in page and f"({prompt:.1f} GiB while" in page
 
 
-def test_links_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
-            assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of a page's headings."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", text(page)):
+        file, _, anchor = target.partition("#")
+        place = (ROOT / page).parent / file if file else ROOT / page
+        assert target.startswith("https://") or place.exists(), target
+        assert target.startswith("https://") or not anchor or anchor in anchors(place), target
 
 
 def test_memory_at_scale_is_what_its_formula_gives():
     """2 bytes of a frozen parameter, 20 of a trained one (16 of the fake score), over W; the rest over S."""
     rows = {}
-    for line in (ROOT / "docs/SCALE.md").read_text().splitlines():
+    for line in text("docs/SCALE.md").splitlines():
         if line.endswith(" GB |"):
             stage, _, _, kept, *cells = line.strip("| ").split(" | ")
             rows[stage] = (sum(map(int, kept.split(" + "))), [int(cell.removesuffix(" GB")) for cell in cells])

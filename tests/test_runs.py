@@ -9,7 +9,7 @@ import torch
 
 from core import optim, parallel
 from core.config import UserError
-from core.runs import COUNTS, Run, check_counts
+from core.runs import COUNTS, Run, check_counts, due
 
 ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
@@ -69,7 +69,7 @@ def test_a_write_that_fails_is_not_passed_over(tmp_path, monkeypatch):
     def fail(folder):
         raise OSError("disk full")
 
-    monkeypatch.setattr("runs.fsync_folder", fail)
+    monkeypatch.setattr("core.runs.fsync_folder", fail)
     run.save(1)
     with pytest.raises(OSError, match="disk full"):
         run.save(2)
@@ -143,3 +143,11 @@ def test_nothing_that_is_counted_may_be_none(name):
     options = dataclasses.make_dataclass("Counted", [(name, int, 0)], frozen=True)
     with pytest.raises(UserError, match=f"--{name} 0: at least 1"):
         check_counts(options())
+
+
+def test_what_is_due_and_when():
+    """Every so many steps and at the end; not where a run begins or goes on, which has it already."""
+    assert [step for step in range(11) if due(step, 4, 0, last=step == 10)] == [4, 8, 10]
+    assert [step for step in range(4, 11) if due(step, 4, 4, last=step == 10)] == [8, 10]
+    assert [step for step in range(9) if due(step, 4, 0, last=step == 8)] == [4, 8]
+    assert due(0, 4, 0, last=True)  # a run of no steps, or one that is begun again when it is done

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from core.config import UserError
 from toy.world import ToyWorld
-from trajectory import PALETTE, Trajectory, TrajectoryError, draw_overlay, load_trajectory
+from trajectory import PALETTE, Trajectory, draw_overlay, load_trajectory
 
 CELLS = {".": (0, 0, 0), "a": PALETTE[0], "b": PALETTE[1]}
 
@@ -197,7 +198,7 @@ def test_a_frame_of_another_shape_covers_the_video_and_is_cut_to_its_middle(tmp_
         Image.fromarray(mask[..., None] * np.array(PALETTE[0], dtype=np.uint8)).save(maps / f"{t}.png")
     given = load_trajectory(maps, (100, 100), 9)
     assert (given.masks == square.masks).all() and (given.boxes[0] == [-10, 0, 30, 20]).all()
-    with pytest.raises(TrajectoryError, match=r"objects\[0\].boxes.*lies outside the middle of 50x100"):
+    with pytest.raises(UserError, match=r"objects\[0\].boxes.*lies outside the middle of 50x100"):
         load_trajectory(write(tmp_path, objects=[{"boxes": {"0": [0, 0, 10, 50]}}]), (100, 50), 9, (50, 100))
 
 
@@ -318,7 +319,7 @@ def test_error_is_one_line_naming_file_field_and_mend(tmp_path, name):
     if isinstance(content, dict | list):
         content = json.dumps(content)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(TrajectoryError) as caught:
+    with pytest.raises(UserError) as caught:
         load_trajectory(path, (48, 48), 9)
     message = str(caught.value)
     assert message.startswith(str(path)) and field in message and mend in message
@@ -331,12 +332,12 @@ def test_the_good_object_of_the_error_cases_is_good(tmp_path):
 
 def test_error_for_missing_and_large_files(tmp_path):
     for path in (tmp_path / "boxes.json", tmp_path / ("x" * 300)):
-        with pytest.raises(TrajectoryError, match="no such file") as caught:
+        with pytest.raises(UserError, match="no such file") as caught:
             load_trajectory(path, (48, 48), 9)
         assert str(caught.value).startswith(str(path))
     with open(tmp_path / "boxes.json", "wb") as file:
         file.truncate((16 << 20) + 1)  # sparse: takes no disk
-    with pytest.raises(TrajectoryError, match=r"boxes\.json: larger than 16 MiB"):
+    with pytest.raises(UserError, match=r"boxes\.json: larger than 16 MiB"):
         load_trajectory(tmp_path / "boxes.json", (48, 48), 9)
 
 
@@ -414,7 +415,7 @@ def test_png_folder_round_trip_is_exact(tmp_path):
 
 def test_map_errors(tmp_path):
     def message(path, frames=9) -> str:
-        with pytest.raises(TrajectoryError) as caught:
+        with pytest.raises(UserError) as caught:
             load_trajectory(path, (64, 96), frames)
         assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
         return str(caught.value)

@@ -1,20 +1,19 @@
-"""Convert trajectories: from boxes.json, map videos, folders of maps or masks, and point tracks, to the first three.
+"""Convert trajectories: boxes.json, map videos, folders of PNG maps and point tracks, into any of the first three.
 
     python -m tools.convert maps.mp4 --to boxes.json --size 704x1280 --frames 121
     python -m tools.convert boxes.json --to maps --preview out/look.mp4              # a folder of PNG maps
     python -m tools.convert tracks.npy --to boxes.json --box 80x60 --pick 0,4,7      # points become boxes of this size
 
-Point tracks are x and y in pixels, frame by frame: `.npy` of [T, K, 2], or [T, K, 3] with visibility (above 0.5) last;
-`.npz` with `tracks` and perhaps `visibility` [T, K]; `.pt` or `.pth` of a tensor, or of a dict with these or
-`pred_tracks` and `pred_visibility`, as CoTracker gives them (a first axis of 1 is dropped); `.txt` with a line a frame,
-`x y` of each point in turn, `- -` where it is hidden. Nothing is unpickled.
+Point tracks are x and y in pixels for every frame: `.npy` of [T, K, 2], or of [T, K, 3] with visibility (above 0.5)
+last; `.npz` with `tracks` and optionally `visibility` [T, K]; `.pt` or `.pth` of a tensor, or of a dict with these
+names or CoTracker's `pred_tracks` and `pred_visibility` (a first axis of 1 is dropped); `.txt` with one line per frame,
+`x y` of every point, `- -` if it is hidden. Nothing is unpickled.
 """
 
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,28 +22,25 @@ import numpy as np
 import torch
 
 from core.config import UserError, reason, run_script, shipped
-from core.files import atomic, output_path
+from core.files import output_path, write_text
 from core.media import BROKEN, MOST_VIDEO, Size, fit_nearest, read_picture, to_uint8, write_image, write_video
 from core.weights import unpickle
-from trajectory import PALETTE, Trajectory, TrajectoryError, check_input, draw_overlay, load_trajectory, place
+from trajectory import PALETTE, Trajectory, check_input, draw_overlay, load_trajectory, place
 
 MOST_FRAMES, MOST_BYTES = 10_000, 1 << 30
-POINTS = {".npy", ".npz", ".txt", ".pt", ".pth"}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options of a conversion."""
-
     source: str = shipped("examples/boxes.json")  # what to read
     to: str = "out/maps.mp4"  # what to write: a .json, an .mp4 of maps, or a folder of PNG maps
-    preview: str = ""  # an .mp4 that shows it over the image, to look at
-    image: str = ""  # of the preview; gray if empty
-    size: str = "48x48"  # height x width of the video, in whose pixels all is written
+    preview: str = ""  # an .mp4 that shows the trajectory over the image
+    image: str = ""  # behind the preview; gray if empty
+    size: str = "48x48"  # height x width of the video, in whose pixels everything is written
     frames: int = 9  # length of the video
-    source_size: str = ""  # height x width in whose pixels points are, or boxes that don't say; as size if empty
+    source_size: str = ""  # height x width in whose pixels the points are, and boxes that don't say; size if empty
     box: str = "16x16"  # height x width of a point's box, in pixels of the video
-    pick: str = ""  # numbers of the points to take, with commas between; all if empty
+    pick: str = ""  # numbers of the points to take, separated by commas; all if empty
 
 
 def read_size(name: str, text: str) -> Size:
@@ -56,8 +52,8 @@ def read_size(name: str, text: str) -> Size:
 
 
 def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A file of point tracks: positions [T, K, 2], and which are visible [T, K]. TrajectoryError if it can't be."""
-    check: Callable = partial(check_input, path)
+    """A file of point tracks: positions [T, K, 2], and which are visible [T, K]. UserError if it is none."""
+    check = partial(check_input, path)
     check(path.is_file(), "", "no such file; correct the path")
     check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; are these point tracks?")
     shown, form = None, "give [T, K, 2], or [T, K, 3] with visibility last"
@@ -77,14 +73,12 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if not isinstance(points, np.ndarray | torch.Tensor):
             names = [name for name in ("tracks", "pred_tracks") if name in points]
             check(bool(names), "", "holds neither tracks nor pred_tracks; name them so")
-            shown = [points[name] for name in ("visibility", "pred_visibility") if name in points]
-            shown, points = (shown[0] if shown else None), points[names[0]]
+            shown = next((points[name] for name in ("visibility", "pred_visibility") if name in points), None)
+            points = points[names[0]]
         points = np.asarray(points, dtype=float)
         shown = None if shown is None else np.asarray(shown, dtype=float)
     except pickle.UnpicklingError:
         check(False, "", "holds more than tensors, code perhaps, or is garbled; it is not opened")
-    except TrajectoryError:
-        raise
     except (*BROKEN, TypeError, MemoryError, zipfile.BadZipFile) as error:
         check(False, "", f"can't be read as point tracks ({reason(error)}); {form}")
     points = points[0] if points.ndim == 4 and len(points) == 1 else points
@@ -98,10 +92,9 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def from_points(cfg: Config, size: Size, source_size: Size) -> Trajectory:
-    """Boxes of one size around every point, cut at the video's edge."""
-    path = Path(cfg.source)
-    check: Callable = partial(check_input, path)
-    points, shown = read_points(path)
+    """A box of one size around every point, cut at the video's edge."""
+    check = partial(check_input, Path(cfg.source))
+    points, shown = read_points(Path(cfg.source))
     check(len(points) == cfg.frames, "", f"{len(points)} frames but the video has {cfg.frames}; pass --frames")
     if cfg.pick:
         try:
@@ -127,21 +120,19 @@ def write_boxes(path: Path, trajectory: Trajectory) -> None:
     """A boxes.json, and beside it the mask of each object. Boxes are cut at the video's edge."""
     height, width = trajectory.size
     cut = trajectory.boxes.clip(0, (width, height) * 2).round(3)  # NaN stays
-    drawn = (cut[..., 2:] > cut[..., :2]).all(-1)
-    if not drawn.any(1).all():
-        name = trajectory.names[(~drawn.any(1)).argmax()]
-        raise UserError(f"--to {path}: {name} has no box inside the video in any frame; change --size")
+    drawn = (cut[..., 2:] > cut[..., :2]).all(-1)  # (K, T)
     objects = []
     for k, name in enumerate(trajectory.names):
-        mask = trajectory.masks[k] if trajectory.masks.ndim == 3 else trajectory.masks[k, 0]
-        file = path.with_name(f"{path.stem}_mask_{k}.png")
-        write_image(file, mask.astype(np.uint8) * 255)
+        if not drawn[k].any():
+            raise UserError(f"--to {path}: {name} has no box inside the video in any frame; change --size")
         boxes = {str(t): cut[k, t].tolist() for t in np.flatnonzero(drawn[k])}
         kind, color = "linear" if drawn[k].all() else "none", trajectory.colors[k].tolist()
-        objects.append({"name": name, "mask": file.name, "color": color, "interpolate": kind, "boxes": boxes})
+        mask = f"{path.stem}_mask_{k}.png"
+        objects.append({"name": name, "mask": mask, "color": color, "interpolate": kind, "boxes": boxes})
+    for item, mask in zip(objects, trajectory.masks, strict=True):  # nothing is written before all is checked
+        write_image(path.with_name(item["mask"]), mask.astype(np.uint8) * 255)
     top = {"num_frames": trajectory.num_frames, "width": width, "height": height, "objects": objects}
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(top, indent=1) + "\n")
+    write_text(path, json.dumps(top, indent=1))
 
 
 def main(cfg: Config) -> None:
@@ -158,7 +149,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"--size {cfg.size}: an mp4 takes an even height and width")
     if not 0 < cfg.frames <= MOST_VIDEO // (size[0] * size[1]):
         raise UserError(f"--frames {cfg.frames}: at least 1, and with --size {MOST_VIDEO} pixels at most")
-    if Path(cfg.source).suffix in POINTS:
+    if Path(cfg.source).suffix in (".npy", ".npz", ".txt", ".pt", ".pth"):
         trajectory = from_points(cfg, size, source_size)
     else:
         trajectory = load_trajectory(cfg.source, size, cfg.frames, source_size)
@@ -170,11 +161,10 @@ def main(cfg: Config) -> None:
             raise UserError(f"--image {cfg.image}: not a readable image ({error})") from None
     if out.suffix == ".json":
         write_boxes(out, trajectory)
+    elif out.suffix == ".mp4":
+        write_video(out, to_uint8(trajectory.maps()), fps=8)
     else:
-        maps = to_uint8(trajectory.maps())
-        if out.suffix:
-            write_video(out, maps, fps=8)
-        for t, frame in enumerate(maps) if not out.suffix else ():
+        for t, frame in enumerate(to_uint8(trajectory.maps())):
             write_image(out / f"{t:05d}.png", frame)
     if cfg.preview:
         frames = np.repeat(background[None], cfg.frames, axis=0)

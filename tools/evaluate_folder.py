@@ -1,26 +1,28 @@
-"""Measure generated videos of the real world against true ones: `python -m tools.evaluate_folder --generated DIR --true DIR`.
+"""Measure generated videos of the real world against true ones.
 
-Videos are paired by name: `DIR/name.mp4` in both. What else you bring decides what is measured; the rest stays empty.
+    python -m tools.evaluate_folder --generated DIR --true DIR
+
+Videos are paired by name: `DIR/name.mp4` in both folders. Each of these options adds its measure:
 
     --inception FILE    TorchScript, uint8 images [n, 3, h, w] to features [n, D] under return_features=True, as
                         inception-2015-12-05.pt: FID over all frames
     --i3d FILE          TorchScript, videos [n, 3, T, 224, 224] in [-1, 1] to features [n, D] under rescale=False,
                         resize=False, return_features=True, as i3d_torchscript.pt: FVD, of at least 10 frames
     --lpips FILE        TorchScript, two batches of images in [-1, 1] to distances [n]
-    --masks DIR         true masks, `name/` of a PNG a frame or `name.mp4`: black, one colour an object
+    --masks DIR         true masks, `name/` with one PNG per frame or `name.mp4`: black, one colour per object
     --found DIR         masks of the generated videos, in the same colours, from a segmentation network that was given
-                        the objects of frame 0: mask IoU, and box IoU between the extents
-    --boxes DIR         `name.json`, boxes as sample.py takes them: the true boxes of box IoU, instead of the masks'
+                        the objects of frame 0: mask IoU, and box IoU between their extents
+    --boxes DIR         `name.json`, boxes as sample.py takes them: true boxes for the box IoU instead of the masks'
 
-IoU is the mean over objects of the mean over frames in which the truth shows the object; a frame in which nothing is
-found counts 0. As FlashBench does, rows stand for all videos and by the number of objects.
+IoU is averaged over the frames in which the truth shows the object, then over objects; a frame in which nothing is
+found counts as 0. As in FlashBench, rows are for all videos and by number of objects.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +41,15 @@ from trajectory import check_input, load_trajectory
 
 @dataclass(frozen=True)
 class Config:
-    """Options of the evaluation of folders."""
-
     generated: str = "generated"  # folder of generated videos
-    true: str = "true"  # folder of the true ones, of the same names
+    true: str = "true"  # folder of true videos with the same names
     masks: str = ""  # folder of true masks
     found: str = ""  # folder of the masks found in generated videos
     boxes: str = ""  # folder of boxes.json files
     inception: str = ""  # TorchScript file, for FID
     i3d: str = ""  # TorchScript file, for FVD
     lpips: str = ""  # TorchScript file
-    out: str = "out/benchmark.json"  # rows; a table in Markdown goes beside it
+    out: str = "out/benchmark.json"  # rows; a Markdown table goes beside it
 
 
 def read_whole(path: Path) -> Tensor:
@@ -57,28 +57,50 @@ def read_whole(path: Path) -> Tensor:
     if not path.is_file():
         raise UserError(f"{path}: no such file; videos are paired by name")
     try:
-        frames = read_video(path)
-        first = next(frames)
-        rest = list(islice(frames, MOST_VIDEO // first[..., 0].size))
+        video = read_video(path)
+        frames = [next(video)]
+        most = MOST_VIDEO // frames[0][..., 0].size
+        frames += islice(video, most)
     except (*BROKEN, StopIteration):
         raise UserError(f"{path}: can't be decoded; save it as an H.264 mp4") from None
-    if (1 + len(rest)) * first[..., 0].size > MOST_VIDEO:
+    if len(frames) > most:
         raise UserError(f"{path}: more than {MOST_VIDEO} pixels in all its frames; cut it")
-    return torch.from_numpy(np.stack([first, *rest])).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-def read_network(path: str) -> torch.jit.ScriptModule | None:
-    """A TorchScript file, or None where none is given."""
+def open_network(path: str, use: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
+    """`use(network, ...)` with the network of a TorchScript file; None if no file is given."""
     if not path:
         return None
     try:
-        return torch.jit.load(path).eval()
+        network = torch.jit.load(path).eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path}: no TorchScript file ({reason(error)})") from None
 
+    def call(*inputs: Tensor) -> Tensor:
+        try:
+            return use(network, *inputs)
+        except torch.OutOfMemoryError:  # a RuntimeError too, but not the file's fault
+            raise
+        except RuntimeError as error:
+            raise UserError(f"{path}: can't be called as --help says ({reason(error)})") from None
 
-def find(folder: str, name: str) -> Path:
-    """`folder/name/`, or `folder/name` with the ending of a video."""
+    return call
+
+
+def image_features(network: Callable, *videos: Tensor) -> list[Tensor]:
+    """uint8 videos [T, 3, h, w] -> [T, D] each."""
+    return [torch.cat([network(part, return_features=True) for part in video.split(32)]) for video in videos]
+
+
+def clip_features(network: Callable, *videos: Tensor) -> list[Tensor]:
+    """uint8 videos [T, 3, h, w] -> [1, D] each."""
+    clips = (F.interpolate(v.float(), (224, 224), mode="bilinear", align_corners=False) / 127.5 - 1 for v in videos)
+    return [network(clip.transpose(0, 1)[None], rescale=False, resize=False, return_features=True) for clip in clips]
+
+
+def find_masks(folder: str, name: str) -> Path:
+    """`folder/name/`, or `folder/name` with a video's suffix."""
     places = [Path(folder) / name, *(Path(folder) / f"{name}{suffix}" for suffix in sorted(VIDEO_SUFFIXES))]
     for place in places:
         if place.exists():
@@ -86,76 +108,52 @@ def find(folder: str, name: str) -> Path:
     raise UserError(f"{places[0]}: no such folder or video; every generated video needs one")
 
 
-def read_labels(path: Path, colors: np.ndarray | None) -> tuple[Iterator[np.ndarray], np.ndarray]:
-    """Which object each pixel shows, frame by frame, [h, w] with -1 for none; and the objects' colours."""
-    check: Callable = partial(check_input, path)
-    frames = read_frames(path, check)
-    first = next(frames, None)
-    check(first is not None, "", "holds no frames; give a PNG or video frame each")
-    colors = flat_colors(first) if colors is None else colors
-    check(len(colors) > 0, "frame 0", "shows no object; paint each in a colour of its own")
-    return (label_pixels(frame, colors) for frame in (first, *frames)), colors
+def read_labels(path: Path, colors: np.ndarray | None = None) -> tuple[list[np.ndarray], np.ndarray]:
+    """Which object each pixel shows, a list of frames [h, w] with -1 for none; and the objects' colours [K, 3]."""
+    check, labels = partial(check_input, path), []
+    for frame in read_frames(path, check):
+        colors = flat_colors(frame) if colors is None else colors
+        check(len(colors) > 0, "frame 0", "shows no object; paint each in a colour of its own")
+        labels.append(label_pixels(frame, colors))
+    check(len(labels) > 0, "", "holds no frames; give a PNG or video frame each")
+    return labels, colors
 
 
 def box_overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """IoU of two boxes [4]; 0 where the first is NaN."""
-    width, height = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
-    both = max(width, 0) * max(height, 0) if np.isfinite(a).all() else 0.0
-    areas = [np.prod(box[2:] - box[:2]) for box in (a, b)]
-    return float(both / (areas[0] + areas[1] - both)) if both else 0.0
+    """IoU of two boxes [4]; 0 if the first is NaN."""
+    both = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0).prod()
+    areas = [(box[2:] - box[:2]).prod() for box in (a, b)]
+    return float(both / (areas[0] + areas[1] - both)) if both > 0 else 0.0
 
 
-def overlaps(cfg: Config, name: str) -> tuple[float, float, int]:
-    """A video's mask IoU and box IoU, and its number of objects."""
-    (true, colors), where = read_labels(find(cfg.masks, name), None), find(cfg.found, name)
-    found, _ = read_labels(where, colors)
-    boxes = None
-    pairs = list(zip_longest(true, found))
-    if any(label is None for pair in pairs for label in pair):
-        raise UserError(f"{where}: has not as many frames as the true masks; give one of each frame")
+def overlaps(cfg: Config, name: str) -> dict[str, float]:
+    """A video's mask IoU, box IoU and number of objects."""
+    (true, colors), path = read_labels(find_masks(cfg.masks, name)), find_masks(cfg.found, name)
+    found, count, boxes = read_labels(path, colors)[0], len(colors), None
+    if len(found) != len(true):
+        raise UserError(f"{path}: has not as many frames as the true masks; give one of each frame")
     if cfg.boxes:
         file = Path(cfg.boxes) / f"{name}.json"
-        boxes = load_trajectory(file, pairs[0][0].shape, len(pairs)).boxes
-        first = extents(pairs[0][0], len(colors))  # boxes have an order of their own: which is which, frame 0 tells
-        order = [int(np.argmax([box_overlap(track[0], extent) for track in boxes])) for extent in first]
+        boxes = load_trajectory(file, true[0].shape, len(true)).boxes
+        # Boxes come in an order of their own; the masks of frame 0 tell which is whose.
+        order = [int(np.argmax([box_overlap(track[0], box) for track in boxes])) for box in extents(true[0], count)]
         fits = sorted(order) == list(range(len(boxes)))
-        check_input(file, fits, "objects", f"are not the {len(colors)} that frame 0 of {cfg.masks}/{name} shows")
+        check_input(file, fits, "objects", f"are not the {count} that frame 0 of {cfg.masks}/{name} shows")
         boxes = boxes[order]
-    masks_iou, boxes_iou = [[] for _ in colors], [[] for _ in colors]
-    for t, (want, got) in enumerate(pairs):
+    mask_ious, box_ious = ([[] for _ in colors] for _ in range(2))
+    for t, (want, got) in enumerate(zip(true, found, strict=True)):
         if want.shape != got.shape:
-            raise UserError(f"{where}: frame {t} is {got.shape}, the true mask {want.shape}; give one size")
-        extent = [extents(label, len(colors)) for label in (got, want)]
-        for k in range(len(colors)):
-            if (want == k).any():
-                either = ((want == k) | (got == k)).sum()
-                masks_iou[k].append(((want == k) & (got == k)).sum() / either)
-            box = extent[1][k] if boxes is None else boxes[k, t]
-            if np.isfinite(box).all():
-                boxes_iou[k].append(box_overlap(extent[0][k], box))
-    both = [[np.mean(values) for values in per_object if values] for per_object in (masks_iou, boxes_iou)]
-    return *(float(np.mean(values)) if values else math.nan for values in both), len(colors)
-
-
-def apply(path: str, function: Callable, *inputs: object) -> Tensor:
-    """What a network of a TorchScript file makes of this. UserError if it can't be called so."""
-    try:
-        return function(*inputs)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise UserError(f"{path}: can't be called as --help says ({reason(error)})") from None
-
-
-def image_features(network: Callable, video: Tensor) -> Tensor:
-    """[T, 3, h, w] uint8 -> [T, D]."""
-    return torch.cat([network(part, return_features=True) for part in video.split(32)])
-
-
-def clip_features(network: Callable, video: Tensor) -> Tensor:
-    """[T, 3, h, w] uint8 -> [1, D]: resized to 224 each way, bilinearly, values in [-1, 1]."""
-    frames = F.interpolate(video.float(), (224, 224), mode="bilinear", align_corners=False) / 127.5 - 1
-    return network(frames.transpose(0, 1)[None], rescale=False, resize=False, return_features=True)
+            raise UserError(f"{path}: frame {t} is {got.shape}, the true mask {want.shape}; give one size")
+        true_boxes = extents(want, count) if boxes is None else boxes[:, t]
+        for k, (true_box, box) in enumerate(zip(true_boxes, extents(got, count), strict=True)):
+            a, b = want == k, got == k
+            if a.any():
+                mask_ious[k].append((a & b).sum() / (a | b).sum())
+            if np.isfinite(true_box).all():
+                box_ious[k].append(box_overlap(box, true_box))
+    means = [[np.mean(values) for values in per_object if values] for per_object in (mask_ious, box_ious)]
+    mask_iou, box_iou = (float(np.mean(values)) if values else math.nan for values in means)
+    return {"mask_iou": mask_iou, "box_iou": box_iou, "objects": count}
 
 
 @torch.no_grad()
@@ -169,38 +167,32 @@ def main(cfg: Config) -> None:
     names = sorted(path.stem for path in Path(cfg.generated).glob("*.mp4") if not path.name.endswith(overlay))
     if not names:
         raise UserError(f"--generated {cfg.generated}: holds no .mp4 files")
-    networks = {n: read_network(getattr(cfg, n)) for n in ("inception", "i3d", "lpips")}
-    features: dict[str, list[list[Tensor]]] = {"inception": [], "i3d": []}
-    scores = []
+    networks = {
+        "fid": open_network(cfg.inception, image_features),
+        "fvd": open_network(cfg.i3d, clip_features),
+        "lpips": open_network(cfg.lpips, lambda network, *videos: network(*(v / 127.5 - 1 for v in videos)).mean()),
+    }
+    scores = []  # of each video; its features until the distance between the sets is taken
     for name in names:
         made, true = (read_whole(Path(folder) / f"{name}.mp4") for folder in (cfg.generated, cfg.true))
         if made.shape != true.shape:
-            mend = "cut or resize one"
-            raise UserError(f"{name}.mp4: {list(made.shape)} generated, {list(true.shape)} true; {mend}")
-        if networks["i3d"] and len(made) < 10:
+            shapes = f"{list(made.shape)} generated, {list(true.shape)} true"
+            raise UserError(f"{name}.mp4: {shapes}; cut or resize one")
+        if cfg.i3d and len(made) < 10:
             raise UserError(f"{name}.mp4: {len(made)} frames; FVD needs 10 at least")
-        for kind, describe in (("inception", image_features), ("i3d", clip_features)):
-            if networks[kind]:
-                features[kind].append([apply(getattr(cfg, kind), describe, networks[kind], v) for v in (made, true)])
-        distance = math.nan
-        if networks["lpips"]:
-            both = (video.float() / 127.5 - 1 for video in (made, true))
-            distance = float(apply(cfg.lpips, networks["lpips"], *both).mean())
-        mask_iou, box_iou, count = overlaps(cfg, name) if cfg.masks else (math.nan, math.nan, 0)
-        scores.append({"mask_iou": mask_iou, "box_iou": box_iou, "lpips": distance, "objects": count})
+        score = {measure: network(made, true) for measure, network in networks.items() if network}
+        scores.append(score | (overlaps(cfg, name) if cfg.masks else {}))
     rows = []
-    for group in ("all", *sorted({s["objects"] for s in scores} - {0})):
-        members = [i for i, s in enumerate(scores) if group in ("all", s["objects"])]
+    for group in ("all", *sorted({score["objects"] for score in scores if "objects" in score})):
+        members = [score for score in scores if group in ("all", score.get("objects"))]
         row = {"name": Path(cfg.generated).name, "videos": len(members), "objects": group}
-        for measure, kind in (("fid", "inception"), ("fvd", "i3d")):
-            chosen = [features[kind][i] for i in members] if networks[kind] else []
-            sets = [torch.cat(side) for side in zip(*chosen, strict=True)]
-            row[measure] = frechet_distance(*sets) if sets and len(sets[0]) > 1 else math.nan
+        for measure in ("fid", "fvd"):
+            sets = [torch.cat(side) for side in zip(*(m[measure] for m in members if measure in m), strict=True)]
+            row[measure] = round(frechet_distance(*sets), 4) if sets and len(sets[0]) > 1 else None
         for measure in ("mask_iou", "box_iou", "lpips"):
-            values = [v for v in (scores[i][measure] for i in members) if math.isfinite(v)]
-            row[measure] = float(np.mean(values)) if values else math.nan
-        rows.append({k: round(v, 4) if isinstance(v, float) and math.isfinite(v) else v for k, v in row.items()})
-    rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
+            values = [float(m[measure]) for m in members if measure in m and math.isfinite(m[measure])]
+            row[measure] = round(float(np.mean(values)), 4) if values else None
+        rows.append(row)
     print(table(rows))
     write_rows(out, rows)
 

@@ -1,13 +1,14 @@
-"""Real videos: clips on disk, encoded once into the latent shards that training reads.
+"""Real videos: encode clips on disk, once, into the shards of latents that training reads.
 
     python -m tools.prepare_clips --source MagicData/MagicData.csv --out shards --preset wan5b --weights Wan2.2-TI2V-5B
     torchrun --nproc_per_node=8 -m tools.prepare_clips --source clips --out shards ...
 
-`--source` is a CSV of MagicData (columns path, num_frames, text; or the authors' own: text, path, num_frames,
-trajectory_maps_path, box_path, mask_start_index, mask_end_index), with mask maps in masks/<id>/ and box maps in
-boxs/<id>/ beside videos/<id>.mp4, a PNG a frame; or a folder of <name>.mp4, each with <name>.txt, its caption, and
-<name>.json, its boxes (trajectory.py). A clip that can't be used is left out and listed with the reason in
-rejected.csv; nothing takes its place. Killed, the command goes on where it was.
+`--source` is MagicData's CSV (columns path, num_frames, text), with mask maps in masks/<id>/ and box maps in boxs/<id>/
+beside videos/<id>.mp4, one PNG per frame. Or the CSV of MagicMotion's authors, which names the maps and the frames that
+have them: trajectory_maps_path, box_path, mask_start_index, mask_end_index. Or a folder of <name>.mp4, each with
+<name>.txt, its caption, and <name>.json, its boxes (trajectory.py).
+
+A clip that can't be used is left out, and rejected.csv says why. If the command is killed, run it again: it continues.
 """
 
 import csv
@@ -24,63 +25,50 @@ from tqdm import tqdm
 
 from core import parallel
 from core.config import UserError, run_script
-from core.files import atomic
+from core.files import atomic, write_text
 from core.media import BROKEN, Size, fit_frames, fit_nearest, read_frames, read_video
+from core.tables import read_table
 from core.weights import read_config, read_safetensors, write_safetensors
 from data import open_codec
-from trajectory import TrajectoryError, dark_frames, load_trajectory
+from trajectory import dark_frames, load_trajectory
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options of encoding clips."""
-
     source: str = ""  # a CSV in MagicData's format, or a folder of mp4 files with captions and boxes
     out: str = "shards"  # folder for the shards and rejected.csv
     preset: Literal["tiny", "wan5b"] = "tiny"  # whose codec
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published
     size: str = "48x48"  # height x width of the clips
-    frames: int = 9  # their length; what is longer is cut
+    frames: int = 9  # their length; longer ones are cut
     sparse: float = 0.15  # share of clips whose box maps are blacked out in a random subset of frames
-    shard: int = 16  # clips a file
-    seed: int = 0  # which clips are sparse, and in which frames
+    shard: int = 16  # clips per file
+    seed: int = 0  # of which clips are sparse, and in which frames
 
 
 WAN5B = {"size": "704x1280", "frames": 121}
 
 
-class Rejected(Exception):
-    """Why a clip can't be used."""
-
-
 @dataclass(frozen=True)
 class Clip:
-    """A video and what goes with it. Maps are folders or videos of maps, or a boxes.json as both."""
+    """A video and what goes with it."""
 
     video: Path
     caption: str
-    masks: Path
-    boxes: Path
+    boxes: Path  # a boxes.json, or a folder or video of maps
+    masks: Path | None = None  # a folder or video of maps, unless there is a boxes.json
     start: int = 0  # first frame that has maps
-    end: int | None = None  # frame after the last one
+    end: int | None = None  # the frame after the last
 
 
 def find_clips(source: Path) -> list[Clip]:
-    """The clips of a CSV or a folder, in its order or by name. UserError if there are none."""
+    """The clips of a CSV in its order, or of a folder by name. UserError if there are none."""
     if source.is_dir():
-        clips = []
-        for video in sorted(source.glob("*.mp4")):
-            text, boxes = video.with_suffix(".txt"), video.with_suffix(".json")
-            clips.append(Clip(video, read_caption(text), boxes, boxes))
+        videos = sorted(source.glob("*.mp4"))
+        clips = [Clip(v, read_caption(v.with_suffix(".txt")), v.with_suffix(".json")) for v in videos]
     else:
-        try:
-            with source.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file, restval="", strict=True))
-        except OSError as error:
-            raise UserError(f"--source {source}: {error.strerror or error}; give a CSV or a folder") from None
-        except (UnicodeError, csv.Error) as error:
-            raise UserError(f"{source}: not a readable CSV file ({error}); save it as UTF-8 text") from None
-        if absent := [name for name in ("path", "num_frames", "text") if rows and name not in rows[0]]:
+        columns, rows = read_table(source)
+        if absent := [name for name in ("path", "num_frames", "text") if name not in columns]:
             raise UserError(f"{source}: has no column {', '.join(absent)}; its first line must name the columns")
         clips = [read_row(source, line, row) for line, row in enumerate(rows, start=2)]
     if not clips:
@@ -89,7 +77,7 @@ def find_clips(source: Path) -> list[Clip]:
 
 
 def read_caption(file: Path) -> str:
-    """A text file's content, empty if there is none or it isn't text."""
+    """A text file's content; empty if there is no such file, or no text in it."""
     try:
         return file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -97,7 +85,7 @@ def read_caption(file: Path) -> str:
 
 
 def read_row(source: Path, line: int, row: dict[str, str]) -> Clip:
-    """A row of a CSV. Paths are relative to its folder."""
+    """One row of a CSV, whose paths are relative to its folder."""
     folder, video = source.parent, source.parent / row["path"]
     try:
         start, end = int(row.get("mask_start_index") or 0), int(row.get("mask_end_index") or row["num_frames"])
@@ -107,64 +95,60 @@ def read_row(source: Path, line: int, row: dict[str, str]) -> Clip:
         raise UserError(f"{source}: line {line}: mask_start_index is negative; correct it")
     masks = row.get("trajectory_maps_path") or f"masks/{video.stem}"
     boxes = row.get("box_path") or f"boxs/{video.stem}"
-    return Clip(video, row["text"].strip(), folder / masks, folder / boxes, start, end)
+    return Clip(video, row["text"].strip(), folder / boxes, folder / masks, start, end)
 
 
-def reject(fine: bool, what: object, reason: str) -> None:
+def require(fine: bool, what: str, reason: str) -> None:
     if not fine:
-        raise Rejected(f"{what}: {reason}" if what else reason)
+        raise UserError(f"{what}: {reason}" if what else reason)
 
 
 def read_clip(clip: Clip, size: Size, frames: int) -> dict[str, Tensor]:
-    """Video and maps, [3, T, *size] in [-1, 1] each: "video", "box", and "mask" where there are masks of every frame.
+    """Video and maps, [3, T, *size] in [-1, 1] each: "video", "box", and "mask" if there are masks of every frame.
 
-    Raises Rejected.
+    Raises UserError with the reason why a clip can't be used.
     """
-    reject(bool(clip.caption), "", "no caption, or none in UTF-8")
-    reject(clip.video.exists(), "", "no such video")
+    require(bool(clip.caption), "", "no caption, or none in UTF-8")
+    require(clip.video.exists(), "", "no such video")
     try:
         stack = list(islice(read_video(clip.video), clip.start, clip.start + frames))
     except BROKEN:
-        raise Rejected("the video can't be decoded") from None
+        raise UserError("the video can't be decoded") from None
     length = len(stack) if clip.end is None else min(len(stack), clip.end - clip.start)
-    reject(length == frames, "", f"{length} frames of {frames}")
+    require(length == frames, "", f"{length} frames of {frames}")
     height, width = stack[0].shape[:2]
-    reject(height >= size[0] and width >= size[1], "", f"{width}x{height} is smaller than {size[1]}x{size[0]}")
-    out = {"video": fit_frames(np.stack(stack), size) / 127.5 - 1}
+    require(height >= size[0] and width >= size[1], "", f"{width}x{height} is smaller than {size[1]}x{size[0]}")
+    video = fit_frames(np.stack(stack), size) / 127.5 - 1
     if clip.boxes.suffix == ".json":
-        try:
-            out["box"] = load_trajectory(clip.boxes, size, frames, (height, width)).maps("box")
-        except TrajectoryError as error:
-            raise Rejected(str(error)) from None
-        return out
-    for kind, path in (("mask", clip.masks), ("box", clip.boxes)):
-        out[kind] = read_maps(f"{kind} maps", path, (height, width), size, frames)
-    out["box"][:, 0] = out["mask"][:, 0]  # frame 0 is the segmentation mask in every condition
-    return out
+        return {"video": video, "box": load_trajectory(clip.boxes, size, frames, (height, width)).maps("box")}
+    paths = {"mask": clip.masks, "box": clip.boxes}
+    mask, box = (read_maps(f"{kind} maps", path, (height, width), size, frames) for kind, path in paths.items())
+    box[:, 0] = mask[:, 0]  # frame 0 of every condition is the segmentation mask
+    return {"video": video, "mask": mask, "box": box}
 
 
 def read_maps(what: str, path: Path, source: Size, size: Size, frames: int) -> Tensor:
-    """The first maps of a folder or video, for a video of size `source`: [3, T, *size] in [-1, 1]. Raises Rejected."""
-    reject(path.exists(), what, f"{path} does not exist")
-    maps = list(islice(read_frames(path, lambda fine, _, why: reject(fine, what, why)), frames))
-    reject(len(maps) == frames, what, f"{len(maps)} frames of {frames}")
+    """The first maps of a folder or video, for a video of size `source`: [3, T, *size] in [-1, 1]. Raises UserError."""
+    require(path.exists(), what, f"{path} does not exist")
+    maps = list(islice(read_frames(path, lambda fine, _, why: require(fine, what, why)), frames))
+    require(len(maps) == frames, what, f"{len(maps)} frames of {frames}")
     height, width = maps[0].shape[:2]
-    reject(all(m.shape == maps[0].shape for m in maps), what, "not all of one size")
-    alike = abs(height * source[1] / (width * source[0]) - 1) < 0.02
-    reject(alike, what, f"{width}x{height}, of another shape than the video's {source[1]}x{source[0]}")
+    require(all(m.shape == maps[0].shape for m in maps), what, "not all of one size")
+    alike = abs(height * source[1] / (width * source[0]) - 1) < 0.02  # the sides of small maps are rounded
+    require(alike, what, f"{width}x{height}, of another shape than the video's {source[1]}x{source[0]}")
     fitted = torch.from_numpy(np.stack([fit_nearest(m, size) for m in maps])).permute(3, 0, 1, 2).float() / 127.5 - 1
-    reject(bool((fitted[:, 0] > -0.8).any()), what, "frame 0 shows no object")
+    require(bool((fitted[:, 0] > -0.8).any()), what, "frame 0 shows no object")
     return fitted
 
 
 def darken(maps: Tensor, share: float, seed: int, number: int) -> Tensor:
-    """Box maps, in a `share` of the clips black in a random subset of frames; never in frame 0."""
+    """Box maps [3, T, H, W], in a `share` of the clips blacked out in a random subset of frames, but never frame 0."""
     dark = dark_frames(np.random.default_rng([seed, number]).random(1 + maps.shape[1]), share)
     return maps.masked_fill(torch.from_numpy(dark)[:, None, None], -1)
 
 
 def main(cfg: Config) -> None:
-    """Encode captions, then videos and maps, a shard at a time; the shards are shared out over the processes."""
+    """Encode captions, then videos and maps, shard by shard; the processes share the shards among them."""
     if not cfg.source:
         raise UserError("--source: missing; give a CSV in MagicData's format or a folder of mp4 files")
     if cfg.shard < 1:
@@ -177,20 +161,20 @@ def main(cfg: Config) -> None:
     if procs.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         settle(out, cfg, len(clips))
-        for left in out.glob(".*.tmp*"):  # of a killed run
-            left.unlink()
+        for unfinished in out.glob(".*.tmp*"):  # of a killed run
+            unfinished.unlink()
     procs.barrier()
 
     def missing(kind: str) -> list[tuple[int, Path]]:
-        """This process's shards that are not there yet: their first clip, and their file."""
+        """This process's shards that are still to be made: the first clip and the file of each."""
         own = [(n, out / f"{kind}-{n // cfg.shard:05}.safetensors") for n in starts[procs.rank :: procs.world]]
         return [(start, file) for start, file in own if not file.exists()]
 
     if todo := missing("text"):
-        encode = codec.text_encoder()  # read once for all: it is large
+        encode = codec.text_encoder()  # large, and not needed below
         for start, file in tqdm(todo, "captions", disable=procs.rank > 0):
             captions = [clip.caption for clip in clips[start : start + cfg.shard]]
-            names = [*(str(number) for number in range(start, start + len(captions))), "empty"]
+            names = [*map(str, range(start, start + len(captions))), "empty"]
             rows = zip(names, encode([*captions, ""]), strict=True)
             write_safetensors(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, {})
         del encode
@@ -199,7 +183,7 @@ def main(cfg: Config) -> None:
         for number, clip in enumerate(clips[start : start + cfg.shard], start):
             try:
                 parts = read_clip(clip, size, cfg.frames)
-            except Rejected as reason:
+            except UserError as reason:
                 rejected.append((str(clip.video), str(reason)))
                 continue
             parts["box"] = darken(parts["box"], cfg.sparse, cfg.seed, number)
@@ -208,33 +192,30 @@ def main(cfg: Config) -> None:
         write_safetensors(file, tensors, {"rejected": json.dumps(rejected)})
     procs.barrier()
     if procs.rank == 0:
-        kept, rejected = report(out)
-        print(f"{out}: {kept} clips in {len(starts)} shards; {len(rejected)} rejected, listed in {out}/rejected.csv")
+        report(out)
 
 
 def settle(out: Path, cfg: Config, clips: int) -> None:
-    """Write what the shards are made from, or refuse if shards made from something else lie there."""
-    said = {**asdict(cfg), "clips": clips}
-    del said["out"], said["weights"]
-    file = out / "config.json"
+    """Write down what the shards are made from; UserError if shards made from something else are there."""
+    file, options = out / "config.json", asdict(cfg) | {"clips": clips}
+    del options["out"], options["weights"]
     if not file.exists():
-        with atomic(file) as temporary:
-            temporary.write_text(json.dumps(said, indent=1) + "\n")
-    elif (held := read_config(file)) != said:
-        other = ", ".join(f"{name} {held.get(name)}" for name in said if held.get(name) != said[name])
+        write_text(file, json.dumps(options, indent=1))
+    elif (before := read_config(file)) != options:
+        other = ", ".join(f"{name} {before.get(name)}" for name in options if before.get(name) != options[name])
         raise UserError(f"{file}: shards of other clips lie here ({other}); give another --out")
 
 
-def report(out: Path) -> tuple[int, list[list[str]]]:
-    """Write rejected.csv; returns how many clips were kept, and which were not and why."""
-    kept, rejected = 0, []
-    for file in sorted(out.glob("latents-*.safetensors")):
+def report(out: Path) -> None:
+    """Write rejected.csv, and print how many clips were kept."""
+    kept, rejected, shards = 0, [], sorted(out.glob("latents-*.safetensors"))
+    for file in shards:
         header, tensors = read_safetensors(file)
         kept += sum(name.endswith(".video") for name in tensors)
         rejected += json.loads(header["rejected"])
     with atomic(out / "rejected.csv") as temporary, temporary.open("w", newline="") as table:
         csv.writer(table).writerows([("path", "reason"), *rejected])
-    return kept, rejected
+    print(f"{out}: {kept} clips in {len(shards)} shards; {len(rejected)} rejected, listed in {out}/rejected.csv")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,11 +21,11 @@ TOY_WEIGHTS = ROOT / "checkpoints/tiny/codec.safetensors"
 class AutoencoderConfig:
     """Shapes of a ToyAutoencoder."""
 
-    spatial: int = 4  # pixels a latent position, each way
+    spatial: int = 4  # pixels per latent position, each way
     channels: int = 16  # of the latent
-    hidden: int = 64
+    hidden: int = 64  # width of the decoder
     depth: int = 3  # residual blocks of the decoder
-    fine: int = 24  # its width at full resolution
+    fine: int = 24  # width of the decoder at full resolution
 
 
 class ResidualBlock(nn.Module):
@@ -39,8 +40,8 @@ class ResidualBlock(nn.Module):
 
 
 class ToyAutoencoder(nn.Module):
-    """Frames to latents and back. The encoder is linear, principal components of squares of pixels, so that latents are
-    as smooth in what they show as pixels are. The decoder adds to the linear inverse what was lost: crisp edges.
+    """Frames to latents and back. The encoder is linear, principal components of patches, so that latents change as
+    smoothly as pixels do. The decoder is its linear inverse plus a network for what was lost, crisp edges.
     """
 
     def __init__(self, config: AutoencoderConfig):
@@ -65,8 +66,8 @@ class ToyAutoencoder(nn.Module):
     def fit_linear(self, frames: Tensor) -> None:
         """Set the encoder to the principal components of frames [B, 3, height, width], and `linear` to its inverse.
 
-        Each component of standard deviation s is divided by its square root, then all by one number that makes their
-        mean variance 1: strong, coarse components stay stronger, and rise first out of the noise.
+        Each component is divided by the square root of its standard deviation, then all by one number that makes their
+        mean variance 1. Coarse components stay stronger, and so emerge first from noise.
         """
         patches = self.encoder[0](frames).transpose(0, 1).flatten(1).double()  # (values, n)
         mean = patches.mean(1)
@@ -90,11 +91,9 @@ class ToyAutoencoder(nn.Module):
 
 
 class ToyCodec(Codec):
-    """The toy world's codec: a small learned autoencoder, frame by frame, and a fixed embedding of words.
-
-    One latent frame a video frame. A word becomes a random vector seeded by its bytes, beside the mean vector of its
-    clause (the words between commas) plus one for the clause's place: so "clockwise" carries which object it speaks of,
-    as it would after a real text encoder.
+    """One latent frame per video frame. A word becomes a random vector seeded by its bytes, next to the mean vector of
+    its clause (the words between commas) plus one for the clause's place: "clockwise" then carries which object it is
+    about, as it would after a real text encoder.
     """
 
     temporal = 1
@@ -105,7 +104,6 @@ class ToyCodec(Codec):
         self.network = network.eval().requires_grad_(False)
         self.channels, self.spatial = self.network.config.channels, self.network.config.spatial
         self.text_dim, self.text_tokens = text_dim, text_tokens
-        self._words: dict[str, Tensor] = {}
 
     def encode_video(self, video: Tensor) -> Tensor:
         """[B, 3, T, height, width] in [-1, 1] -> [B, channels, T, height / spatial, width / spatial]."""
@@ -116,22 +114,16 @@ class ToyCodec(Codec):
         return self._by_frame(self.network.decode, latents).clamp(-1, 1)
 
     def pieces(self, latents: Tensor) -> Iterator[Tensor]:
-        """What `decode_video` gives, some frames at a time."""
+        """The frames of `decode_video`; WanCodec gives them a few at a time."""
         yield self.decode_video(latents)
 
-    def _by_frame(self, function, x: Tensor) -> Tensor:
+    def _by_frame(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             frames = function(x.float().cpu().transpose(1, 2).flatten(0, 1))
         return frames.unflatten(0, (len(x), -1)).transpose(1, 2).contiguous()
 
-    def _word(self, word: str) -> Tensor:
-        if word not in self._words:
-            seed = torch.Generator().manual_seed(zlib.crc32(word.encode()))
-            self._words[word] = torch.randn(self.text_dim // 2, generator=seed)
-        return self._words[word]
-
     def text_encoder(self) -> Callable[[list[str]], Tensor]:
-        """`encode_text`; WanCodec reads its own from disk here."""
+        """`encode_text`; WanCodec reads its text encoder from disk here."""
         return self.encode_text
 
     def encode_text(self, prompts: list[str]) -> Tensor:
@@ -140,9 +132,14 @@ class ToyCodec(Codec):
         for row, prompt in zip(out, prompts, strict=True):
             tokens = []
             for number, clause in enumerate(prompt.lower().split(",")):
-                words = [self._word(word) for word in clause.split()]
-                place = self._word(f"clause {number}")
+                words = [word_vector(word, self.text_dim // 2) for word in clause.split()]
+                place = word_vector(f"clause {number}", self.text_dim // 2)
                 tokens += [torch.cat([word, torch.stack(words).mean(0) * len(words) ** 0.5 + place]) for word in words]
             if tokens:
                 row[: len(tokens)] = torch.stack(tokens)[: self.text_tokens]
         return out
+
+
+@lru_cache(maxsize=1024)
+def word_vector(word: str, dim: int) -> Tensor:
+    return torch.randn(dim, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))

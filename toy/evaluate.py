@@ -1,13 +1,12 @@
-"""Measure the networks on held-out toy videos: what the measures mean stands in metrics.py.
+"""Measure the networks on held-out toy videos. metrics.py says what the measures mean.
 
     python -m toy.evaluate                                  # the shipped networks, slow and fast
     python -m toy.evaluate --videos 32 --steps 10 --out runs/evaluate/quick.json
-    python -m toy.evaluate --ablation                       # the runs that `make ablation` trained: why each part is there
+    python -m toy.evaluate --ablation                       # the runs of `make ablation`: what each part is for
 
-Prints a table, writes its rows as a JSON list, and beside it the table in Markdown and a contact sheet that shows, from
-top to bottom, a video's trajectory maps, the truth, and each way to make it. The first rows score the true videos and
-what the codec leaves of them: no generator does better. A measure without a single case is null. The ablation's rows
-are means over training seeds, and `<measure>_range` holds their least and greatest.
+Prints a table and writes its rows as JSON, the same in Markdown, and a contact sheet: trajectory maps, the truth, and
+what each network makes of it. The first rows score the true videos and what the codec leaves of them: no generator does
+better. The ablation's rows are means over training seeds; `<measure>_range` holds the lowest and the highest.
 """
 
 import math
@@ -49,21 +48,19 @@ VARIANTS = {  # of stage 3, by the folder's name; the Makefile has their flags
     "no_video": "discriminator without video attention",
 }
 METHOD = "decay"  # the full method: the hybrid with the default scale
-SLOW, FAST = flow.SLOW["tiny"], flow.FAST["tiny"]  # what is measured is the toy world
+SLOW, FAST = flow.SLOW["tiny"], flow.FAST["tiny"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options of the evaluation."""
-
     slow_generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # of stage 0
     slow_adapter: str = shipped("checkpoints/tiny/slow_adapter.safetensors")  # of stage 1
     fast_generator: str = shipped("checkpoints/tiny/fast_generator.safetensors")  # of stage 2
     fast_adapter: str = shipped("checkpoints/tiny/fast_adapter.safetensors")  # of stage 3
     ablation: bool = False  # the runs under runs/ablation instead of the shipped FastAdapter
-    out: str = "runs/evaluate/rows.json"  # rows; the .md table, the contact sheet's .png and a .gif go beside it
+    out: str = "runs/evaluate/rows.json"  # rows; the table (.md), the contact sheet (.png) and a .gif go beside it
     split: Literal["test", "validation"] = "test"  # of the toy world; neither is trained on
-    videos: int = 256  # how many of the split, from its first
+    videos: int = 256  # how many, from the first of the split
     maps: Literal["box", "mask"] = "box"  # how the trajectory is drawn
     steps: int = SLOW.steps  # of the slow sampler
     shift: float = SLOW.shift  # warp of the slow sampler's noise levels towards noise
@@ -79,7 +76,7 @@ Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 
 
 def controlled(generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor) -> flow.Velocity:
-    """The generator's velocity, with the residuals of an adapter if there is one: all of this world's are static."""
+    """The generator's velocity, with the adapter's residuals if there is one. The toy's are static: one call a clip."""
     return partial(generator, text=text, residuals=adapter(traj) if adapter else None)
 
 
@@ -87,16 +84,15 @@ def slow_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config) -> S
     """Euler steps, guided away from what the generator makes of the image alone."""
 
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
-        noise = sample_noise(traj.shape[1:], samples, cfg.seed).to(first.device)
-        velocity = controlled(generator, adapter, text, traj)
-        velocity = flow.guided(velocity, partial(generator, text=empty), cfg.guidance)
+        noise, alone = sample_noise(traj.shape[1:], samples, cfg.seed).to(first.device), partial(generator, text=empty)
+        velocity = flow.guided(controlled(generator, adapter, text, traj), alone, cfg.guidance)
         return flow.sample_multistep(velocity, first, noise, flow.sigma_schedule(cfg.steps, cfg.shift))
 
     return sample
 
 
 def fast_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config, steps: int) -> Sampler:
-    """The few steps that stages 2 and 3 train for, or fewer."""
+    """The few steps that stages 2 and 3 train for, or even fewer."""
 
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
         noise = step_noise(steps, traj.shape[1:], samples, cfg.seed).to(first.device)
@@ -107,7 +103,7 @@ def fast_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config, step
 
 
 def inputs(batch: ToyBatch, samples: Sequence[int], codec: ToyCodec, cfg: Config, device: torch.device) -> list[Tensor]:
-    """A sampler's tensors for these videos of the batch."""
+    """What a sampler takes, for these videos of the batch."""
     maps = codec.encode_video(torch.stack([batch.trajectory(i).maps(cfg.maps) for i in samples]))
     first, captions = codec.encode_video(batch.video[samples][:, :, :1]), [batch.captions[i] for i in samples]
     text, empty = codec.encode_text(captions), codec.encode_text([""] * len(samples))
@@ -115,7 +111,7 @@ def inputs(batch: ToyBatch, samples: Sequence[int], codec: ToyCodec, cfg: Config
 
 
 def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: parallel.Processes, name: str) -> Tensor:
-    """Sample every video of the batch from its first frame, caption and trajectory: [B,3,T,S,S]."""
+    """Every video of the batch, sampled from its first frame, caption and trajectory: [B,3,T,S,S]."""
     codec, videos = ToyCodec(), []
     for start in tqdm(range(0, len(batch.video), cfg.batch), desc=name):
         samples = list(range(start, min(start + cfg.batch, len(batch.video))))
@@ -129,7 +125,7 @@ def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: parallel.Proc
 
 
 def seconds_per_video(samplers: list[Sampler], batch: ToyBatch, cfg: Config, procs: parallel.Processes) -> list[float]:
-    """How long each sampler takes to denoise one clip alone: the median of five rounds in which they take turns."""
+    """Seconds to denoise one clip, samplers timed alternately: the median of five rounds."""
     clip, rounds = inputs(batch, [0], ToyCodec(), cfg, procs.device), []
     for _ in range(6):
         rounds.append([])
@@ -142,9 +138,9 @@ def seconds_per_video(samplers: list[Sampler], batch: ToyBatch, cfg: Config, pro
 
 
 def make_row(
-    name: str, steps: int, video: Tensor, batch: ToyBatch, seconds: float = math.nan, objects: str | int = "all"
+    name: str, steps: int, video: Tensor, batch: ToyBatch, seconds=math.nan, objects: str | int = "all"
 ) -> dict:
-    """One row: what was scored, the measures to four decimals, null where there is no case."""
+    """One row of the table: measures to four decimals, None for those that no object counts for."""
     scores = {**score(video, batch), "seconds_per_video": seconds}
     if objects != "all" and len(video) <= FEATURES:
         scores["fvd"] = math.nan  # the covariance of so few videos is singular
@@ -153,7 +149,7 @@ def make_row(
 
 
 def over_seeds(rows: Sequence[dict]) -> dict:
-    """One row of several: means, and the range of every measure."""
+    """The rows of several training seeds as one: mean and range of every measure."""
     merged = {"name": rows[0]["name"], "steps": rows[0]["steps"], "videos": rows[0]["videos"], "seeds": len(rows)}
     for key in ("mask_iou", "box_iou", "sharpness", "fvd", "prompt_accuracy"):
         values = [row[key] for row in rows]
@@ -163,34 +159,29 @@ def over_seeds(rows: Sequence[dict]) -> dict:
 
 def comparison(videos: Sequence[Tensor], batch: ToyBatch, kind: str) -> np.ndarray:
     """Maps and `videos` [B,3,T,S,S] below one another, for two clips of each number of objects: uint8 [h, w, 3]."""
-    picks, blocks = [i for n in range(1, 4) for i in torch.nonzero(batch.count == n)[:2, 0].tolist()], []
-    for i in picks[: len(picks) // 2 * 2]:  # two columns
+    picks, sheets = [i for n in range(1, 4) for i in torch.nonzero(batch.count == n)[:2, 0].tolist()], []
+    for i in picks[: len(picks) // 2 * 2]:
         clips = [batch.trajectory(i).maps(kind), *(video[i] for video in videos)]
-        sheet = contact_sheet([to_uint8(clip, scale=2) for clip in clips])
-        blocks.append(np.pad(sheet, ((0, 12), (0, 12), (0, 0)), constant_values=255))
-    return np.concatenate([np.concatenate(blocks[column::2]) for column in range(2)], axis=1)
+        sheets.append(contact_sheet([to_uint8(clip, scale=2) for clip in clips]))
+    return contact_sheet([sheets[row : row + 2] for row in range(0, len(sheets), 2)], gap=12)  # two columns
 
 
 def animation(videos: Sequence[Tensor], batch: ToyBatch) -> np.ndarray:
-    """What a user gives and gets, for a clip of each number of objects: the image with its boxes, then `videos`
+    """What a user gives and gets, for one clip of each number of objects: the image with its boxes, and `videos`
     [B,3,T,S,S] beside it. uint8 [T, h, w, 3].
     """
     rows = []
     for i in [torch.nonzero(batch.count == n)[0].item() for n in batch.count.unique()]:
         still = batch.video[i][:, :1].expand_as(batch.video[i])
-        tiles = [to_uint8(clip, scale=4) for clip in (still, *(video[i] for video in videos))]
-        tiles[0] = draw_overlay(tiles[0], batch.trajectory(i))
-        border = ((0, 0), (0, 4), (0, 4), (0, 0))
-        rows.append(np.concatenate([np.pad(tile, border, constant_values=255) for tile in tiles], axis=2))
-    return np.concatenate(rows, axis=1)
+        drawn = draw_overlay(to_uint8(still, scale=4), batch.trajectory(i))
+        rows.append([drawn, *(to_uint8(video[i], scale=4) for video in videos)])
+    frames = zip(*(zip(*row, strict=True) for row in rows), strict=True)  # frame by frame, rows of tiles
+    return np.stack([contact_sheet(frame, gap=4) for frame in frames])
 
 
 def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: parallel.Processes) -> tuple:
-    """A generator and its adapter. `speed`: the names that their files must carry, "Slow" or "Fast"."""
-    pair = (
-        VideoDiT.from_pretrained(generator, f"{speed}Generator"),
-        read_adapter(adapter, f"{speed}Adapter"),
-    )
+    """A generator and its adapter, from files made by the stages called `speed`, "Slow" or "Fast"."""
+    pair = VideoDiT.from_pretrained(generator, f"{speed}Generator"), read_adapter(adapter, f"{speed}Adapter")
     if not fits(pair[1], pair[0]):
         shapes = [f"{net.config.layers} blocks of width {net.config.dim}" for net in pair]
         raise UserError(f"{adapter}: has {shapes[1]}, but {generator} has {shapes[0]}")
@@ -198,12 +189,12 @@ def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: para
 
 
 def compare(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
-    """The shipped networks: rows, and the videos of the contact sheet."""
+    """Rows of the shipped networks, and the videos of the contact sheet."""
     codec = ToyCodec()
     slow, slow_adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     fast, fast_adapter = load_pair(cfg.fast_generator, cfg.fast_adapter, "Fast", cfg, procs)
-    short = VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator", torch.int8)
-    short = parallel.prepare(short, procs, cfg.compile)
+    int8 = VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator", torch.int8)
+    parallel.prepare(int8, procs, cfg.compile)
     coded = torch.cat([codec.decode_video(codec.encode_video(part)) for part in batch.video.split(cfg.batch)])
     rows, videos = [make_row("true video", 0, batch.video, batch), make_row("through the codec", 0, coded, batch)], []
     ways = {
@@ -211,20 +202,20 @@ def compare(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[li
         "SlowGenerator + SlowAdapter": (cfg.steps, slow_sampler(slow, slow_adapter, cfg)),
         "FastGenerator": (FAST.steps, fast_sampler(fast, None, cfg, FAST.steps)),
         "FastGenerator + FastAdapter": (FAST.steps, fast_sampler(fast, fast_adapter, cfg, FAST.steps)),
-        "the same in 8 bits": (FAST.steps, fast_sampler(short, fast_adapter, cfg, FAST.steps)),
+        "the same in 8 bits": (FAST.steps, fast_sampler(int8, fast_adapter, cfg, FAST.steps)),
     }
     seconds = seconds_per_video([sample for _, sample in ways.values()], batch, cfg, procs)
-    for (name, (steps, sample)), its_seconds in zip(ways.items(), seconds, strict=True):
+    for (name, (steps, sample)), taken in zip(ways.items(), seconds, strict=True):
         videos.append(generate(sample, batch, cfg, procs, name))
-        rows.append(make_row(name, steps, videos[-1], batch, its_seconds))
+        rows.append(make_row(name, steps, videos[-1], batch, taken))
         for n in batch.count.unique().tolist() if name.endswith("Adapter") else ():
             keep = torch.nonzero(batch.count == n)[:, 0].tolist()
             rows.append(make_row(name, steps, videos[-1][keep], subset(batch, keep), objects=n))
-    return rows, [batch.video, *videos[:-1]]  # nobody sees 8 bits
+    return rows, [batch.video, *videos[:-1]]  # 8 bits look the same
 
 
 def ablate(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
-    """The paper's ablation from the runs of stage 3: rows, and the videos of the contact sheet (of the first seeds)."""
+    """Rows of the paper's ablation from runs of stage 3, and the contact sheet's videos, of each first seed."""
     slow, adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     fast = parallel.prepare(VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator"), procs, cfg.compile)
     few, name = replace(cfg, steps=FAST.steps, shift=FAST.shift), "SlowGenerator + SlowAdapter"
@@ -232,18 +223,19 @@ def ablate(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[lis
     adapters = {"FastGenerator + SlowAdapter": [adapter]}
     for variant, label in VARIANTS.items():
         files = sorted(RUNS.glob(f"{variant}_*/fast_adapter.safetensors"))
-        if not files and variant == METHOD:
-            raise UserError(f"{RUNS / variant}_0/fast_adapter.safetensors: no such run; run `make ablation`")
-        if not files:
-            print(f"{RUNS / variant}_0/fast_adapter.safetensors: no such run; the table leaves out: {label}")
-            continue
-        label = f"FlashMotion: {label}" if variant == METHOD else label
-        loaded = [read_adapter(file, "FastAdapter") for file in files]
-        adapters[label] = [parallel.prepare(one, procs, cfg.compile) for one in loaded]
+        absent = f"{RUNS / variant}_0/fast_adapter.safetensors: no such run;"
+        if files:
+            label = f"FlashMotion: {label}" if variant == METHOD else label
+            loaded = [read_adapter(file, "FastAdapter") for file in files]
+            adapters[label] = [parallel.prepare(one, procs, cfg.compile) for one in loaded]
+        elif variant == METHOD:
+            raise UserError(f"{absent} run `make ablation`")
+        else:
+            print(f"{absent} the table leaves out: {label}")
     for steps in (FAST.steps, 2, 1):
-        for name, some in adapters.items():
+        for name, seeds in adapters.items():
             if steps == FAST.steps or not name.startswith("discriminator"):
-                ways.append((name, steps, [fast_sampler(fast, one, cfg, steps) for one in some]))
+                ways.append((name, steps, [fast_sampler(fast, one, cfg, steps) for one in seeds]))
     rows, videos = [], []
     for name, steps, samplers in ways:
         made = [generate(sample, batch, cfg, procs, f"{name}, {steps} steps") for sample in samplers]

@@ -11,10 +11,7 @@ from trajectory import dark_frames
 
 
 class ToyLatents:
-    """What training reads: toy videos as latents, text embeddings and trajectory latents.
-
-    Seed and sample numbers fix everything. Another seed, 0 to 255, means 2^32 other videos of the split.
-    """
+    """Seed and sample numbers fix everything. Each seed, 0 to 255, means 2^32 other videos of the split."""
 
     def __init__(self, codec: ToyCodec, split: str = "train", seed: int = 0):
         if not 0 <= seed < 256:
@@ -25,7 +22,7 @@ class ToyLatents:
         """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
 
         A share `sparse` of the trajectories is blacked out in a random subset of frames; a share `drop_text` of the
-        captions is empty, which trains the unconditional branch of guidance.
+        captions is empty, to train the unconditional branch of guidance.
         """
         samples = [self.offset + s for s in samples]
         batch = self.world.batch(samples)

@@ -1,11 +1,11 @@
-"""How good a video of the toy world is. Every truth is known there, so nothing is judged by a learned network.
+"""How good a toy video is. The truth is known exactly, so no learned network has to judge.
 
     mask_iou, box_iou        is each object where the trajectory wants it? 1 is perfect (paper: mask IoU, box IoU)
-    sharpness                detail inside the objects; the true video is 1, a blurred one less, a noisy one more
-    fvd                      Frechet video distance to the true videos; 0 is perfect. The features are this file's own:
-                             compare it only between sets of as many videos, never with published values
-    prompt_accuracy          share of objects that spin as their caption says; chance gets half of them right
-    clockwise_when_untold    share of objects that spin clockwise where the caption doesn't say; the world has half
+    sharpness                detail inside the objects; the true video has 1, a blurred one less, a noisy one more
+    fvd                      Frechet video distance to the true videos; 0 is perfect. Its features are this file's own:
+                             compare it only between sets of equally many videos, never with published values
+    prompt_accuracy          share of objects that spin as their caption says; chance gets half
+    clockwise_when_untold    share of objects that spin clockwise where the caption doesn't say; half in the true world
 
 Shapes: B videos, K object slots, T frames of S x S pixels.
 """
@@ -24,15 +24,15 @@ from core.noise import rng
 from toy.world import COLORS, ToyBatch
 
 SATURATED = 0.42  # max - min of RGB in [0, 1]: object colours have 0.75 and more, backgrounds 0.16 at most
-VISIBLE = 20  # pixels: with fewer in sight, an object's place in a frame says little and isn't scored
+VISIBLE = 20  # pixels: an object of which a frame shows fewer isn't scored there
 FEATURES = 64  # numbers that describe a video to the Frechet distance
 
 
 def find_objects(video: Tensor, batch: ToyBatch) -> Tensor:
     """Which pixels show which object: video [B,3,T,S,S] in [-1, 1] -> bool [B,K,T,S,S]; a true video gives batch.masks.
 
-    Saturated pixels are objects'; each belongs to the object that has the colour nearest to it in RGB. Pixels where an
-    object's two colours blur into grey belong to none: a blurred object loses IoU too.
+    Saturated pixels belong to the object with the nearest colour in RGB. Where an object's two colours blur into grey,
+    pixels belong to none: a blurred object loses IoU too.
     """
     rgb, distance = (video + 1) / 2, []
     for k in range(batch.masks.shape[1]):
@@ -44,7 +44,7 @@ def find_objects(video: Tensor, batch: ToyBatch) -> Tensor:
 
 
 def _color_distances(rgb: Tensor, batch: ToyBatch, k: int) -> Tensor:
-    """Squared distance of every pixel to both colours of object k: [B,3,T,S,S] in [0, 1] -> [2,B,T,S,S]."""
+    """Squared distance of each pixel to both colours of object k: [B,3,T,S,S] in [0, 1] -> [2,B,T,S,S]."""
     pair = torch.tensor(list(COLORS.values()))[batch.colors[:, k]]  # (B, 2, 3)
     return torch.stack([(rgb - pair[:, i, :, None, None, None]).square().sum(1) for i in range(2)])
 
@@ -52,7 +52,7 @@ def _color_distances(rgb: Tensor, batch: ToyBatch, k: int) -> Tensor:
 def mask_iou(found: Tensor, truth: Tensor) -> Tensor:
     """Intersection over union of masks [B,K,T,S,S], averaged over frames 1 to T-1: [B,K].
 
-    Frames that show fewer than VISIBLE pixels of the object are left out; NaN where no frame remains.
+    Frames that show fewer than VISIBLE pixels of the object don't count; NaN if none is left.
     """
     both, either = (found & truth).sum((-1, -2)), (found | truth).sum((-1, -2))
     return _over_frames(both / either.clamp(min=1), truth.sum((-1, -2)) >= VISIBLE)
@@ -61,8 +61,8 @@ def mask_iou(found: Tensor, truth: Tensor) -> Tensor:
 def box_iou(found: Tensor, truth: Tensor) -> Tensor:
     """Intersection over union of the masks' bounding boxes, averaged as in `mask_iou`: [B,K,T,S,S] -> [B,K].
 
-    Found and truth are both opened first, so that a stray pixel or a thin line of mixed colours can't stretch a box.
-    Nothing found scores 0. Frames where the truth is nowhere two pixels wide are left out too.
+    Both are opened first, so that a stray pixel or a thin line of mixed colours can't stretch a box. Nothing found
+    scores 0. Frames in which the truth is nowhere two pixels wide don't count either.
     """
     found, wanted = bounding_boxes(open_mask(found)), bounding_boxes(open_mask(truth))
     low, high = torch.maximum(found[..., :2], wanted[..., :2]), torch.minimum(found[..., 2:], wanted[..., 2:])
@@ -73,12 +73,12 @@ def box_iou(found: Tensor, truth: Tensor) -> Tensor:
 
 
 def _over_frames(values: Tensor, seen: Tensor) -> Tensor:
-    """Mean of [B,K,T] over the frames from 1 in which the object is seen; NaN where there are none."""
+    """Mean of [B,K,T] over those frames from 1 on in which the object is seen; NaN if there are none."""
     return values.where(seen, math.nan)[:, :, 1:].nanmean(-1)
 
 
 def open_mask(masks: Tensor) -> Tensor:
-    """Keep the pixels that lie in a full 2x2 square of the mask: morphological opening. bool [..., S, S] -> same."""
+    """Morphological opening: keep the pixels that lie in a full 2x2 square. bool [..., S, S] -> same."""
     x = masks.reshape(-1, 1, *masks.shape[-2:]).float()
     squares = -F.max_pool2d(-x, 2, stride=1)
     return F.max_pool2d(F.pad(squares, (1, 1, 1, 1)), 2, stride=1).reshape(masks.shape) > 0
@@ -92,16 +92,16 @@ def bounding_boxes(masks: Tensor) -> Tensor:
 
 
 def laplacian(frames: Tensor) -> Tensor:
-    """Each pixel's difference to the mean of its four neighbours: [..., H, W] -> [..., H - 2, W - 2]."""
+    """Difference of each pixel to the mean of its four neighbours: [..., H, W] -> [..., H - 2, W - 2]."""
     x, y = frames[..., 1:-1], frames[..., 1:-1, :]
     return x[..., 1:-1, :] - (x[..., :-2, :] + x[..., 2:, :] + y[..., :-2] + y[..., 2:]) / 4
 
 
 def detail(video: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared RGB Laplacian summed inside the masks, frames 1 to T-1, and the number of pixels it is from: [B] and [B].
+    """Squared RGB Laplacian summed inside the masks, frames 1 to T-1, and over how many pixels: [B] and [B].
 
-    video [B,3,T,S,S], masks [B,K,T,S,S]. Masks are eroded by two pixels (5x5), over which a codec may spread a
-    silhouette without its counting as detail.
+    video [B,3,T,S,S], masks [B,K,T,S,S]. Masks are eroded by two pixels, over which a codec may smear a silhouette:
+    that is no detail.
     """
     inner_laplacian = laplacian(video)[..., 1:-1, 1:-1]  # as far inside as the eroded masks reach
     inner = -F.max_pool2d(-masks.flatten(0, 2).float()[:, None], 5, stride=1)
@@ -111,11 +111,11 @@ def detail(video: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sharpness(video: Tensor, found: Tensor, batch: ToyBatch) -> float:
-    """Detail per pixel inside the objects, over that of the true videos; both are ratios of sums over the set.
+    """Detail per pixel inside the objects, relative to the true videos; both are ratios of sums over the set.
 
-    A video is measured inside the objects found in it: inside the true masks a displaced object would show its
-    silhouette, and gain. If fewer pixels are found than the truth has, the missing ones count as flat: else a blurred
-    set would be measured only where its colours survived. One video is a set too: see `subset`.
+    A video is measured inside the objects found in it: inside the true masks, a displaced object's silhouette would
+    count as detail. If fewer pixels are found than the truth has, the missing ones count as flat: else a blurred set
+    would be measured only where its colours survived.
     """
     (energy, pixels), (true_energy, true_pixels) = detail(video, found), detail(batch.video, batch.masks)
     per_pixel = energy.sum() / pixels.sum().clamp(min=int(true_pixels.sum()))
@@ -123,13 +123,13 @@ def sharpness(video: Tensor, found: Tensor, batch: ToyBatch) -> float:
 
 
 def spin_direction(video: Tensor, found: Tensor, batch: ToyBatch) -> Tensor:
-    """Measured rotation of each object, [B,K] radians a frame, positive clockwise on the screen; NaN for unused slots.
+    """Measured rotation of each object, [B,K] radians per frame, positive clockwise; NaN for unused slots.
 
     An object of m = sectors / 2 periods a turn has the phase m * rotation in its moment
         c_t = sum over its pixels of s * exp(i m angle), s = 1 where nearer to its first colour and -1 elsewhere;
-    the angles of c_{t+1} conj(c_t), weighted by its magnitude so that blurred and covered frames count little, tell the
-    rotation. Angles are about the middle of the object as found, not of the asked box: a generator without an adapter
-    goes its own way. Exactly 0 if nothing is found.
+    the angle of c_{t+1} conj(c_t), summed over frames so that blurred and covered ones count little, is m times the
+    rotation. Angles are around the middle of the object as found, not of the given box, which a generator without an
+    adapter doesn't know. Exactly 0 if nothing is found.
     """
     boxes = bounding_boxes(open_mask(found))
     middle = (boxes[..., :2] + boxes[..., 2:]) / 2  # (B, K, T, 2)
@@ -147,22 +147,22 @@ def spin_direction(video: Tensor, found: Tensor, batch: ToyBatch) -> Tensor:
 
 
 def prompt_accuracy(rotation: Tensor, batch: ToyBatch) -> float:
-    """Share of objects [B,K] that spin as told, where captions tell. NaN if none does."""
+    """Share of objects [B,K] that spin as told, where captions tell; NaN if none does."""
     told = batch.told[:, None] & ~rotation.isnan()
     return float((rotation.sign() == batch.spin.sign())[told].float().mean())
 
 
 def clockwise_when_untold(rotation: Tensor, batch: ToyBatch) -> float:
-    """Share of objects [B,K] that turn clockwise, of those that turn and whose caption doesn't say. NaN if none."""
+    """Share of objects [B,K] that turn clockwise, of those that turn and whose caption doesn't say; NaN if none."""
     free = rotation[~batch.told]
     return float((free[free.abs() > 0] > 0).float().mean())
 
 
 def video_features(video: Tensor) -> Tensor:
-    """What a fixed random network sees: video [B,3,T,S,S], T at least 7, S at least 15 -> float64 [B, FEATURES].
+    """Features of a fixed random network: video [B,3,T,S,S], T at least 7, S at least 15 -> float64 [B, FEATURES].
 
-    Three 3-D convolutions whose every 3x3x3 kernel has zero mean, so that change in space and time counts, not plain
-    colour; then mean and deviation over the positions that remain.
+    Three 3D convolutions, whose 3x3x3 kernels have zero mean so that change in space and time counts, not plain colour;
+    then mean and deviation over the remaining positions.
     """
     seeded, pooled = rng(64), []
     sizes = pairwise((3, 16, 32, FEATURES // 2))
@@ -175,7 +175,7 @@ def video_features(video: Tensor) -> Tensor:
 
 
 def score(video: Tensor, batch: ToyBatch) -> dict[str, float]:
-    """All measures of video [B,3,T,S,S] against its truth. IoUs weigh every object equally. NaN if there is no case."""
+    """All measures of video [B,3,T,S,S] against its truth. IoUs weigh objects equally. NaN if no object counts."""
     found = find_objects(video, batch)
     rotation = spin_direction(video, found, batch)
     return {

@@ -1,15 +1,12 @@
 """Before stage 0: make the toy world's codec, an autoencoder of single frames.
 
-    python -m toy.train_codec                                       # one process, some ten minutes on two cores
+    python -m toy.train_codec                                                           # some ten minutes, two cores
+    python -m toy.train_codec --init checkpoints/tiny/codec.safetensors --name decoder  # only trains the decoder on
 
-The encoder is computed, principal components of the first videos' frames; the decoder is trained, on frames of videos
-and of trajectory maps. Noise on the latents makes it bear a generator's errors; an error of each pixel alone would make
-it blur where it is not sure, so how much detail there is around a pixel counts too. To resume, run the same command
-again.
-
-    python -m toy.train_codec --init checkpoints/tiny/codec.safetensors --name decoder
-
-goes on with the decoder of a codec: its latents, and with them all other networks, stay valid.
+The encoder is computed, principal components of the first videos' frames. The decoder is trained on frames of videos
+and of trajectory maps. Noise on the latents makes it tolerate a generator's errors. Pixel errors alone would make it
+blur where it is unsure, so the amount of detail around a pixel counts too. With `--init` the encoder stays, and with it
+all networks trained on its latents. To resume, run the same command again.
 """
 
 from dataclasses import dataclass
@@ -17,12 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from core import optim, parallel
 from core.config import run_script
 from core.noise import rng
-from core.runs import Run, check_counts, due
+from core.runs import Run, check_counts
 from core.weights import save_network
 from toy.codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
 from toy.metrics import laplacian
@@ -31,14 +27,12 @@ from toy.world import ToyWorld
 
 @dataclass(frozen=True)
 class Config:
-    """Options of the codec's training."""
-
     name: str = "codec"  # run folder under runs/
-    init: str = ""  # a codec whose decoder to go on with; a new one if empty
-    fit: int = 256  # videos that the principal components are from
+    init: str = ""  # a codec whose decoder to train further; a new codec if empty
+    fit: int = 256  # videos for the principal components
     steps: int = 1200  # optimizer steps in all
     batch: int = 16  # videos a step
-    frames: int = 4  # of each video; one in four is of its maps
+    frames: int = 4  # of each video; one in four shows its maps
     lr: float = 4e-3  # peak learning rate of the kernels
     warmup: int = 50  # steps of linear warm-up before the cosine
     noise: float = 0.06  # standard deviation of the noise on the latents, whose mean variance is 1
@@ -53,9 +47,7 @@ class Config:
 
 def frames_of(world: ToyWorld, samples: list[int], number: int, seed: int) -> Tensor:
     """`number` frames of each video, a quarter of them replaced by frames of its maps: [B * number, 3, S, S]."""
-    batch = world.batch(samples)
-    draw = rng(seed, samples[0])
-    frames = []
+    batch, draw, frames = world.batch(samples), rng(seed, samples[0]), []
     for i, video in enumerate(batch.video):
         maps = batch.trajectory(i).maps("box")
         for t in torch.randint(world.frames, (number,), generator=draw).tolist():
@@ -64,7 +56,7 @@ def frames_of(world: ToyWorld, samples: list[int], number: int, seed: int) -> Te
 
 
 def decoder_loss(out: Tensor, frames: Tensor, detail: float, energy: float) -> Tensor:
-    """L1 errors of the pixels, of their Laplacian, and of its root mean square in 5 x 5 pixels. [B, 3, S, S] each."""
+    """L1 errors of pixels, of their Laplacian, and of its root mean square over 5 x 5 pixels. [B, 3, S, S] each."""
     laplacians = [laplacian(x) for x in (out, frames)]
     energies = [(F.avg_pool2d(x.square().sum(1, keepdim=True), 5, stride=2) + 1e-4).sqrt() for x in laplacians]
     return F.l1_loss(out, frames) + detail * F.l1_loss(*laplacians) + energy * F.l1_loss(*energies)
@@ -82,8 +74,7 @@ def main(cfg: Config) -> None:
         model.fit_linear(world.batch(list(range(cfg.fit))).video.transpose(1, 2).flatten(0, 1))
     decoder = model.requires_grad_(False).detail.requires_grad_(True)
     optimizers = optim.make_optimizers(decoder, decoder, weight_decay=0.01)
-    parts = {"codec": (model, optimizers, None)}
-    run = Run(f"runs/{cfg.name}", cfg, procs, parts)
+    run = Run(f"runs/{cfg.name}", cfg, procs, {"codec": (model, optimizers, None)})
     start = run.resume()
 
     def train_step(step: int) -> tuple[Tensor, Tensor]:
@@ -97,21 +88,14 @@ def main(cfg: Config) -> None:
 
     @torch.no_grad()
     def write_samples(step: int) -> None:
-        """Held-out videos and maps, and below each what comes back."""
+        """Held-out videos and maps, with the reconstruction below each."""
         batch = held_out.batch(list(range(3)))
         videos = [clip for i in range(3) for clip in (batch.video[i], batch.trajectory(i).maps("box"))]
         back = [model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos]
         run.samples(step, [clip for pair in zip(videos, back, strict=True) for clip in pair])
         run.log(step, held_out_error=float((torch.stack(back) - torch.stack(videos)).square().mean()))
 
-    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps):
-        last = step == cfg.steps
-        if due(step, cfg.sample_every, start, last):
-            write_samples(step)
-        if due(step, cfg.save_every, start, last):
-            run.save(step, wait=last)
-        if last:
-            break
+    for step in run.steps(start, write_samples):
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
         loss, norm = train_step(step)
         if (step + 1) % cfg.log_every == 0:

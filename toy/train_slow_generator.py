@@ -3,11 +3,10 @@
     python -m toy.train_slow_generator                            # preset tiny on this machine
     torchrun --nproc_per_node=8 -m toy.train_slow_generator
 
-The paper starts from Wan2.2-TI2V-5B, whose owners did this stage; the toy world has no published generator, so we train
-one. An adapter on a frozen network this small learned slowly (docs/LOG.md), so in a share of the videos an adapter, the
-*guide*, tells the generator the trajectory, and it learns what to do when told where things are. The guide trains
-along and is exported beside the generator, for stage 1 to start from. Training begins with pure noise, from which a
-video must be made whole, and which alone taught the network to read the prompt. To resume, run the same command again.
+The paper starts from Wan2.2-TI2V-5B; the toy world has no published generator, so we train one. An adapter on a frozen
+network this small learned slowly (docs/LOG.md). So for a share of the videos an adapter, the *guide*, already tells the
+generator the trajectory. It is trained along and exported too, for stage 1 to start from. Training begins with pure
+noise: only from there did the network learn to read the prompt. To resume, run the same command again.
 """
 
 from dataclasses import dataclass
@@ -17,29 +16,26 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import adapter as adapters
 import flow
 from core import optim, parallel
 from core.config import run_script
 from core.noise import sample_noise, sample_uniform
-from core.runs import Run, check_counts, due
+from core.runs import Run, check_counts
 from core.weights import save_network
 from model import PRESETS, VideoDiT
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
 
-TOLD, PURE = 2, 3  # random streams: which videos the guide tells of, and which are pure noise
+TOLD, PURE = 2, 3  # random streams: whose trajectory the guide tells, and which videos are pure noise
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options of stage 0."""
-
     name: str = "slow_generator"  # run folder under runs/
     preset: Literal["tiny"] = "tiny"  # size of the network and its world
-    init: str = ""  # folder of a slow_generator.safetensors and slow_adapter.safetensors to go on from; none: random
+    init: str = ""  # folder with slow_generator.safetensors and slow_adapter.safetensors to start from; random if empty
     guided: float = 0.7  # share of videos whose trajectory the guide tells
     sparse: float = 0.15  # share of trajectories with frames blacked out
     steps: int = 4000  # optimizer steps in all
@@ -51,7 +47,7 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights, the ones exported
     shift: float = 2.5  # warp of training noise levels towards noise
-    pure_noise: float = 1.0  # share of videos at noise level 1, falling linearly to none: there the prompt counts most
+    pure_noise: float = 1.0  # share of videos at noise level 1, where the prompt counts most; falls linearly to none
     drop_text: float = 0.1  # share of empty captions, for guidance
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
@@ -76,7 +72,6 @@ def main(cfg: Config) -> None:
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
     codec = ToyCodec()
     data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
-
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
@@ -84,10 +79,9 @@ def main(cfg: Config) -> None:
     def train_step(step: int) -> tuple[Tensor, Tensor]:
         losses = []
         for samples in procs.share(cfg.batch, cfg.accumulate, step):
-            x0, text, traj = (x.to(procs.device) for x in data.batch(samples, "box", cfg.sparse, cfg.drop_text))
+            x0, text, traj = data.batch(samples, "box", cfg.sparse, cfg.drop_text).to(procs.device)
             noise = sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
-            u = sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
-            sigma = flow.shift_sigma(u, cfg.shift)
+            sigma = flow.shift_sigma(sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device), cfg.shift)
             pure = cfg.pure_noise * (1 - step / cfg.steps)
             sigma[sample_uniform(samples, 1, cfg.seed, step, PURE).to(procs.device) < pure] = 1
             told = sample_uniform(samples, 1, cfg.seed, step, TOLD).to(procs.device) < cfg.guided
@@ -100,8 +94,8 @@ def main(cfg: Config) -> None:
         return torch.stack(losses).mean(), optim.clip_and_step(model, optimizers, cfg.clip)
 
     def write_samples(step: int) -> None:
-        """Four held-out images set in motion: truth, a sample of the generator alone, and a guided one, in turn."""
-        x0, text, traj = (x.to(procs.device) for x in held_out.batch(list(range(4)), "box"))
+        """Four held-out videos: the truth, a sample of the generator alone, and a guided one, of each."""
+        x0, text, traj = held_out.batch(list(range(4)), "box").to(procs.device)
         noise = sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
         with ema.applied(), guide_ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
             sigmas, videos = flow.sigma_schedule(20, cfg.shift), [x0]
@@ -110,14 +104,7 @@ def main(cfg: Config) -> None:
                 videos.append(flow.sample_multistep(velocity, x0[:, :, :1], noise, sigmas))
         run.samples(step, torch.stack([codec.decode_video(video) for video in videos], dim=1).flatten(0, 1))
 
-    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=procs.rank > 0):
-        last = step == cfg.steps
-        if due(step, cfg.sample_every, start, last):
-            write_samples(step)
-        if due(step, cfg.save_every, start, last):
-            run.save(step, wait=last)
-        if last:
-            break
+    for step in run.steps(start, write_samples):
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
         optim.set_lr([*optimizers, *guide_optimizers], lr)
         loss, norm = train_step(step)

@@ -1,18 +1,15 @@
-"""The toy world: procedural videos whose every truth can be computed.
-
-One to three pinwheels (discs, squares and diamonds cut into sectors of two neighbouring hues) move on cubic Bezier
-paths over a soft gradient, change size, pass in front of one another, and spin. Spin rate and direction are random:
-only half the captions tell the direction, and none the rate, so image and boxes do not determine the video, and a model
-that averages over what it can't know blurs.
-
-Everything derives from one integer a video, and the three splits use disjoint ranges of integers.
+"""The toy world: procedural videos about which everything is known.
 
     python -m toy.world --video 3      # writes a held-out video as a user's input: image, masks, boxes.json, prompt
+
+One to three pinwheels (discs, squares and diamonds cut into sectors of two neighbouring hues) move on cubic Bezier
+paths over a soft gradient, change size, pass in front of one another, and spin. Rate and direction of the spin are
+random: half the captions tell the direction, none the rate. So image and boxes don't determine the video, and a model
+that averages over what it can't know blurs. A video follows from one integer; the splits use disjoint ranges.
 """
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,18 +24,18 @@ from core.media import to_uint8, write_image, write_video
 from trajectory import PALETTE, Trajectory
 
 SPLITS = {"train": 0, "validation": 1 << 40, "test": 2 << 40}  # first seed of each split
-COLORS = {  # in the order of hue: the mixture of two neighbours is as saturated as they are
+COLORS = {  # by hue: a mixture of two neighbours is as saturated as they are
     "red": (1.0, 0.1, 0.1), "yellow": (1.0, 1.0, 0.1), "green": (0.1, 1.0, 0.1),
     "cyan": (0.1, 1.0, 1.0), "blue": (0.1, 0.1, 1.0), "magenta": (1.0, 0.1, 1.0),
 }  # fmt: skip
 SHAPES = ("disc", "square", "diamond")
 MOST = 3  # objects in one video
-RAMP = 3  # pixels from one sector's colour to the next one's: an edge that a lens would make
+RAMP = 3  # pixels from one sector's colour to the next: as sharp as a lens would show it
 
 
 @dataclass(frozen=True)
 class ToyBatch:
-    """B toy videos and their truth. K = 3 object slots, `count` of which are in use; later objects pass in front."""
+    """B toy videos and their truth. Of K = 3 object slots `count` are in use; later objects pass in front."""
 
     video: Tensor  # [B, 3, T, S, S] in [-1, 1]
     masks: Tensor  # [B, K, T, S, S] bool, the visible part of each object
@@ -46,7 +43,7 @@ class ToyBatch:
     count: Tensor  # [B] int
     colors: Tensor  # [B, K, 2] indices into COLORS
     sectors: Tensor  # [B, K] 2 or 4
-    spin: Tensor  # [B, K] radians a frame; positive turns clockwise on the screen
+    spin: Tensor  # [B, K] radians per frame; positive turns clockwise on the screen
     captions: list[str]
     told: Tensor  # [B] bool: the caption says the direction
 
@@ -68,7 +65,7 @@ class ToyWorld:
         self.first, self.size, self.frames = SPLITS[split], size, frames
 
     def batch(self, indices: list[int]) -> ToyBatch:
-        # A fixed number of uniform draws a video: the same video whatever batch it is in.
+        # Each video has draws of its own: it is the same in any batch.
         u = np.stack([np.random.default_rng(self.first + int(i)).random(256) for i in indices])
         draw = _Draws(torch.from_numpy(u))
         size, B, K, T = self.size, len(indices), MOST, self.frames
@@ -84,8 +81,8 @@ class ToyWorld:
         first, last = draw.between((2, K, 1), 14, 23).unbind(1)
         diameter = torch.lerp(first, last, torch.linspace(0, 1, T).double())  # (B, K, T)
 
-        # Cubic Bezier paths that keep the whole object inside. Of eight sets of paths the one whose closest pair stays
-        # furthest apart is taken, frame 0 counting most: every object can be seen in the image, and they still cross.
+        # Cubic Bezier paths that keep the whole object inside. Of eight sets of paths, take the one whose closest pair
+        # stays furthest apart, frame 0 counting most: the image shows every object, and they still cross later.
         control = draw((8, K, 4, 2))
         s = torch.linspace(0, 1, T).double()
         bernstein = torch.stack([(1 - s) ** 3, 3 * s * (1 - s) ** 2, 3 * s**2 * (1 - s), s**3])  # (4, T)
@@ -104,7 +101,7 @@ class ToyWorld:
         corner = (path * (size - side)[..., None]).round()
         boxes = torch.cat([corner, corner + side[..., None]], -1)  # whole pixels: a box tells its silhouette exactly
 
-        # Silhouettes and sectors from pixel centres relative to the box.
+        # Silhouettes and sectors, from pixel centres relative to the box.
         center, side = (boxes[..., :2] + boxes[..., 2:]).float() / 2, side.float()
         radius = (side / 2)[..., None, None]
         pixel = torch.arange(size) + 0.5
@@ -148,7 +145,7 @@ class ToyWorld:
 
 
 class _Draws:
-    """Hands out the uniform numbers of a batch, [B, n] in all, in order."""
+    """Hands out a batch's uniform numbers [B, n] in order."""
 
     def __init__(self, u: Tensor):
         self.u, self.at = u, 0
@@ -156,9 +153,7 @@ class _Draws:
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         n = math.prod(shape)
         self.at += n
-        if self.at > self.u.shape[1]:
-            raise IndexError(f"a video takes more than the {self.u.shape[1]} numbers drawn for it")
-        return self.u[:, self.at - n : self.at].reshape(-1, *shape)
+        return self.u[:, self.at - n : self.at].reshape(len(self.u), *shape)  # an error if too few are left
 
     def between(self, shape: tuple[int, ...], low: float, high: float) -> Tensor:
         return low + (high - low) * self(shape)
@@ -169,12 +164,10 @@ class _Draws:
 
 @dataclass(frozen=True)
 class Config:
-    """Options of writing one toy video as a user's input."""
-
     out: str = "out/toy"  # folder for image.png, boxes.json, the masks it names, prompt.txt and truth.mp4
     split: Literal["train", "validation", "test"] = "test"  # which seeds
-    video: int = 0  # number of the video in its split
-    every: int = 4  # a keyframe every so many frames; the path between is interpolated
+    video: int = 0  # its number in the split
+    every: int = 4  # frames from one keyframe to the next; the path between is interpolated
 
 
 def main(cfg: Config) -> None:
@@ -190,8 +183,7 @@ def main(cfg: Config) -> None:
         objects.append({"name": name, "mask": mask, "boxes": {str(t): batch.boxes[0, k, t].tolist() for t in keys}})
     write_image(out / "image.png", to_uint8(batch.video[0, :, :1])[0])
     top = {"num_frames": world.frames, "width": world.size, "height": world.size, "objects": objects}
-    text = json.dumps(top, indent=1)
-    write_text(out / "boxes.json", re.sub(r"\[\s+([\d,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text))
+    write_text(out / "boxes.json", json.dumps(top, indent=1))
     write_text(out / "prompt.txt", batch.captions[0])
     write_video(out / "truth.mp4", frames, fps=8)
     print(f"{out}: {batch.captions[0]}")

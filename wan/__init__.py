@@ -1,1 +1,1 @@
-"""Wan2.2: its VAE, its text encoder, and both as the codec of preset wan5b."""
+"""Wan2.2's VAE and text encoder, which together are the codec of preset wan5b."""

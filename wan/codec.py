@@ -1,4 +1,4 @@
-"""Wan2.2's codec: its VAE and text encoder, each read from the published folder when it is needed."""
+"""Wan2.2's codec: its VAE and text encoder, each read from the published folder when needed."""
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -14,11 +14,10 @@ from wan.vae import WanVAE
 
 
 class WanCodec(Codec):
-    """Wan2.2's codec: its VAE, and UMT5-XXL through `transformers` (requirements-wan.txt).
+    """Reads Wan2.2-TI2V-5B's `folder` as published, in its own layout or diffusers'.
 
-    `folder` is Wan2.2-TI2V-5B as published, in its own layout or diffusers'. Each part is read when first needed, and
-    the text encoder, larger than all else, let go of after; with `offload` its blocks stay in the host's memory. The
-    VAE encodes in float32 and decodes in `dtype`, if `tile` is set in squares of so many latent positions.
+    The VAE is kept; the text encoder, which is larger than everything else, isn't. With `offload` its blocks stay in
+    host memory. The VAE encodes in float32 and decodes in `dtype`, in tiles of `tile` latent positions if that isn't 0.
     """
 
     channels, spatial, temporal = 48, 16, 4
@@ -33,15 +32,14 @@ class WanCodec(Codec):
     @cached_property
     def vae(self) -> WanVAE:
         vae = WanVAE.from_pretrained(self._part("Wan2.2_VAE.pth", "vae")).to(self.device).requires_grad_(False)
-        vae.decoder.to(self.dtype)
-        vae.conv2.to(self.dtype)
+        for part in (vae.conv2, vae.decoder):
+            part.to(self.dtype)
         return vae
 
     def _part(self, *names: str) -> Path:
-        """The first of these that is in the folder: a part's place in the two layouts."""
-        for name in names:
-            if (self.folder / name).exists():
-                return self.folder / name
+        """The first of these names that the folder has: one per layout."""
+        if found := [self.folder / name for name in names if (self.folder / name).exists()]:
+            return found[0]
         raise UserError(f"{self.folder}: holds no {' or '.join(names)}; give Wan2.2-TI2V-5B as published")
 
     def encode_video(self, video: Tensor) -> Tensor:
@@ -53,15 +51,15 @@ class WanCodec(Codec):
         return self.vae.decode(latents.to(self.device), tile=self.tile, overlap=min(8, self.tile // 2))
 
     def pieces(self, latents: Tensor) -> Iterator[Tensor]:
-        """What `decode_video` gives, some frames at a time; at once in squares, which reach over all frames."""
+        """The same as `decode_video`, a few frames at a time. Tiles span all frames, so with them it is one piece."""
         yield from [self.decode_video(latents)] if self.tile else self.vae.frames(latents.to(self.device))
 
     def text_encoder(self) -> Callable[[list[str]], Tensor]:
-        """What embeds prompts, read from disk; let go of it when all are embedded."""
+        """A function that embeds prompts as `encode_text` does. It holds the whole encoder: drop it when done."""
         tokenizer = self._part("google/umt5-xxl", "tokenizer")
-        encoder = self._part("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
-        return TextEncoder(tokenizer, encoder, self.device, self.text_tokens, self.offload)
+        weights = self._part("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
+        return TextEncoder(tokenizer, weights, self.device, self.text_tokens, self.offload)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        """Prompts -> [B, 512, 4096] bfloat16, zeros after the last token. Tokens past 512 are dropped."""
+        """Prompts -> [B, 512, 4096] bfloat16, padded with zeros. Prompts longer than 512 tokens are cut."""
         return self.text_encoder()(prompts)

@@ -1,11 +1,11 @@
-"""The Wan2.2 VAE: videos to latents of 48 channels, 16 times smaller each way and 4 times in time, and back.
+"""The Wan2.2 VAE: videos to latents with 48 channels, 16 times smaller in space and 4 times in time, and back.
 
-Causal in time: frame 0 becomes a latent frame of its own, every four frames after it another (T = 4 n + 1 frames, n + 1
-latent frames). So a video streams through in chunks; what a layer needs of the past it finds in a `Stream`. Whole at
-once or a latent frame at a time: the same numbers. Parameter names are those of `Wan2.2_VAE.pth`.
+It is causal: frame 0 becomes one latent frame, and so do every four frames after it (4 n + 1 frames make n + 1 latent
+frames). So videos stream through in chunks, and layers keep what they need of the past in a `Stream`.
+Parameter names are those of `Wan2.2_VAE.pth`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core.config import UserError
 from core.weights import load, read_checkpoint, read_config, read_folder, rename
 
-# Of the published latents, per channel: what the DiT sees is (z - MEAN) / STD.
+# Statistics of the latents, per channel, as published: the DiT works on (z - MEAN) / STD.
 MEAN = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.1570,
     -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322,
@@ -35,29 +35,32 @@ STD = (
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shapes of a WanVAE; the defaults are Wan2.2's."""
+    """Sizes of a WanVAE; the defaults are Wan2.2's."""
 
     width: int = 160  # of the encoder at full resolution
     decoder_width: int = 256
     channels: int = 48  # of the latent
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of the width, level by level
-    blocks: int = 2  # residual blocks a level of the encoder; the decoder has one more
-    temporal: tuple[bool, ...] = (False, True, True)  # which of the encoder's halvings halve time too
-    patch: int = 2  # pixels of a square that become channels before anything else
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of the width, per level
+    blocks: int = 2  # residual blocks per level of the encoder; the decoder has one more
+    temporal: tuple[bool, ...] = (False, True, True)  # which of the encoder's downsamplings halve time too
+    patch: int = 2  # side of the pixel squares that become channels before anything else
 
 
-class Stream(dict):
-    """What the layers remember of a video between its chunks: layer -> its last input frames. Empty when it starts."""
+# What layers remember of a video between its chunks: layer -> its last input frames. Empty when a video starts.
+Stream = dict[nn.Module, Tensor | None]
 
-    def starts(self, layer: nn.Module) -> bool:
-        """Is this the layer's first chunk of the video? True once."""
-        first = layer not in self
-        self[layer] = None
-        return first
+
+class Layers(nn.Sequential):
+    """Layers one after the other; those with a memory get the stream."""
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        for layer in self:
+            x = layer(x, stream) if isinstance(layer, STREAMED) else layer(x)
+        return x
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution that sees the past alone: its first frames have zeros before them. [B,C,T,H,W] -> the same T."""
+    """A convolution that doesn't see the future: a video starts after frames of zeros. [B,C,T,H,W] -> the same T."""
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3)):
         super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
@@ -67,20 +70,17 @@ class CausalConv3d(nn.Conv3d):
             before = stream.get(self)
             x = F.pad(x, (0, 0, 0, 0, past, 0)) if before is None else torch.cat([before, x], dim=2)
             stream[self] = x[:, :, -past:].clone(memory_format=torch.channels_last_3d)
-            if before is None and x.shape[2] == past + 1:  # the video's first frame: all before it is zero
+            if before is None and x.shape[2] == past + 1:  # frame 0 of the video: all before it is zero
                 return F.conv3d(x[:, :, -1:], self.weight[:, :, -1:], self.bias, padding=self.padding)
         return conv_pairs(x, self.weight, self.bias) if self.kernel_size == (3, 3, 3) else super().forward(x)
 
 
 def conv_pairs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A convolution of 3x3x3: [B,C,T+2,H,W] -> [B,O,T,H,W].
-
-    Two frames have four inputs, d0 to d3, and share four products of frames instead of three each: Winograd's F(2, 3)
-    along time. An odd number of frames goes the plain way.
-    """
+    """A 3x3x3 convolution by Winograd's F(2, 3) along time: [B,C,T+2,H,W] -> [B,O,T,H,W]."""
     length = x.shape[2] - 2
-    if length % 2:
+    if length % 2:  # frames don't pair up
         return F.conv3d(x, weight, bias, padding=(0, 1, 1))
+    # Two output frames see four input frames, d0 to d3. They take four 2D convolutions instead of six.
     d0, d1, d2, d3 = (x[:, :, n : n + length - 1 : 2] for n in range(4))
     first, middle, last = weight.unbind(2)
     outer, middle = (first + last) / 2, middle / 2
@@ -98,14 +98,12 @@ def conv_pairs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def double_and_conv(frames: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Every pixel doubled each way, then a convolution of 3x3: [n,C,h,w] -> [n,O,2h,2w].
-
-    Two of three neighbours of a new pixel are copies of one, so their weights add up: a new pixel sees 2x2 old ones.
-    """
-    sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(weight)  # new pixel, old one, weight
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution: [n,C,h,w] -> [n,O,2h,2w]."""
+    # Of three neighbouring new pixels two are copies of one old pixel, so the weights add up to a 2x2 kernel.
+    sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(weight)  # [new pixel, old pixel, weight]
     kernel = torch.einsum("aru,bsv,ocuv->abocrs", sums, sums, weight).flatten(0, 2)
     (n, _, h, w), width = frames.shape, len(weight)
-    parts = F.conv2d(frames, kernel, bias.repeat(4), padding=1).split(width, dim=1)  # a pixel more each way
+    parts = F.conv2d(frames, kernel, bias.repeat(4), padding=1).split(width, dim=1)  # (n, O, h + 1, w + 1) each
     shape = (n, width, 2 * h, 2 * w)
     out = torch.empty(shape, dtype=frames.dtype, device=frames.device, memory_format=torch.channels_last)
     for (a, b), part in zip(product(range(2), repeat=2), parts, strict=True):
@@ -114,7 +112,7 @@ def double_and_conv(frames: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """The channels of every position to a root mean square of gamma. gamma [C, 1, 1(, 1)], as published."""
+    """RMS norm over the channels of every position; gamma is [C, 1, 1(, 1)], as published."""
 
     def __init__(self, width: int, axes: int = 3):
         super().__init__()
@@ -126,7 +124,7 @@ class RMSNorm(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Each frame's positions attend to one another, with one head."""
+    """Self-attention within each frame, with one head."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -145,27 +143,27 @@ class AttentionBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU and convolution, twice, beside a skip."""
+    """Twice norm, SiLU and convolution, plus a skip connection."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.residual = nn.Sequential(
+        self.residual = Layers(
             RMSNorm(inputs), nn.SiLU(inplace=True), CausalConv3d(inputs, outputs),
             RMSNorm(outputs), nn.SiLU(inplace=True), nn.Dropout(0.0), CausalConv3d(outputs, outputs),
         )  # fmt: skip
-        self.shortcut = nn.Identity() if inputs == outputs else CausalConv3d(inputs, outputs, (1, 1, 1))
+        self.shortcut = Layers() if inputs == outputs else CausalConv3d(inputs, outputs, (1, 1, 1))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return run([self.shortcut], x, stream) + run(self.residual, x, stream)
+        return self.shortcut(x, stream) + self.residual(x, stream)
 
 
 def residual_blocks(inputs: int, outputs: int, number: int) -> list[ResidualBlock]:
-    """The first changes the width."""
+    """Residual blocks, the first of which changes the width."""
     return [ResidualBlock(a, b) for a, b in pairwise([inputs] + [outputs] * number)]
 
 
 class Downsample(nn.Module):
-    """Half the height and width, and half the frames if `temporal`: frame 0 stays, then each pair becomes one."""
+    """Halves height and width, and the frames if `temporal`: frame 0 stays, then each pair becomes one."""
 
     def __init__(self, width: int, temporal: bool):
         super().__init__()
@@ -183,18 +181,17 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width, and twice the frames if `temporal`, but for frame 0, which stays one."""
+    """Doubles height and width, and the frames if `temporal`: all but frame 0 become two."""
 
     def __init__(self, width: int, temporal: bool):
         super().__init__()
-        double = nn.Upsample(scale_factor=2, mode="nearest-exact")
-        self.resample = nn.Sequential(double, nn.Conv2d(width, width, 3, padding=1))
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(width, width, 3, padding=1))  # named as published
         self.time_conv = CausalConv3d(width, 2 * width, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None:
-            alone = int(stream.starts(self))
-            first, rest = x[:, :, :alone], x[:, :, alone:]
+            first, rest = x.tensor_split([0 if self in stream else 1], dim=2)
+            stream[self] = None  # only marks that the video has started
             if rest.shape[2]:
                 rest = rearrange(self.time_conv(rest, stream), "b (p c) t h w -> b c (t p) h w", p=2)
             x = torch.cat([first, rest], dim=2)
@@ -203,32 +200,32 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """A level of the encoder: residual blocks and a halving, beside the mean of the pixels that become one."""
+    """A level of the encoder: residual blocks and downsampling, plus the mean of the pixels that become one."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, halve: bool, temporal: bool):
+    def __init__(self, inputs: int, outputs: int, blocks: int, temporal: bool | None):
         super().__init__()
-        self.outputs, self.space, self.time = outputs, 1 + halve, 1 + temporal
-        resample = [Downsample(outputs, temporal)] if halve else []
-        self.downsamples = nn.Sequential(*residual_blocks(inputs, outputs, blocks), *resample)
+        self.outputs, self.space, self.time = outputs, 1 if temporal is None else 2, 2 if temporal else 1
+        resample = [] if temporal is None else [Downsample(outputs, temporal)]
+        self.downsamples = Layers(*residual_blocks(inputs, outputs, blocks), *resample)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        skip = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.time, 0))  # frame 0 is alone: zeros stand before it
+        skip = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.time, 0))  # frame 0 pairs with zeros before it
         skip = rearrange(skip, "b c (t p) (h q) (w r) -> b (c p q r) t h w", p=self.time, q=self.space, r=self.space)
-        return run(self.downsamples, x, stream) + reduce(skip, "b (c g) t h w -> b c t h w", "mean", c=self.outputs)
+        return self.downsamples(x, stream) + reduce(skip, "b (c g) t h w -> b c t h w", "mean", c=self.outputs)
 
 
 class UpBlock(nn.Module):
-    """A level of the decoder: residual blocks and a doubling, beside copies of the input's channels as new pixels."""
+    """A level of the decoder: residual blocks and upsampling, plus the input's channels repeated as new pixels."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, double: bool, temporal: bool):
+    def __init__(self, inputs: int, outputs: int, blocks: int, temporal: bool | None):
         super().__init__()
-        self.double, self.time = double, 1 + temporal
+        self.double, self.time = temporal is not None, 2 if temporal else 1
         self.copies = outputs * self.time * 4 // inputs
-        resample = [Upsample(outputs, temporal)] if double else []
-        self.upsamples = nn.Sequential(*residual_blocks(inputs, outputs, blocks), *resample)
+        resample = [Upsample(outputs, temporal)] if self.double else []
+        self.upsamples = Layers(*residual_blocks(inputs, outputs, blocks), *resample)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        out = run(self.upsamples, x, stream)
+        out = self.upsamples(x, stream)
         if not self.double:
             return out
         skip = x.repeat_interleave(self.copies, dim=1)
@@ -236,71 +233,52 @@ class UpBlock(nn.Module):
         return out + skip[:, :, skip.shape[2] - out.shape[2] :]  # frame 0 became one frame, not `time`
 
 
-def run(layers: Iterable[nn.Module], x: Tensor, stream: Stream) -> Tensor:
-    """One layer after the other; those with a memory get the stream."""
-    for layer in layers:
-        x = layer(x, stream) if isinstance(layer, STREAMED) else layer(x)
-    return x
-
-
-STREAMED = (CausalConv3d, ResidualBlock, Downsample, Upsample, DownBlock, UpBlock)
+STREAMED = (Layers, CausalConv3d, ResidualBlock, Downsample, Upsample, DownBlock, UpBlock)
 
 
 def by_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What works on images, on each frame of a video."""
+    """Apply a function of images [n, C, h, w] to every frame of a video."""
     return rearrange(function(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=len(x))
 
 
-class Encoder(nn.Module):
-    """Patches of pixels to latents, their mean and log variance: [B, 3 p p, T, h, w] -> [B, 2 C, F, h / 8, w / 8]."""
+class Encoder(Layers):
+    """Patches of pixels to the mean and log variance of latents: [B, 3 p p, T, h, w] -> [B, 2 C, F, h / 8, w / 8]."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.width * m for m in (1, *config.multipliers)]
+        levels = zip(pairwise(widths), (*config.temporal, None), strict=True)  # the last level isn't resampled
         self.conv1 = CausalConv3d(3 * config.patch**2, widths[0])
-        halved = [*((True, t) for t in config.temporal), (False, False)]
-        self.downsamples = nn.Sequential(
-            *(DownBlock(a, b, config.blocks, *h) for (a, b), h in zip(pairwise(widths), halved, strict=True))
-        )
+        self.downsamples = Layers(*(DownBlock(*width, config.blocks, temporal) for width, temporal in levels))
         self.middle = middle(widths[-1])
-        self.head = nn.Sequential(RMSNorm(widths[-1]), nn.SiLU(), CausalConv3d(widths[-1], 2 * config.channels))
-
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = x.to(memory_format=torch.channels_last_3d)
-        return run([self.conv1, *self.downsamples, *self.middle, *self.head], x, stream)
+        self.head = Layers(RMSNorm(widths[-1]), nn.SiLU(), CausalConv3d(widths[-1], 2 * config.channels))
 
 
-class Decoder(nn.Module):
+class Decoder(Layers):
     """Latents to patches of pixels: [B, C, F, H, W] -> [B, 3 p p, T, 8 H, 8 W]."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.decoder_width * m for m in (config.multipliers[-1], *reversed(config.multipliers))]
+        levels = zip(pairwise(widths), (*reversed(config.temporal), None), strict=True)
         self.conv1 = CausalConv3d(config.channels, widths[0])
         self.middle = middle(widths[0])
-        doubled = [*((True, t) for t in reversed(config.temporal)), (False, False)]
-        self.upsamples = nn.Sequential(
-            *(UpBlock(a, b, config.blocks + 1, *d) for (a, b), d in zip(pairwise(widths), doubled, strict=True))
-        )
-        self.head = nn.Sequential(RMSNorm(widths[-1]), nn.SiLU(), CausalConv3d(widths[-1], 3 * config.patch**2))
-
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = x.to(memory_format=torch.channels_last_3d)
-        return run([self.conv1, *self.middle, *self.upsamples, *self.head], x, stream)
+        self.upsamples = Layers(*(UpBlock(*width, config.blocks + 1, temporal) for width, temporal in levels))
+        self.head = Layers(RMSNorm(widths[-1]), nn.SiLU(), CausalConv3d(widths[-1], 3 * config.patch**2))
 
 
-def middle(width: int) -> nn.Sequential:
-    """What encoder and decoder do at the lowest resolution."""
-    return nn.Sequential(ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width))
+def middle(width: int) -> Layers:
+    """The lowest level of encoder and decoder."""
+    return Layers(ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width))
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """MEAN and STD, [C, 1, 1, 1] each, where and of what type x is."""
+    """MEAN and STD [C, 1, 1, 1], on the device and in the dtype of x."""
     return tuple(torch.tensor(v).to(x)[:, None, None, None] for v in (MEAN, STD))
 
 
 class WanVAE(nn.Module):
-    """The autoencoder: `encode` and `decode`, both without gradient."""
+    """The autoencoder. Neither `encode` nor `decode` tracks gradients."""
 
     def __init__(self, config: VAEConfig = VAEConfig()):
         super().__init__()
@@ -314,10 +292,7 @@ class WanVAE(nn.Module):
     def from_pretrained(
         cls, path: Path | str, dtype: torch.dtype = torch.float32, config: VAEConfig = VAEConfig()
     ) -> "WanVAE":
-        """Read the published weights: the file `Wan2.2_VAE.pth`, or the folder `vae/` of diffusers' layout.
-
-        `config`: the shapes of a .pth file, which does not tell them; a folder does.
-        """
+        """Read the published file `Wan2.2_VAE.pth`, whose sizes are `config`'s, or the folder `vae/` of diffusers."""
         path = Path(path)
         if not path.is_dir():
             return load(lambda: cls(config), read_checkpoint(path), path, dtype)
@@ -325,8 +300,9 @@ class WanVAE(nn.Module):
         theirs = read_config(file)
         if theirs.get("_class_name") != "AutoencoderKLWan" or not theirs.get("is_residual"):
             raise UserError(f"{file}: not the VAE of Wan2.2; give the vae folder of Wan2.2-TI2V-5B-Diffusers")
-        names = ["base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks"]  # in VAEConfig's order
-        names += ["temperal_downsample", "patch_size"]
+        names = (  # in VAEConfig's order
+            "base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "patch_size"
+        )  # fmt: skip
         if absent := [name for name in names if name not in theirs]:
             raise UserError(f"{file}: fields are missing: {', '.join(absent)}; give the folder as it was published")
         config = VAEConfig(*(tuple(v) if isinstance(v := theirs[name], list) else v for name in names))
@@ -335,15 +311,13 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: Tensor, chunk: int = 1) -> Tensor:
-        """Normalised latents, the mean of what the encoder believes: [B,3,T,h,w] in [-1, 1] -> [B,C,F,h/16,w/16].
-
-        T = 4 n + 1. `chunk`: latent frames at a time; more cost memory, and change nothing but rounding.
-        """
+        """Normalised latents, without sampling: [B,3,T,h,w] in [-1, 1] -> [B,C,F,h/16,w/16], `chunk` of F at once."""
         x = rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=self.config.patch, r=self.config.patch)
-        stream, latents = Stream(), []
+        stream, latents = {}, []
         cuts = range(1 + self.temporal * (chunk - 1), x.shape[2], self.temporal * chunk)
         for start, end in pairwise([0, *cuts, x.shape[2]]):
-            z = self.conv1(self.encoder(x[:, :, start:end].to(self.conv1.weight), stream))
+            part = x[:, :, start:end].to(self.conv1.weight, memory_format=torch.channels_last_3d)
+            z = self.conv1(self.encoder(part, stream))
             latents.append(z[:, : self.config.channels].to(video.dtype))
         z = torch.cat(latents, dim=2)
         mean, std = statistics(z)
@@ -351,23 +325,23 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def frames(self, latents: Tensor, chunk: int = 1) -> Iterator[Tensor]:
-        """The video in pieces, as they are decoded, `chunk` latent frames each: [B,3,t,h,w] in [-1, 1]."""
-        mean, std = statistics(latents)
+        """The video in pieces [B,3,t,h,w] in [-1, 1] as they are decoded, from `chunk` latent frames each."""
+        (mean, std), stream = statistics(latents), {}
         z = (latents * std + mean).to(self.conv2.weight)
-        stream = Stream()
         for part in z.split(chunk, dim=2):
-            x = self.decoder(self.conv2(part), stream).clamp(-1, 1)
+            part = self.conv2(part).to(memory_format=torch.channels_last_3d)
+            x = self.decoder(part, stream).clamp(-1, 1)
             yield rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.config.patch, r=self.config.patch)
 
     def decode(self, latents: Tensor, chunk: int = 1, tile: int = 0, overlap: int = 8) -> Tensor:
-        """The video of normalised latents: [B,C,F,H,W] -> [B,3,T,16 H,16 W] in [-1, 1], T = 4 (F - 1) + 1.
+        """Decodes normalised latents: [B,C,F,H,W] -> [B,3,T,16 H,16 W] in [-1, 1], T = 4 (F - 1) + 1.
 
-        `chunk`: latent frames at a time. `tile`: decode squares of so many latent positions one after the other, for
-        less memory; neighbours share `overlap` positions, where one fades into the next.
+        `chunk`: latent frames at a time. `tile`: to save memory, decode squares of this many latent positions one by
+        one; neighbouring squares share `overlap` positions, where one fades into the other.
         """
-        height, width = latents.shape[3:]
-        length = self.temporal * (latents.shape[2] - 1) + 1
-        video = latents.new_zeros(len(latents), 3, length, self.spatial * height, self.spatial * width)
+        n, _, length, height, width = latents.shape
+        shape = (n, 3, self.temporal * (length - 1) + 1, self.spatial * height, self.spatial * width)
+        video = latents.new_zeros(shape)
         rows, columns = (tiles(n, tile, overlap, self.spatial) for n in (height, width))
         for (y, fade_y), (x, fade_x) in product(rows, columns):
             fade, start = (fade_y[:, None] * fade_x).to(video), 0
@@ -380,10 +354,7 @@ class WanVAE(nn.Module):
 
 
 def tiles(length: int, tile: int, overlap: int, spatial: int) -> list[tuple[slice, Tensor]]:
-    """Where tiles of an axis of `length` latent positions lie, and how much each pixel of a tile counts.
-
-    At every pixel of the axis the counts of all tiles add up to 1; where one tile alone lies, it counts 1.
-    """
+    """Tiles of an axis of `length` latent positions, and a weight per pixel; at every pixel the weights add up to 1."""
     if not 0 < tile < length:
         return [(slice(0, length), torch.ones(spatial * length))]
     if not 0 < 2 * overlap <= tile:
@@ -392,14 +363,14 @@ def tiles(length: int, tile: int, overlap: int, spatial: int) -> list[tuple[slic
     starts = [min(n * (tile - overlap), length - tile) for n in range(number)]
     place = torch.arange(spatial * length) + 0.5
     inside = [torch.minimum(place - spatial * n, spatial * (n + tile) - place) for n in starts]
-    depth = [x.clamp(0, spatial * overlap) for x in inside]
+    depth = [x.clamp(0, spatial * overlap) for x in inside]  # distance from a tile's edge, level after `overlap`
     total = torch.stack(depth).sum(0)
-    counts = [(d / total)[spatial * n : spatial * (n + tile)] for n, d in zip(starts, depth, strict=True)]
-    return [(slice(n, n + tile), count) for n, count in zip(starts, counts, strict=True)]
+    spans = [slice(spatial * n, spatial * (n + tile)) for n in starts]
+    return [(slice(n, n + tile), (d / total)[s]) for n, d, s in zip(starts, depth, spans, strict=True)]
 
 
 def diffusers_names(config: VAEConfig) -> list[tuple[str, str]]:
-    """Parameter names of diffusers' AutoencoderKLWan -> Wan's own."""
+    """Patterns and replacements that turn the parameter names of diffusers' AutoencoderKLWan into Wan's."""
     return [
         (r"^quant_conv", "conv1"),
         (r"^post_quant_conv", "conv2"),
@@ -409,9 +380,8 @@ def diffusers_names(config: VAEConfig) -> list[tuple[str, str]]:
         (r"mid_block\.resnets\.0", "middle.0"),
         (r"mid_block\.attentions\.0", "middle.1"),
         (r"mid_block\.resnets\.1", "middle.2"),
-        (r"down_blocks\.(\d)\.resnets", r"downsamples.\1.downsamples"),
+        (r"(down|up)_blocks\.(\d)\.resnets", r"\1samples.\2.\1samples"),
         (r"down_blocks\.(\d)\.downsampler", rf"downsamples.\1.downsamples.{config.blocks}"),
-        (r"up_blocks\.(\d)\.resnets", r"upsamples.\1.upsamples"),
         (r"up_blocks\.(\d)\.upsampler", rf"upsamples.\1.upsamples.{config.blocks + 1}"),
         (r"(samples\.\d|middle\.[02])\.norm1", r"\1.residual.0"),
         (r"(samples\.\d|middle\.[02])\.conv1", r"\1.residual.2"),

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import signal
 import time
 
 import imageio.v3 as iio
@@ -70,7 +69,7 @@ def shards(folder):
 
 @pytest.fixture(scope="module")
 def prepared(magic):
-    prepare_clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(magic / "shards"), shard=4))
+    prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(magic / "shards"), shard=4))
     return magic / "shards"
 
 
@@ -99,17 +98,16 @@ def test_shards_hold_the_clips_and_a_report_of_those_rejected(magic, prepared):
 
 
 def test_killed_or_shared_out_it_makes_the_same_shards(magic, prepared, run, tmp_path):
-    flags = ("prepare", "--source", magic / "MagicData.csv", "--shard", 4, "--out")
-    job = run("data.py", *flags, tmp_path / "killed", wait=False)
+    flags = ("--source", magic / "MagicData.csv", "--shard", 4, "--out")
+    job = run("tools.prepare_clips", *flags, tmp_path / "killed", wait=False)
     while not (tmp_path / "killed/latents-00001.safetensors").exists():
         assert job.poll() is None
         time.sleep(0.01)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
+    job.kill()
     assert not (tmp_path / "killed/rejected.csv").exists()
     (tmp_path / "killed/.latents-00002.tmp7.safetensors").write_text("half-written")
     for folder, processes in (("killed", 1), ("shared", 2)):
-        job = run("data.py", *flags, tmp_path / folder, processes=processes)
+        job = run("tools.prepare_clips", *flags, tmp_path / folder, processes=processes)
         assert job.returncode == 0, job.stderr
         assert "20 clips in 6 shards; 4 rejected" in job.stdout
         assert shards(tmp_path / folder) == shards(prepared)
@@ -149,7 +147,7 @@ def test_the_authors_own_columns_name_maps_and_their_frames(tmp_path):
     parts = prepare_clips.read_clip(good, (48, 48), 9)
     assert (parts["video"] - batch.video[0]).abs().mean() < 0.1  # three black frames are passed over
     assert torch.equal(parts["mask"], trajectory.maps("mask"))
-    with pytest.raises(prepare_clips.Rejected, match="8 frames of 9"):
+    with pytest.raises(UserError, match="8 frames of 9"):
         prepare_clips.read_clip(short, (48, 48), 9)
 
 
@@ -169,17 +167,17 @@ def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path):
     lit = (parts["box"][0, 4] > -1).nonzero()
     assert lit.amin(0).tolist() == [y0, x0] and lit.amax(0).tolist() == [y1 - 1, x1 - 1]
     for clip, reason in ((second, "b.json: objects"), (third, "no caption")):
-        with pytest.raises(prepare_clips.Rejected, match=reason):
+        with pytest.raises(UserError, match=reason):
             prepare_clips.read_clip(clip, (48, 48), 9)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(prepare_clips.Rejected, match="no caption, or none in UTF-8"):
+    with pytest.raises(UserError, match="no caption, or none in UTF-8"):
         prepare_clips.read_clip(prepare_clips.find_clips(tmp_path)[0], (48, 48), 9)
 
 
 def test_a_torn_config_and_a_negative_frame_are_named(tmp_path, magic):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not JSON"):
-        prepare_clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(tmp_path)))
+        prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(tmp_path)))
     table = tmp_path / "t.csv"
     table.write_text("path,num_frames,text,mask_start_index\na.mp4,9,a disc,-1\n")
     with pytest.raises(UserError, match=r"t\.csv: line 2: mask_start_index is negative"):
@@ -196,11 +194,11 @@ def test_a_share_of_the_clips_loses_boxes_in_some_frames():
 def test_bad_input_is_one_line(tmp_path, prepared, magic):
     def refused(message, **options):
         with pytest.raises(UserError, match=message) as caught:
-            prepare_clips.prepare(Config(out=str(tmp_path / "out"), **options))
+            prepare_clips.main(Config(out=str(tmp_path / "out"), **options))
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
     refused("--source: missing")
-    refused(r"--source .*no.csv: No such file", source=str(tmp_path / "no.csv"))
+    refused(r"/no\.csv: no such file; correct the path", source=str(tmp_path / "no.csv"))
     refused("holds no clips", source=str(tmp_path))
     (tmp_path / "x.csv").write_text("path,text\na.mp4,b\n")
     refused("has no column num_frames", source=str(tmp_path / "x.csv"))
@@ -210,4 +208,4 @@ def test_bad_input_is_one_line(tmp_path, prepared, magic):
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
     with pytest.raises(UserError, match=r"shards of other clips lie here \(shard 4\)"):
-        prepare_clips.prepare(Config(source=str(magic / "MagicData.csv"), out=str(copy)))
+        prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(copy)))

@@ -1,12 +1,14 @@
 """Distribution matching: each loss moves its own network and no other, and a known distribution is matched."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 import flow
 from core import optim
-from distill_fast import fake_score_loss, generator_loss, levels_above
+from distill_fast import Draw, fake_score_loss, levels_above, student_learns, student_loss
 from model import PRESETS, VideoDiT
 
 SIGMAS = flow.sigma_schedule(4, 3)
@@ -18,40 +20,41 @@ def networks():
     for network in made:
         nn.init.normal_(network.head.head.weight, std=0.02)
     made[2].requires_grad_(False)
-    return made  # generator, fake score, real score
+    return made  # student, fake score, real score
 
 
-def losses(generator, fake, real, last=2):
-    draw = torch.Generator().manual_seed(1)
+def losses(student, fake, real, exit_step=2):
+    random = torch.Generator().manual_seed(1)
     shape = (2, 16, 3, 4, 4)
-    noise, renoise = torch.randn(4, *shape, generator=draw), torch.randn(shape, generator=draw)
-    first, text = torch.randn(2, 16, 1, 4, 4, generator=draw), torch.randn(2, 32, 64, generator=draw)
+    noise, renoise = torch.randn(4, *shape, generator=random), torch.randn(shape, generator=random)
+    first, text = torch.randn(2, 16, 1, 4, 4, generator=random), torch.randn(2, 32, 64, generator=random)
     sigma = torch.tensor([0.4, 0.9])
-    networks = [lambda x, t, n=n: n(x, t, text) for n in (generator, fake, real)]
-    rest = (first, noise, SIGMAS, last, renoise, sigma)
-    return generator_loss(*networks, *rest), fake_score_loss(networks[1], networks[0], *rest)
+    student, fake, real = (partial(network, text=text) for network in (student, fake, real))
+    draw = Draw(first, SIGMAS, exit_step, noise, renoise, sigma)
+    loss = student_loss(student, real_score=real, fake_score=fake, draw=draw)
+    return loss, fake_score_loss(fake, student=student, draw=draw)
 
 
 def test_each_loss_reads_the_right_networks():
-    generator, fake, real = networks()
-    before = losses(generator, fake, real)
+    student, fake, real = networks()
+    before = losses(student, fake, real)
     moved = {}
-    for name, network in (("generator", generator), ("fake", fake), ("real", real)):
+    for name, network in (("student", student), ("fake", fake), ("real", real)):
         bias = network.head.head.bias
         bias.data += 0.1
-        moved[name] = [a.item() != b.item() for a, b in zip(losses(generator, fake, real), before, strict=True)]
+        moved[name] = [a.item() != b.item() for a, b in zip(losses(student, fake, real), before, strict=True)]
         bias.data -= 0.1
-    assert moved == {"generator": [True, True], "fake": [True, True], "real": [True, False]}
+    assert moved == {"student": [True, True], "fake": [True, True], "real": [True, False]}
 
 
 def test_each_loss_moves_its_own_network_alone():
-    generator, fake, real = networks()
-    for which, learner in enumerate((generator, fake)):
-        losses(generator, fake, real)[which].backward()
-        with_gradient = [n for n in (generator, fake, real) if any(p.grad is not None for p in n.parameters())]
+    student, fake, real = networks()
+    for which, learner in enumerate((student, fake)):
+        losses(student, fake, real)[which].backward()
+        with_gradient = [n for n in (student, fake, real) if any(p.grad is not None for p in n.parameters())]
         assert with_gradient == [learner]
         learner.zero_grad()
-    optimizers = [optim.adamw(network, 0.0) for network in (generator, fake)]
+    optimizers = [optim.adamw(network, 0.0) for network in (student, fake)]
     owned = [{id(p) for g in o.param_groups for p in g["params"]} for o in optimizers]
     assert not owned[0] & owned[1] and not (owned[0] | owned[1]) & {id(p) for p in real.parameters()}
 
@@ -79,10 +82,8 @@ def test_gradient_is_the_normalised_difference_of_the_scores():
     def lands_on(c):  # the velocity at which equation (3) gives c
         return lambda x, t: (x - c) / (t[:, None, :, None, None] / 1000).clamp_min(1e-9)
 
-    loss = generator_loss(
-        lands_on(x0), lands_on(0.7), lands_on(0.2), first, noise, [1.0, 0.0], 0, torch.randn_like(noise[0]),
-        torch.full((2,), 0.5),
-    )  # fmt: skip
+    draw = Draw(first, [1.0, 0.0], 0, noise, torch.randn_like(noise[0]), torch.full((2,), 0.5))
+    loss = student_loss(lands_on(x0), real_score=lands_on(0.2), fake_score=lands_on(0.7), draw=draw)
     (gradient,) = torch.autograd.grad(loss, x0)
     scale = (x0[:, :, 1:] - 0.2).abs().mean((1, 2, 3, 4), keepdim=True)
     expected = (0.5 / scale / x0[:, :, 1:].numel()).expand_as(x0[:, :, 1:])
@@ -97,7 +98,7 @@ class Points(nn.Module):
     noise level.
     """
 
-    def __init__(self, width: int = 128):
+    def __init__(self, width: int = 64):
         super().__init__()
         layers = [nn.Linear(2 + 16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)]
         self.net = nn.Sequential(*layers)
@@ -155,29 +156,29 @@ def errors(points):
 def test_distilled_sampler_matches_a_gaussian_mixture():
     """Four steps of a small network, distilled by the same two losses from the mixture's exact score."""
     torch.manual_seed(0)
-    generator, fake, batch, steps = Points(), Points(), 128, 4000
+    student, fake, batch, steps = Points(), Points(), 128, 2000
     first, sigmas = torch.zeros(batch, 2, 1, 2, 2), flow.sigma_schedule(4, 1)
-    optimizers = {network: optim.adamw(network, 0.0) for network in (generator, fake)}
-    ema = optim.EMA(generator, 0.99)
+    optimizers = {network: optim.adamw(network, 0.0) for network in (student, fake)}
+    ema = optim.EMA(student, 0.99)
 
     def sampled_errors():
         noise = torch.randn(4, 16384, 2, 2, 2, 2)
-        video = flow.sample_fewstep(generator, torch.zeros(16384, 2, 1, 2, 2), noise, sigmas)
+        video = flow.sample_fewstep(student, torch.zeros(16384, 2, 1, 2, 2), noise, sigmas)
         return torch.tensor(errors(as_points(video).flatten(0, 1)))
 
     tolerances = torch.tensor([0.03, 0.08, 0.08])  # of shares, 0.2 to 0.5; of means; of covariances, up to 0.36
     assert (sampled_errors() > 2 * tolerances).all()  # the slow network, in so few steps, misses each
     for step in range(steps):
-        noise, last = torch.randn(5, batch, 2, 2, 2, 2), int(torch.randint(4, ()))
-        sigma = levels_above(torch.rand(batch), last, 4).clamp(0.02, 0.98)
-        rest = (first, noise[:-1], sigmas, last, noise[-1], sigma)
-        for learner in (fake, generator) if step % 2 else (fake,):
+        noise, exit_step = torch.randn(5, batch, 2, 2, 2, 2), int(torch.randint(4, ()))
+        sigma = levels_above(torch.rand(batch), exit_step, 4).clamp(0.02, 0.98)
+        draw = Draw(first, sigmas, exit_step, noise[:-1], noise[-1], sigma)
+        for learner in (fake, student) if student_learns(step, 2) else (fake,):
             optim.set_lr([optimizers[learner]], 3e-3 * (1 - step / steps))
             optimizers[learner].zero_grad()
             if learner is fake:
-                loss = fake_score_loss(fake, generator, *rest)
+                loss = fake_score_loss(fake, student=student, draw=draw)
             else:
-                loss = generator_loss(generator, fake, mixture_velocity, *rest)
+                loss = student_loss(student, real_score=mixture_velocity, fake_score=fake, draw=draw)
             loss.backward()
             optimizers[learner].step()
         ema.update(step)
@@ -191,3 +192,10 @@ def test_levels_above_what_the_sampler_noises_to():
     lowest = [flow.shift_sigma(levels_above(zero, k, 4), 3).item() for k in range(4)]
     assert lowest == pytest.approx(SIGMAS[1:])
     assert torch.allclose(levels_above(u, 3, 4), u) and levels_above(u, 0, 4).max() < 1
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 5])
+def test_the_student_learns_once_in_so_many_steps(ratio):
+    """In the last step of each cycle: the fake score has followed it before."""
+    learns = [student_learns(step, ratio) for step in range(4 * ratio)]
+    assert learns == ([False] * (ratio - 1) + [True]) * 4

@@ -110,8 +110,9 @@ def test_tables_of_magicmotion(table):
 @pytest.mark.parametrize(
     "text, message",
     [
-        (None, "no such file; correct --batch"),
-        ("", "no column image"),
+        (None, "no such file; correct the path"),
+        ("", "no rows; give 1 to 100000"),
+        ("traj,prompt\nx,y\n", "no column image"),
         ("image,traj\nx,y\n", "no column prompt"),
         ("image,traj,prompt,speed\n1,2,3,4\n", "column 'speed' is unknown"),
         ("image,traj,prompt\n", "no rows; give 1 to 100000"),

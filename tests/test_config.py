@@ -1,0 +1,149 @@
+"""Flags: their types, presets and help, what is said of wrong ones, and where shipped files are found."""
+
+import dataclasses
+from typing import Literal
+
+import pytest
+
+import distill_fast
+import finetune_hybrid
+import sample
+import train_slow_adapter
+from core.config import ROOT, UserError, flags, parse_config, shipped
+from tools import prepare_clips
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of a script that is none."""
+
+    lr: float = 1e-3  # the rate, 100% of it
+    steps: int = 10  # how many
+    flag: bool = False  # on or off
+    name: str = "x"  # a word
+    kind: Literal["a", "b"] = "a"  # one of two
+    long_name: str = ""  # a name of two words
+
+
+def test_flags():
+    assert parse_config(Options, []) == Options()
+    parsed = parse_config(Options, ["--lr", "1e-4", "--flag", "true", "--steps=3", "--kind", "b"])
+    assert parsed == Options(lr=1e-4, flag=True, steps=3, kind="b")
+
+
+def test_a_switch_alone_is_on_and_what_follows_is_no_part_of_it():
+    assert parse_config(Options, ["--flag"]) == Options(flag=True)
+    assert parse_config(Options, ["--flag", "--steps", "3"]) == Options(flag=True, steps=3)
+    assert parse_config(Options, ["--flag", "false"]) == Options()
+
+
+def test_dash_and_underscore_are_one():
+    for flag in ("--long-name", "--long_name"):
+        assert parse_config(Options, [flag, "a-b_c"]).long_name == "a-b_c"  # the value stays as it is
+        assert parse_config(Options, [f"{flag}=a-b_c"]).long_name == "a-b_c"
+
+
+def test_negative_numbers_are_values():
+    assert parse_config(Options, ["--lr", "-0.5", "--steps", "-3"]) == Options(lr=-0.5, steps=-3)
+    assert parse_config(Options, ["--lr=-1e-3", "--name=-x"]) == Options(lr=-1e-3, name="-x")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--foo", "1"], "^unknown flag --foo; --help lists them all$"),
+        (["--stpes", "1"], r"^unknown flag --stpes; did you mean --steps\? --help lists them all$"),
+        (["--long-nam=1"], r"^unknown flag --long_nam; did you mean --long_name\? --help lists them all$"),
+        (["--step", "1"], r"^unknown flag --step; did you mean --steps\?"),  # no abbreviation
+        (["lr", "1"], "^unknown flag lr; "),
+        (["--lr"], "^argument --lr: expected one argument$"),
+        (["--lr", "fast"], "^argument --lr: .*fast"),
+        (["--lr", "nan"], "^argument --lr: nan is not a finite number$"),
+        (["--lr", "-inf"], "^argument --lr: "),
+        (["--steps", "1.5"], r"^argument --steps: invalid int value: '1\.5'$"),
+        (["--flag", "yes"], "^argument --flag: yes is neither true nor false$"),
+        (["--kind", "c"], r"^argument --kind: invalid choice: 'c' \(choose from '?a'?, '?b'?\)$"),
+    ],
+)
+def test_bad_flags(argv, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse_config(Options, argv)
+    assert "\n" not in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Many:
+    """Options of a script that takes files."""
+
+    files: tuple[str, ...] = ("one",)  # what to read
+    out: str = "o"  # what to write
+
+
+def test_a_field_may_be_given_without_its_flag_and_hold_many():
+    assert parse_config(Many, [], positional="files") == Many()
+    assert parse_config(Many, ["a", "b", "--out", "c"], positional="files") == Many(("a", "b"), "c")
+    assert parse_config(Many, ["--out", "c", "a"], positional="files") == Many(("a",), "c")
+    assert parse_config(Many, ["--files", "a", "b"]) == Many(("a", "b"))
+    assert parse_config(Options, ["word", "--steps", "3"], positional="name") == Options(name="word", steps=3)
+    assert parse_config(Options, ["--steps", "3"], positional="name") == Options(steps=3)
+
+
+def test_a_flag_may_be_empty():
+    assert parse_config(Options, ["--name=", "--steps", "3"]) == Options(name="", steps=3)
+    assert parse_config(Options, ["--name", "", "--steps=3"]) == Options(name="", steps=3)
+    with pytest.raises(UserError, match=r"^argument --steps: .*''"):
+        parse_config(Options, ["--steps="])
+
+
+@pytest.mark.parametrize("script", [sample, prepare_clips, train_slow_adapter, distill_fast, finetune_hybrid])
+def test_a_preset_has_its_own_defaults_and_flags_go_before_them(script, capsys):
+    presets = {"wan5b": script.WAN5B}
+    assert parse_config(script.Config, [], presets) == script.Config()
+    wan = parse_config(script.Config, ["--preset", "wan5b", "--seed", "7"], presets)
+    assert wan == dataclasses.replace(script.Config(), preset="wan5b", seed=7, **script.WAN5B)
+    with pytest.raises(SystemExit):
+        parse_config(script.Config, ["--help"], presets)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"  {flags(script.WAN5B)}" == lines[lines.index("defaults with --preset wan5b:") + 1]
+    name, value = next(iter(script.WAN5B.items()))
+    asked = parse_config(script.Config, [f"--{name}", str(value), "--preset=wan5b"], presets)
+    assert getattr(asked, name) == value
+    other = parse_config(script.Config, ["--preset=wan5b", f"--{name}={getattr(script.Config(), name)}"], presets)
+    assert getattr(other, name) == getattr(script.Config(), name)  # though it is the default without a preset
+
+
+def test_what_is_typed_is_what_is_shown():
+    changed = {"lr": 1e-4, "flag": True, "name": "y"}
+    assert flags(changed) == "--lr 0.0001 --flag true --name y"
+    assert parse_config(Options, flags(changed).split()) == Options(**changed)
+    assert flags({"files": ("a", "b")}) == "--files a b"
+
+
+def test_help_prints_every_field_with_default_and_comment(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(train_slow_adapter.Config, ["--help"])
+    assert caught.value.code == 0
+    page = capsys.readouterr().out
+    words = " ".join(page.split())  # argparse breaks lines as it likes
+    assert "--lr float peak learning rate of the matrices (default: 0.006)" in words
+    assert "--compile [true|false] torch.compile each block (default: true)" in words
+    assert "--data str folder of prepared clips (tools.prepare_clips); the toy world if empty --weights" in words
+    named = [line for line in page.splitlines() if line.startswith("  --")]
+    assert len(named) == len(dataclasses.fields(train_slow_adapter.Config))
+    assert "python train_slow_adapter.py" in page  # the docstring of the script
+    with pytest.raises(SystemExit):
+        parse_config(Options, ["--help"])
+    assert "the rate, 100% of it (default: 0.001)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_shipped_files_are_found_from_any_folder(run, tmp_path, monkeypatch):
+    """By name where the user stands in the project, else by their whole path: no links are needed."""
+    monkeypatch.chdir(ROOT)
+    assert shipped("examples/boxes.json") == "examples/boxes.json"
+    monkeypatch.chdir(tmp_path)
+    assert shipped("examples/boxes.json") == str(ROOT / "examples/boxes.json")
+    assert not list(tmp_path.iterdir())
+    job = run("sample.py", "--steps", 1, "--scale", 1)
+    assert job.returncode == 0, job.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sample.boxes.mp4", "sample.mp4"]

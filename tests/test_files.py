@@ -1,0 +1,39 @@
+"""What scripts write: files that appear whole or not at all, pictures and videos."""
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from core.config import UserError
+from core.files import atomic, output_path, write_text
+from core.media import contact_sheet, to_uint8, write_video
+
+
+def test_atomic_leaves_nothing_behind_on_failure(tmp_path):
+    with pytest.raises(RuntimeError), atomic(tmp_path / "a" / "x.txt") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list((tmp_path / "a").iterdir()) == []
+    with atomic(tmp_path / "x.txt") as temporary:
+        temporary.write_text("whole")
+    assert [p.name for p in tmp_path.glob("*.txt")] == ["x.txt"]
+    write_text(tmp_path / "x.txt", "über")
+    assert (tmp_path / "x.txt").read_bytes() == b"\xc3\xbcber\n"
+
+
+def test_pictures(tmp_path):
+    video = torch.stack([torch.full((2, 4, 6), v) for v in (-1.0, 0.0, 1.0)])  # [3, T, H, W]
+    frames = to_uint8(video, scale=2)
+    assert frames.shape == (2, 8, 12, 3) and frames[0, 0, 0].tolist() == [0, 128, 255]
+    sheet = contact_sheet([frames, frames], gap=2)
+    assert sheet.shape == (20, 28, 3) and sheet[8].min() == 255
+    big = np.zeros((5, 96, 96, 3), np.uint8)
+    write_video(tmp_path / "v.mp4", big, fps=8)
+    assert iio.imread(tmp_path / "v.mp4").shape == big.shape
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "d.mp4").mkdir()
+    with pytest.raises(UserError, match=r"d\.mp4: is a folder; give another name"):
+        output_path(str(tmp_path / "d.mp4"), ".mp4")

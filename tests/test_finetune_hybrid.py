@@ -1,0 +1,171 @@
+"""Stage 3: what its losses weigh, whom they move, how the gradient reaches the adapter, and when who learns."""
+
+import pytest
+import torch
+
+import adapter as adapters
+import discriminator as discriminators
+import finetune_hybrid
+import flow
+from adapter import AdapterConfig, ResNetAdapter
+from core import optim
+from core.config import UserError
+from core.weights import save_network
+from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss
+from finetune_hybrid import diffusion_loss, diffusion_weight, phase
+from model import PRESETS, DiTConfig, VideoDiT
+
+
+def test_diffusion_weight():
+    """The two readings of the paper's formula, over its 1,000 steps."""
+    assert [diffusion_weight("decay", p) for p in (0, 1)] == pytest.approx([10, 1 / 4.1])
+    assert [diffusion_weight("grow", p) for p in (0, 1)] == pytest.approx([0.1, 0.35])
+    assert diffusion_weight("constant", 0.3) == 1
+
+
+def test_diffusion_loss_by_hand():
+    """A velocity that lands on x0 + 0.5 in every later frame costs 0.25; frame 0 costs nothing."""
+    x0, noise, sigma = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.tensor([0.3, 0.9])
+    level = flow.frame_sigma(sigma, 4)
+
+    def velocity(x_t, t):
+        torch.testing.assert_close(t, 1000 * level)
+        torch.testing.assert_close(x_t, flow.add_noise(x0, noise, level))
+        return noise - x0 - 0.5 / sigma[:, None, None, None, None]
+
+    assert diffusion_loss(velocity, x0, noise, sigma).item() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_adversarial_gradient_reaches_the_adapter_through_the_noisy_latent_alone():
+    torch.manual_seed(0)
+    generator, backbone = (VideoDiT(PRESETS["tiny"]).requires_grad_(False) for _ in range(2))
+    torch.nn.init.normal_(generator.head.head.weight, std=0.02)
+    adapter, classifier = ResNetAdapter(adapters.PRESETS["tiny"]), Classifier(discriminators.PRESETS["tiny"])
+    torch.nn.init.normal_(classifier.logit.weight)
+    discriminator = DiffusionDiscriminator(backbone, classifier)
+    traj, text, noise = torch.randn(2, 16, 3, 4, 4), torch.randn(2, 32, 64), torch.randn(5, 2, 16, 3, 4, 4)
+    level = flow.frame_sigma(torch.tensor([0.4, 0.9]), 3)
+
+    def loss(cut: bool):
+        residuals = adapter(traj)
+        fake = flow.backward_simulation(
+            lambda x, t: generator(x, t, text, residuals), noise[4][:, :, :1], noise[:4], flow.sigma_schedule(4, 3), 3
+        )
+        x_t = flow.add_noise(fake.detach() if cut else fake, noise[4], level)
+        return adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
+
+    loss(cut=True).backward()
+    assert all(p.grad is None for p in adapter.parameters())
+    loss(cut=False).backward()
+    assert all(block.project.weight.grad.abs().max() > 0 for block in adapter.blocks)
+    assert all(p.grad is None for network in (generator, backbone) for p in network.parameters())
+
+
+# --- when who learns --------------------------------------------------------------------------------------------------
+
+PLANS = [  # steps, ratio, diffusion_first, adapter_start
+    (600, 5, 300, 60),  # the defaults
+    (1000, 5, 0, 0),  # the paper's
+    (300, 5, 0, 60),
+    (40, 3, 10, 7),  # parts that end amid a cycle
+    (12, 1, 4, 3),
+    (7, 10, 2, 0),  # no cycle comes to its end
+]
+
+
+@pytest.mark.parametrize("steps, ratio, first, rest", PLANS)
+def test_phases(steps, ratio, first, rest):
+    plan = [phase(step, steps=steps, ratio=ratio, diffusion_first=first, adapter_start=rest) for step in range(steps)]
+    assert [now.judged for now in plan] == [False] * first + [True] * (steps - first)
+    assert [step for step, now in enumerate(plan) if now.new_fakes] == list(range(0, steps, ratio))
+    learns = [step for step, now in enumerate(plan) if now.adapter_learns]
+    resting = range(first, first + rest)
+    assert learns == [step for step in range(ratio - 1, steps, ratio) if step not in resting]  # the last of each cycle
+    for step, now in enumerate(plan):
+        start, end = (first, steps) if step >= first else (0, first)
+        assert (now.age, now.lifetime) == (step - start, end - start) and 0 <= now.age < now.lifetime
+        later = rest if step >= first else 0
+        assert (now.adapter_age, now.adapter_lifetime) == (now.age - later, now.lifetime - later)
+        if now.adapter_learns:
+            assert 0 <= now.adapter_age < now.adapter_lifetime  # so lambda goes from its first value to its last
+
+
+def test_progress_of_the_defaults():
+    at = {step: phase(step, 600, 5, diffusion_first=300, adapter_start=60) for step in (0, 299, 300, 360, 599)}
+    assert not at[299].judged and at[300].judged
+    assert [at[step].adapter_age / at[step].adapter_lifetime for step in (0, 360)] == [0, 0]  # each part begins anew
+    assert at[299].adapter_age / at[299].adapter_lifetime == pytest.approx(1, abs=0.01)
+    assert at[599].adapter_age / at[599].adapter_lifetime == pytest.approx(1, abs=0.01)
+    assert at[300].adapter_age == -60 and at[300].age == 0  # the adapter rests, the discriminator begins
+
+
+@pytest.mark.parametrize("steps, ratio, first, rest", PLANS)
+def test_fakes_are_never_stale(steps, ratio, first, rest):
+    """Whenever the adapter has learned, the next step of the discriminator begins a cycle, or is its first of all."""
+    learned = judged_before = False
+    for step in range(steps):
+        now = phase(step, steps=steps, ratio=ratio, diffusion_first=first, adapter_start=rest)
+        if now.judged:
+            assert not learned or now.new_fakes or not judged_before
+            learned, judged_before = False, True
+        learned |= now.adapter_learns
+
+
+def test_the_discriminator_sees_what_the_adapter_makes_now(here, monkeypatch):
+    """A run of stage 3: fakes are made when a cycle begins, by the adapter that learned in the step before."""
+    torch.manual_seed(0)
+    small, wide = (DiTConfig(*shape, 64, 32, channels=16) for shape in ((32, 64, 2, 1), (160, 64, 2, 6)))
+    for name, network, shape in (("fast", "FastGenerator", small), ("slow", "SlowGenerator", wide)):
+        generator = VideoDiT(shape)
+        torch.nn.init.normal_(generator.head.head.weight, std=0.02)
+        save_network(f"{name}.safetensors", network, shape, generator.state_dict())
+    shape = AdapterConfig(32, 1, hidden=16, channels=16)
+    save_network("adapter.safetensors", "SlowAdapter", shape, ResNetAdapter(shape).state_dict())
+    adapter, made, updates = [], [], []
+    read, sampler, stepped = finetune_hybrid.read_adapter, flow.sample_fewstep, optim.clip_and_step
+
+    def state():
+        return torch.cat([p.detach().flatten() for p in adapter[0].parameters()])
+
+    def watched_read(*args):
+        adapter.append(read(*args))
+        return adapter[0]
+
+    def watched_sampler(*args):
+        made.append((len(updates), state()))
+        return sampler(*args)
+
+    def watched_step(network, *args):
+        before = state()
+        norm = stepped(network, *args)
+        updates.append(("adapter" if network is adapter[0] else "classifier", before, state()))
+        return norm
+
+    monkeypatch.setattr(finetune_hybrid, "read_adapter", watched_read)
+    monkeypatch.setattr(flow, "sample_fewstep", watched_sampler)
+    monkeypatch.setattr(optim, "clip_and_step", watched_step)
+    networks = {"generator": "fast.safetensors", "backbone": "slow.safetensors", "adapter": "adapter.safetensors"}
+    finetune_hybrid.main(
+        finetune_hybrid.Config(
+            **networks, steps=7, ratio=2, diffusion_first=2, adapter_start=1, batch=1, compile=False, dtype="float32"
+        )
+    )
+    kinds = [kind for kind, *_ in updates]
+    assert kinds == ["adapter", *["classifier", "classifier", "adapter"] * 2, "classifier"]
+    assert [number for number, _ in made[:-1]] == [1, 4, 7]  # the last is the final sample
+    for number, seen in made[:-1]:
+        assert updates[number][0] == "classifier" and torch.equal(seen, updates[number][1])  # the adapter as it is
+        kind, before, after = updates[number - 1]
+        assert kind == "adapter" and not torch.equal(before, after) and torch.equal(seen, after)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"use_gan": False, "use_diffusion": False}, "no loss is left; use one or both"),
+    ({"adapter_start": -1}, "give steps from 0 on"),
+    ({"steps": 360}, "together below --steps 360"),
+    ({"use_diffusion": False}, "--diffusion_first 300: needs --use_diffusion true"),
+])  # fmt: skip
+def test_options_that_contradict_one_another(changes, message):
+    with pytest.raises(UserError, match=message):
+        finetune_hybrid.check(finetune_hybrid.Config(**changes))
+    finetune_hybrid.check(finetune_hybrid.Config())

@@ -1,0 +1,57 @@
+"""Who imports whom: every room from those below it alone, and nobody in a circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+ROOMS = ("core", "wan", "toy", "tools")
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for folder in (ROOT, *(ROOT / room for room in ROOMS))
+    for path in sorted(folder.glob("*.py"))
+}
+SCRIPTS = {name for name in FILES if "." not in name}
+# What a room may import, besides itself: rooms, and modules beside them.
+ALLOWED = {"core": set(), "wan": {"core"}, "toy": {"core", *SCRIPTS} - {"data"}, "tools": {"core", "wan", *SCRIPTS}}
+
+
+def imports(path: Path) -> set[str]:
+    """The project's modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & FILES.keys()) or {node.module}
+    return found & FILES.keys() | {name for name in found if name in ROOMS}
+
+
+def test_the_rooms_hold_what_they_should():
+    assert {
+        "adapter", "data", "discriminator", "distill_fast", "finetune_hybrid", "flow", "model", "sample",
+        "train_slow_adapter", "trajectory",
+    } == SCRIPTS  # fmt: skip
+    assert {name.partition(".")[0] for name in FILES if "." in name} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_lies_below_it_alone(room):
+    for name, path in FILES.items():
+        if name.startswith(f"{room}."):
+            used = {other.partition(".")[0] for other in imports(path)}
+            assert used <= {room, *ALLOWED[room]}, name
+
+
+def test_nobody_imports_in_a_circle():
+    order = list(TopologicalSorter({name: imports(path) for name, path in FILES.items()}).static_order())
+    assert order.index("core.config") < order.index("model") < order.index("adapter") < order.index("sample")
+
+
+def test_the_method_reads_nothing_of_the_tools():
+    for name in SCRIPTS:
+        assert not any(other.startswith("tools") for other in imports(FILES[name])), name

@@ -1,0 +1,21 @@
+"""Random numbers that depend on their key alone."""
+
+import torch
+
+from core.noise import sample_noise, sample_uniform, step_noise
+
+
+def test_randomness_depends_on_its_key_alone():
+    together = sample_noise((3, 2), [5, 9], 0, 7)
+    assert torch.equal(together[1:], sample_noise((3, 2), [9], 0, 7))
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(together, sample_noise((3, 2), [5, 9], 0, 8))
+    u = sample_uniform(list(range(32, 48)), 16, 0)
+    assert torch.equal((u * 16).floor(), torch.arange(16.0))  # stratified
+    assert torch.equal(u[4:6], sample_uniform([36, 37], 16, 0))
+
+
+def test_every_step_has_noise_of_its_own():
+    steps = step_noise(4, (3, 2), [5, 9], 0, 7)
+    assert steps.shape == (4, 2, 3, 2) and len(steps.flatten().unique()) == 48
+    assert torch.equal(steps[:, 1:], step_noise(4, (3, 2), [9], 0, 7))
