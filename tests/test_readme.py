@@ -13,24 +13,30 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from adapter import AdapterConfig, ResNetAdapter
 from core import tables
 from core.config import parse_config
+from core.weights import save_network
+from model import DiTConfig, VideoDiT
 
 PAGES = ("README.md", "docs/RESULTS.md", "docs/SPEED.md", "docs/WAN.md", "docs/SCALE.md", "docs/FORMATS.md",
          "checkpoints/tiny/README.md")  # fmt: skip
+# The samples of stages 0 and 1 take twenty steps: there small networks are trained instead of the shipped ones.
+SMALL = "--generator small/slow_generator.safetensors --init small/slow_adapter.safetensors"
 # What makes a command short, by how it begins. Later flags win.
 SHORT = {
     "make test": "--dry-run",  # this is what runs it
     "python sample.py": "--steps 2",
     "torchrun --nproc_per_node=2 sample.py": "--steps 2",
-    "python -m toy.evaluate": "--videos 4 --steps 2 --batch 4 --compile false --out runs/e/rows.json",
+    "python -m toy.evaluate": "--videos 2 --steps 2 --batch 2 --compile false --out runs/e/rows.json",
     "python -m toy.train_codec": "--steps 2 --batch 2",
-    "python -m toy.train_slow_generator": "--steps 2 --batch 2 --compile false",
-    "python train_slow_adapter.py": "--steps 2 --mask_steps 1 --batch 2 --compile false",
-    "torchrun --nproc_per_node=2 train_slow_adapter.py": "--steps 2 --mask_steps 1 --batch 2 --compile false --name t",
-    "python distill_fast.py": "--steps 5 --batch 2 --compile false",
-    "python finetune_hybrid.py": "--steps 5 --diffusion_first 0 --adapter_start 0 --batch 2 --compile false",
-}
+    "python -m toy.train_slow_generator": "--steps 2 --batch 2 --compile false --init small",
+    "python train_slow_adapter.py": f"--steps 2 --mask_steps 1 --batch 2 --compile false {SMALL}",
+    "torchrun --nproc_per_node=2 train_slow_adapter.py":
+        f"--steps 2 --mask_steps 1 --batch 2 --compile false {SMALL} --name t",
+    "python distill_fast.py": "--steps 2 --ratio 2 --batch 1 --compile false",
+    "python finetune_hybrid.py": "--steps 2 --ratio 2 --diffusion_first 0 --adapter_start 0 --batch 1 --compile false",
+}  # fmt: skip
 
 
 def text(page: str) -> str:
@@ -73,6 +79,13 @@ def clone(tmp_path):
         (folder / ".venv/bin/activate").write_text(f'PATH="{folder}/.venv/bin:$PATH"\n')
     for stamp in ("ready", "ready-dev"):
         (folder / ".venv" / stamp).touch()
+    generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16))
+    adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
+    for name, network, net in (
+        ("slow_generator", "SlowGenerator", generator),
+        ("slow_adapter", "SlowAdapter", adapter),
+    ):
+        save_network(folder / f"small/{name}.safetensors", network, net.config, net.state_dict())
     return folder
 
 
