@@ -21,7 +21,7 @@ from model import DiTConfig, VideoDiT
 
 PAGES = ("README.md", "docs/RESULTS.md", "docs/SPEED.md", "docs/WAN.md", "docs/SCALE.md", "docs/FORMATS.md",
          "checkpoints/tiny/README.md")  # fmt: skip
-# The samples of stages 0 and 1 take twenty steps: there small networks are trained instead of the shipped ones.
+# Small networks are trained instead of the shipped ones, which sample.py and evaluate read; stage 3 keeps its backbone.
 SMALL = "--generator small/slow_generator.safetensors --init small/slow_adapter.safetensors"
 # What makes a command short, by how it begins. Later flags win.
 SHORT = {
@@ -34,8 +34,10 @@ SHORT = {
     "python train_slow_adapter.py": f"--steps 2 --mask_steps 1 --batch 2 --compile false {SMALL}",
     "torchrun --nproc_per_node=2 train_slow_adapter.py":
         f"--steps 2 --mask_steps 1 --batch 2 --compile false {SMALL} --name t",
-    "python distill_fast.py": "--steps 2 --ratio 2 --batch 1 --compile false",
-    "python finetune_hybrid.py": "--steps 2 --ratio 2 --diffusion_first 0 --adapter_start 0 --batch 1 --compile false",
+    "python distill_fast.py": "--steps 2 --ratio 2 --batch 1 --compile false"
+        " --generator small/slow_generator.safetensors",
+    "python finetune_hybrid.py": "--steps 2 --ratio 2 --diffusion_first 0 --adapter_start 0 --batch 1 --compile false"
+        " --generator small/fast_generator.safetensors --adapter small/slow_adapter.safetensors",
 }  # fmt: skip
 
 
@@ -81,11 +83,10 @@ def clone(tmp_path):
         (folder / ".venv" / stamp).touch()
     generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16))
     adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
-    for name, network, net in (
-        ("slow_generator", "SlowGenerator", generator),
-        ("slow_adapter", "SlowAdapter", adapter),
-    ):
-        save_network(folder / f"small/{name}.safetensors", network, net.config, net.state_dict())
+    networks = {"SlowGenerator": generator, "FastGenerator": generator, "SlowAdapter": adapter}
+    for name, net in networks.items():
+        path = folder / "small" / f"{re.sub('(?<!^)(?=[A-Z])', '_', name).lower()}.safetensors"
+        save_network(path, name, net.config, net.state_dict())
     return folder
 
 
