@@ -4,8 +4,9 @@ An adapter has as many blocks as the DiT. Block i's output passes a projection t
 output of DiT block i, so a fresh adapter changes nothing, to the bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +28,35 @@ class AdapterConfig:
     hidden: int = 128
     channels: int = 48  # of the trajectory latent
     patch: tuple[int, int, int] = (1, 2, 2)
+    fixed_norm: bool = False  # trajectory latents normed by fixed statistics, not by the clip's own
 
 
-PRESETS = {"tiny": AdapterConfig(160, 6, hidden=96, channels=16), "wan5b": AdapterConfig(3072, 30)}
+PRESETS = {
+    "tiny": AdapterConfig(160, 6, hidden=96, channels=16),
+    "wan5b": AdapterConfig(3072, 30, fixed_norm=True),
+}
+
+
+class FixedNorm(nn.Module):
+    """Channels of trajectory latents to mean 0 and deviation 1, by statistics of many: a line weighs the same however
+    much of the picture the boxes cover. [B, C, F, H, W] -> the same shape.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1, 1))
+
+    @torch.no_grad()
+    def fit(self, latents: Iterable[Tensor]) -> None:
+        """Set the statistics from trajectory latents [B, C, F, H, W], which may be of several shapes."""
+        values = torch.cat([traj.float().transpose(0, 1).flatten(1) for traj in latents], dim=1)  # (C, n)
+        std, mean = torch.std_mean(values, 1)
+        self.mean.copy_(mean.view(-1, 1, 1, 1))
+        self.std.copy_(std.clamp_min(1e-6).view(-1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
 
 
 class ResNetBlock(nn.Module):
@@ -56,12 +83,14 @@ class ResNetAdapter(nn.Module):
     """The light adapter (paper: base + adapter = 5.02B). It reads only the trajectory: it runs once a clip."""
 
     static = True  # its output depends on neither x, t nor text
+    copied = "$^"  # nothing: it starts from random weights
 
     def __init__(self, config: AdapterConfig):
         super().__init__()
         self.config = config
         # A codec's latent of black is far from 0 and most of a map is black: without this, constants drown the lines.
-        self.norm = nn.GroupNorm(config.channels, config.channels)
+        norm = FixedNorm if config.fixed_norm else partial(nn.GroupNorm, config.channels)
+        self.norm = norm(config.channels)
         # Every frame sees its own map beside frame 0's masks, so identity needs no long reach in time.
         self.patch_embedding = nn.Linear(2 * config.channels * config.patch[1] * config.patch[2], config.hidden)
         self.blocks = nn.ModuleList(ResNetBlock(config.hidden, config.dim) for _ in range(config.layers))
@@ -103,6 +132,7 @@ class ControlNetAdapter(VideoDiT):
     """
 
     static = False  # its output depends on the noisy latent
+    copied = r"^(?!project|patch_embedding)"  # parameters that start as the generator's
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)

@@ -7,11 +7,13 @@
 and sample numbers with a seed fix all that it returns. Clips are prepared by `python -m tools.prepare_clips`.
 """
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from core.codec import Batch, Codec
 from core.config import UserError
@@ -24,14 +26,15 @@ from wan.codec import WanCodec
 class ClipLatents:
     """What training reads of prepared clips, as ToyLatents gives it of the toy world.
 
-    Every epoch goes through the clips in another order, which seed and sample numbers fix. The first four clips are
-    held out as the split "validation".
+    Every epoch goes through the clips in another order, which seed and sample numbers fix. Where clips are of several
+    shapes, all `batch` samples of a step are of one. The first four clips of the most frequent shape are held out, as
+    the split "validation".
     """
 
     held_out = 4
 
-    def __init__(self, folder: Path | str, text_tokens: int, split: str = "train", seed: int = 0):
-        self.folder, self.text_tokens, self.seed = Path(folder), text_tokens, seed
+    def __init__(self, folder: Path | str, text_tokens: int, split: str = "train", seed: int = 0, batch: int = 1):
+        self.folder, self.text_tokens, self.seed, self.step_size = Path(folder), text_tokens, seed, batch
         if not (self.folder / "rejected.csv").exists():
             raise UserError(f"{folder}: holds no finished shards; run python -m tools.prepare_clips")
         self.latents: dict[str, Stored] = {}
@@ -42,7 +45,18 @@ class ClipLatents:
         numbers = sorted({int(name.split(".")[0]) for name in self.latents})
         if len(numbers) <= self.held_out:
             raise UserError(f"{folder}: holds {len(numbers)} clips; training needs over {self.held_out}")
-        self.numbers = numbers[: self.held_out] if split == "validation" else numbers[self.held_out :]
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for number in numbers:
+            shapes.setdefault(self.latents[f"{number}.video"].shape, []).append(number)
+        held = max(shapes.values(), key=len)[: self.held_out]
+        if len(held) < self.held_out:
+            raise UserError(f"{folder}: no shape has {self.held_out} clips, which are held out; prepare more clips")
+        if split == "validation":
+            shapes = {(): held}
+        self.shapes = [
+            left for clips in shapes.values() if (left := [n for n in clips if n not in held or split == "validation"])
+        ]
+        self.one_shape = len(self.shapes) == 1
 
     def batch(self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0) -> Batch:
         """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
@@ -62,10 +76,36 @@ class ClipLatents:
             raise UserError(f"{self.folder}: clip {absent[0]} has no {kind} maps; {mend}")
         return Batch(x0, text, torch.stack([self.latents[f"{n}.{kind}"].read().float() for n in picked]))
 
+    def unconditional(self) -> Tensor:
+        """Embeddings [1, L, text_dim] of the negative prompt, which guidance goes away from."""
+        if "negative" not in self.texts:
+            raise UserError(f"{self.folder}: holds no negative prompt; prepare the clips anew")
+        text = self.texts["negative"].read().float()
+        return F.pad(text, (0, 0, 0, self.text_tokens - len(text)))[None]
+
     def pick(self, sample: int) -> int:
         """The number of the clip that is this sample."""
-        epoch, place = divmod(sample, len(self.numbers))
-        return self.numbers[np.random.default_rng((self.seed, epoch)).permutation(len(self.numbers))[place]]
+        if self.one_shape:
+            epoch, place = divmod(sample, len(self.shapes[0]))
+            return self.shapes[0][shuffled(len(self.shapes[0]), self.seed, epoch)[place]]
+        step, place = divmod(sample, self.step_size)
+        steps = sum(-(-len(clips) // self.step_size) for clips in self.shapes)
+        return self.epoch(step // steps)[step % steps][place]
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """The clips of every step of an epoch. Where a shape's clips don't fill its last step, its first come again."""
+        batches = []
+        for shape, clips in enumerate(self.shapes):
+            order = [clips[i] for i in shuffled(len(clips), self.seed, number, shape)]
+            order += order * (self.step_size // len(order) + 1)
+            batches += [order[i : i + self.step_size] for i in range(0, len(clips), self.step_size)]
+        return [batches[i] for i in shuffled(len(batches), self.seed, number)]
+
+
+@lru_cache(maxsize=16)
+def shuffled(number: int, *key: int) -> np.ndarray:
+    """0 to number - 1 in an order that the key fixes."""
+    return np.random.default_rng(key).permutation(number)
 
 
 def open_codec(preset: str, folder: Path | str, device: torch.device, **options) -> Codec:
@@ -73,10 +113,12 @@ def open_codec(preset: str, folder: Path | str, device: torch.device, **options)
     return WanCodec(folder, device, **options) if preset == "wan5b" else ToyCodec()
 
 
-def training_data(folder: str, codec: Codec, seed: int) -> tuple[ToyLatents | ClipLatents, ToyLatents | ClipLatents]:
+def training_data(
+    folder: str, codec: Codec, seed: int, batch: int
+) -> tuple[ToyLatents | ClipLatents, ToyLatents | ClipLatents]:
     """What to train on and what is held out: of prepared clips in `folder`, or of the toy world if that is empty."""
     if folder:
-        return tuple(ClipLatents(folder, codec.text_tokens, split, seed) for split in ("train", "validation"))
+        return tuple(ClipLatents(folder, codec.text_tokens, split, seed, batch) for split in ("train", "validation"))
     if not isinstance(codec, ToyCodec):
         raise UserError("--data: missing; preset wan5b trains on clips that python -m tools.prepare_clips has encoded")
     return ToyLatents(codec, seed=seed), ToyLatents(codec, "validation")

@@ -63,7 +63,7 @@ class ClassifierBlock(nn.Module):
 class Classifier(nn.Module):
     """The trainable part of the discriminator."""
 
-    def __init__(self, config: ClassifierConfig):
+    def __init__(self, config: ClassifierConfig, cautious: bool = True):
         super().__init__()
         self.config = config
         self.patch_embedding = PatchEmbedding(config.channels, config.patch, config.hidden)
@@ -80,23 +80,27 @@ class Classifier(nn.Module):
         self.norm = nn.LayerNorm(config.hidden * len(config.feature_blocks))
         self.logit = nn.Linear(config.hidden * len(config.feature_blocks), 1)
         if not self.logit.weight.is_meta:  # there, weights are about to be read
-            self.init_weights()
+            self.init_weights(cautious)
 
-    def init_weights(self) -> None:
-        """Xavier matrices, small queries, attention almost uniform, the video's alone at work; a logit of zero.
+    def init_weights(self, cautious: bool) -> None:
+        """Xavier matrices. A cautious classifier starts with attention almost uniform, the video's alone at work, and
+        a logit of zero.
 
-        Else the query would soon know whose text and trajectory it sees, and with them the videos it has learned from.
-        Where there is no attention to the video all are at work: if nothing is, nothing can be learned.
+        On a small data set the query would else soon know whose text and trajectory it sees, and with them the videos
+        that it has learned from. Where there is no attention to the video all are at work: if nothing is, nothing can
+        be learned.
         """
         init_xavier(self)
         for block in self.blocks:
             nn.init.normal_(block.query, std=0.02)
+        for block in self.blocks if cautious else ():
             for name, attention in block.attentions.items():
                 with torch.no_grad():
                     attention.in_proj_weight[: 2 * self.config.hidden] *= 0.1  # queries and keys
                 if name != "video" and self.config.video:
                     nn.init.zeros_(attention.out_proj.weight)
-        nn.init.zeros_(self.logit.weight)
+        if cautious:
+            nn.init.zeros_(self.logit.weight)
 
     def forward(self, features: list[Tensor], text: Tensor, traj: Tensor) -> Tensor:
         """Features [B,N,D] of each block, text [B,L,Dt], traj [B,C,F,H,W] -> logits [B], large for real."""

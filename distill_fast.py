@@ -45,7 +45,10 @@ class Config:
     accumulate: int = 1  # micro-batches a step
     lr: float = 2e-4  # peak learning rate of the student
     fake_lr: float = 4e-4  # peak learning rate of the fake score
-    warmup: int = 50  # steps of linear warm-up before the cosine
+    warmup: int = 50  # steps of linear warm-up
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rates after it
+    fake_loss: Literal["velocity", "x0"] = "velocity"  # what the fake score's loss compares
+    levels: Literal["above", "all"] = "above"  # where the scores judge: above the next step's noise level, or anywhere
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.99  # decay of the averaged student, the one exported
@@ -61,10 +64,11 @@ class Config:
     sample_every: int = 500  # steps
 
 
-# As in Wan2.2-TI2V-5B-Turbo; its guidance is cond + 6 (cond - uncond).
+# (paper): steps. (Turbo): all else but `recompute`; its guidance is cond + 6 (cond - uncond), which is 7 here.
 WAN5B = {
-    "generator": "Wan2.2-TI2V-5B", "steps": 5500, "batch": 64, "lr": 5e-7, "fake_lr": 1e-7, "guidance": 7.0,
-    "shift": flow.FAST["wan5b"].shift, "warmup": 0, "recompute": "full",
+    "generator": "Wan2.2-TI2V-5B", "steps": 5500, "batch": 16, "lr": 5e-7, "fake_lr": 1e-7, "guidance": 7.0,
+    "shift": flow.FAST["wan5b"].shift, "warmup": 0, "schedule": "constant", "clip": 10.0, "fake_loss": "x0",
+    "levels": "all", "recompute": "full",
 }  # fmt: skip
 
 
@@ -101,11 +105,11 @@ def student_loss(student: Velocity, real_score: Velocity, fake_score: Velocity, 
     return 0.5 * (x0[:, :, 1:] - target).square().mean()
 
 
-def fake_score_loss(fake_score: Velocity, student: Velocity, draw: Draw) -> Tensor:
-    """The flow-matching loss of the fake score on what the student makes."""
+def fake_score_loss(fake_score: Velocity, student: Velocity, draw: Draw, on: str = "velocity") -> Tensor:
+    """The flow-matching loss of the fake score on what the student makes: on the velocity, or on x0."""
     with torch.no_grad():
         x0 = flow.backward_simulation(student, draw.first, draw.noise, draw.sigmas, draw.exit_step)
-    return flow.flow_matching_loss(fake_score, x0, draw.renoise, draw.sigma)
+    return flow.flow_matching_loss(fake_score, x0, draw.renoise, draw.sigma, on)
 
 
 def levels_above(u: Tensor, exit_step: int, steps: int) -> Tensor:
@@ -113,8 +117,8 @@ def levels_above(u: Tensor, exit_step: int, steps: int) -> Tensor:
 
     To that level the sampler noises what `exit_step` predicts, so how its prediction looks with less noise is never
     seen. If the scores judged it there as well, the vague predictions of the first steps would blend with those of the
-    last step in the fake score, and the last step would overshoot to make up for them. (As in trajectory distribution
-    matching and Self-Forcing.)
+    last step in the fake score, and the last step would overshoot to make up for them. This project's own finding, on
+    the toy (docs/LOG.md); Turbo and Self-Forcing judge over the whole range.
     """
     return 1 - (1 - u) * (exit_step + 1) / steps
 
@@ -142,8 +146,8 @@ def main(cfg: Config) -> None:
 
     # 2. What they learn from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
-    data, held_out = training_data(cfg.data, codec, cfg.seed)
-    empty = data.batch([0], drop_text=1.0).text.to(procs.device)
+    data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
+    negative = data.unconditional().to(procs.device)
     sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
     parts = {"generator": (student, optimizers, ema), "fake": (fake_score, fake_optimizers, None)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
@@ -154,7 +158,8 @@ def main(cfg: Config) -> None:
         x0, text, _ = data.batch(samples).to(procs.device)
         noise = step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
         u = sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
-        sigma = flow.shift_sigma(levels_above(u, exit_step, cfg.denoising_steps), cfg.shift).clamp(0.02, 0.98)
+        u = levels_above(u, exit_step, cfg.denoising_steps) if cfg.levels == "above" else u
+        sigma = flow.shift_sigma(u, cfg.shift).clamp(0.02, 0.98)
         return text, Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
 
     def train_step(step: int, learner: Literal["fake", "generator"]) -> dict[str, Tensor]:
@@ -167,9 +172,9 @@ def main(cfg: Config) -> None:
             generates, fake, real = (partial(network, text=text) for network in (student, fake_score, real_score))
             with parallel.autocast(procs.device, cfg.dtype):
                 if learner == "fake":
-                    loss = fake_score_loss(fake, student=generates, draw=draw)
+                    loss = fake_score_loss(fake, student=generates, draw=draw, on=cfg.fake_loss)
                 else:
-                    unconditional = partial(real_score, text=empty.expand_as(text))
+                    unconditional = partial(real_score, text=negative.expand_as(text))
                     guided = flow.guided(real, unconditional, cfg.guidance)
                     loss = student_loss(generates, real_score=guided, fake_score=fake, draw=draw)
             (loss / cfg.accumulate).backward()
@@ -189,8 +194,8 @@ def main(cfg: Config) -> None:
 
     # 3. The loop: the fake score follows the student, and every few steps the student learns from both scores.
     for step in run.steps(start, write_samples):
-        optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
-        optim.set_lr(fake_optimizers, optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps))
+        for learners, peak in ((optimizers, cfg.lr), (fake_optimizers, cfg.fake_lr)):
+            optim.set_lr(learners, optim.learning_rate(step, peak, cfg.warmup, cfg.steps, cfg.schedule))
         values = train_step(step, "fake")
         if student_learns(step, cfg.ratio):
             values |= train_step(step, "generator")

@@ -59,6 +59,8 @@ class Config:
     accumulate: int = 1  # micro-batches a step
     lr: float = 6e-4  # peak learning rate of the adapter
     classifier_lr: float = 3e-3  # peak learning rate of the discriminator's classifier
+    cautious: bool = True  # the classifier starts almost silent, for a small world that it might learn by heart
+    reuse_fakes: bool = True  # the discriminator sees the same fakes for a whole cycle: an economy
     classifier_muon: bool = True  # Muon for its matrices that read tokens, AdamW at 0.05 of the rate for all else
     warmup: int = 20  # steps of linear warm-up before the cosine
     momentum: float = 0.9  # of AdamW, beta1: the adapter's, and the classifier's where there is no Muon
@@ -78,12 +80,13 @@ class Config:
     sample_every: int = 300  # steps
 
 
-# The paper's steps and Adam without momentum; rates, weight and noise levels as a third party read them.
+# (paper): steps, ratio and batch. (Turbo): Adam without momentum, fakes of their own at every step. As a third party
+# read the authors' configuration: rates, the weight of both adversarial losses, noise levels. (guess): all else.
 WAN5B = {
     "generator": "fast_generator.safetensors", "adapter": "slow_adapter.safetensors", "backbone": "Wan2.2-TI2V-5B",
     "steps": 1000, "diffusion_first": 0, "gan_scale": 0.01, "batch": 4, "lr": 2e-6, "classifier_lr": 2e-6,
     "classifier_muon": False, "momentum": 0.0, "adapter_start": 0, "shift": flow.FAST["wan5b"].shift,
-    "judge_sigma_min": 0.02, "judge_sigma_max": 0.98, "recompute": "full",
+    "judge_sigma_min": 0.02, "judge_sigma_max": 0.98, "cautious": False, "reuse_fakes": False, "recompute": "full",
 }  # fmt: skip
 
 
@@ -165,7 +168,7 @@ def main(cfg: Config) -> None:
     backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", dtype).requires_grad_(False)
     adapter = read_adapter(cfg.adapter, "SlowAdapter")
     attentions = {"semantic": cfg.semantic, "trajectory": cfg.trajectory, "video": cfg.video}
-    classifier = Classifier(replace(discriminators.PRESETS[cfg.preset], **attentions))
+    classifier = Classifier(replace(discriminators.PRESETS[cfg.preset], **attentions), cfg.cautious)
     generator, backbone, adapter, classifier = (
         parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype)
         for network in (generator, backbone, adapter, classifier)
@@ -180,7 +183,9 @@ def main(cfg: Config) -> None:
 
     # 2. What they learn from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
-    data, held_out = training_data(cfg.data, codec, cfg.seed)
+    data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
+    if cfg.reuse_fakes and not data.one_shape:
+        raise UserError("--reuse_fakes true: needs clips that all have one shape; pass --reuse_fakes false")
     sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
     parts = {"adapter": (adapter, optimizers, ema), "classifier": (classifier, classifier_optimizers, None)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
@@ -193,20 +198,31 @@ def main(cfg: Config) -> None:
         sigma = cfg.judge_sigma_min + (cfg.judge_sigma_max - cfg.judge_sigma_min) * u
         return Inputs(x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2]))
 
-    def controlled(text: Tensor, traj: Tensor) -> Velocity:
-        """The generator's velocity under this text, with the adapter's residuals of this trajectory."""
-        if adapter.static:
-            residuals = adapter(traj)  # once for all steps: it sees the trajectory alone
-            return lambda x, t: generator(x, t, text, residuals)
-        return lambda x, t: generator(x, t, text, adapter(traj, x, t, text))
+    def controlled(
+        text: Tensor, traj: Tensor, residuals: list[Tensor] | None, pulls: list[Tensor] | None = None
+    ) -> Velocity:
+        """The generator's velocity, with a static adapter's residuals, or with those that another makes at each call.
+
+        `pulls`: where the squared norms of the gradient at the residuals go.
+        """
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            added = adapter(traj, x, t, text) if residuals is None else residuals
+            return generator(x, t, text, added if pulls is None else optim.watched(added, pulls))
+
+        return velocity
 
     def make_fakes(step: int) -> list[Batch]:
-        """What the generator makes with the adapter as it is now, a micro-batch at a time."""
-        turn, fakes = 2 * (step // cfg.ratio * cfg.ratio), []
+        """What the generator makes with the adapter as it is now, a micro-batch at a time.
+
+        Made for every step, it is made of that step's true videos: the same images, texts and trajectories.
+        """
+        turn, fakes = 2 * (step // cfg.ratio * cfg.ratio if cfg.reuse_fakes else step), []
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             x0, text, traj, noise, _, _ = inputs(samples, turn)
             with torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-                made = flow.sample_fewstep(controlled(text, traj), x0[:, :, :1], noise, sigmas)
+                residuals = adapter(traj) if adapter.static else None  # once for all steps
+                made = flow.sample_fewstep(controlled(text, traj, residuals), x0[:, :, :1], noise, sigmas)
             fakes.append(Batch(made, text, traj))
         return fakes
 
@@ -229,16 +245,19 @@ def main(cfg: Config) -> None:
     def adapter_step(step: int, weight: float, judged: bool) -> dict[str, Tensor]:
         """The adapter learns from both losses, the diffusion loss weighed; gradients pass through frozen networks."""
         turn, logged = 2 * step + 1, []
+        pulls = {"adversarial": [], "diffusion": []}  # squared norms of each loss's gradient at the adapter's outputs
         for samples in procs.share(cfg.batch, cfg.accumulate, turn):
             x0, text, traj, noise, renoise, level = inputs(samples, turn)
             diffusion = adversarial = torch.zeros((), device=procs.device)
             with parallel.autocast(procs.device, cfg.dtype):
-                velocity = controlled(text, traj)
+                residuals = adapter(traj) if adapter.static else None  # once for both losses
                 if cfg.use_diffusion:  # the true video, seen at one of the sampler's noise levels
                     u = sample_uniform(samples, cfg.batch, cfg.seed, turn, DIFFUSION_STEP)
                     picked = [sigmas[int(v * cfg.denoising_steps)] for v in u]
+                    velocity = controlled(text, traj, residuals, pulls["diffusion"])
                     diffusion = diffusion_loss(velocity, x0, renoise, torch.tensor(picked, device=procs.device))
                 if judged:  # what all steps together make, noised, is to pass for real
+                    velocity = controlled(text, traj, residuals, pulls["adversarial"])
                     fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, cfg.denoising_steps - 1)
                     x_t = flow.add_noise(fake, renoise, level)
                     adversarial = adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
@@ -247,14 +266,18 @@ def main(cfg: Config) -> None:
         classifier.zero_grad()  # the gradient passed through it on its way; its own comes from discriminator_step
         norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
         adversarial, diffusion = torch.stack(logged).mean(0)
-        return {"adversarial_loss": adversarial, "diffusion_loss": diffusion, "adapter_grad_norm": norm}
+        values = {"adversarial_loss": adversarial, "diffusion_loss": diffusion, "adapter_grad_norm": norm}
+        return values | {
+            f"{name}_pull": torch.stack(squares).sum().sqrt() for name, squares in pulls.items() if squares
+        }
 
     def write_samples(step: int) -> None:
         """Four held-out trajectories: truth and sample in turn."""
         x0, text, traj = held_out.batch(list(range(4)), "box").to(procs.device)
         noise = step_noise(cfg.denoising_steps, x0.shape[1:], range(4), cfg.seed).to(procs.device)
         with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            out = flow.sample_fewstep(controlled(text, traj), x0[:, :, :1], noise, sigmas)
+            residuals = adapter(traj) if adapter.static else None
+            out = flow.sample_fewstep(controlled(text, traj, residuals), x0[:, :, :1], noise, sigmas)
         pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
         run.samples(step, pairs.flatten(0, 1))
 
@@ -264,7 +287,7 @@ def main(cfg: Config) -> None:
         now = phase(step, cfg.steps, cfg.ratio, cfg.diffusion_first, cfg.adapter_start)
         judged, values = cfg.use_gan and now.judged, {}
         if judged:
-            if fakes is None or now.new_fakes:
+            if fakes is None or now.new_fakes or not cfg.reuse_fakes:
                 fakes = make_fakes(step)
             lr = optim.learning_rate(now.age, cfg.classifier_lr, cfg.warmup, now.lifetime)
             optim.set_lr(classifier_optimizers, lr)

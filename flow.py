@@ -65,14 +65,16 @@ def velocity_to_x0(x_t: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     return x_t - _wide(sigma) * v
 
 
-def flow_matching_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def flow_matching_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor, on: str = "velocity") -> Tensor:
     """`|| v(x_t, t) - (noise - x0) ||^2`, averaged over every frame but the given first one.
 
-    x0, noise [B,C,F,H,W]; sigma [B].
+    x0, noise [B,C,F,H,W]; sigma [B]. `on` "x0": the error of the clean video that v gives, sigma times the velocity's.
     """
     level = frame_sigma(sigma, x0.shape[2])  # (B, F)
-    v = velocity(add_noise(x0, noise, level), timestep(level))
-    return (v.float() - (noise - x0))[:, :, 1:].square().mean()
+    error = velocity(add_noise(x0, noise, level), timestep(level)).float() - (noise - x0)
+    if on == "x0":
+        error = _wide(level) * error
+    return error[:, :, 1:].square().mean()
 
 
 def sigma_schedule(steps: int, shift: float) -> list[float]:
@@ -92,6 +94,16 @@ def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velo
         return uncond + scale * (conditional(x, t) - uncond)
 
     return velocity
+
+
+def trajectory_guided(velocity: Velocity, told: Velocity, untold: Velocity, scale: float) -> Velocity:
+    """`velocity + (scale - 1) * (told - untold)`: what the trajectory changes counts `scale` times.
+
+    `told` and `untold`: with and without the adapter, under the same text. Scale 1 never evaluates either.
+    """
+    if scale == 1:
+        return velocity
+    return lambda x, t: velocity(x, t) + (scale - 1) * (told(x, t) - untold(x, t))
 
 
 @torch.no_grad()

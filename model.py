@@ -18,9 +18,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.attention import attend
-from core.config import UserError
 from core.parallel import all_tokens, heads_to_tokens, own_tokens, tokens_to_heads
-from core.weights import Stored, load, read_checkpoint, read_config, read_folder, read_network, rename
+from core.weights import load, read_network, read_safetensors, split_key
+from wan.lora import merge
+from wan.published import read_generator
 
 
 @dataclass(frozen=True)
@@ -219,22 +220,24 @@ class VideoDiT(nn.Module):
         nn.init.zeros_(self.head.head.weight)
 
     @classmethod
-    def from_pretrained(cls, path: Path | str, network: str, dtype: torch.dtype = torch.float32) -> "VideoDiT":
-        """Read an own export, or the published weights of Wan2.2-TI2V-5B or of a fine-tuned one.
+    def from_pretrained(
+        cls, path: Path | str, network: str, dtype: torch.dtype = torch.float32, lora: str = ""
+    ) -> "VideoDiT":
+        """Read an own export, or a generator as others publish it: wan/published.py says which forms are read.
 
-        `path`: an own `*.safetensors`; a folder in the layout of Wan2.2 or of diffusers' `transformer/`; or a
-        `generator.pt` as self-forcing trainers write it. `network`: the name that an own export must carry,
-        "SlowGenerator" or "FastGenerator"; foreign files carry none.
+        `path`: a file or folder; `file.pt:key` chooses among the networks of a training checkpoint. `network`: the name
+        that an own export must carry, "SlowGenerator" or "FastGenerator"; foreign files carry none. `lora`: a file of
+        changes to merge, `file.safetensors:strength`.
         """
-        path = Path(path)
-        if path.is_dir():
-            config, tensors = read_published(path)
-        elif path.suffix in (".pt", ".pth"):
-            tensors = read_checkpoint(path, key="generator", prefix="model.")
-            blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-            config = replace(PRESETS["wan5b"], layers=len(blocks))
-        else:
+        path, key = split_key(path)
+        own = path.suffix == ".safetensors" and "network" in read_safetensors(path)[0]
+        if own:
             config, tensors = read_network(path, network, DiTConfig)
+        else:
+            shapes, tensors = read_generator(path, key)
+            config = replace(PRESETS["wan5b"], **shapes)
+        if lora:
+            tensors = merge(tensors, lora)
         return load(lambda: cls(config), tensors, path, dtype)
 
     def time_features(self, t: Tensor) -> Tensor:
@@ -282,45 +285,3 @@ class VideoDiT(nn.Module):
             f=x.shape[2] // p, h=x.shape[3] // q, p=p, q=q, r=r,
         )  # fmt: skip
         return (out, features) if feature_blocks else out
-
-
-# Parameter names of diffusers' WanTransformer3DModel -> Wan's own.
-DIFFUSERS_NAMES = (
-    (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
-    (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
-    (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
-    (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
-    (r"^condition_embedder\.time_proj", "time_projection.1"),
-    (r"^proj_out", "head.head"),
-    (r"^scale_shift_table", "head.modulation"),
-    (r"scale_shift_table", "modulation"),
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_([qkv])\.", r".\1."),
-    (r"\.to_out\.0\.", ".o."),
-    (r"\.norm2\.", ".norm3."),
-    (r"\.ffn\.net\.0\.proj", ".ffn.0"),
-    (r"\.ffn\.net\.2", ".ffn.2"),
-)
-
-
-def read_published(folder: Path) -> tuple[DiTConfig, dict[str, Stored]]:
-    """Config and tensors of a folder in Wan2.2's layout or diffusers'."""
-    file = folder / "config.json"
-    config = read_config(file)
-    tensors = read_folder(folder, "diffusion_pytorch_model")
-    kind = config.get("_class_name")
-    try:
-        if kind == "WanModel":
-            shapes = [config[n] for n in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "freq_dim", "eps")]
-        elif kind == "WanTransformer3DModel":
-            heads = config["num_attention_heads"]
-            names = ("ffn_dim", "num_attention_heads", "num_layers", "in_channels", "freq_dim", "eps")
-            shapes = [heads * config["attention_head_dim"], *(config[n] for n in names)]
-            tensors = rename(tensors, DIFFUSERS_NAMES)
-        else:
-            raise UserError(f"{file}: _class_name is {kind}, expected WanModel or WanTransformer3DModel")
-    except KeyError as error:
-        raise UserError(f"{file}: the field {error} is missing; give the folder as it was published") from None
-    fields = ("dim", "ffn_dim", "heads", "layers", "channels", "freq_dim", "eps")
-    return replace(PRESETS["wan5b"], **dict(zip(fields, shapes, strict=True))), tensors

@@ -15,6 +15,8 @@ For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, with the networks 
 import contextlib
 import gc
 import os
+import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,12 +34,14 @@ from core import memory, parallel
 from core.codec import Codec
 from core.config import UserError, reason, run_script, shipped
 from core.files import output_path
-from core.media import BROKEN, Size, fit_frames, read_picture, to_uint8, write_video
+from core.media import BROKEN, fit_frames, read_picture, to_uint8, write_video
 from core.noise import sample_noise, step_noise
 from core.tables import read_table
+from core.weights import split_key
 from data import open_codec
 from model import FROZEN_DTYPE, PRESETS, VideoDiT
 from trajectory import Trajectory, draw_overlay, load_trajectory
+from wan.codec import NEGATIVE_PROMPT
 from wan.umt5 import read_text, save_text
 
 SAMPLING = {"fast": flow.FAST, "slow": flow.SLOW}
@@ -54,40 +58,49 @@ class Config:
     out: str = "out/sample.mp4"  # the video; <out>.boxes.mp4 is written beside it
     preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
     weights: str = shipped("checkpoints/tiny")  # folder of <speed>_generator.safetensors and its adapter
-    generator: str = ""  # another file or folder of the generator
+    generator: str = ""  # another file or folder of the generator; file.pt:key for one network of several
+    lora: str = ""  # a LoRA to merge into the generator: FILE or FILE:strength
     adapter: str = ""  # another file of the adapter
     speed: Literal["fast", "slow"] = "fast"  # which networks, and their sampler
     steps: int = 0  # denoising steps; 0 is the sampler's own number: 4 fast, 50 slow
-    guidance: float = 0.0  # slow only: strength of prompt and trajectory; 1 is none, at half the work; 0 the preset's
+    guidance: float = 0.0  # slow only: strength of the prompt; 1 is none, at half the work; 0 is the preset's own
+    negative: str = ""  # slow only: what the video shall not show, guidance's other branch
+    trajectory_guidance: float = 1.0  # slow only: strength of the trajectory; any but 1 costs another half
+    shift: float = 0.0  # warp of the noise levels towards noise; 0 is the sampler's own
     seed: int = 0  # another seed, another video
-    size: str = "48x48"  # height x width of the video
+    size: str = "48x48"  # height x width of the video, or auto: the image's own shape
     frames: int = 9  # length of the video
     fps: int = 8  # frames a second
     scale: int = 8  # enlarge the written video so many times
     memory: Literal["high", "medium", "low"] = "high"  # of a GPU that is to do: above 24 GB, 24, or 12; see docs/WAN.md
+    decoder: str = ""  # preset wan5b: file of the small decoder taew2_2, fast and a little softer, instead of the VAE's
     tile: int = 0  # decode the video in squares of so many latent positions; 0 is all at once, 16 with low memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = False  # torch.compile each block: a minute at first, to make long videos faster
 
 
-WAN5B = {"prompt": "", "weights": "Wan2.2-TI2V-5B", "size": "704x1280", "frames": 121, "fps": 24, "scale": 1}
+WAN5B = {
+    "prompt": "", "weights": "Wan2.2-TI2V-5B", "size": "auto", "frames": 121, "fps": 24, "scale": 1,
+    "negative": NEGATIVE_PROMPT,
+}  # fmt: skip
 # Columns of a --batch table -> options: this project's own names, and those of MagicMotion's tables.
 COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | {
     "validation_images": "image", "validation_trajectory_maps": "traj", "validation_prompt": "prompt",
     "output_path": "out", "controlnet_weights": "",
 }  # fmt: skip
 PATHS = ("image", "traj", "out")  # relative to the table
+# What else lies in folders of weights.
+NO_GENERATOR = r"(?i)slow_|diffusion_pytorch_model|.*(adapter|classifier|vae|tae|lora|umt5|t5)"
 
 
-def load_image(path: str, size: Size) -> tuple[Tensor, Size]:
-    """The image as [1, 3, 1, *size] in [-1, 1], and its own (height, width). UserError if it can't be used."""
+def load_image(path: str) -> np.ndarray:
+    """The image, uint8 [height, width, 3]. UserError if it can't be used."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such image; give a PNG or JPEG with --image")
     try:
-        pixels = read_picture(path)
+        return read_picture(path)
     except BROKEN as error:
         raise UserError(f"{path}: not a readable image ({reason(error)}); give a PNG or JPEG") from None
-    return fit_frames(pixels[None], size)[None] / 127.5 - 1, pixels.shape[:2]
 
 
 def check(cfg: Config) -> None:
@@ -96,26 +109,48 @@ def check(cfg: Config) -> None:
         raise UserError(f"--steps {cfg.steps}: at least 1, or 0 for the sampler's own number")
     if cfg.speed == "fast" and cfg.guidance not in (0, 1):
         raise UserError(f"--guidance {cfg.guidance}: the fast networks have none; add --speed slow")
+    if cfg.speed == "fast" and cfg.trajectory_guidance != 1:
+        raise UserError(
+            f"--trajectory_guidance {cfg.trajectory_guidance}: the fast networks have none; add --speed slow"
+        )
+    if cfg.shift < 0:
+        raise UserError(f"--shift {cfg.shift}: greater than 0, or 0 for the sampler's own")
     if cfg.scale < 1 or cfg.fps < 1:
         raise UserError(f"--scale {cfg.scale} --fps {cfg.fps}: both at least 1")
     if cfg.memory == "medium" and not torch.cuda.is_available():
         raise UserError("--memory medium: keeps weights off a GPU, and there is none; give high, or low")
     if cfg.text and not Path(cfg.text).exists():
         output_path(cfg.text, ".safetensors", "text")
+    if cfg.decoder and cfg.preset != "wan5b":
+        raise UserError(f"--decoder {cfg.decoder}: preset {cfg.preset} has one of its own; leave it out")
     if cfg.tile < 0 or cfg.tile == 1:
         raise UserError(f"--tile {cfg.tile}: at least 2, or 0 for no tiles")
 
 
-def find_networks(cfg: Config) -> tuple[Path, Path]:
-    """Where generator and adapter lie: as the flags say, else the first of their usual places in `--weights`."""
-    folder, published = Path(cfg.weights), ["generator.pt"] if cfg.speed == "fast" else ["transformer", "config.json"]
-    places = [folder / name for name in (f"{cfg.speed}_generator.safetensors", *published)]
-    found = Path(cfg.generator) if cfg.generator else next((p for p in places if p.exists()), places[0])
-    adapter = Path(cfg.adapter) if cfg.adapter else folder / f"{cfg.speed}_adapter.safetensors"
-    for path in (found, adapter):
+def find_networks(cfg: Config) -> tuple[str, Path]:
+    """Where generator and adapter lie: as the flags say, else the first of their usual places in `--weights`.
+
+    UserError if one is not there, or if it can't be told which of several files is the generator.
+    """
+    folder, adapter = Path(cfg.weights), Path(cfg.adapter or Path(cfg.weights) / f"{cfg.speed}_adapter.safetensors")
+    own = folder / f"{cfg.speed}_generator.safetensors"
+    if cfg.speed == "fast":  # a distilled generator under any of the names that others give it
+        others = [folder / name for name in ("generator.pt", "model.pt", "model.safetensors")]
+        single = [file for file in sorted(folder.glob("*.safetensors")) if not re.match(NO_GENERATOR, file.name)]
+        if len(single) > 1 and not cfg.generator and not any(place.exists() for place in (own, *others)):
+            names = ", ".join(file.name for file in single)
+            raise UserError(f"{folder}: which is the generator, of {names}? give --generator")
+        others += single
+    else:
+        others = [folder / "transformer", folder / "config.json", *sorted(folder.glob("diffusion_pytorch_model*"))]
+    found = next((place for place in (own, *others) if place.exists()), own)
+    if found.name == "config.json" or found.name.startswith("diffusion_pytorch_model"):
+        found = folder
+    generator, mend = cfg.generator or str(found), "correct --weights, or give --generator and --adapter"
+    for path in (split_key(generator)[0], adapter):
         if not path.exists():
-            raise UserError(f"{path}: no such file; correct --weights, or give --generator and --adapter")
-    return found.parent if found.name == "config.json" else found, adapter
+            raise UserError(f"{path}: no such file; {mend}")
+    return generator, adapter
 
 
 def read_jobs(path: Path) -> list[dict]:
@@ -160,26 +195,28 @@ def embed_prompts(cfg: Config, prompts: list[str], codec: Codec, writes: bool) -
     return dict(zip(prompts, text.split(1), strict=True))
 
 
-def read_inputs(job: Config, size: Size) -> tuple[Tensor, Trajectory]:
-    """First frame and trajectory of a video, and every reason why it can't be made."""
+def read_inputs(job: Config, codec: Codec) -> tuple[Tensor, Trajectory]:
+    """First frame [1,3,1,height,width] in [-1, 1] and trajectory of a video, and every reason why it can't be made."""
     if not isinstance(job.seed, int) or job.seed < 0:
         raise UserError(f"--seed {job.seed}: a whole number, 0 at least")
     for name in ("image", "traj"):
         if not getattr(job, name):
             raise UserError(f"--{name}: empty; name a file")
     output_path(job.out, ".mp4")
-    image, source_size = load_image(job.image, size)
-    return image, load_trajectory(job.traj, size, job.frames, source_size)
+    pixels = load_image(job.image)
+    size = codec.check_size(job.size, job.frames, pixels.shape[:2])
+    image = fit_frames(pixels[None], size)[None] / 127.5 - 1
+    return image, load_trajectory(job.traj, size, job.frames, pixels.shape[:2])
 
 
 def frozen_dtype(cfg: Config) -> torch.dtype:
     return torch.float32 if cfg.dtype == "float32" else FROZEN_DTYPE[cfg.preset]
 
 
-def load(cfg: Config, files: tuple[Path, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:
+def load(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:
     """Generator and adapter, ready to work. UserError if they don't fit the preset or one another."""
     name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg)
-    generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype)
+    generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype, cfg.lora)
     if generator.config != PRESETS[cfg.preset]:
         raise UserError(f"{files[0]}: is no network of preset {cfg.preset}")
     adapter = read_adapter(files[1], f"{name}Adapter", dtype)
@@ -204,27 +241,31 @@ def encode(codec: Codec, image: Tensor, trajectory: Trajectory, device: torch.de
 
 @torch.no_grad()
 def denoise(
-    cfg: Config, generator: VideoDiT, adapter: Adapter, first: Tensor, traj: Tensor, text: Tensor, empty: Tensor
+    cfg: Config, generator: VideoDiT, adapter: Adapter, first: Tensor, traj: Tensor, text: Tensor, negative: Tensor
 ) -> Tensor:
-    """Sample the latents [1,C,F,H,W] of a video. `empty`: the empty prompt, for guidance."""
+    """Sample the latents [1,C,F,H,W] of a video. Both branches of guidance get the trajectory, as in MagicMotion."""
+    residuals = None
     if adapter.static and cfg.memory == "high":
-        residuals = adapter(traj)  # once for all steps: it sees the trajectory alone
-        velocity = partial(generator, text=text, residuals=residuals)
-    else:  # at every step, each when its block asks for it: 5 GB less at wan5b's full size
+        with parallel.autocast(first.device, cfg.dtype):
+            residuals = adapter(traj)  # once for all steps: it sees the trajectory alone
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return generator(x, t, text, adapter.residuals(traj, x, t, text))
+    def told(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        # Else at every step, each when its block asks for it: 5 GB less at wan5b's full size.
+        return generator(x, t, text, residuals or adapter.residuals(traj, x, t, text))
 
     sampling = SAMPLING[cfg.speed][cfg.preset]
     steps = cfg.steps or sampling.steps
-    sigmas, shape = flow.sigma_schedule(steps, sampling.shift), traj.shape[1:]
+    sigmas, shape = flow.sigma_schedule(steps, cfg.shift or sampling.shift), traj.shape[1:]
+    velocity = partial(told, text=text)
     with parallel.autocast(first.device, cfg.dtype):
         if cfg.speed == "fast":
             noise = step_noise(steps, shape, [0], cfg.seed).to(first.device)
             return flow.sample_fewstep(velocity, first, noise, sigmas)
         noise = sample_noise(shape, [0], cfg.seed).to(first.device)
-        velocity = flow.guided(velocity, partial(generator, text=empty), cfg.guidance or sampling.guidance)
-        return flow.sample_multistep(velocity, first, noise, sigmas)
+        guided = flow.guided(velocity, partial(told, text=negative), cfg.guidance or sampling.guidance)
+        untold = partial(generator, text=text)
+        guided = flow.trajectory_guided(guided, velocity, untold, cfg.trajectory_guidance)
+        return flow.sample_multistep(guided, first, noise, sigmas)
 
 
 def decode(codec: Codec, latents: Tensor, scale: int) -> np.ndarray:
@@ -265,15 +306,22 @@ def main(cfg: Config) -> None:
     if cfg.compile:
         parallel.check_compiler(device)
     tile, offload = cfg.tile or (16 if cfg.memory == "low" else 0), cfg.memory != "high" and device.type == "cuda"
-    codec = open_codec(cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg), tile=tile, offload=offload)
-    size, clock, failed = codec.check_size(cfg.size, cfg.frames), Clock(device), []
+    codec = open_codec(
+        cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg), tile=tile, offload=offload, decoder=cfg.decoder
+    )
+    codec.check_size(cfg.size, cfg.frames)
+    clock, failed = Clock(device), []
     jobs = [replace(cfg, **row) for row in (read_jobs(Path(cfg.batch)) if cfg.batch else [{}])]
     left = [job for job in jobs if not Path(job.out).exists()][procs.rank :: procs.world] if cfg.batch else jobs
     with clock("read inputs"):
         files = find_networks(cfg)
-        early = None if cfg.batch else read_inputs(cfg, size)  # before anything large is read
+        early = None if cfg.batch else read_inputs(cfg, codec)  # before anything large is read
+    if cfg.preset == "wan5b" and procs.rank == 0 and (blank := sum(not job.prompt.strip() for job in jobs)):
+        where = f" in {blank} of {len(jobs)} rows" if cfg.batch else ""
+        print(f"--prompt is empty{where}: say what the video shows, or it will be poor", file=sys.stderr)
     with clock("encode prompt"):
-        prompts = dict.fromkeys([*(job.prompt for job in (jobs if cfg.text else left)), ""])  # a file serves all
+        asked = [job.prompt for job in (jobs if cfg.text else left)]  # a file serves all
+        prompts = dict.fromkeys([*asked, cfg.negative])
         text = embed_prompts(cfg, list(prompts), codec, procs.rank == 0)
     encoded = None
     if early:
@@ -284,12 +332,12 @@ def main(cfg: Config) -> None:
 
     for number, job in enumerate(left):
         try:
-            image, trajectory = early or read_inputs(job, size)
+            image, trajectory = early or read_inputs(job, codec)
             if cfg.batch:
                 with clock("encode image and boxes"):
                     encoded = encode(codec, image, trajectory, device)
             with clock("denoise"):
-                latents = denoise(job, *networks, *encoded, text[job.prompt].to(device), text[""].to(device))
+                latents = denoise(job, *networks, *encoded, text[job.prompt].to(device), text[cfg.negative].to(device))
             if procs.rank > 0 and not cfg.batch:
                 return
             if not cfg.batch:

@@ -198,7 +198,12 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
         known = kind in ("smooth", "linear", "none")
         check(known, f"{where}.interpolate", f"{_show(kind)} is unknown; use smooth, linear or none")
         frames, keys = _read_keyframes(check, f"{where}.boxes", item.get("boxes"), num_frames, size)
-        track = _interpolate(frames, place(size, image_size, keys), num_frames, kind)
+        placed = place(size, image_size, keys)
+        kept = (placed[:, :2] < image_size[::-1]).all(1) & (placed[:, 2:] > 0).all(1)
+        lost = f"of {names[-1]} lies outside the part of the picture that {image_size[1]}x{image_size[0]} keeps"
+        mend = "move it, or give a --size of the picture's shape"
+        check(kept.all(), f'{where}.boxes["{frames[kept.argmin()]}"]', f"{lost}; {mend}")
+        track = _interpolate(frames, placed, num_frames, kind)
         # Opposite sides are separate curves, which can cross on a fast path with uneven turns. Straight lines can't.
         crossed = (track[:, 2:] <= track[:, :2]).any(axis=1)
         mend = 'add a keyframe there or use "interpolate": "linear"'
@@ -213,9 +218,6 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
             x0, y0, x1, y1 = _pixels(track[None, :1], image_size)[0][0]
             masks.append(np.zeros(image_size, dtype=bool))
             masks[-1][y0:y1, x0:x1] = True
-            mend = "move it or change the size"
-            lost = f"lies outside the middle of {image_size[1]}x{image_size[0]} that is kept; {mend}"
-            check(masks[-1].any(), f'{where}.boxes["0"]', lost)
         # Only now, for `visible` is about the drawn box: frame 0 shows the mask in every condition.
         shown = _read_visible(check, f"{where}.visible", item.get("visible", [[0, num_frames - 1]]), num_frames)
         boxes.append(np.where(shown[:, None], track, np.nan))

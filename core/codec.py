@@ -29,16 +29,43 @@ class Codec:
     temporal: int  # video frames per latent frame; frame 0 has one to itself
     patch = 2  # latent positions per token, in height and width
 
-    def check_size(self, size: str, frames: int) -> tuple[int, int]:
-        """ "704x1280" -> (704, 1280). UserError if the networks can't make such a video."""
+    negative = ""  # the prompt that guidance goes away from
+    area: int  # most pixels of a picture that `--size auto` asks for
+
+    def check_size(self, size: str, frames: int, picture: tuple[int, int] | None = None) -> tuple[int, int]:
+        """ "704x1280" -> (704, 1280); "auto" -> what fits the picture's (height, width) best.
+
+        UserError if the networks can't make such a video. Without a picture "auto" is only checked, as (0, 0).
+        """
         unit = self.spatial * self.patch
-        sides = re.fullmatch(r"(\d+)x(\d+)", size)
-        height, width = map(int, sides.groups()) if sides else (0, 0)
-        if not height or not width or height % unit or width % unit:
-            raise UserError(f"--size {size}: takes height x width, both multiples of {unit}, as {4 * unit}x{6 * unit}")
         if frames < 2 or (frames - 1) % self.temporal:
-            near = self.temporal * max((frames - 1) // self.temporal, 1) + 1
+            below = self.temporal * max((frames - 1) // self.temporal, 1) + 1
+            near = min((below, below + self.temporal), key=lambda n: abs(n - frames))
             raise UserError(f"--frames {frames}: must be {self.temporal} n + 1, at least 2; {near} is")
+        if size == "auto":
+            height, width = best_size(picture, self.area, unit) if picture else (0, 0)
+        else:
+            sides = re.fullmatch(r"(\d+)x(\d+)", size)
+            form = f"--size {size}: takes auto, or height x width, both multiples of {unit}"
+            if not sides:
+                raise UserError(f"{form}, as {4 * unit}x{6 * unit}")
+            height, width = map(int, sides.groups())
+            near = [max(unit, round(n / unit) * unit) for n in (height, width)]
+            if near != [height, width]:
+                raise UserError(f"{form}; the nearest is {near[0]}x{near[1]}")
         if (pixels := height * width * frames) > MOST_VIDEO:
             raise UserError(f"--size {size} --frames {frames}: {pixels} pixels; {MOST_VIDEO} is the most")
         return height, width
+
+
+def best_size(picture: tuple[int, int], area: int, unit: int) -> tuple[int, int]:
+    """The (height, width) in multiples of `unit`, of `area` pixels at most, whose shape is nearest to the picture's.
+
+    As Wan2.2 chooses it: one side is the ideal one rounded down and the other as long as the area allows; of the two
+    ways to do so, the one with the nearer ratio.
+    """
+    ratio = picture[1] / picture[0]
+    ideal = (area / ratio) ** 0.5, (area * ratio) ** 0.5
+    height, width = (max(unit, int(side // unit) * unit) for side in ideal)
+    ways = [(max(unit, area // width // unit * unit), width), (height, max(unit, area // height // unit * unit))]
+    return min(reversed(ways), key=lambda way: max(ratio / (way[1] / way[0]), (way[1] / way[0]) / ratio))

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -67,16 +68,36 @@ def make_optimizers(model: nn.Module, blocks: nn.Module, weight_decay: float, re
     return [Muon(inside, weight_decay), adamw]
 
 
-def adamw(model: nn.Module, weight_decay: float, momentum: float = 0.0) -> Optimizer:
-    """AdamW. No momentum by default, as in adversarial and score-matching training; betas of Wan2.2-TI2V-5B-Turbo."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return AdamW(params, betas=(momentum, 0.999), weight_decay=weight_decay)
+def adamw(
+    model: nn.Module, weight_decay: float, momentum: float = 0.0, slow: str = "$^", slow_rate: float = 1.0
+) -> Optimizer:
+    """AdamW. No momentum by default, as in adversarial and score-matching training; betas of Wan2.2-TI2V-5B-Turbo.
+
+    Parameters whose names match `slow` learn at `slow_rate` of the rate.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if bool(re.search(slow, name)) == chosen], "lr_scale": rate}
+        for chosen, rate in ((False, 1.0), (True, slow_rate))
+    ]
+    return AdamW([g for g in groups if g["params"]], betas=(momentum, 0.999), weight_decay=weight_decay)
 
 
-def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Linear warm-up, then cosine to zero."""
+def watched(tensors: Iterable[Tensor], norms: list[Tensor]) -> list[Tensor]:
+    """The same tensors. When a gradient comes back through them, the square of its norm is put into `norms`."""
+    aliases = [tensor.view_as(tensor) for tensor in tensors]
+    for alias in aliases:
+        if alias.requires_grad:
+            alias.register_hook(lambda grad: norms.append(grad.float().square().sum()))
+    return aliases
+
+
+def learning_rate(step: int, peak: float, warmup: int, steps: int, schedule: str = "cosine") -> float:
+    """Linear warm-up, then cosine to zero, or with schedule "constant" the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
@@ -102,6 +123,7 @@ class EMA:
         self.decay = decay
         self.source = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.average = {n: p.detach().float().clone() for n, p in self.source.items()}
+        self.buffers = dict(model.named_buffers())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -121,8 +143,8 @@ class EMA:
             fill(self.source, saved)
 
     def weights(self) -> dict[str, Tensor]:
-        """The averages as whole tensors; every rank must call."""
-        return {name: full(average) for name, average in self.average.items()}
+        """The averages as whole tensors, and the network's buffers as they are; every rank must call."""
+        return {name: full(average) for name, average in self.average.items()} | self.buffers
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.average

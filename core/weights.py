@@ -8,11 +8,12 @@ import json
 import pickle
 import re
 import struct
+import sys
 import typing
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,10 @@ def read_network(path: Path | str, network: str, *shapes: type) -> tuple[Any, di
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["config"]).items()}
     except (KeyError, ValueError, AttributeError):
         config = {}
-    for shape in shapes:  # the config becomes the first of these dataclasses whose fields and types fit
+    for shape in shapes:  # the config becomes the first that fits; an older file may lack fields that have a default
         types = {name: typing.get_origin(kind) or kind for name, kind in typing.get_type_hints(shape).items()}
-        if {name: type(value) for name, value in config.items()} == types:
+        optional = {f.name: f.default for f in fields(shape) if f.default is not MISSING}
+        if {name: type(value) for name, value in (optional | config).items()} == types:
             return shape(**config), tensors
     raise UserError(f"{path}: its header has no config of a {network}; get the file again")
 
@@ -82,10 +84,11 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored
 
 
 def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
-    """The tensors in `stem.safetensors`, or in the shards listed by `stem.safetensors.index.json`."""
+    """The tensors in `stem.safetensors`, in the shards listed by `stem.safetensors.index.json`, or in all shards."""
     index = folder / f"{stem}.safetensors.index.json"
     if not index.exists():
-        return read_safetensors(folder / f"{stem}.safetensors")[1]
+        shards = sorted(folder.glob(f"{stem}-*.safetensors")) or [folder / f"{stem}.safetensors"]
+        return {name: tensor for shard in shards for name, tensor in read_safetensors(shard)[1].items()}
     try:
         shards = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError):
@@ -105,15 +108,31 @@ def unpickle(path: Path | str, mmap: bool = False) -> object:
         raise pickle.UnpicklingError(f"garbled: {error}") from None
 
 
-def read_checkpoint(path: Path | str, key: str = "", prefix: str = "") -> dict[str, Stored]:
-    """The tensors of a `torch.save` file: a dict, or the dict under its `key`. `prefix` is cut from their names."""
+def split_key(text: Path | str) -> tuple[Path, str]:
+    """ "file.pt:key" -> the file, and which of its networks is meant ("" if it isn't said)."""
+    path, _, key = str(text).rpartition(":")
+    return (Path(path), key) if path and not Path(text).exists() and Path(path).exists() else (Path(text), "")
 
-    def read() -> object:
-        whole = unpickle(path, zipfile.is_zipfile(path))  # again for every tensor, as above
+
+def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -> dict[str, Stored]:
+    """The tensors of a `torch.save` file: a dict of them, or the one in it under `key`, else under the first of `keys`.
+
+    Where several of `keys` are there, a line on stderr says which is taken.
+    """
+
+    def read(key: str) -> object:
+        # Anew for every tensor, as above.
+        whole = unpickle(path, zipfile.is_zipfile(path))
         return whole.get(key) if key and isinstance(whole, dict) else whole
 
     try:
-        tensors = read()
+        tensors = read(key)
+        if isinstance(tensors, dict) and not key and (held := [k for k in keys if isinstance(tensors.get(k), dict)]):
+            key, tensors = held[0], tensors[held[0]]
+            if len(held) > 1:
+                print(
+                    f"{path}: holds {', '.join(held)}; {key} is taken ({path}:{held[1]} for another)", file=sys.stderr
+                )
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except pickle.UnpicklingError:
@@ -121,9 +140,9 @@ def read_checkpoint(path: Path | str, key: str = "", prefix: str = "") -> dict[s
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({reason(error)}); get it again") from None
     fine = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
-    if not fine:
+    if not fine or not tensors:
         raise UserError(f"{path}: no dict of tensors{f' under the key {key!r}' if key else ''}")
-    return {n.removeprefix(prefix): Stored(tuple(t.shape), lambda n=n: read()[n]) for n, t in tensors.items()}
+    return {n: Stored(tuple(t.shape), lambda n=n: read(key)[n]) for n, t in tensors.items()}
 
 
 def read_config(path: Path) -> dict:

@@ -1,10 +1,12 @@
 """Both adapters start as nothing, learn alone, and have the paper's sizes."""
 
 import dataclasses
+import json
 
 import imageio.v3 as iio
 import pytest
 import torch
+from conftest import ROOT
 
 import adapter as adapters
 import flow
@@ -12,7 +14,7 @@ import sample
 import train_slow_adapter
 from core import optim
 from core.config import UserError
-from core.weights import save_network
+from core.weights import save_network, write_safetensors
 from model import PRESETS, DiTConfig, VideoDiT
 
 
@@ -112,6 +114,70 @@ def test_stage_1_trains_a_controlnet_and_sample_uses_it(here, monkeypatch):
     assert isinstance(adapter, adapters.ControlNetAdapter) and adapter.project[0].weight.any()
     sample.main(sample.Config(speed="slow", steps=2, scale=1, adapter=file, weights="."))
     assert iio.imread("out/sample.mp4").shape == (9, 48, 48, 3)
+
+
+def lines(share: float) -> torch.Tensor:
+    """The latent [1, 48, 3, 16, 16] of a map, black but for the outline of a box that covers this share of it.
+
+    Black is far from 0 in a VAE's latents, here at -1.5 and 2 in turn; a line adds 1 in every channel.
+    """
+    black = torch.tensor([-1.5, 2.0]).repeat(24)[None, :, None, None, None]
+    side, line = round(16 * share**0.5), torch.zeros(3, 16, 16)
+    line[:, :side, :side] = 1
+    line[:, 1 : side - 1, 1 : side - 1] = 0
+    return black + line
+
+
+def amplitude(normed: torch.Tensor) -> float:
+    """How far a line lies from black: at the box's corner, against the picture's."""
+    return (normed[0, :, :, 0, 0] - normed[0, :, :, 15, 15]).abs().mean().item()
+
+
+def test_the_fixed_norm_weighs_a_line_the_same_however_large_its_box():
+    fixed, clip = adapters.FixedNorm(48), torch.nn.GroupNorm(48, 48)
+    several = [lines(share) for share in (0.01, 0.1, 0.3, 0.6)]
+    fixed.fit([*several, lines(0.2)[..., :8, :]])  # clips of another shape too
+    values = torch.cat([t.transpose(0, 1).flatten(1) for t in (*several, lines(0.2)[..., :8, :])], dim=1)
+    torch.testing.assert_close(fixed.mean.flatten(), values.mean(1))
+    torch.testing.assert_close(fixed.std.flatten(), values.std(1))
+    normed = fixed(torch.cat(several))
+    assert abs(normed.mean()) < 0.1 and 0.7 < normed.std() < 1.3
+    small, large = lines(0.01), lines(0.6)
+    assert amplitude(fixed(small)) == pytest.approx(amplitude(fixed(large)), rel=1e-5)
+    assert amplitude(clip(small)) > 2 * amplitude(clip(large))  # what it replaces
+
+
+def test_the_statistics_of_the_fixed_norm_are_saved_with_the_weights(tmp_path):
+    torch.manual_seed(0)
+    shape = adapters.AdapterConfig(32, 2, hidden=16, channels=16, fixed_norm=True)
+    adapter, path = adapters.ResNetAdapter(shape), tmp_path / "a.safetensors"
+    ema = optim.EMA(adapter, 0.9)
+    adapter.norm.fit([3 + 2 * torch.randn(2, 16, 3, 4, 4)])
+    assert ema.weights().keys() == adapter.state_dict().keys() and "norm.mean" in ema.weights()
+    save_network(path, "SlowAdapter", shape, ema.weights(), torch.float32)
+    again = adapters.read_adapter(path, "SlowAdapter", torch.bfloat16)
+    assert again.config.fixed_norm and again.norm.mean.dtype == torch.float32
+    assert torch.equal(again.norm.mean, adapter.norm.mean) and torch.equal(again.norm.std, adapter.norm.std)
+    assert not torch.allclose(again.norm.mean, torch.zeros(1)) and adapters.PRESETS["wan5b"].fixed_norm
+
+
+def test_files_from_before_the_fixed_norm_are_read(tmp_path):
+    """Their header has no such field: the clip's own statistics, as they were trained. The shipped ones among them."""
+    shape = adapters.AdapterConfig(32, 2, hidden=16, channels=16)
+    adapter, path = adapters.ResNetAdapter(shape), tmp_path / "a.safetensors"
+    header = {k: v for k, v in dataclasses.asdict(shape).items() if k != "fixed_norm"}
+    write_safetensors(
+        path, adapter.state_dict(), {"network": "SlowAdapter", "config": json.dumps(header)}, torch.float32
+    )
+    again = adapters.read_adapter(path, "SlowAdapter")
+    assert again.config == shape and isinstance(again.norm, torch.nn.GroupNorm)
+    traj = torch.randn(1, 16, 3, 4, 4)
+    assert all(torch.equal(a, b) for a, b in zip(again(traj), adapter(traj), strict=True))
+    for speed in ("slow", "fast"):
+        shipped = adapters.read_adapter(
+            ROOT / f"checkpoints/tiny/{speed}_adapter.safetensors", f"{speed.title()}Adapter"
+        )
+        assert not shipped.config.fixed_norm
 
 
 def test_size_at_wan5b():

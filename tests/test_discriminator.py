@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import discriminator as discriminators
+import finetune_hybrid
 from core import optim
 from core.weights import load, read_network, save_network
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
@@ -97,3 +98,42 @@ def test_export_reads_back(tmp_path):
     config, tensors = read_network(tmp_path / "c.safetensors", "Classifier", discriminators.ClassifierConfig)
     again = load(lambda: Classifier(config), tensors, tmp_path / "c.safetensors")
     assert torch.equal(again(features, text, traj), classifier(features, text, traj))
+
+
+QUARTER = replace(discriminators.PRESETS["wan5b"], dim=768, text_dim=1024, hidden=256)
+
+
+@pytest.mark.parametrize("cautious, rate", [(False, 8e-6), (False, 2e-6), (True, 2e-6)])
+def test_wan5b_begins_so_that_it_learns_at_its_own_rate(cautious, rate):
+    """A quarter of the width, features that a mean over tokens tells apart, 250 updates of AdamW.
+
+    Under Adam a layer's output moves by rate times width, so 2e-6 at the full width is 8e-6 here. Plain Xavier learns
+    at either; the toy's cautious beginning hardly at 2e-6, and at 8e-6 much later than the plain one.
+    """
+    torch.manual_seed(0)
+    classifier = Classifier(QUARTER, cautious)
+    optimizer = optim.adamw(classifier, 0.01)
+    assert optimizer.param_groups[0]["betas"] == (0.0, 0.999)
+    optim.set_lr([optimizer], rate)
+    draw, way = torch.Generator().manual_seed(1), torch.randn(3, 1, 1, 768)
+    sign, losses = torch.tensor([1.0, 1.0, -1.0, -1.0])[None, :, None, None], []
+    for _ in range(250):
+        features = torch.randn(3, 4, 4, 768, generator=draw) + 0.5 * sign * way
+        text = torch.randn(2, 4, 1024, generator=draw).repeat(2, 1, 1)  # those of a fake are those of a true video
+        traj = torch.randn(2, 48, 1, 4, 4, generator=draw).repeat(2, 1, 1, 1, 1)
+        loss = discriminator_loss(*classifier(list(features), text, traj).chunk(2))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if sum(losses[-10:]) < 5 and len(losses) >= 10:
+            break
+    last = sum(losses[-10:]) / 10
+    assert last > 1 if cautious else last < 0.5, last
+
+
+def test_a_cautious_classifier_alone_begins_at_zero():
+    features, text, traj = [torch.randn(2, 4, 768)] * 3, torch.randn(2, 4, 1024), torch.randn(2, 48, 1, 4, 4)
+    logits = {cautious: Classifier(QUARTER, cautious)(features, text, traj) for cautious in (False, True)}
+    assert not logits[True].any() and logits[False].abs().min() > 1e-3
+    assert not finetune_hybrid.WAN5B["cautious"] and finetune_hybrid.Config.cautious

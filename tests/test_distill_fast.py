@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+import distill_fast
 import flow
 from core import optim
-from distill_fast import Draw, fake_score_loss, levels_above, student_learns, student_loss
-from model import PRESETS, VideoDiT
+from core.config import parse_config
+from core.weights import save_network
+from distill_fast import WAN5B, Config, Draw, fake_score_loss, levels_above, student_learns, student_loss
+from model import PRESETS, DiTConfig, VideoDiT
+from toy.latents import ToyLatents
 
 SIGMAS = flow.sigma_schedule(4, 3)
 
@@ -89,6 +93,83 @@ def test_gradient_is_the_normalised_difference_of_the_scores():
     expected = (0.5 / scale / x0[:, :, 1:].numel()).expand_as(x0[:, :, 1:])
     torch.testing.assert_close(gradient[:, :, 1:], expected, rtol=1e-3, atol=1e-6)
     assert (gradient[:, :, 0] == 0).all()
+
+
+def test_fake_score_loss_on_x0_weighs_each_video_by_its_squared_noise_level():
+    student, fake, _ = networks()
+    draws = torch.Generator().manual_seed(1)
+    shape = (2, 16, 3, 4, 4)
+    noise, renoise = torch.randn(4, *shape, generator=draws), torch.randn(shape, generator=draws)
+    first, text = torch.randn(2, 16, 1, 4, 4, generator=draws), torch.randn(2, 32, 64, generator=draws)
+    sigma = torch.tensor([0.3, 0.9])
+    draw = Draw(first, SIGMAS, 2, noise, renoise, sigma)
+    student, fake = partial(student, text=text), partial(fake, text=text)
+    with torch.no_grad():
+        got = {on: fake_score_loss(fake, student, draw, on).item() for on in ("velocity", "x0")}
+        x0 = flow.backward_simulation(student, first, noise, SIGMAS, 2)
+        level = torch.tensor([[0, 0.3, 0.3], [0, 0.9, 0.9]])
+        x_t = (1 - level[:, None, :, None, None]) * x0 + level[:, None, :, None, None] * renoise
+        v = fake(x_t, 1000 * level)
+    error = (v - (renoise - x0))[:, :, 1:].square().mean((1, 2, 3, 4))  # of each video's velocity
+    assert got["velocity"] == pytest.approx(error.mean().item(), rel=1e-5)
+    assert got["x0"] == pytest.approx((sigma**2 * error).mean().item(), rel=1e-5)
+    seen = x_t - level[:, None, :, None, None] * v
+    assert got["x0"] == pytest.approx((seen - x0)[:, :, 1:].square().mean().item(), rel=1e-4)
+    assert fake_score_loss(fake, student, draw).item() == got["velocity"]  # the toy's
+
+
+def test_wan5b_has_the_values_of_its_sources():
+    cfg = parse_config(Config, ["--preset", "wan5b"], {"wan5b": WAN5B})
+    assert (cfg.batch, cfg.clip, cfg.guidance, cfg.shift, cfg.denoising_steps) == (16, 10, 7, 5, 4)
+    assert (cfg.fake_loss, cfg.levels, cfg.schedule, cfg.warmup) == ("x0", "all", "constant", 0)
+    assert (cfg.lr, cfg.fake_lr, cfg.ema, cfg.weight_decay, cfg.steps, cfg.ratio) == (5e-7, 1e-7, 0.99, 0.01, 5500, 5)
+    toy = parse_config(Config, [])
+    assert (toy.clip, toy.guidance, toy.fake_loss, toy.levels, toy.schedule) == (1, 6, "velocity", "above", "cosine")
+
+
+@pytest.mark.parametrize("levels", ["above", "all"])
+def test_a_run_judges_where_its_options_say_at_the_rates_they_say(levels, here, monkeypatch):
+    """Where "above" leaves the levels alone that the sampler does not noise to."""
+    torch.manual_seed(0)
+    network = VideoDiT(DiTConfig(32, 64, 2, 1, text_dim=64, text_tokens=32, channels=16))
+    nn.init.normal_(network.head.head.weight, std=0.02)
+    save_network("slow.safetensors", "SlowGenerator", network.config, network.state_dict())
+    seen, rates, clips, texts = [], [], [], []
+    stepped, rated, guided = optim.clip_and_step, optim.set_lr, flow.guided
+
+    def fake_loss(*args, draw, on, **networks):
+        seen.append((draw.exit_step, draw.sigma, on))
+        return fake_score_loss(*args, draw=draw, on=on, **networks)
+
+    def watched_step(network, optimizers, clip):
+        clips.append(clip)
+        return stepped(network, optimizers, clip)
+
+    def watched_rate(optimizers, lr):
+        rates.append(lr)
+        rated(optimizers, lr)
+
+    def watched_guidance(conditional, unconditional, scale):
+        texts.append((unconditional.keywords["text"], scale))
+        return guided(conditional, unconditional, scale)
+
+    monkeypatch.setattr(distill_fast, "fake_score_loss", fake_loss)
+    monkeypatch.setattr(optim, "clip_and_step", watched_step)
+    monkeypatch.setattr(optim, "set_lr", watched_rate)
+    monkeypatch.setattr(flow, "guided", watched_guidance)
+    monkeypatch.setattr(ToyLatents, "unconditional", lambda self: torch.full((1, 32, 64), 0.5))
+    distill_fast.main(
+        Config(
+            generator="slow.safetensors", steps=6, batch=4, clip=10.0, guidance=7.0, fake_loss="x0", levels=levels,
+            schedule="constant", warmup=0, lr=1e-5, fake_lr=2e-5, compile=False, dtype="float32", ratio=3,
+        )
+    )  # fmt: skip
+    assert len(seen) == 6 and {on for *_, on in seen} == {"x0"} and len({step for step, *_ in seen}) > 1
+    for exit_step, sigma, _ in seen:
+        lowest = 1 - (exit_step + 1) / 4 if levels == "above" else 0  # preset tiny warps by 1: not at all
+        assert max(lowest, 0.02) <= sigma.min() < lowest + 0.26 and 0.74 < sigma.max() <= 0.98  # stratified
+    assert set(clips) == {10.0} and rates == [1e-5, 2e-5] * 6
+    assert [scale for _, scale in texts] == [7.0, 7.0] and all((text == 0.5).all() for text, _ in texts)
 
 
 class Points(nn.Module):

@@ -1,5 +1,9 @@
 """Stage 3: what its losses weigh, whom they move, how the gradient reaches the adapter, and when who learns."""
 
+import json
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -111,8 +115,9 @@ def test_fakes_are_never_stale(steps, ratio, first, rest):
         learned |= now.adapter_learns
 
 
-def test_the_discriminator_sees_what_the_adapter_makes_now(here, monkeypatch):
-    """A run of stage 3: fakes are made when a cycle begins, by the adapter that learned in the step before."""
+@pytest.fixture
+def files(here):
+    """Small networks in the test's own folder, and the options that name them."""
     torch.manual_seed(0)
     small, wide = (DiTConfig(*shape, 64, 32, channels=16) for shape in ((32, 64, 2, 1), (160, 64, 2, 6)))
     for name, network, shape in (("fast", "FastGenerator", small), ("slow", "SlowGenerator", wide)):
@@ -121,6 +126,11 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(here, monkeypatch):
         save_network(f"{name}.safetensors", network, shape, generator.state_dict())
     shape = AdapterConfig(32, 1, hidden=16, channels=16)
     save_network("adapter.safetensors", "SlowAdapter", shape, ResNetAdapter(shape).state_dict())
+    return {"generator": "fast.safetensors", "backbone": "slow.safetensors", "adapter": "adapter.safetensors"}
+
+
+def test_the_discriminator_sees_what_the_adapter_makes_now(files, monkeypatch):
+    """A run of stage 3: fakes are made when a cycle begins, by the adapter that learned in the step before."""
     adapter, made, updates = [], [], []
     read, sampler, stepped = finetune_hybrid.read_adapter, flow.sample_fewstep, optim.clip_and_step
 
@@ -144,10 +154,9 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(here, monkeypatch):
     monkeypatch.setattr(finetune_hybrid, "read_adapter", watched_read)
     monkeypatch.setattr(flow, "sample_fewstep", watched_sampler)
     monkeypatch.setattr(optim, "clip_and_step", watched_step)
-    networks = {"generator": "fast.safetensors", "backbone": "slow.safetensors", "adapter": "adapter.safetensors"}
     finetune_hybrid.main(
         finetune_hybrid.Config(
-            **networks, steps=7, ratio=2, diffusion_first=2, adapter_start=1, batch=1, compile=False, dtype="float32"
+            **files, steps=7, ratio=2, diffusion_first=2, adapter_start=1, batch=1, compile=False, dtype="float32"
         )
     )
     kinds = [kind for kind, *_ in updates]
@@ -157,6 +166,63 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(here, monkeypatch):
         assert updates[number][0] == "classifier" and torch.equal(seen, updates[number][1])  # the adapter as it is
         kind, before, after = updates[number - 1]
         assert kind == "adapter" and not torch.equal(before, after) and torch.equal(seen, after)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_fakes_of_their_own_have_the_true_videos_conditions_at_every_step(reuse, files, monkeypatch):
+    """The same first frames, texts and trajectories; fakes that are used again keep those of their cycle's start."""
+    pairs, made = [], []
+    sampler, features = flow.sample_fewstep, DiffusionDiscriminator.features
+    judge = Classifier.forward
+
+    def watched_sampler(*args):
+        made.append(args)
+        return sampler(*args)
+
+    def watched_features(self, x_t, t, text):
+        if not torch.is_grad_enabled():  # the discriminator's own step
+            pairs.append([x_t[:, :, 0], text, t])
+        return features(self, x_t, t, text)
+
+    def watched_judge(self, seen, text, traj):
+        if len(text) == 4:
+            pairs[-1] += [text, traj]
+        return judge(self, seen, text, traj)
+
+    monkeypatch.setattr(flow, "sample_fewstep", watched_sampler)
+    monkeypatch.setattr(DiffusionDiscriminator, "features", watched_features)
+    monkeypatch.setattr(Classifier, "forward", watched_judge)
+    finetune_hybrid.main(
+        finetune_hybrid.Config(
+            **files, steps=4, ratio=2, diffusion_first=0, adapter_start=0, batch=2, reuse_fakes=reuse, compile=False,
+            dtype="float32",
+        )
+    )  # fmt: skip
+    assert len(pairs) == 4 and len(made) == (2 if reuse else 4) + 1  # and the final sample
+    alike = [all(torch.equal(*part.chunk(2)) for part in parts) for parts in pairs]
+    assert alike == ([True, False] * 2 if reuse else [True] * 4)
+    assert not any(torch.equal(a[1], b[1]) for a, b in pairwise(pairs))  # true videos are new at every step
+
+
+def test_the_log_shows_how_hard_each_loss_pulls_at_the_adapter(files):
+    """At its outputs: twice the weight of the adversarial loss, twice its pull; the diffusion loss's stays."""
+
+    def logged(name, **options):
+        finetune_hybrid.main(
+            finetune_hybrid.Config(
+                **files, name=name, steps=4, ratio=2, diffusion_first=2, adapter_start=0, batch=2, log_every=1,
+                compile=False, dtype="float32", cautious=False, **options,
+            )
+        )  # fmt: skip
+        return [json.loads(line) for line in Path(f"runs/{name}/log.jsonl").read_text().splitlines()]
+
+    one, two = logged("one", gan_scale=0.1), logged("two", gan_scale=0.2)
+    assert ["adversarial_pull" in row for row in one] == [False, False, False, True]
+    assert ["diffusion_pull" in row for row in one] == [False, True, False, True]
+    assert 0 < one[3]["adversarial_pull"] == pytest.approx(two[3]["adversarial_pull"] / 2, rel=1e-3)
+    assert 0 < one[3]["diffusion_pull"] == pytest.approx(two[3]["diffusion_pull"], rel=1e-6)
+    split = logged("split", gan_scale=0.1, accumulate=2)  # whatever the micro-batches
+    assert split[3]["diffusion_pull"] == pytest.approx(one[3]["diffusion_pull"], rel=1e-3)
 
 
 @pytest.mark.parametrize("changes, message", [

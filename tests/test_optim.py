@@ -63,3 +63,52 @@ def test_optimizers_hold_every_parameter_once():
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model.blocks[0].weight)]
     rest = {id(p) for g in adamw.param_groups for p in g["params"]}
     assert rest == {id(p) for p in model.parameters()} - {id(model.blocks[0].weight)}
+
+
+def test_what_watches_gradients_changes_none():
+    """The same gradients to the bit; and their squared norms, per backward pass and tensor."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, 8) for _ in range(3)]
+    x, weights = torch.randn(4, 8), torch.randn(3, 4, 8)
+
+    def gradients(watch):
+        for layer in layers:
+            layer.zero_grad()
+        outputs = [layer(x) for layer in layers]
+        once, twice = watch(outputs), watch(outputs)
+        loss = sum((torch.tanh(y) * w).sum() for y, w in zip(once, weights, strict=True))
+        loss = loss + 3 * sum((z**3 * w).sum() for z, w in zip(twice, weights, strict=True))
+        loss.backward()
+        return [p.grad.clone() for layer in layers for p in layer.parameters()]
+
+    norms = [], []
+    passes = iter(norms)
+    plain = gradients(lambda tensors: list(tensors))
+
+    def watch(tensors):
+        return optim.watched(tensors, next(passes))
+
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(watch), strict=True))
+    outputs = [layer(x).detach() for layer in layers]
+    first = sum(((1 - torch.tanh(y) ** 2) * w).square().sum() for y, w in zip(outputs, weights, strict=True))
+    second = sum((9 * y**2 * w).square().sum() for y, w in zip(outputs, weights, strict=True))
+    assert [len(squares) for squares in norms] == [3, 3]
+    assert [sum(squares).item() for squares in norms] == [pytest.approx(v.item(), rel=1e-5) for v in (first, second)]
+    silent = []
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(optim.watched(outputs, silent), outputs, strict=True))
+    assert not silent
+
+
+def test_learning_rate_that_stays():
+    rates = [optim.learning_rate(step, 2.0, 4, 110, "constant") for step in range(110)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and set(rates[4:]) == {2.0}
+    assert optim.learning_rate(0, 2.0, 0, 110, "constant") == 2.0
+
+
+def test_ema_exports_buffers_as_they_are():
+    model = torch.nn.Linear(1, 1)
+    model.register_buffer("mean", torch.zeros(2))
+    ema = optim.EMA(model, 0.5)
+    model.mean.copy_(torch.tensor([3.0, 4.0]))
+    assert ema.weights()["mean"].tolist() == [3, 4] and set(ema.weights()) == {"weight", "bias", "mean"}

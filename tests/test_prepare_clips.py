@@ -124,8 +124,9 @@ def test_stage_1_trains_on_them(prepared, run):
 def test_training_reads_every_clip_once_an_epoch(prepared):
     data, held_out = (ClipLatents(prepared, 32, split, seed=3) for split in ("train", "validation"))
     epochs = [[data.pick(16 * e + i) for i in range(16)] for e in range(2)]
-    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == data.numbers
-    assert not set(data.numbers) & set(held_out.numbers) and len(held_out.numbers) == 4
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1])
+    (left,), (held,) = data.shapes, held_out.shapes
+    assert sorted(epochs[0]) == left and not set(left) & set(held) and len(held) == 4
     x0, text, traj = data.batch([0, 1, 16], "box", drop_text=0.5)
     assert x0.shape == traj.shape == (3, 16, 9, 12, 12) and text.shape == (3, 32, 64)
     again = data.batch([1], "box", drop_text=0.5)
@@ -144,11 +145,11 @@ def test_the_authors_own_columns_name_maps_and_their_frames(tmp_path):
     names = "text,path,num_frames,width,height,trajectory_maps_path,videoid,mask_start_index,mask_end_index,box_path"
     (tmp_path / "x.csv").write_text(f"{names}\na disc,v.mp4,12,48,48,m,v,3,12,b\na disc,v.mp4,12,48,48,m,v,4,12,b\n")
     good, short = prepare_clips.find_clips(tmp_path / "x.csv")
-    parts = prepare_clips.read_clip(good, (48, 48), 9)
+    parts = prepare_clips.read_clip(good, lambda _: (48, 48), 9)
     assert (parts["video"] - batch.video[0]).abs().mean() < 0.1  # three black frames are passed over
     assert torch.equal(parts["mask"], trajectory.maps("mask"))
     with pytest.raises(UserError, match="8 frames of 9"):
-        prepare_clips.read_clip(short, (48, 48), 9)
+        prepare_clips.read_clip(short, lambda _: (48, 48), 9)
 
 
 def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path):
@@ -161,17 +162,17 @@ def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path):
     (tmp_path / "b.json").write_text("{}")
     (tmp_path / "c.txt").unlink()
     first, second, third = prepare_clips.find_clips(tmp_path)
-    parts = prepare_clips.read_clip(first, (48, 48), 9)
+    parts = prepare_clips.read_clip(first, lambda _: (48, 48), 9)
     assert set(parts) == {"video", "box"} and first.caption == batch.captions[0]
     x0, y0, x1, y1 = batch.boxes[0, 0, 4].tolist()
     lit = (parts["box"][0, 4] > -1).nonzero()
     assert lit.amin(0).tolist() == [y0, x0] and lit.amax(0).tolist() == [y1 - 1, x1 - 1]
     for clip, reason in ((second, "b.json: objects"), (third, "no caption")):
         with pytest.raises(UserError, match=reason):
-            prepare_clips.read_clip(clip, (48, 48), 9)
+            prepare_clips.read_clip(clip, lambda _: (48, 48), 9)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="no caption, or none in UTF-8"):
-        prepare_clips.read_clip(prepare_clips.find_clips(tmp_path)[0], (48, 48), 9)
+        prepare_clips.read_clip(prepare_clips.find_clips(tmp_path)[0], lambda _: (48, 48), 9)
 
 
 def test_a_torn_config_and_a_negative_frame_are_named(tmp_path, magic):

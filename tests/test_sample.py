@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 import sample
 from core.config import run_script
-from core.media import read_picture
+from core.media import fit_frames, read_picture
 from core.weights import save_network
 from model import PRESETS, DiTConfig, VideoDiT
 from toy.codec import ToyCodec
@@ -87,15 +87,19 @@ BAD = {
     "missing image": (GOOD, ["--image", "none.png"], "none.png: no such image"),
     "not an image": (GOOD, ["--image", "text.png"], "text.png: not a readable image"),
     "a cut image": (GOOD, ["--image", "cut.png"], "cut.png: not a readable image"),
-    "size": (GOOD, ["--size", "48x50"], "--size 48x50: takes height x width, both multiples of 8, as 32x48"),
+    "size": (
+        GOOD,
+        ["--size", "48x50"],
+        "--size 48x50: takes auto, or height x width, both multiples of 8; the nearest is 48x48",
+    ),
     "memory of a GPU that is not there": (GOOD, ["--memory", "medium"], "--memory medium: keeps weights off a GPU"),
     "a tile without a neighbour": (GOOD, ["--tile", "1"], "--tile 1: at least 2"),
-    "half a size": (GOOD, ["--size", "48"], "--size 48: takes height x width"),
+    "half a size": (GOOD, ["--size", "48"], "--size 48: takes auto, or height x width, both multiples of 8, as 32x48"),
     "frames of wan5b": (GOOD, ["--preset", "wan5b", "--frames", "9", "--size", "64x50"], "--size 64x50"),
     "more frames of wan5b": (
         GOOD,
         ["--preset", "wan5b", "--frames", "8"],
-        "--frames 8: must be 4 n + 1, at least 2; 5 is",
+        "--frames 8: must be 4 n + 1, at least 2; 9 is",
     ),
     "nothing of wan5b": (
         GOOD,
@@ -171,13 +175,19 @@ def test_exit_status_of_the_script_itself(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def fitted(path: Path, size: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The first frame of a video of this size, and the picture's own."""
+    pixels = sample.load_image(str(path))
+    return fit_frames(pixels[None], size)[None] / 127.5 - 1, pixels.shape[:2]
+
+
 def test_an_image_of_another_size_is_resized_and_cut_to_its_middle(tmp_path):
     pixels = np.zeros((96, 192, 3), np.uint8)
     pixels[:, 48:144] = 90  # what is kept of it
     iio.imwrite(tmp_path / "big.png", pixels)
-    fitted, size = sample.load_image(str(tmp_path / "big.png"), (48, 48))
-    assert fitted.shape == (1, 3, 1, 48, 48) and size == (96, 192)
-    torch.testing.assert_close(fitted[..., 2:-2], torch.full_like(fitted[..., 2:-2], 90 / 127.5 - 1))
+    image, size = fitted(tmp_path / "big.png", (48, 48))
+    assert image.shape == (1, 3, 1, 48, 48) and size == (96, 192)
+    torch.testing.assert_close(image[..., 2:-2], torch.full_like(image[..., 2:-2], 90 / 127.5 - 1))
 
 
 @pytest.mark.parametrize("size", [(704, 1280), (480, 832)])
@@ -188,7 +198,7 @@ def test_a_box_stays_on_its_object_through_resize_and_cut(size, tmp_path):
     iio.imwrite(tmp_path / "x.png", pixels)
     boxes = {"objects": [{"color": [128, 32, 32], "boxes": {"0": [900, 300, 1500, 700]}}]}
     (tmp_path / "b.json").write_text(json.dumps(boxes))
-    image, source = sample.load_image(str(tmp_path / "x.png"), size)
+    image, source = fitted(tmp_path / "x.png", size)
     trajectory = load_trajectory(tmp_path / "b.json", size, 5, source)
     red = image[0, 0, 0] > image[0, 1, 0] + 0.5
     found = torch.nonzero(red)
@@ -205,7 +215,7 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "photo.jpg", exif=exif)
-    image, size = sample.load_image(str(tmp_path / "photo.jpg"), (96, 48))
+    image, size = fitted(tmp_path / "photo.jpg", (96, 48))
     assert size == (96, 48) and image[..., :40, :].min() > 0.9 and image[..., 56:, :].max() < -0.9
     pixels[:20, :10] = 128
     for orientation in range(10):
@@ -253,5 +263,5 @@ def test_garbled_exif_tells_nothing(tmp_path):
         for place in random.integers(at + 6, at + 50, 3):
             garbled[place] = random.integers(256)
         (tmp_path / "photo.jpg").write_bytes(garbled)
-        sizes.add(sample.load_image(str(tmp_path / "photo.jpg"), (48, 48))[1])
+        sizes.add(fitted(tmp_path / "photo.jpg", (48, 48))[1])
     assert sizes == {(48, 96), (96, 48)}

@@ -3,11 +3,17 @@
 import pytest
 import torch
 
+import adapter as adapters
 import flow
-from adapter import AdapterConfig, ResNetAdapter
+import train_slow_adapter
+from adapter import AdapterConfig, ControlNetAdapter, FixedNorm, ResNetAdapter, read_adapter
+from core import optim
 from core.codec import Batch
-from model import DiTConfig, VideoDiT
-from train_slow_adapter import Config, adapter_loss, trajectory_kind
+from core.config import parse_config
+from core.weights import save_network
+from model import PRESETS, DiTConfig, VideoDiT
+from toy.latents import ToyLatents
+from train_slow_adapter import WAN5B, Config, adapter_loss, trajectory_kind
 
 
 def test_masks_come_first_then_boxes_of_which_some_are_sparse():
@@ -36,3 +42,79 @@ def test_the_loss_moves_the_adapter_alone():
     loss(traj).backward()
     assert all(p.grad.abs().max() > 0 for p in adapter.parameters())
     assert all(p.grad is None for p in generator.parameters())
+
+
+def test_wan5b_learns_by_adamw_with_a_warm_up():
+    cfg = parse_config(Config, ["--preset", "wan5b"], {"wan5b": WAN5B})
+    assert (cfg.lr, cfg.muon, cfg.copied_rate) == (1e-4, False, 0.1) and cfg.warmup > 50
+    assert parse_config(Config, []).muon
+
+
+def test_what_a_controlnet_copies_learns_at_a_tenth_of_the_rate():
+    network = ControlNetAdapter(DiTConfig(32, 64, 2, 2, text_dim=16, text_tokens=8, channels=16))
+    optimizer = optim.adamw(network, 0.01, 0.9, network.copied, 0.1)
+    optim.set_lr([optimizer], 1e-4)
+    new, copied = optimizer.param_groups
+    assert (new["lr"], copied["lr"]) == (1e-4, pytest.approx(1e-5))
+    assert new["betas"] == copied["betas"] == (0.9, 0.999)
+    names = {id(p): name for name, p in network.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for group in (new, copied)]
+    assert not groups[0] & groups[1] and groups[0] | groups[1] == set(names.values())
+    assert sum(len(group["params"]) for group in (new, copied)) == len(names)
+    assert groups[0] == {n for n in names.values() if n.startswith(("project.", "patch_embedding."))}
+    assert any(name.startswith("blocks.1.") for name in groups[1]) and "text_embedding.0.weight" in groups[1]
+    light = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
+    (all_new,) = optim.adamw(light, 0.01, 0.9, light.copied, 0.1).param_groups
+    assert all_new["lr_scale"] == 1 and len(all_new["params"]) == len(list(light.parameters()))
+
+
+@pytest.fixture
+def stage_1(here, monkeypatch):
+    """stage_1(kind, fixed_norm, **options) -> its optimizers, after a run of a small network on the toy."""
+    network = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16))
+    torch.nn.init.normal_(network.head.head.weight, std=0.02)
+    save_network("slow.safetensors", "SlowGenerator", network.config, network.state_dict())
+
+    def run(**options):
+        shape = AdapterConfig(32, 2, hidden=16, channels=16, fixed_norm=True)
+        monkeypatch.setitem(adapters.PRESETS, "tiny", shape)
+        monkeypatch.setitem(PRESETS, "tiny", network.config)
+        made, adamw = [], optim.adamw
+
+        def watched(*args):
+            made.append(adamw(*args))
+            return made[-1]
+
+        monkeypatch.setattr(optim, "adamw", watched)
+        options = {"steps": 2, "batch": 2, "mask_steps": 0, "warmup": 0, "compile": False, "dtype": "float32"} | options
+        train_slow_adapter.main(Config(generator="slow.safetensors", muon=False, **options))
+        return made
+
+    return run
+
+
+def test_a_run_without_muon_moves_copied_layers_ten_times_slower(stage_1):
+    (optimizer,) = stage_1(kind="controlnet", lr=1e-3, steps=1)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, pytest.approx(1e-4)]
+    trained = read_adapter("runs/slow_adapter/slow_adapter.safetensors", "SlowAdapter")
+    assert isinstance(trained, ControlNetAdapter) and trained.project[0].weight.any()
+
+
+def test_the_fixed_norm_is_set_from_the_first_trajectories_and_kept(stage_1):
+    """From the data at the start, not again when a run goes on; and it reaches the exported file."""
+    stage_1(save_every=1)
+    seen = torch.cat([ToyLatents(train_slow_adapter.open_codec("tiny", "", "cpu"), seed=1).batch([n], "box").traj
+                      for n in range(16)])  # fmt: skip
+    wanted = [value.flatten() for value in torch.std_mean(seen, (0, 2, 3, 4))]
+    trained = read_adapter("runs/slow_adapter/slow_adapter.safetensors", "SlowAdapter")
+    assert isinstance(trained.norm, FixedNorm)
+    for got, value in zip((trained.norm.std, trained.norm.mean), wanted, strict=True):
+        torch.testing.assert_close(got.flatten(), value, rtol=2**-8, atol=1e-6)  # files are in bfloat16
+    before = {n: t.clone() for n, t in trained.state_dict().items()}
+    FixedNorm.fit, fit = lambda *args: pytest.fail("set again"), FixedNorm.fit
+    try:
+        stage_1(save_every=1)  # the finished run again: read from its checkpoint, and exported
+    finally:
+        FixedNorm.fit = fit
+    again = read_adapter("runs/slow_adapter/slow_adapter.safetensors", "SlowAdapter").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in before.items())

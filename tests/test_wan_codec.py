@@ -1,8 +1,11 @@
 """The real codec: prompts through UMT5 as transformers computes them, both layouts on disk, videos through the VAE."""
 
+import html
 import json
 import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -17,11 +20,13 @@ import sample
 from core.config import UserError
 from core.weights import save_network
 from model import DiTConfig
-from wan.codec import WanCodec
-from wan.umt5 import UMT5_XXL, read_text_encoder
+from wan import umt5 as umt5_module
+from wan.codec import NEGATIVE_PROMPT, WanCodec
+from wan.umt5 import UMT5_XXL, TextEncoder, clean_prompt, read_text_encoder
 from wan.vae import WanVAE
 
 transformers = pytest.importorskip("transformers", reason="the text encoder needs requirements-wan.txt")
+ftfy = pytest.importorskip("ftfy", reason="prompts are cleaned with requirements-wan.txt")
 SHAPES = {
     "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
     "feed_forward_proj": "gated-gelu",
@@ -31,6 +36,10 @@ PROMPT = "a red disc spinning"
 
 @pytest.fixture
 def umt5():
+    return small_umt5()
+
+
+def small_umt5():
     torch.manual_seed(0)
     network = transformers.UMT5EncoderModel(transformers.UMT5Config(**SHAPES)).eval()
     for p in network.parameters():
@@ -38,11 +47,11 @@ def umt5():
     return network.bfloat16()
 
 
-def write_tokenizer(folder):
-    """A vocabulary of letters with T5's special tokens, in the files of a published tokenizer."""
+def write_tokenizer(folder, extra=()):
+    """A vocabulary of letters with T5's special tokens, in the files of a published tokenizer. `extra`: more signs."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz&"]
+    words = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz&", *extra]
     tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -84,12 +93,16 @@ def test_text_encoder_of_each_layout_gives_transformers_output(umt5, layout, tmp
 
 
 @pytest.fixture
-def folder(umt5, tmp_path):
-    """A small model in the layout of Wan2.2-TI2V-5B-Diffusers."""
-    umt5.save_pretrained(tmp_path / "text_encoder")
-    write_tokenizer(tmp_path / "tokenizer")
-    pair(SMALL)[1].save_pretrained(tmp_path / "vae")
-    return tmp_path
+def folder(tmp_path):
+    return write_folder(tmp_path)
+
+
+def write_folder(folder):
+    """A small text encoder and VAE in the layout of Wan2.2-TI2V-5B-Diffusers."""
+    small_umt5().save_pretrained(folder / "text_encoder")
+    write_tokenizer(folder / "tokenizer")
+    pair(SMALL)[1].save_pretrained(folder / "vae")
+    return folder
 
 
 def test_prompts_become_padded_embeddings(umt5, folder):
@@ -105,6 +118,63 @@ def test_prompts_become_padded_embeddings(umt5, folder):
     with torch.no_grad():
         assert torch.equal(alone[: tokens[2]], umt5(input_ids=ids).last_hidden_state[0])
     assert codec.encode_text(["a " * 600])[0].any(-1).all()  # cut at 512
+
+
+# As users type and paste them -> as Wan's tokenizer gets them.
+PROMPTS = {
+    "full-width commas": ("a disc，red，round", "a disc,red,round"),
+    "entities escaped twice": ("Tom &amp;amp; Jerry &amp;lt;3", "Tom & Jerry <3"),
+    "entities escaped once": ("salt &amp; pepper &#39;n&#39; all", "salt & pepper 'n' all"),
+    "white space": ("  a  red\tdisc\n\n spins \u3000 ", "a red disc spins"),
+    "mojibake": ("a cafÃ© at nightâ€”busy", "a café at night—busy"),
+    "curly quotes": ("it’s “red”", 'it\'s "red"'),
+    "ligatures and full-width letters": ("ﬂoating ＡＢＣ", "floating ABC"),
+    "nothing": (" \n", ""),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_are_cleaned_as_wan_cleans_them(kind):
+    typed, meant = PROMPTS[kind]
+    assert clean_prompt(typed) == meant == reference_cleaning(typed)
+
+
+def reference_cleaning(prompt: str) -> str:
+    """Wan's, as its tokenizer's file has it: ftfy, two rounds of HTML entities, white space."""
+    prompt = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+    return re.sub(r"\s+", " ", prompt).strip()
+
+
+class TokenIds(torch.nn.Module):
+    """In place of the network: keeps what it is given, and gives each token's id as its embedding."""
+
+    def forward(self, input_ids, attention_mask):
+        self.ids, self.mask = input_ids, attention_mask
+        return SimpleNamespace(last_hidden_state=input_ids[..., None].bfloat16())
+
+
+def test_token_ids_are_those_of_wans_cleaning(tmp_path, monkeypatch):
+    """Of the negative prompt too: ftfy makes plain signs of its 27 full-width ones."""
+    write_tokenizer(tmp_path, extra=sorted({*NEGATIVE_PROMPT, *",<>'\"é—"}))
+    monkeypatch.setattr(umt5_module, "read_text_encoder", lambda path: TokenIds())
+    encoder = TextEncoder(tmp_path, tmp_path / "none", torch.device("cpu"), 512)
+    prompts = [NEGATIVE_PROMPT, PROMPT, *(typed for typed, _ in PROMPTS.values())]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = encoder(prompts)
+    assert text.shape == (len(prompts), 512, 1)
+    for row, mask, prompt in zip(encoder.network.ids, encoder.network.mask, prompts, strict=True):
+        assert row[mask.bool()].tolist() == tokenizer(reference_cleaning(prompt)).input_ids
+    changed = sum(a != b for a, b in zip(NEGATIVE_PROMPT, reference_cleaning(NEGATIVE_PROMPT), strict=True))
+    assert (len(NEGATIVE_PROMPT), changed) == (137, 27)
+    raw = tokenizer(NEGATIVE_PROMPT).input_ids
+    assert tokenizer.unk_token_id not in raw and raw != tokenizer(clean_prompt(NEGATIVE_PROMPT)).input_ids
+
+
+def test_missing_ftfy_is_named_before_anything_large_is_read(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)  # an import of it fails
+    monkeypatch.setattr(umt5_module, "read_text_encoder", lambda path: pytest.fail("read for nothing"))
+    with pytest.raises(UserError, match=r"^ftfy: not installed; pip install -r requirements-wan\.txt$"):
+        WanCodec(folder, torch.device("cpu")).text_encoder()
 
 
 def test_videos_pass_through_the_vae(folder):

@@ -28,8 +28,9 @@ from core.config import UserError, run_script
 from core.files import output_path
 from core.tables import markdown, provenance, three_digits, write_rows
 from core.weights import rename
-from model import DIFFUSERS_NAMES, PRESETS, DiTConfig, VideoDiT
+from model import PRESETS, DiTConfig, VideoDiT
 from wan import vae
+from wan.published import DIFFUSERS_NAMES
 
 PARTS = ("forward", "loop", "vae")
 SHAPES = {  # the transformer; then frames, height and width of its latents, and of the VAE's video

@@ -13,6 +13,7 @@ A clip that can't be used is left out, and rejected.csv says why. If the command
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,14 +40,14 @@ class Config:
     out: str = "shards"  # folder for the shards and rejected.csv
     preset: Literal["tiny", "wan5b"] = "tiny"  # whose codec
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published
-    size: str = "48x48"  # height x width of the clips
+    size: str = "48x48"  # height x width of the clips, or auto: each of its own shape
     frames: int = 9  # their length; longer ones are cut
     sparse: float = 0.15  # share of clips whose box maps are blacked out in a random subset of frames
     shard: int = 16  # clips per file
     seed: int = 0  # of which clips are sparse, and in which frames
 
 
-WAN5B = {"size": "704x1280", "frames": 121}
+WAN5B = {"size": "auto", "frames": 121}
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,10 @@ def require(fine: bool, what: str, reason: str) -> None:
         raise UserError(f"{what}: {reason}" if what else reason)
 
 
-def read_clip(clip: Clip, size: Size, frames: int) -> dict[str, Tensor]:
-    """Video and maps, [3, T, *size] in [-1, 1] each: "video", "box", and "mask" if there are masks of every frame.
+def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int) -> dict[str, Tensor]:
+    """Video and maps, [3, T, height, width] in [-1, 1] each: "video", "box", and "mask" if every frame has masks.
+
+    `fit`: the (height, width) of the file's pictures to those of the clip.
 
     Raises UserError with the reason why a clip can't be used.
     """
@@ -117,6 +120,7 @@ def read_clip(clip: Clip, size: Size, frames: int) -> dict[str, Tensor]:
     length = len(stack) if clip.end is None else min(len(stack), clip.end - clip.start)
     require(length == frames, "", f"{length} frames of {frames}")
     height, width = stack[0].shape[:2]
+    size = fit((height, width))
     require(height >= size[0] and width >= size[1], "", f"{width}x{height} is smaller than {size[1]}x{size[0]}")
     video = fit_frames(np.stack(stack), size) / 127.5 - 1
     if clip.boxes.suffix == ".json":
@@ -155,7 +159,8 @@ def main(cfg: Config) -> None:
         raise UserError(f"--shard {cfg.shard}: at least 1")
     procs = parallel.init_processes()
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
-    size, out = codec.check_size(cfg.size, cfg.frames), Path(cfg.out)
+    codec.check_size(cfg.size, cfg.frames)
+    out = Path(cfg.out)
     clips = find_clips(Path(cfg.source))
     starts = range(0, len(clips), cfg.shard)
     if procs.rank == 0:
@@ -174,15 +179,15 @@ def main(cfg: Config) -> None:
         encode = codec.text_encoder()  # large, and not needed below
         for start, file in tqdm(todo, "captions", disable=procs.rank > 0):
             captions = [clip.caption for clip in clips[start : start + cfg.shard]]
-            names = [*map(str, range(start, start + len(captions))), "empty"]
-            rows = zip(names, encode([*captions, ""]), strict=True)
+            names = [*map(str, range(start, start + len(captions))), "empty", "negative"]
+            rows = zip(names, encode([*captions, "", codec.negative]), strict=True)
             write_safetensors(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, {})
         del encode
     for start, file in tqdm(missing("latents"), "clips", disable=procs.rank > 0):
         tensors, rejected = {}, []
         for number, clip in enumerate(clips[start : start + cfg.shard], start):
             try:
-                parts = read_clip(clip, size, cfg.frames)
+                parts = read_clip(clip, lambda picture: codec.check_size(cfg.size, cfg.frames, picture), cfg.frames)
             except UserError as reason:
                 rejected.append((str(clip.video), str(reason)))
                 continue

@@ -96,7 +96,7 @@ class ToyCodec(Codec):
     about, as it would after a real text encoder.
     """
 
-    temporal = 1
+    temporal, area = 1, 48 * 48
 
     def __init__(self, weights: Path | str = TOY_WEIGHTS, text_dim: int = 64, text_tokens: int = 32):
         config, tensors = read_network(weights, "ToyAutoencoder", AutoencoderConfig)

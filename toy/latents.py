@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from core.codec import Batch
 from core.config import UserError
@@ -12,6 +13,8 @@ from trajectory import dark_frames
 
 class ToyLatents:
     """Seed and sample numbers fix everything. Each seed, 0 to 255, means 2^32 other videos of the split."""
+
+    one_shape = True  # all videos are of one size
 
     def __init__(self, codec: ToyCodec, split: str = "train", seed: int = 0):
         if not 0 <= seed < 256:
@@ -37,3 +40,7 @@ class ToyLatents:
             lit = np.nonzero(~dark_frames(u[1:], sparse))[0]
             maps.append(batch.trajectory(i).sparse(lit).maps(kind))
         return Batch(x0, text, self.codec.encode_video(torch.stack(maps)))
+
+    def unconditional(self) -> Tensor:
+        """Embeddings [1, L, text_dim] of the empty prompt, which guidance goes away from."""
+        return self.codec.encode_text([self.codec.negative])

@@ -9,8 +9,15 @@ from torch import Tensor
 
 from core.codec import Codec
 from core.config import UserError
+from wan.tiny_decoder import TinyDecoder
 from wan.umt5 import TextEncoder
 from wan.vae import WanVAE
+
+# Of Wan2.2's configuration: what its videos shall not show. Guidance goes away from it.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 
 
 class WanCodec(Codec):
@@ -18,16 +25,18 @@ class WanCodec(Codec):
 
     The VAE is kept; the text encoder, which is larger than everything else, isn't. With `offload` its blocks stay in
     host memory. The VAE encodes in float32 and decodes in `dtype`, in tiles of `tile` latent positions if that isn't 0.
+    `decoder`: a file of the small decoder, which then makes the pieces.
     """
 
-    channels, spatial, temporal = 48, 16, 4
-    text_dim, text_tokens = 4096, 512
+    channels, spatial, temporal, area = 48, 16, 4, 704 * 1280
+    text_dim, text_tokens, negative = 4096, 512, NEGATIVE_PROMPT
 
     def __init__(
         self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32, tile: int = 0,
-        offload: bool = False,
+        offload: bool = False, decoder: str = "",
     ):  # fmt: skip
         self.folder, self.device, self.dtype, self.tile, self.offload = Path(folder), device, dtype, tile, offload
+        self.small = TinyDecoder.from_pretrained(decoder, dtype).to(device) if decoder else None
 
     @cached_property
     def vae(self) -> WanVAE:
@@ -51,7 +60,13 @@ class WanCodec(Codec):
         return self.vae.decode(latents.to(self.device), tile=self.tile, overlap=min(8, self.tile // 2))
 
     def pieces(self, latents: Tensor) -> Iterator[Tensor]:
-        """The same as `decode_video`, a few frames at a time. Tiles span all frames, so with them it is one piece."""
+        """The same as `decode_video`, a few frames at a time. Tiles span all frames, so with them it is one piece.
+
+        Where there is a small decoder, it makes them.
+        """
+        if self.small:
+            yield from self.small.frames(latents.to(self.device))
+            return
         yield from [self.decode_video(latents)] if self.tile else self.vae.frames(latents.to(self.device))
 
     def text_encoder(self) -> Callable[[list[str]], Tensor]:

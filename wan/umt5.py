@@ -44,6 +44,17 @@ def read_text_encoder(path: Path, shapes: dict | None = None) -> nn.Module:
     return load(lambda: UMT5EncoderModel(config).encoder, tensors, path, torch.bfloat16).eval().requires_grad_(False)
 
 
+def clean_prompt(prompt: str) -> str:
+    """A prompt as Wan gives it to its tokenizer: mended by ftfy, which turns full-width commas into plain ones too,
+    HTML entities resolved twice, white space folded.
+    """
+    try:
+        import ftfy
+    except ImportError:
+        raise UserError("ftfy: not installed; pip install -r requirements-wan.txt") from None
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+
+
 class TextEncoder:
     """`encoder(prompts)` -> [B, length, width] bfloat16, padded with zeros. Longer prompts are cut."""
 
@@ -52,6 +63,7 @@ class TextEncoder:
             from transformers import AutoTokenizer
         except ImportError:
             raise UserError("transformers: not installed; pip install -r requirements-wan.txt") from None
+        clean_prompt("")  # needs ftfy, and says so before anything large is read
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         except Exception as error:  # several libraries may read it, and they raise all sorts of errors
@@ -62,7 +74,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
-        clean = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
+        clean = [clean_prompt(prompt) for prompt in prompts]
         cut = {"padding": "longest", "truncation": True, "max_length": self.length}
         tokens = self.tokenizer(clean, return_tensors="pt", **cut).to(self.device)
         mask = tokens.attention_mask

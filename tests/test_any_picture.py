@@ -1,0 +1,140 @@
+"""Any picture: the size that `--size auto` chooses, boxes that stay on their objects, and what a wrong size is told."""
+
+import json
+import random
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import sample
+from core.codec import best_size
+from core.config import UserError
+from core.media import MOST_VIDEO, cover
+from toy.codec import ToyCodec
+from trajectory import load_trajectory
+from wan.codec import WanCodec
+
+SHAPES = {
+    "1:1": (400, 400),
+    "3:4": (400, 300),
+    "9:16": (480, 270),
+    "16:9": (270, 480),
+    "21:9": (210, 490),
+}  # height, width
+
+
+def wans_rule(picture: tuple[int, int], area: int, unit: int) -> tuple[int, int]:
+    """By counting up: each side in turn is the longest that is no longer than the ideal one, the other the longest
+    that the area then allows. The nearer ratio wins, and the second way where both are as near.
+    """
+    ratio = picture[1] / picture[0]
+
+    def longest(fits) -> int:
+        side = unit
+        while fits(side + unit):
+            side += unit
+        return side
+
+    width = longest(lambda side: side * side <= area * ratio)
+    by_width = longest(lambda side: side * width <= area), width
+    height = longest(lambda side: side * side <= area / ratio)
+    by_height = height, longest(lambda side: side * height <= area)
+
+    def distance(size: tuple[int, int]) -> float:
+        return max(ratio / (size[1] / size[0]), size[1] / size[0] / ratio)
+
+    return by_width if distance(by_width) < distance(by_height) else by_height
+
+
+@pytest.mark.parametrize("area, unit", [(704 * 1280, 32), (48 * 48, 8)])
+def test_sizes_are_those_of_wans_rule(area, unit):
+    draw = random.Random(0)
+    for _ in range(500):
+        picture = draw.randint(200, 4000), draw.randint(200, 4000)
+        size = best_size(picture, area, unit)
+        assert size == wans_rule(picture, area, unit), picture
+        assert size[0] % unit == size[1] % unit == 0 and size[0] * size[1] <= area
+
+
+def test_sizes_of_wan5b_by_hand():
+    sizes = [
+        best_size(picture, WanCodec.area, 32) for picture in ((704, 1280), (1280, 704), (1000, 1000), (1080, 1920))
+    ]
+    assert sizes == [(704, 1280), (1280, 704), (928, 960), (704, 1248)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nearly_all_of_a_picture_is_kept(shape):
+    for picture in (SHAPES[shape], tuple(4 * side for side in SHAPES[shape])):
+        size = best_size(picture, WanCodec.area, 32)
+        (height, width), _, _ = cover(picture, size)
+        assert size[0] * size[1] / (height * width) >= 0.95
+        assert size[0] * size[1] >= 0.93 * WanCodec.area  # and the area is used
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here):
+    """From the picture to the video with `--size auto`, on preset tiny."""
+    height, width = SHAPES[shape]
+    side = min(height, width) // 2
+    left, top = int(0.6 * width) - side // 2, int(0.45 * height) - side // 2
+    pixels = np.full((height, width, 3), 60, np.uint8)
+    pixels[top : top + side, left : left + side] = (220, 40, 40)
+    iio.imwrite("x.png", pixels)
+    box = [left, top, left + side, top + side]
+    (here / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": box, "8": box}}]}))
+    job = sample.Config(image="x.png", traj="b.json", size="auto", steps=1, scale=2)
+    image, trajectory = sample.read_inputs(job, ToyCodec())
+    size = best_size((height, width), 48 * 48, 8)
+    assert image.shape == (1, 3, 1, *size) and trajectory.size == size
+    red = torch.nonzero(image[0, 0, 0] > image[0, 1, 0] + 0.7)
+    (y0, x0), (y1, x1) = red.amin(0).tolist(), (red.amax(0) + 1).tolist()
+    assert np.abs(trajectory.boxes[0][0] - [x0, y0, x1, y1]).max() <= 1
+    sample.main(job)
+    assert iio.imread("out/sample.mp4").shape == (9, 2 * size[0], 2 * size[1], 3)
+
+
+@pytest.mark.parametrize("size, frames, message", [
+    ("auto", 120, "--frames 120: must be 4 n + 1, at least 2; 121 is"),
+    ("auto", 119, "--frames 119: must be 4 n + 1, at least 2; 117 is"),
+    ("auto", 1, "--frames 1: must be 4 n + 1, at least 2; 5 is"),
+    ("720x1280", 121, "--size 720x1280: takes auto, or height x width, both multiples of 32; the nearest is 704x1280"),
+    ("700x1290", 121, "--size 700x1290: takes auto, or height x width, both multiples of 32; the nearest is 704x1280"),
+    ("0x5", 121, "--size 0x5: takes auto, or height x width, both multiples of 32; the nearest is 32x32"),
+    ("large", 121, "--size large: takes auto, or height x width, both multiples of 32, as 128x192"),
+    ("auto", 4001, f"--size auto --frames 4001: {704 * 1280 * 4001} pixels; {MOST_VIDEO} is the most"),
+    ("704x1280", 4001, f"--size 704x1280 --frames 4001: {704 * 1280 * 4001} pixels; {MOST_VIDEO} is the most"),
+])  # fmt: skip
+def test_a_wrong_size_or_length_is_told_the_nearest(size, frames, message, tmp_path):
+    codec = WanCodec(tmp_path, torch.device("cpu"))
+    with pytest.raises(UserError) as caught:
+        codec.check_size(size, frames, (704, 1280))
+    assert str(caught.value) == message
+
+
+def test_without_a_picture_auto_is_fine_and_the_length_still_counts(tmp_path):
+    codec = WanCodec(tmp_path, torch.device("cpu"))
+    codec.check_size("auto", 121)
+    with pytest.raises(UserError, match="--frames 120"):
+        codec.check_size("auto", 120)
+
+
+def test_a_box_outside_what_is_kept_is_one_line(tmp_path):
+    """A wide video of a tall photo keeps its middle; a box above it has nothing to steer."""
+    boxes = {"0": [10, 300, 60, 350], "4": [10, 20, 60, 70]}
+    (tmp_path / "b.json").write_text(json.dumps({"objects": [{"name": "cat\ntwo", "boxes": boxes}]}))
+    with pytest.raises(UserError) as caught:
+        load_trajectory(tmp_path / "b.json", (352, 640), 5, (640, 360))
+    (line,) = str(caught.value).splitlines()
+    assert 'objects[0].boxes["4"]' in line and "cat two" in line and "--size" in line and "640x352" in line
+    load_trajectory(tmp_path / "b.json", (640, 352), 5, (640, 360))  # where all is kept
+
+
+def test_a_box_at_the_edge_of_what_is_kept_is_clipped(tmp_path):
+    """The picture keeps its rows 221 to 419: a box of rows 200 to 300 loses its upper part."""
+    (tmp_path / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": [10, 200, 60, 300]}}]}))
+    trajectory = load_trajectory(tmp_path / "b.json", (352, 640), 5, (640, 360))
+    rows = trajectory.masks[0].any(1).nonzero()[0]
+    assert rows[0] == 0 and abs(rows[-1] + 1 - (300 - 221) * 640 / 360) <= 2

@@ -1,0 +1,158 @@
+"""Clips of several shapes: prepared each in its own, and read so that all of a step are of one."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import finetune_hybrid
+from core.config import UserError
+from core.media import write_video
+from core.parallel import Processes
+from core.weights import read_safetensors, write_safetensors
+from data import ClipLatents
+from tools import prepare_clips
+from toy.codec import ToyCodec
+
+SIZES = {"square": (48, 48), "wide": (32, 64)}  # height, width
+LATENTS = {"square": (16, 9, 12, 12), "wide": (16, 9, 8, 16)}
+KINDS = ["square", "wide", "square"] * 6 + ["wide", "wide"]  # 12 square clips and 8 wide ones
+NEGATIVE = "a grey square"
+
+
+def write_clip(folder, number: int, size: tuple[int, int]) -> None:
+    """A square goes to the right before a background of its own colour."""
+    frames = np.full((9, *size, 3), 20 + 8 * number, np.uint8)
+    for t in range(9):
+        frames[t, 8:20, 4 + t : 16 + t] = (200, 40, 40)
+    write_video(folder / f"{number:02}.mp4", frames, fps=8)
+    (folder / f"{number:02}.txt").write_text(f"a red square, number {number}")
+    boxes = {"0": [4, 8, 16, 20], "8": [12, 8, 24, 20]}
+    (folder / f"{number:02}.json").write_text(json.dumps({"objects": [{"boxes": boxes}]}))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """All clips in one folder of shards, and those that are square in another."""
+    root = tmp_path_factory.mktemp("shapes")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ToyCodec, "negative", NEGATIVE)
+    for name, kinds in (("both", KINDS), ("one", [kind for kind in KINDS if kind == "square"])):
+        (root / name).mkdir()
+        for number, kind in enumerate(kinds):
+            write_clip(root / name, number, SIZES[kind])
+        prepare_clips.main(
+            prepare_clips.Config(source=str(root / name), out=str(root / f"{name} shards"), size="auto", shard=8)
+        )
+    patch.undo()
+    return root
+
+
+@pytest.fixture
+def both(prepared):
+    return prepared / "both shards"
+
+
+def test_each_clip_is_encoded_in_its_own_shape(both):
+    shapes = {}
+    for file in both.glob("latents-*.safetensors"):
+        shapes |= {name: stored.shape for name, stored in read_safetensors(file)[1].items()}
+    wanted = {f"{n}.{part}": LATENTS[kind] for n, kind in enumerate(KINDS) for part in ("video", "box")}
+    assert shapes == wanted
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 16])
+def test_a_step_is_of_one_shape_and_an_epoch_shows_every_clip(both, batch):
+    data = ClipLatents(both, 32, seed=3, batch=batch)
+    held_out = {n for n in range(len(KINDS)) if all(n not in clips for clips in data.shapes)}
+    assert len(held_out) == 4 and {KINDS[n] for n in held_out} == {"square"}  # the most frequent
+    steps = -(-8 // batch) + -(-8 // batch)  # of the squares that are left, and of the wide ones
+    orders = []
+    for epoch in range(3):
+        picks = [
+            [data.pick(step * batch + i) for i in range(batch)] for step in range(epoch * steps, (epoch + 1) * steps)
+        ]
+        assert all(len({KINDS[n] for n in step}) == 1 for step in picks)
+        assert {n for step in picks for n in step} == set(range(len(KINDS))) - held_out
+        assert sum(map(len, picks)) - 16 < 2 * max(batch, 1)  # few come twice
+        orders.append(picks)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_batches_stack_and_carry_their_clips_parts(both):
+    data = ClipLatents(both, 32, seed=3, batch=3)
+    seen = set()
+    for step in range(6):
+        samples = range(3 * step, 3 * step + 3)
+        x0, text, traj = data.batch(list(samples), "box")
+        kind = KINDS[data.pick(samples[0])]
+        assert x0.shape == traj.shape == (3, *LATENTS[kind]) and text.shape == (3, 32, 64)
+        wanted = ToyCodec().encode_text([f"a red square, number {data.pick(n)}" for n in samples])
+        assert torch.equal(text, wanted.bfloat16().float())
+        seen.add(kind)
+    assert seen == set(SIZES)
+
+
+def test_processes_and_micro_batches_share_a_step_of_one_shape(both):
+    data = ClipLatents(both, 32, batch=8)
+    for step in range(8):
+        parts = [Processes(rank, 2, torch.device("cpu"), None).share(8, 2, step) for rank in range(2)]
+        samples = [n for part in parts for micro in part for n in micro]
+        assert len(samples) == 8 and len({KINDS[data.pick(n)] for n in samples}) == 1
+
+
+def test_seed_and_number_fix_the_order(both):
+    one, same, other = (ClipLatents(both, 32, seed=seed, batch=4) for seed in (1, 1, 2))
+    order = [one.pick(n) for n in range(48)]
+    assert order == [same.pick(n) for n in reversed(range(48))][::-1] != [other.pick(n) for n in range(48)]
+
+
+def test_the_four_held_out_are_of_one_shape(both):
+    held_out = ClipLatents(both, 32, "validation", batch=3)
+    picked = [held_out.pick(n) for n in range(4)]
+    assert len(set(picked)) == 4 and {KINDS[n] for n in picked} == {"square"}
+    assert held_out.batch(list(range(4)), "box").traj.shape == (4, *LATENTS["square"])
+    assert not set(picked) & {n for clips in ClipLatents(both, 32).shapes for n in clips}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_clips_of_one_shape_come_in_the_order_of_their_epoch(prepared, batch):
+    """Whatever the batch: sample by sample through a permutation of all that are not held out."""
+    data = ClipLatents(prepared / "one shards", 32, seed=5, batch=batch)
+    wanted = [n for epoch in range(3) for n in 4 + np.random.default_rng([5, epoch]).permutation(8)]
+    assert [data.pick(n) for n in range(24)] == wanted and data.one_shape
+
+
+def test_guidance_goes_away_from_the_negative_prompt(both, prepared, tmp_path):
+    data = ClipLatents(both, 32)
+    wanted = ToyCodec().encode_text([NEGATIVE]).bfloat16().float()
+    assert torch.equal(data.unconditional(), wanted) and wanted.any()
+    assert not data.batch([0], drop_text=1.0).text.any()  # what training drops captions for stays the empty prompt
+    old = tmp_path / "old"
+    shutil.copytree(both, old)
+    for file in old.glob("text-*.safetensors"):  # as they were before
+        texts = {name: stored.read() for name, stored in read_safetensors(file)[1].items() if name != "negative"}
+        write_safetensors(file, texts, {})
+    with pytest.raises(UserError, match="old: holds no negative prompt; prepare the clips anew"):
+        ClipLatents(old, 32).unconditional()
+
+
+def test_too_few_clips_of_a_shape_are_one_line(tmp_path):
+    """Three of each: over four in all, but no shape has four to hold out."""
+    few = tmp_path / "few"
+    few.mkdir()
+    shards = {f"{n}.video": torch.zeros(LATENTS["square" if n % 2 else "wide"]) for n in range(6)}
+    write_safetensors(few / "latents-00000.safetensors", shards, {})
+    (few / "rejected.csv").write_text("")
+    with pytest.raises(UserError, match="few: no shape has 4 clips, which are held out; prepare more clips"):
+        ClipLatents(few, 32)
+
+
+def test_fakes_of_another_step_need_clips_of_one_shape(both, here):
+    options = {"data": str(both), "steps": 2, "diffusion_first": 0, "adapter_start": 0, "compile": False}
+    with pytest.raises(
+        UserError, match="--reuse_fakes true: needs clips that all have one shape; pass --reuse_fakes f"
+    ):
+        finetune_hybrid.main(finetune_hybrid.Config(**options))

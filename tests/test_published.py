@@ -1,0 +1,300 @@
+"""Generators as others publish them, LoRAs, and the small decoder: made small, with the published names and types."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from wan.tiny_decoder import TinyDecoder
+
+from core.config import UserError
+from model import DiTConfig, VideoDiT
+
+SHAPES = DiTConfig(256, 512, 2, 2, text_dim=64, text_tokens=512)
+
+
+@pytest.fixture(scope="module")
+def network() -> VideoDiT:
+    torch.manual_seed(0)
+    network = VideoDiT(SHAPES)
+    nn.init.normal_(network.head.head.weight, std=0.02)
+    return network
+
+
+@pytest.fixture(scope="module")
+def weights(network) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in network.state_dict().items()}
+
+
+@torch.no_grad()
+def answer(network: VideoDiT) -> Tensor:
+    draw = torch.Generator().manual_seed(1)
+    x, text = torch.randn(1, 48, 2, 4, 4, generator=draw), torch.randn(1, 512, 64, generator=draw)
+    return network(x, torch.tensor([[0.0, 500.0]]), text)
+
+
+def wrapped(name: str) -> str:
+    """As FSDP names parameters of a model that is wrapped block by block."""
+    head, *rest = name.split(".")
+    if head != "blocks":
+        return f"model._fsdp_wrapped_module.{name}"
+    return ".".join(["model._fsdp_wrapped_module.blocks", rest[0], "_fsdp_wrapped_module", *rest[1:]])
+
+
+def zeros(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(p) for name, p in weights.items()}
+
+
+CHECKPOINTS = {
+    "flat, as Turbo's model.pt": lambda w: {wrapped(n): p for n, p in w.items()},
+    "flat and bare": lambda w: dict(w),
+    "generator": lambda w: {"generator": {f"model.{n}": p for n, p in w.items()}, "step": 7},
+    "generator_ema before generator": lambda w: {
+        "generator": {f"model.{n}": p for n, p in zeros(w).items()},
+        "generator_ema": {f"model._orig_mod.{n}": p for n, p in w.items()},
+    },
+    "state_dict": lambda w: {"state_dict": {f"module.model.{n}": p for n, p in w.items()}, "epoch": 1},
+    "model": lambda w: {"model": {f"model.diffusion_model.{n}": p for n, p in w.items()}},
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_training_checkpoints(kind, network, weights, tmp_path):
+    file = tmp_path / "model.pt"
+    torch.save(CHECKPOINTS[kind](weights), file)
+    assert torch.equal(answer(VideoDiT.from_pretrained(file, "FastGenerator")), answer(network))
+
+
+def test_one_network_of_several_is_chosen_by_its_key(network, weights, tmp_path, capsys):
+    file = tmp_path / "several.pt"
+    torch.save({"generator": weights, "generator_ema": zeros(weights)}, file)
+    VideoDiT.from_pretrained(file, "FastGenerator")
+    assert "holds generator_ema, generator; generator_ema is taken" in capsys.readouterr().err
+    assert torch.equal(answer(VideoDiT.from_pretrained(f"{file}:generator", "FastGenerator")), answer(network))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="no dict of tensors under the key 'critic'"):
+        VideoDiT.from_pretrained(f"{file}:critic", "FastGenerator")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model.", "diffusion_model.", "module._orig_mod."])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bare_safetensors(prefix, dtype, network, weights, tmp_path):
+    file = tmp_path / "turbo.safetensors"
+    safetensors.torch.save_file({f"{prefix}{n}": p.to(dtype) for n, p in weights.items()}, file)
+    got, rounded = VideoDiT.from_pretrained(file, "FastGenerator"), VideoDiT(SHAPES)
+    rounded.load_state_dict({n: p.to(dtype) for n, p in weights.items()})
+    assert got.config == SHAPES and torch.equal(answer(got), answer(rounded))
+
+
+@pytest.mark.parametrize("name", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_fp8_with_scales(name, whole, network, weights, tmp_path):
+    """One scale a tensor, or one an output; the marks that lie beside them are no parameters."""
+    stored, meant = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, dict(weights)
+    for key, p in weights.items():
+        stored[key] = p
+        if key.startswith("blocks.") and key.endswith(".weight") and p.ndim == 2:
+            scale = p.abs().max() / 448 if whole else p.abs().amax(1, keepdim=True) / 448
+            stored[key] = (p / scale).to(torch.float8_e4m3fn)
+            stored[key.replace("weight", name)] = scale
+            stored[key.replace("weight", "scale_input")] = torch.ones(1)
+            meant[key] = stored[key].float() * scale
+    file, by_hand = tmp_path / "fp8.safetensors", VideoDiT(SHAPES)
+    safetensors.torch.save_file(stored, file)
+    by_hand.load_state_dict(meant)
+    got = answer(VideoDiT.from_pretrained(file, "FastGenerator"))
+    assert torch.equal(got, answer(by_hand))
+    assert 0 < (got - answer(network)).norm() < 0.1 * answer(network).norm()
+
+
+def test_fp8_without_scales(weights, tmp_path):
+    file, by_hand = tmp_path / "fp8.safetensors", VideoDiT(SHAPES)
+    small = {n: p.to(torch.float8_e5m2) if p.ndim == 2 else p for n, p in weights.items()}
+    safetensors.torch.save_file(small, file)
+    by_hand.load_state_dict({n: p.float() for n, p in small.items()})
+    assert torch.equal(answer(VideoDiT.from_pretrained(file, "FastGenerator")), answer(by_hand))
+
+
+def test_shards_without_their_index(network, weights, tmp_path):
+    names = sorted(weights)
+    for number in range(2):
+        part = {n: weights[n] for n in names[number::2]}
+        safetensors.torch.save_file(part, tmp_path / f"diffusion_pytorch_model-{number + 1:05}-of-00002.safetensors")
+    assert torch.equal(answer(VideoDiT.from_pretrained(tmp_path, "SlowGenerator")), answer(network))
+
+
+def test_what_is_not_read_says_what_is(weights, tmp_path):
+    with pytest.raises(UserError, match=r"x\.gguf: GGUF is not read; get the same network as \.safetensors"):
+        VideoDiT.from_pretrained(tmp_path / "x.gguf", "FastGenerator")
+    kept = ("patch_embedding.weight", "blocks.0.ffn.0.weight", "text_embedding.0.weight", "time_embedding.0.weight")
+    wrong = {
+        n if n in kept else f"{n}.x{i}": weights[n].clone() for n in weights for i in range(3) if n not in kept or not i
+    }
+    assert len(wrong) > 121
+    safetensors.torch.save_file(wrong, tmp_path / "wrong.safetensors")
+    with pytest.raises(UserError, match=r"missing: .* and .* more; unexpected: ") as caught:
+        VideoDiT.from_pretrained(tmp_path / "wrong.safetensors", "FastGenerator")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
+    safetensors.torch.save_file({"unet.x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"it holds no patch_embedding\.weight"):
+        VideoDiT.from_pretrained(tmp_path / "other.safetensors", "FastGenerator")
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+LAYERS = ("blocks.0.self_attn.q", "blocks.0.self_attn.o", "blocks.1.cross_attn.k", "blocks.1.ffn.0", "blocks.1.ffn.2")
+DIFFUSERS = {
+    "blocks.0.self_attn.q": "blocks.0.attn1.to_q", "blocks.0.self_attn.o": "blocks.0.attn1.to_out.0",
+    "blocks.1.cross_attn.k": "blocks.1.attn2.to_k", "blocks.1.ffn.0": "blocks.1.ffn.net.0.proj",
+    "blocks.1.ffn.2": "blocks.1.ffn.net.2",
+}  # fmt: skip
+FORMS = {  # prefix, name of a layer, names of both matrices, alpha
+    "ComfyUI": ("diffusion_model.", str, ("lora_A", "lora_B"), None),
+    "original": ("", str, ("lora_down", "lora_up"), 2.0),
+    "diffusers": ("transformer.", DIFFUSERS.get, ("lora_A", "lora_B"), None),
+    "peft": ("base_model.model.", DIFFUSERS.get, ("lora_A.default", "lora_B.default"), None),
+    "kohya": ("lora_unet_", lambda layer: layer.replace(".", "_"), ("lora_down", "lora_up"), 2.0),
+}
+
+
+def factors(weights: dict[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
+    """A [4, in] and B [out, 4]."""
+    draw = torch.Generator().manual_seed(len(layer))
+    rows, columns = weights[f"{layer}.weight"].shape
+    return torch.randn(4, columns, generator=draw) * 0.1, torch.randn(rows, 4, generator=draw) * 0.1
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_lora_is_merged_as_by_hand(form, strength, network, weights, tmp_path):
+    (prefix, call, (down, up), alpha), stored, by_hand = FORMS[form], {}, dict(weights)
+    for layer in LAYERS:
+        a, b = factors(weights, layer)
+        stored[f"{prefix}{call(layer)}.{down}.weight"], stored[f"{prefix}{call(layer)}.{up}.weight"] = a, b
+        if alpha:
+            stored[f"{prefix}{call(layer)}.alpha"] = torch.tensor(alpha)
+        by_hand[f"{layer}.weight"] = weights[f"{layer}.weight"] + strength * (alpha or 4) / 4 * (b @ a)
+    merged = merged_with(stored, strength, weights, tmp_path)
+    for name, p in by_hand.items():
+        torch.testing.assert_close(merged.state_dict()[name], p, rtol=0, atol=1e-6)
+    assert (answer(merged) - answer(network)).norm() > 0.01 * answer(network).norm()
+
+
+def merged_with(
+    lora: dict[str, Tensor], strength: float, weights, folder, header=None, dtype=torch.float32
+) -> VideoDiT:
+    safetensors.torch.save_file(weights, folder / "g.safetensors")
+    safetensors.torch.save_file(lora, folder / "lora.safetensors", header)
+    text = f"{folder / 'lora.safetensors'}:{strength}" if strength != 1 else str(folder / "lora.safetensors")
+    return VideoDiT.from_pretrained(folder / "g.safetensors", "FastGenerator", dtype, text)
+
+
+def test_differences_of_weights_biases_and_norms(weights, tmp_path):
+    changes = {
+        "ffn.0.weight": "ffn.0.diff", "ffn.0.bias": "ffn.0.diff_b", "norm3.weight": "norm3.diff",
+        "self_attn.norm_q.weight": "self_attn.norm_q.diff", "self_attn.k.bias": "self_attn.k.lora_B.bias",
+    }  # fmt: skip
+    stored, by_hand = {}, dict(weights)
+    for name, change in changes.items():
+        stored[f"diffusion_model.blocks.1.{change}"] = torch.randn_like(weights[f"blocks.1.{name}"])
+        by_hand[f"blocks.1.{name}"] = weights[f"blocks.1.{name}"] + 2 * stored[f"diffusion_model.blocks.1.{change}"]
+    merged = merged_with(stored, 2.0, weights, tmp_path)
+    for name, p in by_hand.items():
+        torch.testing.assert_close(merged.state_dict()[name], p, rtol=0, atol=1e-6)
+
+
+def test_alpha_in_the_header_of_diffusers(weights, tmp_path):
+    a, b = factors(weights, LAYERS[0])
+    said = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})}
+    names = (f"transformer.{DIFFUSERS[LAYERS[0]]}.lora_{kind}.weight" for kind in "AB")
+    merged = merged_with(dict(zip(names, (a, b), strict=True)), 1.0, weights, tmp_path, said)
+    wanted = weights[f"{LAYERS[0]}.weight"] + 2 * b @ a
+    torch.testing.assert_close(merged.state_dict()[f"{LAYERS[0]}.weight"], wanted, rtol=0, atol=1e-6)
+
+
+def test_a_lora_is_merged_before_rounding_to_8_bits(weights, tmp_path):
+    a, b = factors(weights, LAYERS[0])
+    stored = {f"{LAYERS[0]}.lora_A.weight": a, f"{LAYERS[0]}.lora_B.weight": b}
+    short = merged_with(stored, 1.0, weights, tmp_path, dtype=torch.int8)
+    layer, wanted = short.blocks[0].self_attn.q, weights[f"{LAYERS[0]}.weight"] + b @ a
+    got = layer.weight.float() * layer.scale.float()
+    assert (got - wanted).abs().max() < wanted.abs().max() / 100
+
+
+@pytest.mark.parametrize(
+    "stored, message",
+    [
+        ({"blocks.9.self_attn.q.lora_A.weight": torch.zeros(4, 256)}, r"is called blocks\.9\.self_attn\.q\.lora_A"),
+        ({"text_model.x.lora_A.weight": torch.zeros(4, 256)}, "a LoRA of another network"),
+        ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 256)}, r"q\.weight is of another shape"),
+        ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 128),
+          "blocks.0.self_attn.q.lora_B.weight": torch.zeros(256, 4)}, r"q\.weight is of another shape here"),
+        ({"blocks.0.norm3.diff": torch.zeros(7)}, r"norm3\.weight is of another shape here"),
+    ],
+)  # fmt: skip
+def test_a_lora_that_does_not_match_is_refused(stored, message, weights, tmp_path):
+    with pytest.raises(UserError, match=message):
+        merged_with(stored, 1.0, weights, tmp_path)
+
+
+def test_a_missing_lora_is_named(weights, tmp_path):
+    safetensors.torch.save_file(weights, tmp_path / "g.safetensors")
+    with pytest.raises(UserError, match=r"--lora none\.safetensors:0\.5: no such file"):
+        VideoDiT.from_pretrained(tmp_path / "g.safetensors", "FastGenerator", lora="none.safetensors:0.5")
+
+
+# --- the small decoder ------------------------------------------------------------------------------------------------
+
+
+def decode_by_description(tensors: dict[str, Tensor], latents: Tensor) -> Tensor:
+    """All frames at once, functions alone: [1, 48, F, H, W] -> [1, 3, 4 F - 3, 16 H, 16 W] in [-1, 1]."""
+
+    def conv(x: Tensor, name: str, padding: int = 1) -> Tensor:
+        return F.conv2d(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), padding=padding)
+
+    x = torch.tanh(latents[0].transpose(0, 1) / 3) * 3  # (F, C, H, W)
+    x, layer = conv(x, "decoder.1").relu(), 3
+    for times in (1, 2, 2):
+        for _ in range(3):
+            past = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1]
+            y = conv(torch.cat([x, past], 1), f"decoder.{layer}.conv.0").relu()
+            y = conv(y, f"decoder.{layer}.conv.2").relu()
+            x, layer = (conv(y, f"decoder.{layer}.conv.4") + x).relu(), layer + 1
+        x = F.interpolate(x, scale_factor=2)
+        x = conv(x, f"decoder.{layer + 1}.conv", padding=0)
+        x = x.reshape(times * len(x), -1, *x.shape[2:])
+        x, layer = conv(x, f"decoder.{layer + 2}"), layer + 3
+    video = F.pixel_shuffle(conv(x.relu(), f"decoder.{layer + 1}"), 2).clamp(0, 1)[3:]
+    return video.transpose(0, 1)[None] * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def decoder_tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    tensors = {name: torch.randn_like(p) * 0.03 for name, p in TinyDecoder().state_dict().items()}
+    return tensors | {"encoder.0.weight": torch.zeros(64, 12, 3, 3)}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_the_small_decoder_does_what_its_description_says(suffix, decoder_tensors, tmp_path):
+    file = tmp_path / f"taew2_2.{suffix}"
+    (torch.save if suffix == "pth" else safetensors.torch.save_file)(decoder_tensors, file)
+    latents = torch.randn(1, 48, 4, 4, 6)
+    pieces = list(TinyDecoder.from_pretrained(file).frames(latents))
+    assert [piece.shape[2] for piece in pieces] == [1, 4, 4, 4]
+    wanted = decode_by_description(decoder_tensors, latents)
+    assert wanted.std() > 0.01
+    torch.testing.assert_close(torch.cat(pieces, dim=2), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_made_to_grow_at_its_first_level_too(decoder_tensors, tmp_path):
+    """Such a file's projection has twice the outputs, of which the last half is that of the frame that is kept."""
+    name, file = "decoder.7.conv.weight", tmp_path / "t.pth"
+    torch.save(decoder_tensors | {name: torch.cat([torch.randn(256, 256, 1, 1), decoder_tensors[name]])}, file)
+    kept = TinyDecoder.from_pretrained(file).state_dict()[name]
+    assert torch.equal(kept, decoder_tensors[name])
+    torch.save({"decoder.1.weight": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match=r"t\.pth: missing: decoder"):
+        TinyDecoder.from_pretrained(file)

@@ -1,0 +1,108 @@
+"""LoRA: small changes to a transformer's weights, published apart from it, merged while the weights are read.
+
+    W + strength * (alpha / rank) * B A      with A [rank, in] and B [out, rank]; alpha is the rank where none is given
+
+Names are `lora_A` and `lora_B`, or `lora_down` and `lora_up`; `diff` and `diff_b` add to a weight and a bias as they
+are. Layers are called as in Wan, in diffusers, or with underscores after `lora_unet_`.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.config import UserError
+from core.weights import Stored, brief, read_safetensors, rename
+from wan.published import DIFFUSERS_NAMES, PREFIXES, WRAPPERS
+
+PART = re.compile(
+    r"^(.+)\.(lora_A|lora_down|lora_B|lora_up|diff_b|diff|alpha)(?:\.(?!weight|bias)\w+)?(?:\.(weight|bias))?$"
+)
+KINDS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """ "file.safetensors:0.8" -> the file and its strength, 1 if none is given. UserError if there is no such file."""
+    path, _, strength = text.rpartition(":")
+    try:
+        found = (Path(path), float(strength)) if path and not Path(text).exists() else (Path(text), 1.0)
+    except ValueError:
+        found = (Path(text), 1.0)
+    if not found[0].is_file():
+        raise UserError(f"--lora {text}: no such file; give FILE or FILE:strength")
+    return found
+
+
+def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
+    """A transformer's tensors with a LoRA's changes: float32 when read. UserError if a name or shape finds no match."""
+    path, strength = parse_lora(text)
+    header, parts = read_safetensors(path)
+    layers: dict[str, dict[str, Stored]] = {}
+    unknown = []
+    flat = {name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in tensors}
+    for name, stored in parts.items():
+        found = PART.match(name)
+        layer = own_name(found[1], flat) if found else ""
+        if not found or f"{layer}.weight" not in tensors:
+            unknown.append(name)
+            continue
+        kind = "diff_b" if found[3] == "bias" else KINDS.get(found[2], found[2])  # lora_B.bias adds to the bias
+        layers.setdefault(layer, {})[kind] = stored
+    if unknown or not layers:
+        raise UserError(
+            f"{path}: a LoRA of another network; no layer here is called {brief(unknown) or 'like its own'}"
+        )
+    alpha = adapter_alpha(header)
+    merged = dict(tensors)
+    for layer, changes in layers.items():
+        bias = changes.pop("diff_b", None)
+        for target, its_changes in ((f"{layer}.weight", changes), (f"{layer}.bias", {"diff": bias} if bias else {})):
+            if its_changes.keys() - {"alpha"}:
+                if target not in tensors or not fits(its_changes, tensors[target].shape):
+                    raise UserError(f"{path}: {target} is of another shape here; the file was made for another network")
+                merged[target] = changed(tensors[target], its_changes, strength, alpha)
+    return merged
+
+
+def own_name(layer: str, flat: dict[str, str]) -> str:
+    """A layer's name in Wan's own words."""
+    if layer.startswith("lora_unet_"):
+        return flat.get(layer.removeprefix("lora_unet_"), layer)
+    names = (*WRAPPERS, (r"^(base_model\.model\.)", ""), *PREFIXES, *DIFFUSERS_NAMES)
+    return next(iter(rename({f"{layer}.": None}, names))).removesuffix(".")
+
+
+def adapter_alpha(header: dict[str, str]) -> float | None:
+    """alpha / rank as diffusers keeps them in the header, if it does."""
+    try:
+        said = json.loads(header.get("lora_adapter_metadata", "{}"))
+        values = {key.rpartition(".")[2]: value for key, value in said.items()}
+        return float(values["lora_alpha"]) / float(values["r"])
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def fits(changes: dict[str, Stored], shape: tuple[int, ...]) -> bool:
+    """Do the changes have the shapes that a tensor of this shape needs?"""
+    if ("down" in changes) != ("up" in changes):
+        return False
+    pair = "down" not in changes or (
+        changes["up"].shape[:2] == (shape[0], changes["down"].shape[0]) and changes["down"].shape[1:] == shape[1:]
+    )
+    return pair and ("diff" not in changes or changes["diff"].shape == shape)
+
+
+def changed(target: Stored, changes: dict[str, Stored], strength: float, alpha: float | None) -> Stored:
+    """A tensor that adds its changes when it is read."""
+
+    def read() -> Tensor:
+        whole = target.read().to(torch.float32)
+        if "down" in changes:
+            down, up = (changes[kind].read().float().flatten(1) for kind in ("down", "up"))
+            scale = changes["alpha"].read().float().item() / len(down) if "alpha" in changes else alpha or 1.0
+            whole = whole + strength * scale * (up @ down).view(whole.shape)
+        return whole + strength * changes["diff"].read().float() if "diff" in changes else whole
+
+    return Stored(target.shape, read)

@@ -1,0 +1,95 @@
+"""A small decoder for Wan2.2's latents, of the community's TAEHV family (`taew2_2`): fast, light, a little softer.
+
+It reads the DiT's latents as they are, frame by frame. A block sees its own input and that of the frame before, so a
+video streams through and memory does not grow with its length. Parameter names are those of `taew2_2.pth`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from core.weights import load, read_checkpoint, read_safetensors
+
+WIDTHS = (256, 128, 64, 64)  # from the latent's resolution up
+TRIMMED = 3  # frames that the first latent frame gives too many: the VAE makes one of it, not four
+
+
+class MemoryBlock(nn.Module):
+    """Three convolutions of a frame and the one before it, with a skip. [n, C, h, w] -> the same shape."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, before: Tensor | None) -> Tensor:
+        """x: frames in their order; `before`: the one before the first, None for a video's first."""
+        past = torch.cat([torch.zeros_like(x[:1]) if before is None else before, x[:-1]])
+        return F.relu(self.conv(torch.cat([x, past], dim=1)) + x)
+
+
+class Grow(nn.Module):
+    """Every frame becomes `times` frames: [n, C, h, w] -> [n * times, C, h, w]."""
+
+    def __init__(self, width: int, times: int):
+        super().__init__()
+        self.times, self.conv = times, nn.Conv2d(width, width * times, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.conv(x), "n (t c) h w -> (n t) c h w", t=self.times)
+
+
+class Squash(nn.Module):
+    """Latents to (-3, 3), smoothly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * torch.tanh(x / 3)
+
+
+class TinyDecoder(nn.Module):
+    """`frames(latents)` gives what `WanVAE.frames` gives, without gradient."""
+
+    def __init__(self, channels: int = 48, patch: int = 2):
+        super().__init__()
+        self.patch = patch
+        levels: list[nn.Module] = []
+        for width, wider, times in zip(WIDTHS[1:], WIDTHS, (1, 2, 2), strict=False):
+            levels += [*(MemoryBlock(wider) for _ in range(3)), nn.Upsample(scale_factor=2), Grow(wider, times)]
+            levels += [nn.Conv2d(wider, width, 3, padding=1, bias=False)]
+        last = nn.Conv2d(WIDTHS[-1], 3 * patch**2, 3, padding=1)
+        self.decoder = nn.Sequential(
+            Squash(), nn.Conv2d(channels, WIDTHS[0], 3, padding=1), nn.ReLU(), *levels, nn.ReLU(), last
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str, dtype: torch.dtype = torch.float32) -> "TinyDecoder":
+        """Read `taew2_2.pth`, or the same as safetensors. What the file says of an encoder is passed over."""
+        read = read_safetensors(path)[1] if Path(path).suffix == ".safetensors" else read_checkpoint(path)
+        tensors = {name: stored for name, stored in read.items() if not name.startswith("encoder.")}
+        grow = "decoder.7.conv.weight"
+        if grow in tensors and tensors[grow].shape[0] == 2 * WIDTHS[0]:  # made for two frames, of which the last counts
+            whole = tensors[grow]
+            tensors[grow] = replace(whole, shape=(WIDTHS[0], *whole.shape[1:]), read=lambda: whole.read()[WIDTHS[0] :])
+        return load(cls, tensors, path, dtype)
+
+    @torch.no_grad()
+    def frames(self, latents: Tensor) -> Iterator[Tensor]:
+        """Latents [1,48,F,H,W] as the DiT has them -> the video in pieces, one latent frame's each: [1,3,t,16H,16W]
+        in [-1, 1], t = 1 for the first and 4 for the others.
+        """
+        memory: dict[nn.Module, Tensor] = {}
+        for number, x in enumerate(latents.to(next(self.parameters()).dtype).unbind(2)):
+            for layer in self.decoder:
+                if isinstance(layer, MemoryBlock):
+                    memory[layer], x = x[-1:], layer(x, memory.get(layer))
+                else:
+                    x = layer(x)
+            pixels = F.pixel_shuffle(x, self.patch).clamp(0, 1) * 2 - 1
+            yield rearrange(pixels if number else pixels[TRIMMED:], "t c h w -> 1 c t h w")
