@@ -200,8 +200,7 @@ def main(cfg: Config) -> None:
         if student_learns(step, cfg.ratio):
             values |= train_step(step, "generator")
             ema.update(step)
-        if (step + 1) % cfg.log_every == 0:
-            run.log(step + 1, **{name: procs.mean(value) for name, value in values.items()})
+        run.log(step + 1, **values)
 
     # 4. The averaged student is the FastGenerator.
     weights = ema.weights()

@@ -298,8 +298,7 @@ def main(cfg: Config) -> None:
             values |= adapter_step(step, weight, judged)
             ema.update(step)
             fakes = None  # the adapter that made them is gone
-        if (step + 1) % cfg.log_every == 0:
-            run.log(step + 1, **{name: procs.mean(value) for name, value in values.items()})
+        run.log(step + 1, **values)
 
     # 4. The averaged adapter is the FastAdapter.
     weights, classifier_weights = ema.weights(), {n: parallel.full(p) for n, p in classifier.named_parameters()}

@@ -203,6 +203,7 @@ def read_inputs(job: Config, codec: Codec) -> tuple[Tensor, Trajectory]:
         if not getattr(job, name):
             raise UserError(f"--{name}: empty; name a file")
     output_path(job.out, ".mp4")
+    output_path(str(Path(job.out).with_suffix(".boxes.mp4")), ".mp4")
     pixels = load_image(job.image)
     size = codec.check_size(job.size, job.frames, pixels.shape[:2])
     image = fit_frames(pixels[None], size)[None] / 127.5 - 1
@@ -343,14 +344,16 @@ def main(cfg: Config) -> None:
             if not cfg.batch:
                 del networks  # decoding needs the memory
                 gc.collect()  # blocks whose forward pass is wrapped hold themselves
+            if not latents.isfinite().all():
+                raise UserError("the networks give values that are no numbers; give other weights, or --dtype float32")
             with clock("decode"):
                 video = decode(codec, latents, cfg.scale)
             with clock("write"):
                 overlay = write(job.out, video, trajectory, cfg.fps)
-        except UserError as error:
+        except Exception as error:  # whatever it is: a video that can't be made does not stop the rest
             if not cfg.batch:
                 raise
-            failed.append(f"{job.out}: {error}")  # a video that can't be made does not stop the rest
+            failed.append(f"{job.out}: {reason(error)}")
             continue
         steps = cfg.steps or SAMPLING[cfg.speed][cfg.preset].steps
         progress = f" ({number + 1} of {len(left)})" if cfg.batch else ""

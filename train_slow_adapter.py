@@ -143,8 +143,7 @@ def main(cfg: Config) -> None:
         optim.set_lr(optimizers, lr)
         loss, norm = train_step(step)
         ema.update(step)
-        if (step + 1) % cfg.log_every == 0:
-            run.log(step + 1, loss=procs.mean(loss), grad_norm=norm.item(), lr=lr)
+        run.log(step + 1, loss=loss, grad_norm=norm, lr=lr)
 
     # 4. The averaged weights are the result.
     weights = ema.weights()

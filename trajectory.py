@@ -12,6 +12,7 @@ K objects, T frames.
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,12 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from core.colors import MOST_OBJECTS, extents, flat_colors, label_pixels
 from core.config import UserError
-from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover, fit_nearest, read_frames
+from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover, fit_nearest, read_frames, read_mask
 
 # Half-intensity colours, as MagicMotion draws them; its first two are these. Any two are at least 45 apart in RGB.
 PALETTE = [
@@ -173,6 +173,8 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
         check(False, f"line {error.lineno}", f"not valid JSON ({error.msg}); correct this line")
     except (ValueError, RecursionError, OSError):  # not text, numbers or nesting beyond reason, unreadable
         check(False, "", "can't be read as JSON; give a boxes.json, a map video or a folder of PNG maps")
+    taken = "boxes.json is an object; point tracks are .npy, .npz, .txt, .pt or .pth, for python -m tools.convert"
+    check(not isinstance(top, list), "", f"holds a list, of spline points perhaps, which is not read; {taken}")
     _check_fields(check, "", top, TOP_FIELDS)
     for name in ("num_frames", "width", "height"):
         whole = _whole(top.get(name, 1), 1, MOST_SIDE)
@@ -187,7 +189,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
     fine = isinstance(objects, list) and 1 <= len(objects) <= MOST_OBJECTS
     check(fine, "objects", f"must be a list of 1 to {MOST_OBJECTS} objects; draw at least one")
 
-    boxes, masks, colors, names = [], [], [], []
+    boxes, masks, colors, names, notes = [], [], [], [], []
     for k, item in enumerate(objects):
         where = f"objects[{k}]"
         _check_fields(check, where, item, OBJECT_FIELDS)
@@ -200,7 +202,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
         frames, keys = _read_keyframes(check, f"{where}.boxes", item.get("boxes"), num_frames, size)
         placed = place(size, image_size, keys)
         kept = (placed[:, :2] < image_size[::-1]).all(1) & (placed[:, 2:] > 0).all(1)
-        lost = f"of {names[-1]} lies outside the part of the picture that {image_size[1]}x{image_size[0]} keeps"
+        lost = f"the box of {names[-1]} lies outside the part of the picture that {image_size[1]}x{image_size[0]} keeps"
         mend = "move it, or give a --size of the picture's shape"
         check(kept.all(), f'{where}.boxes["{frames[kept.argmin()]}"]', f"{lost}; {mend}")
         track = _interpolate(frames, placed, num_frames, kind)
@@ -209,7 +211,13 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
         mend = 'add a keyframe there or use "interpolate": "linear"'
         check(not crossed.any(), f"{where}.boxes", f"the box turns inside out in frame {crossed.argmax()}; {mend}")
 
-        if "mask" in item:
+        shown = _read_visible(check, f"{where}.visible", item.get("visible", [[0, num_frames - 1]]), num_frames)
+        crossing = (placed < 0).any(1) | (placed[:, 2:] > image_size[::-1]).any(1)
+        if cut := [str(t) for t in frames[crossing & shown[frames]]]:
+            notes.append(f"{names[-1]} in frame {', '.join(cut[:4])}{' and more' if len(cut) > 4 else ''}")
+        if not shown[0]:  # it enters later: frame 0 shows what is there
+            masks.append(np.zeros(image_size, dtype=bool))
+        elif "mask" in item:
             sizes = {size, tuple(source_size or size)}  # the boxes' frame, or the user's image where that is another
             masks.append(_read_mask(check, f"{where}.mask", path.parent, item["mask"], sizes, image_size))
         else:
@@ -218,9 +226,9 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
             x0, y0, x1, y1 = _pixels(track[None, :1], image_size)[0][0]
             masks.append(np.zeros(image_size, dtype=bool))
             masks[-1][y0:y1, x0:x1] = True
-        # Only now, for `visible` is about the drawn box: frame 0 shows the mask in every condition.
-        shown = _read_visible(check, f"{where}.visible", item.get("visible", [[0, num_frames - 1]]), num_frames)
         boxes.append(np.where(shown[:, None], track, np.nan))
+    if notes:
+        print(f"{path}: boxes cross the picture's edge and are cut there: {'; '.join(notes)}", file=sys.stderr)
     return Trajectory(np.stack(boxes), np.stack(masks), np.array(colors, dtype=np.uint8), names)
 
 
@@ -278,11 +286,11 @@ def _read_keyframes(
         fine = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)
         fine = fine and all(abs(v) < float("inf") for v in box)  # false for NaN too
         check(fine, where, f"{_show(box)} is not a box; give [x0, y0, x1, y1], four finite numbers")
-        for v, limit in zip(box, size[::-1] * 2, strict=True):
-            mend = f"use 0 to {size[1]} for x and 0 to {size[0]} for y"
-            check(0 <= v <= limit, where, f"{_show(box)} reaches outside the image; {mend}")
         fine = box[0] < box[2] and box[1] < box[3]
         check(fine, where, f"{_show(box)} has no area; x1 must be greater than x0, and y1 than y0")
+        fine = max(map(abs, box)) <= MOST_SIDE and box[0] < size[1] and box[1] < size[0] and min(box[2:]) > 0
+        mend = f"use 0 to {size[1]} for x and 0 to {size[0]} for y"
+        check(fine, where, f"{_show(box)} lies outside the image; {mend}")
         keys[t] = box
     frames = sorted(keys)
     return np.array(frames), np.array([keys[t] for t in frames], dtype=float)
@@ -308,19 +316,19 @@ def place(source: Size, target: Size, xy: np.ndarray) -> np.ndarray:
 
 
 def _read_mask(check: Check, field: str, folder: Path, name: object, sizes: set[Size], image_size: Size) -> np.ndarray:
-    """The `mask` image, of one of these sizes -> bool [height, width] of the generated size. Inside is not black."""
+    """The `mask` image, of one of these sizes -> bool [height, width] of the generated size."""
     check(isinstance(name, str) and bool(name), field, f"{_show(name)} is not a file name; give an image's path")
     file = folder / name
     wanted = " or ".join(f"{w}x{h}" for h, w in sorted(sizes))
+
+    def fits(got: Size) -> None:
+        check(got in sizes, field, f"{file} is {got[1]}x{got[0]} but the image is {wanted}; resize it")
+
     try:
         check(file.exists(), field, f"{file} does not exist; correct the path, relative to the JSON file")
-        with Image.open(file) as image:  # decodes nothing yet: a small file can hold a gigantic image
-            width, height = image.size
-            check((height, width) in sizes, field, f"{file} is {width}x{height} but the image is {wanted}; resize it")
-            rgba = np.asarray(image.convert("RGBA"))
+        mask = read_mask(file, fits)
     except BROKEN:
         check(False, field, f"{file} is not an image; save the mask as PNG")
-    mask = rgba[..., :3].any(axis=-1) & (rgba[..., 3] > 0)
     check(mask.any(), field, f"{file} is empty; paint the object in any colour but black")
     mask = fit_nearest(mask, image_size)
     check(mask.any(), field, f"{file} vanishes at {image_size[1]}x{image_size[0]}; paint a larger object")

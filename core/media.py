@@ -1,17 +1,20 @@
 """Images and videos: read in any common format, resized and cropped, written for viewing."""
 
 import contextlib
+import io
 import re
 import struct
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from core.config import reason
@@ -19,6 +22,8 @@ from core.files import atomic
 
 Size = tuple[int, int]  # height, width in pixels
 MOST_PICTURE, MOST_VIDEO = 1 << 26, 1 << 30  # pixels of one picture; of all frames of a video that is held in memory
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's modes of one channel of more than 8 bits
+HD = 720  # lines: players take an untagged video of so many for BT.709, and a smaller one for BT.601
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif"}
 # What imageio and Pillow raise on broken files, and on small files that decompress to gigantic pictures.
 BROKEN = (
@@ -54,21 +59,115 @@ def fit_frames(frames: np.ndarray, size: Size) -> Tensor:
 
 
 def read_picture(path: Path | str) -> np.ndarray:
-    """uint8 [height, width, 3], upright as its EXIF says; an animation's first frame. Raises one of BROKEN."""
+    """uint8 [height, width, 3] in sRGB, upright as its EXIF says; an animation's first frame. Raises one of BROKEN.
+
+    Grey of 16 bits or floats keeps its shades. What is transparent shows white, as in most viewers. Colours of another
+    profile are converted.
+    """
     with Image.open(path) as image:
         image.load()
-        with contextlib.suppress(Exception):  # a garbled EXIF block can raise anything; the picture is fine
-            ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(image.convert("RGB"))
+        upright(image)
+        if image.mode in DEEP:
+            return np.repeat((grey(image) * 255).round().astype(np.uint8)[..., None], 3, axis=2)
+        profile, alpha = image.info.get("icc_profile"), None
+        if has_alpha(image):
+            image = image.convert("RGBA")
+            alpha = image.getchannel("A")
+        elif image.mode not in ("L", "CMYK"):
+            image = image.convert("RGB")
+        if profile:
+            image = to_srgb(image.convert("RGB") if alpha else image, profile)
+        image = image.convert("RGB")
+        if alpha:
+            image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+        return np.asarray(image)
+
+
+def read_mask(path: Path | str, check: Callable[[tuple[int, int]], None]) -> np.ndarray:
+    """A picture as a mask, bool [height, width]: what is at least half as bright as the brightest, or as opaque.
+
+    `check` is given (height, width) before anything is decoded. Raises one of BROKEN.
+    """
+    with Image.open(path) as image:
+        check((image.height, image.width))
+        image.load()
+        upright(image)
+        if image.mode in DEEP:
+            strength = grey(image)
+        else:
+            rgba = np.asarray(image.convert("RGBA"))
+            cut_out = has_alpha(image) and rgba[..., 3].min() < 255  # else alpha says nothing
+            strength = rgba[..., 3] if cut_out else rgba[..., :3].max(-1)
+    return (strength > 0) & (strength >= strength.max() / 2)
+
+
+def upright(image: Image.Image) -> None:
+    with contextlib.suppress(Exception):  # a garbled EXIF block can raise anything; the picture is fine
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def has_alpha(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
+
+
+def grey(image: Image.Image) -> np.ndarray:
+    """A picture of one deep channel as values from 0 to 1: of 16 bits, or of floats, which are 0 to 1, 255 or 65535."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("holds values that are no numbers")
+    high = values.max(initial=0)
+    full = 65535 if image.mode.startswith("I;16") else next((n for n in (1, 255, 65535) if high <= n), high)
+    return (values / full).clip(0, 1)
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Colours of this ICC profile as sRGB; as they are where the profile can't be used."""
+    try:
+        return ImageCms.profileToProfile(
+            image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError):  # garbled, or a profile of another kind of picture
+        return image
+
+
+def ffmpeg(*arguments: object) -> list[str]:
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *map(str, arguments)]
 
 
 def read_video(path: Path) -> Iterator[np.ndarray]:
-    """Frames [height, width, 3] uint8 of a video file. Raises one of BROKEN."""
-    with iio.imopen(path, "r", plugin="FFMPEG") as file:
-        width, height = file.metadata()["size"]
-        if width * height > MOST_PICTURE:
-            raise ValueError(f"a frame of {width}x{height} is larger than {MOST_PICTURE} pixels")
-        yield from file.iter()
+    """The pictures [height, width, 3] uint8 that a video file holds, in their order. Raises one of BROKEN."""
+    said = subprocess.run(ffmpeg("-i", f"file:{path}"), capture_output=True).stderr.decode(errors="replace")
+    stream = re.search(r"Stream #\S+ .*?Video: (.*)", said)
+    if not stream:
+        raise ValueError("holds no video")
+    about, size = stream[1], re.search(r"[ ,](\d+)x(\d+)[ ,\[]", stream[1] + ",")
+    if not size:
+        raise ValueError("holds no picture that can be decoded")
+    width, height = int(size[1]), int(size[2])
+    if width * height > MOST_PICTURE:
+        raise ValueError(f"a frame of {width}x{height} is larger than {MOST_PICTURE} pixels")
+    if hdr := re.search("smpte2084|arib-std-b67", about):
+        raise ValueError(f"is HDR ({hdr[0]}); convert it to SDR first")
+    told = re.search(r"\((?:[^()]*, )?(bt709|smpte170m|bt470bg|bt2020|gbr|fcc|smpte240m)", about)
+    matrix = [] if told or height < HD or "rgb" in about or "gbr" in about else ["-vf", "scale=in_color_matrix=bt709"]
+    command = ffmpeg("-v", "error", "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough", *matrix,
+                     "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-")  # fmt: skip
+    with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as job:
+        try:
+            while head := job.stdout.readline():
+                if head != b"P6\n":
+                    raise RuntimeError("ends amid a picture")
+                width, height = map(int, job.stdout.readline().split())
+                job.stdout.readline()
+                pixels = job.stdout.read(3 * width * height)
+                if len(pixels) < 3 * width * height:
+                    raise RuntimeError("ends amid a picture")
+                yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+            if job.wait():
+                errors.seek(0)
+                raise RuntimeError(reason(RuntimeError(errors.read().decode(errors="replace").strip())))
+        finally:
+            job.kill()  # whoever has read enough leaves the rest
 
 
 def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator[np.ndarray]:
@@ -98,17 +197,32 @@ def contact_sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
 
 
 def write_video(path: Path | str, frames: np.ndarray, fps: int) -> None:
-    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere."""
+    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel."""
+    count, height, width = frames.shape[:3]
     with atomic(path) as temporary:
-        iio.imwrite(temporary, frames, fps=fps, codec="libx264", macro_block_size=2, quality=9)
+        command = ffmpeg(
+            "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps, "-i", "-",
+            "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv,format=yuv420p,"
+            "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709",
+            "-c:v", "libx264", "-crf", 5, "-movflags", "+faststart", f"file:{temporary}",
+        )  # fmt: skip
+        command.remove("-nostdin")
+        encoded = subprocess.run(command, input=np.ascontiguousarray(frames).data, capture_output=True)
+        listed = subprocess.run(ffmpeg("-v", "error", "-i", f"file:{temporary}", "-c", "copy", "-f", "framecrc", "-"),
+                                capture_output=True).stdout.splitlines()  # fmt: skip
+        whole = sum(not line.startswith(b"#") for line in listed)  # a line for each picture in the file
+        if encoded.returncode or whole != count:
+            said = encoded.stderr.decode(errors="replace").strip() or f"{whole} of {count} pictures arrived"
+            raise OSError(reason(OSError(said)))
 
 
 def write_animation(path: Path | str, frames: np.ndarray, fps: int) -> None:
     """[T, H, W, 3] uint8 -> a gif that loops forever."""
     with atomic(path) as temporary:
-        iio.imwrite(temporary, frames, plugin="pillow", duration=1000 / fps, loop=0)
+        first, *rest = map(Image.fromarray, frames)
+        first.save(temporary, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
 
 
 def write_image(path: Path | str, image: np.ndarray) -> None:
     with atomic(path) as temporary:
-        iio.imwrite(temporary, image)
+        Image.fromarray(image).save(temporary)

@@ -6,7 +6,9 @@ everything is on disk. So a run killed at any moment leaves only whole checkpoin
 
 import dataclasses
 import json
+import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.stateful import Stateful
 from tqdm import tqdm
 
-from core.config import UserError
+from core.config import UserError, reason
 from core.files import atomic, write_text
 from core.media import contact_sheet, to_uint8, write_image, write_video
 from core.parallel import Processes
@@ -54,6 +57,7 @@ class Run:
         self.folder, self.config, self.procs, self.parts = Path(folder), dataclasses.asdict(config), procs, parts
         self.writer, self.written = ThreadPoolExecutor(1), Future()
         self.written.set_result(None)
+        self.latest: dict[str, Tensor | float] = {}  # what the last step gave
         self.alone = procs.mesh is None
         # Checkpoint writers communicate from a thread of their own, at the same time as the training's collectives.
         self.writers = None if self.alone else dist.new_group(backend="gloo")
@@ -78,6 +82,9 @@ class Run:
         total, every = self.config["steps"], [self.config[f"{what}_every"] for what in ("sample", "save")]
         for step in tqdm(range(start, total + 1), initial=start, total=total, disable=self.procs.rank > 0):
             last = step == total
+            self.check_finite(step)
+            if self.written.done():
+                self.settle()
             if due(step, every[0], start, last):
                 write_samples(step)
             if due(step, every[1], start, last):
@@ -87,7 +94,7 @@ class Run:
 
     def save(self, step: int, wait: bool = False) -> None:
         """Write `ckpt/step_00000500/`. Returns once everything is copied to memory or, with `wait`, is on disk."""
-        self.written.result()  # one at a time; raises whatever went wrong with the last
+        self.settle()  # one at a time
         folder, temporary = self.folder / "ckpt" / f"step_{step:08d}", self.folder / "ckpt" / f".step_{step:08d}.tmp"
         if folder.exists():  # a finished run that was started again
             return
@@ -98,8 +105,20 @@ class Run:
         saved = dcp.async_save(self.state(), checkpoint_id=temporary, process_group=self.writers, no_dist=self.alone)
         self.written = self.writer.submit(self.publish, saved, temporary, folder)
         if wait:
-            self.written.result()
+            self.settle()
             self.procs.barrier()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written. UserError if it can't be."""
+        try:
+            self.written.result()
+        except (OSError, RuntimeError, CheckpointException) as error:
+            failures = getattr(error, "failures", {})
+            cause = next((first for first, _ in failures.values()), error)
+            for left in (self.folder / "ckpt").glob(".step_*.tmp") if self.procs.rank == 0 else ():
+                shutil.rmtree(left, ignore_errors=True)
+            fix = "make room and run the same command again"
+            raise UserError(f"{self.folder / 'ckpt'}: a checkpoint can't be written ({reason(cause)}); {fix}") from None
 
     def publish(self, saved: Future, temporary: Path, folder: Path) -> None:
         """Rename a checkpoint once it is on disk (the writers fsync their files), and delete old ones."""
@@ -112,8 +131,8 @@ class Run:
                 shutil.rmtree(old)
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
-        return sorted((self.folder / "ckpt").glob("step_*"))
+        """Whole checkpoints, oldest first. What else a user keeps beside them is not ours."""
+        return sorted(p for p in (self.folder / "ckpt").glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
 
     def resume(self) -> int:
         """Load the newest checkpoint. Returns its step, or 0. UserError if the run was started with other options."""
@@ -140,7 +159,9 @@ class Run:
         if self.procs.rank == 0:
             write_text(options, json.dumps(self.config, indent=1))
         if self.procs.rank == 0 and log.exists():
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill may truncate one
+            lines = [
+                line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+            ]  # a kill may truncate one
             with atomic(log) as temporary:  # without the steps that will be repeated
                 temporary.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
         return step
@@ -158,10 +179,31 @@ class Run:
         write_image(path.with_suffix(".png"), contact_sheet([video[shown] for video in frames]))
         write_video(path.with_suffix(".mp4"), np.concatenate(frames, axis=2), fps=8)
 
-    def log(self, step: int, **values: float) -> None:
-        if self.procs.rank == 0:
-            with (self.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+    def check_finite(self, step: int) -> None:
+        """UserError if the last step gave a loss or gradient that is no finite number; nothing of it has been saved.
+
+        Looked at one step late, when the device has long had the numbers: so it need not wait for them.
+        """
+        wrong = [name for name, value in self.latest.items() if not torch.as_tensor(value).isfinite().all()]
+        if wrong:
+            self.settle()
+            good = f"{kept[-1]} is the last good checkpoint" if (kept := self.checkpoints()) else "nothing was saved"
+            raise UserError(
+                f"{self.folder}: step {step}: {wrong[0]} is no finite number; {good}; lower the learning rate"
+            )
+
+    def log(self, step: int, always: bool = False, **values: Tensor | float) -> None:
+        """What a step gave, averaged over ranks; written every `log_every` steps, or always. Every rank must call."""
+        self.latest = values
+        if step % self.config["log_every"] and not always:
+            return
+        numbers = {n: self.procs.mean(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+        if self.procs.rank == 0 and all(map(math.isfinite, numbers.values())):  # else the next step stops
+            try:
+                with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.folder / 'log.jsonl'}: can't be written ({reason(error)}); make room") from None
 
 
 def fsync_folder(folder: Path) -> None:

@@ -39,7 +39,12 @@ class Stored:
 def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str], dtype=torch.bfloat16) -> None:
     """Write tensors, all in one dtype, and a header."""
     with atomic(path) as temporary:
-        safetensors.torch.save_file({n: t.to("cpu", dtype).contiguous() for n, t in tensors.items()}, temporary, header)
+        try:
+            safetensors.torch.save_file(
+                {n: t.to("cpu", dtype).contiguous() for n, t in tensors.items()}, temporary, header
+            )
+        except safetensors.SafetensorError as error:
+            raise OSError(reason(error)) from None
 
 
 def save_network(path: Path, network: str, config, tensors: dict[str, Tensor], dtype=torch.bfloat16) -> None:
@@ -90,7 +95,7 @@ def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
         shards = sorted(folder.glob(f"{stem}-*.safetensors")) or [folder / f"{stem}.safetensors"]
         return {name: tensor for shard in shards for name, tensor in read_safetensors(shard)[1].items()}
     try:
-        shards = json.loads(index.read_text())["weight_map"]
+        shards = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{index}: not a JSON object with a weight_map; get it again") from None
     files = {shard: read_safetensors(folder / shard)[1] for shard in sorted(set(shards.values()))}
@@ -148,7 +153,7 @@ def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -
 def read_config(path: Path) -> dict:
     """The JSON object in a file. UserError if there is none."""
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the folder as it was published") from None
     except ValueError as error:
@@ -202,6 +207,8 @@ def load(
     for name in own:
         path_to, _, leaf = name.rpartition(".")
         module, tensor = network.get_submodule(path_to), tensors[name].read()
+        if tensor.is_floating_point() and not tensor.to(torch.float32).isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are no finite numbers; get the file again")
         tensor = tensor.to(torch.float32 if kept.search(name) else dtype, copy=True)
         if isinstance(module, Int8Linear) and leaf == "weight":
             module.fill(tensor)

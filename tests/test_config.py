@@ -125,7 +125,7 @@ def test_help_prints_every_field_with_default_and_comment(capsys):
     assert caught.value.code == 0
     page = capsys.readouterr().out
     words = " ".join(page.split())  # argparse breaks lines as it likes
-    assert "--lr float peak learning rate of the matrices (default: 0.006)" in words
+    assert "--lr float peak learning rate (default: 0.006)" in words
     assert "--compile [true|false] torch.compile each block (default: true)" in words
     assert "--data str folder of prepared clips (tools.prepare_clips); the toy world if empty --weights" in words
     named = [line for line in page.splitlines() if line.startswith("  --")]

@@ -115,7 +115,7 @@ BAD = {
     "not an array": ("text.npy", {}, "text.npy: can't be read as point tracks"),
     "pickled": ("object.npy", {}, "object.npy: can't be read as point tracks"),
     "code": ("evil.pth", {}, "evil.pth: holds more than tensors"),
-    "no names": ("other.npz", {}, "other.npz: holds neither tracks nor pred_tracks"),
+    "no names": ("other.npz", {}, "other.npz: holds points; name the tracks tracks or pred_tracks or"),
     "words": ("words.txt", {}, "words.txt: can't be read as point tracks"),
     "uneven": ("uneven.txt", {}, "uneven.txt: can't be read as point tracks"),
     "visibility": ("short.npz", {}, r"short.npz: visibility: is \[8, 2\]; give \[9, 2\]"),
@@ -182,14 +182,13 @@ def test_points_and_preview_are_cut_as_the_image_is(tmp_path):
 
 
 def test_boxes_that_leave_the_cut_come_back_as_far_as_they_are_inside(tmp_path):
-    objects = [{"boxes": {"0": [60, 10, 80, 30], "8": [10, 10, 30, 30]}}]
+    objects = [{"boxes": {"0": [60, 10, 80, 30], "8": [40, 10, 60, 30]}}]
     (tmp_path / "wide.json").write_text(json.dumps({"width": 144, "height": 48, "objects": objects}))
     convert.main(Config(str(tmp_path / "wide.json"), str(tmp_path / "cut.json"), **SMALL))
     want = load_trajectory(tmp_path / "wide.json", (48, 48), 9).boxes[0]
     back = load_trajectory(tmp_path / "cut.json", (48, 48), 9).boxes[0]
-    inside = want[:, 2] > 0
-    assert (np.isfinite(back[:, 0]) == inside).all() and 4 < inside.sum() < 9
-    np.testing.assert_allclose(back[inside], want[inside].clip(0, 48), atol=1e-3)
+    assert 2 < (want[:, 0] < 0).sum() < 9  # partly outside, which the format allows
+    np.testing.assert_allclose(back.clip(0, 48), want.clip(0, 48), atol=1e-3)
 
 
 def test_an_odd_size_makes_no_mp4(tmp_path):

@@ -71,6 +71,31 @@ def test_guidance():
     assert flow.guided(one, lambda x, t: x, 6)(x, x) == 6
 
 
+def test_trajectory_guidance():
+    """What the trajectory changes counts so many times, on top of the guidance by text."""
+    x, t = torch.randn(2, 3, 4, 2, 2), torch.tensor([[0.0, 500, 500, 500]] * 2)
+    both, told, untold = (lambda x, t, k=k: k * x + t[:, None, :, None, None] for k in (5.0, 2.0, 0.5))
+
+    def boom(x, t):
+        raise AssertionError("evaluated for nothing")
+
+    assert flow.trajectory_guided(both, boom, boom, 1) is both
+    for scale in (0.0, 1.5, 3.0):
+        got = flow.trajectory_guided(both, told, untold, scale)(x, t)
+        torch.testing.assert_close(got, both(x, t) + (scale - 1) * 1.5 * x)
+    torch.testing.assert_close(flow.trajectory_guided(told, told, untold, 0)(x, t), untold(x, t))  # as if undrawn
+
+
+def test_loss_on_x0_is_the_velocitys_times_sigma_squared():
+    x0, noise, sigma = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.tensor([0.2, 0.9])
+
+    def off_by_two(x, t):
+        return noise - x0 + 2
+
+    loss = flow.flow_matching_loss(off_by_two, x0, noise, sigma, on="x0").item()
+    assert loss == pytest.approx((0.2**2 + 0.9**2) / 2 * 4, rel=1e-5)
+
+
 def test_loss_is_that_of_the_network_it_was_given():
     x0, noise, sigma = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.tensor([0.2, 0.9])
     assert flow.flow_matching_loss(lambda x, t: noise - x0, x0, noise, sigma) == 0

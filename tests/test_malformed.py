@@ -181,7 +181,7 @@ CASES = [
     # sizes and lengths
     ("sample.py", [*PNG, *JSON, "--frames", "864001"], "--size 48x48 --frames 864001: 1990658304 pixels; 1073741824"),
     ("sample.py", [*PNG, *JSON, "--size", "80000x80000"], "--size 80000x80000 --frames 9: 57600000000 pixels"),
-    ("sample.py", [*PNG, *JSON, "--size=-48x48"], "--size -48x48: takes height x width"),
+    ("sample.py", [*PNG, *JSON, "--size=-48x48"], "--size -48x48: takes auto, or height x width"),
     ("sample.py", [*PNG, *JSON, "--seed", "-1"], "--seed -1: a whole number"),
     ("sample.py", [*PNG, *JSON, "--out", "good.png/x.mp4"], "--out good.png/x.mp4: "),
     ("convert.py", ["good.json", "--frames", "1000000000"], "--frames 1000000000: at least 1, and"),
@@ -200,7 +200,7 @@ CASES = [
     ("sample.py", ["--batch", "foreign.csv"], "foreign.csv: column 'x.mp4' is unknown"),
     ("sample.py", ["--batch", "no_maps"], "no_maps: not a readable CSV file"),
     # weights
-    ("sample.py", ["--generator", "untagged.safetensors"], "holds a network of unknown kind, expected a FastGenerator"),
+    ("sample.py", ["--generator", "untagged.safetensors"], "no transformer of Wan2.2: it holds no patch_embedding"),
     ("sample.py", ["--generator", "unshaped.safetensors"], "its header has no config of a FastGenerator"),
     ("sample.py", ["--generator", "garbled.safetensors"], "its header has no config of a FastGenerator"),
     ("sample.py", ["--generator", "listed.safetensors"], "its header has no config of a FastGenerator"),

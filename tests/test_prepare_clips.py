@@ -3,7 +3,9 @@
 import csv
 import json
 import shutil
+import subprocess
 import time
+import zlib
 
 import imageio.v3 as iio
 import numpy as np
@@ -105,7 +107,10 @@ def test_killed_or_shared_out_it_makes_the_same_shards(magic, prepared, run, tmp
         time.sleep(0.01)
     job.kill()
     assert not (tmp_path / "killed/rejected.csv").exists()
-    (tmp_path / "killed/.latents-00002.tmp7.safetensors").write_text("half-written")
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    left = f".tmp{ended.pid}-{zlib.crc32(b'latents-00002.safetensors'):08x}.safetensors"  # as a kill leaves it
+    (tmp_path / "killed" / left).write_text("half-written")
     for folder, processes in (("killed", 1), ("shared", 2)):
         job = run("tools.prepare_clips", *flags, tmp_path / folder, processes=processes)
         assert job.returncode == 0, job.stderr

@@ -7,10 +7,10 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from wan.tiny_decoder import TinyDecoder
 
 from core.config import UserError
 from model import DiTConfig, VideoDiT
+from wan.tiny_decoder import TinyDecoder
 
 SHAPES = DiTConfig(256, 512, 2, 2, text_dim=64, text_tokens=512)
 
@@ -179,7 +179,7 @@ def test_a_lora_is_merged_as_by_hand(form, strength, network, weights, tmp_path)
     merged = merged_with(stored, strength, weights, tmp_path)
     for name, p in by_hand.items():
         torch.testing.assert_close(merged.state_dict()[name], p, rtol=0, atol=1e-6)
-    assert (answer(merged) - answer(network)).norm() > 0.01 * answer(network).norm()
+    assert (answer(merged) - answer(network)).norm() > 0.005 * strength * answer(network).norm()
 
 
 def merged_with(

@@ -1,7 +1,10 @@
 """A run's folder: its log, and checkpoints that are written while training goes on."""
 
+import concurrent.futures
 import dataclasses
 import json
+import resource
+import shutil
 
 import imageio.v3 as iio
 import pytest
@@ -21,6 +24,8 @@ class Options:
     lr: float = 1e-3  # the rate
     log_every: int = 1  # steps
     steps: int = 9  # of it
+    save_every: int = 2  # steps
+    sample_every: int = 100  # steps
 
 
 def part(width):
@@ -71,7 +76,7 @@ def test_a_write_that_fails_is_not_passed_over(tmp_path, monkeypatch):
 
     monkeypatch.setattr("core.runs.fsync_folder", fail)
     run.save(1)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"can't be written \(disk full\)"):
         run.save(2)
     assert run.checkpoints() == []
 
@@ -151,3 +156,66 @@ def test_what_is_due_and_when():
     assert [step for step in range(4, 11) if due(step, 4, 4, last=step == 10)] == [8, 10]
     assert [step for step in range(9) if due(step, 4, 0, last=step == 8)] == [4, 8]
     assert due(0, 4, 0, last=True)  # a run of no steps, or one that is begun again when it is done
+
+
+def train(folder, values, writes=lambda step: None, save_every=2) -> list[int]:
+    """Steps taken of a run whose step n logs values[n], 0 if it is not there."""
+    options = Options(save_every=save_every)
+    run, taken = Run(folder, options, ALONE, part(4)), []
+    for step in run.steps(run.resume(), writes):
+        taken.append(step)
+        run.log(step + 1, loss=torch.tensor(values.get(step + 1, 0.5)), grad_norm=1.0)
+    return taken
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "step, good", [(1, "nothing"), (5, "step_00000004"), (6, "step_00000004"), (9, "step_00000008")]
+)
+def test_a_run_stops_at_the_first_value_that_is_no_finite_number(value, step, good, tmp_path):
+    with pytest.raises(UserError, match=rf"step {step}: loss is no finite number; .*{good}") as caught:
+        train(tmp_path, {step: value})
+    assert "\n" not in str(caught.value)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines() if step > 1 else []
+    logged = [json.loads(line, parse_constant=pytest.fail)["step"] for line in lines]  # NaN is no JSON
+    assert logged == list(range(1, step))
+    saved = sorted(int(p.name[-8:]) for p in (tmp_path / "ckpt").glob("step_*"))
+    assert saved == [n for n in (2, 4, 6, 8) if n < step][-2:]
+    assert train(tmp_path, {}) == list(range(saved[-1] if saved else 0, 9))  # begun again, it goes on from there
+
+
+@pytest.mark.parametrize("name", ["step_00000004.bak", "step_00000003_keep", "step_3", "step_000000050", "notes"])
+def test_what_a_user_keeps_beside_the_checkpoints_is_left_alone(name, tmp_path):
+    train(tmp_path, {})
+    (tmp_path / "ckpt" / name).mkdir()
+    (tmp_path / "ckpt" / name / "mine").write_text("x")
+    for folder in (tmp_path / "ckpt").glob("step_0000000[89]"):
+        shutil.rmtree(folder)
+    train(tmp_path, {})
+    assert (tmp_path / "ckpt" / name / "mine").read_text() == "x"
+    own = {p.name for p in (tmp_path / "ckpt").iterdir()} - {name}
+    assert "step_00000009" in own and len(own) <= 2
+
+
+@pytest.mark.parametrize("limit", [1, 600, 2000])
+def test_a_full_disk_is_told_at_once_and_leaves_nothing_half_written(limit, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(step: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit if step == 4 else before[0], before[1]))
+
+    def writes(step: int) -> None:
+        full(step)
+
+    run, taken = Run(tmp_path, Options(save_every=4, sample_every=1), ALONE, part(64)), []
+    try:
+        with pytest.raises(UserError, match=r"ckpt: a checkpoint can't be written \(.*; make room and run the same"):
+            for step in run.steps(0, writes):
+                taken.append(step)
+                if step == 4:
+                    concurrent.futures.wait([run.written])
+                    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert taken == [0, 1, 2, 3, 4]  # told at the very next step, not at the next checkpoint
+    assert not [p for p in (tmp_path / "ckpt").iterdir() if p.name.startswith(".")]

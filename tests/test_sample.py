@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 import sample
-from core.config import run_script
+from core.config import UserError, run_script
 from core.media import fit_frames, read_picture
 from core.weights import save_network
 from model import PRESETS, DiTConfig, VideoDiT
@@ -108,11 +108,11 @@ BAD = {
     ),
     "missing boxes": (None, [], "boxes.json: no such file"),
     "not JSON": ("{,", [], "boxes.json: line 1: not valid JSON"),
-    "not an object": ([], [], "boxes.json: top level"),
+    "not an object": ([], [], "boxes.json: holds a list"),
     "unknown field": ({**GOOD, "boxs": 1}, [], "boxes.json: boxs: unknown field"),
     "unknown object field": (boxes(colour=[1, 2, 3]), [], "boxes.json: objects[0].colour: unknown field"),
     "no objects": ({"objects": []}, [], "boxes.json: objects: "),
-    "outside": (boxes(boxes={"0": [4, 4, 20, 60]}), [], 'objects[0].boxes["0"]: [4, 4, 20, 60] reaches outside'),
+    "outside": (boxes(boxes={"0": [4, 50, 20, 60]}), [], 'objects[0].boxes["0"]: [4, 50, 20, 60] lies outside'),
     "zero area": (boxes(boxes={"0": [4, 4, 4, 20]}), [], 'objects[0].boxes["0"]: [4, 4, 4, 20] has no area'),
     "keyframe beyond": (boxes(boxes={"0": [4, 4, 9, 9], "9": [4, 4, 9, 9]}), [], "frame 9 is beyond num_frames 9"),
     "NaN": (boxes(boxes={"0": [4, float("nan"), 9, 9]}), [], 'objects[0].boxes["0"]: [4, NaN, 9, 9] is not a box'),
@@ -123,6 +123,14 @@ BAD = {
     "flag's type": (GOOD, ["--steps", "few"], "argument --steps: invalid int value: 'few'"),
     "no steps": (GOOD, ["--steps", "-1"], "--steps -1: at least 1"),
     "guidance where none is": (GOOD, ["--guidance", "2"], "--guidance 2.0: the fast networks have none"),
+    "trajectory guidance where none is": (
+        GOOD,
+        ["--trajectory_guidance", "2"],
+        "--trajectory_guidance 2.0: the fast networks have none; add --speed slow",
+    ),
+    "negative shift": (GOOD, ["--shift", "-1"], "--shift -1.0: greater than 0, or 0 for the sampler's own"),
+    "a decoder of another preset": (GOOD, ["--decoder", "t.pth"], "--decoder t.pth: preset tiny has one of its own"),
+    "no such LoRA": (GOOD, ["--lora", "l.safetensors:0.5"], "--lora l.safetensors:0.5: no such file"),
     "not an mp4": (GOOD, ["--out", "out/x.avi"], "--out out/x.avi: the name must end in .mp4"),
     "no weights": (GOOD, ["--weights", "nowhere"], "nowhere/fast_generator.safetensors: no such file"),
     "another preset": (
@@ -167,6 +175,54 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     assert caught.value.code == 2 and out == ""
     assert err.count("\n") == 1 and err.startswith("sample.py: ") and message in err, err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# What a folder of weights holds -> where the networks of this speed are found in it.
+PLACES = {
+    "own": ("fast", ["fast_generator.safetensors", "model.pt", "generator.pt"], "fast_generator.safetensors"),
+    "generator.pt": ("fast", ["generator.pt", "model.pt"], "generator.pt"),
+    "Turbo's model.pt": ("fast", ["model.pt", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.2_VAE.pth"], "model.pt"),
+    "a single other": ("fast", ["Turbo_fp8.safetensors", "wan2.2_vae.safetensors"], "Turbo_fp8.safetensors"),
+    "a single other among the base's": (
+        "fast",
+        ["turbo.safetensors", "diffusion_pytorch_model-00001-of-00002.safetensors", "my_lora.safetensors",
+         "slow_generator.safetensors", "umt5_xxl.safetensors", "classifier.safetensors", "taew2_2.safetensors"],
+        "turbo.safetensors",
+    ),
+    "slow, own": ("slow", ["slow_generator.safetensors", "config.json"], "slow_generator.safetensors"),
+    "slow, diffusers": ("slow", ["transformer/config.json", "model.pt"], "transformer"),
+    "slow, as published": ("slow", ["config.json", "diffusion_pytorch_model.safetensors.index.json"], ""),
+    "slow, shards without index or config": ("slow", ["diffusion_pytorch_model-00001-of-00003.safetensors"], ""),
+    "slow, one file": ("slow", ["diffusion_pytorch_model.safetensors"], ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_networks_are_found_by_their_names(kind, tmp_path):
+    speed, names, found = PLACES[kind]
+    for name in (*names, f"{speed}_adapter.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    generator, adapter = sample.find_networks(sample.Config(weights=str(tmp_path), speed=speed))
+    assert Path(generator) == tmp_path / found and adapter == tmp_path / f"{speed}_adapter.safetensors"
+    other = tmp_path / "other.pt"
+    other.touch()
+    for named in (str(other), f"{other}:generator"):
+        cfg = sample.Config(weights=str(tmp_path), speed=speed, generator=named)
+        assert sample.find_networks(cfg) == (named, adapter)
+
+
+@pytest.mark.parametrize("names, speed, message", [
+    (["a.safetensors", "b.safetensors"], "fast", "which is the generator, of a.safetensors, b.safetensors? give --gen"),
+    (["model.pt"], "slow", "slow_generator.safetensors: no such file; correct --weights, or give --generator"),
+    (["turbo_lora.safetensors"], "fast", "fast_generator.safetensors: no such file; correct --weights"),
+])  # fmt: skip
+def test_a_generator_that_can_not_be_told_is_one_line(names, speed, message, tmp_path):
+    for name in (*names, f"{speed}_adapter.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError) as caught:
+        sample.find_networks(sample.Config(weights=str(tmp_path), speed=speed))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_exit_status_of_the_script_itself(run, tmp_path):

@@ -127,8 +127,8 @@ PROMPTS = {
     "entities escaped once": ("salt &amp; pepper &#39;n&#39; all", "salt & pepper 'n' all"),
     "white space": ("  a  red\tdisc\n\n spins \u3000 ", "a red disc spins"),
     "mojibake": ("a cafÃ© at nightâ€”busy", "a café at night—busy"),
-    "curly quotes": ("it’s “red”", 'it\'s "red"'),
-    "ligatures and full-width letters": ("ﬂoating ＡＢＣ", "floating ABC"),
+    "curly quotes": ("it’s “red”", 'it\'s "red"'),  # noqa: RUF001
+    "ligatures and full-width letters": ("ﬂoating ＡＢＣ", "floating ABC"),  # noqa: RUF001
     "nothing": (" \n", ""),
 }
 

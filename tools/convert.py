@@ -10,6 +10,7 @@ names or CoTracker's `pred_tracks` and `pred_visibility` (a first axis of 1 is d
 `x y` of every point, `- -` if it is hidden. Nothing is unpickled.
 """
 
+import io
 import json
 import pickle
 import re
@@ -28,6 +29,12 @@ from core.weights import unpickle
 from trajectory import PALETTE, Trajectory, check_input, draw_overlay, load_trajectory, place
 
 MOST_FRAMES, MOST_BYTES = 10_000, 1 << 30
+# Arrays of point tracks by the names that CoTracker, TAPIR, TAP-Vid, SpatialTracker and others give them.
+TRACKS = ("tracks", "pred_tracks", "target_points", "trajs", "trajectories")
+VISIBLE = ("visibility", "visibilities", "pred_visibility", "visible", "visibles", "vis")
+HIDDEN = ("occluded", "occlusion", "occlusions", "pred_occluded")
+ASIDE = ("video", "frames", "fps", "query_points", "queries", "uncertainty", "expected_dist")  # say nothing of where
+FLAGS = f"which points are seen is told by {', '.join(VISIBLE)}, or {', '.join(HIDDEN)}"
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,11 @@ def read_size(name: str, text: str) -> Size:
     return int(sides[1]), int(sides[2])
 
 
-def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A file of point tracks: positions [T, K, 2], and which are visible [T, K]. UserError if it is none."""
+def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A file of point tracks: positions [T, K, 2], and which are visible [T, K]. UserError if it is none.
+
+    `frames`: how many T is, which tells [T, K, 2] from [K, T, 2].
+    """
     check = partial(check_input, path)
     check(path.is_file(), "", "no such file; correct the path")
     check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; are these point tracks?")
@@ -63,30 +73,43 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
                 unpacked = sum(member.file_size for member in archive.infolist())
             check(unpacked <= MOST_BYTES, "", f"unpacks to more than {MOST_BYTES >> 20} MiB; are these point tracks?")
         if path.suffix == ".txt":
-            lines = [line.replace(",", " ").split() for line in path.read_text().splitlines() if line.strip()]
+            text = path.read_text(encoding="utf-8-sig")
+            lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
             points = np.array([[np.nan if v == "-" else float(v) for v in line] for line in lines])
             points = points.reshape(len(lines), -1, 2)
         elif path.suffix in (".pt", ".pth"):
             points = unpickle(path)
         else:
             points = np.load(path, allow_pickle=False)
+        if isinstance(points, bytes):  # as ATI writes them: a packed array [K, T, 1, 3], in eighths of a pixel
+            points = np.load(io.BytesIO(points), allow_pickle=False)["array"]
+            points = np.asarray(points, dtype=float)[:, :, 0].swapaxes(0, 1) / [8, 8, 1]
         if not isinstance(points, np.ndarray | torch.Tensor):
-            names = [name for name in ("tracks", "pred_tracks") if name in points]
-            check(bool(names), "", "holds neither tracks nor pred_tracks; name them so")
-            shown = next((points[name] for name in ("visibility", "pred_visibility") if name in points), None)
+            held = list(points)
+            names, flags = ([name for name in known if name in held] for known in (TRACKS, (*VISIBLE, *HIDDEN)))
+            check(len(names) == 1, "", f"holds {', '.join(held)}; name the tracks {' or '.join(TRACKS)}")
+            unknown = [name for name in held if name not in (*names, *flags, *ASIDE)]
+            check(not unknown, "", f"{', '.join(unknown)}: not understood; {FLAGS}")
+            check(len(flags) < 2, "", f"holds {' and '.join(flags)}; leave one out")
+            shown = np.asarray(points[flags[0]], dtype=float) if flags else None
+            shown = 1 - shown if flags and flags[0] in HIDDEN else shown
             points = points[names[0]]
         points = np.asarray(points, dtype=float)
-        shown = None if shown is None else np.asarray(shown, dtype=float)
     except pickle.UnpicklingError:
         check(False, "", "holds more than tensors, code perhaps, or is garbled; it is not opened")
     except (*BROKEN, TypeError, MemoryError, zipfile.BadZipFile) as error:
         check(False, "", f"can't be read as point tracks ({reason(error)}); {form}")
     points = points[0] if points.ndim == 4 and len(points) == 1 else points
+    shown = shown if shown is None or shown.ndim < 3 else shown.reshape([n for n in shown.shape if n > 1] or [1])
+    if points.ndim == 3 and len(points) != frames == points.shape[1]:  # point by point, as TAPIR and TAP-Vid have them
+        points = points.swapaxes(0, 1)
+        shown = shown.T if shown is not None and shown.shape == points.shape[1::-1] else shown
     check(points.ndim == 3 and points.shape[2] in (2, 3) and points.size > 0, "", f"is {list(points.shape)}; {form}")
     check(len(points) <= MOST_FRAMES, "", f"has {len(points)} frames; {MOST_FRAMES} is the most")
     if points.shape[2] == 3:
         points, shown = points[..., :2], points[..., 2]
-    shown = np.ones(points.shape[:2]) if shown is None else shown.reshape(-1, shown.shape[-1])
+    shown = np.ones(points.shape[:2]) if shown is None else shown
+    shown = shown.reshape(points.shape[:2]) if shown.size == points[..., 0].size else shown
     check(shown.shape == points.shape[:2], "visibility", f"is {list(shown.shape)}; give {list(points.shape[:2])}")
     return points, (shown > 0.5) & np.isfinite(points).all(-1)
 
@@ -94,7 +117,7 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def from_points(cfg: Config, size: Size, source_size: Size) -> Trajectory:
     """A box of one size around every point, cut at the video's edge."""
     check = partial(check_input, Path(cfg.source))
-    points, shown = read_points(Path(cfg.source))
+    points, shown = read_points(Path(cfg.source), cfg.frames)
     check(len(points) == cfg.frames, "", f"{len(points)} frames but the video has {cfg.frames}; pass --frames")
     if cfg.pick:
         try:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from core import parallel
 from core.config import UserError, run_script
 from core.files import atomic, write_text
-from core.media import BROKEN, Size, fit_frames, fit_nearest, read_frames, read_video
+from core.media import BROKEN, VIDEO_SUFFIXES, Size, fit_frames, fit_nearest, read_frames, read_video
 from core.tables import read_table
 from core.weights import read_config, read_safetensors, write_safetensors
 from data import open_codec
@@ -65,22 +65,24 @@ class Clip:
 def find_clips(source: Path) -> list[Clip]:
     """The clips of a CSV in its order, or of a folder by name. UserError if there are none."""
     if source.is_dir():
-        videos = sorted(source.glob("*.mp4"))
-        clips = [Clip(v, read_caption(v.with_suffix(".txt")), v.with_suffix(".json")) for v in videos]
+        files = sorted(file for file in source.iterdir() if file.is_file())
+        videos = {file.stem for file in files if file.suffix.lower() in VIDEO_SUFFIXES}
+        files = [file for file in files if file.suffix not in (".txt", ".json") or file.stem not in videos]
+        clips = [Clip(f, read_caption(f.with_suffix(".txt")), f.with_suffix(".json")) for f in files]  # others: listed
     else:
         columns, rows = read_table(source)
         if absent := [name for name in ("path", "num_frames", "text") if name not in columns]:
             raise UserError(f"{source}: has no column {', '.join(absent)}; its first line must name the columns")
         clips = [read_row(source, line, row) for line, row in enumerate(rows, start=2)]
-    if not clips:
-        raise UserError(f"{source}: holds no clips; give a CSV with rows or a folder with mp4 files")
+    if not clips or (source.is_dir() and not videos):
+        raise UserError(f"{source}: holds no clips; give a CSV with rows or a folder with videos")
     return clips
 
 
 def read_caption(file: Path) -> str:
     """A text file's content; empty if there is no such file, or no text in it."""
     try:
-        return file.read_text(encoding="utf-8").strip()
+        return file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError):
         return ""
 
@@ -111,6 +113,7 @@ def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int) -> dict[str,
 
     Raises UserError with the reason why a clip can't be used.
     """
+    require(clip.video.suffix.lower() in VIDEO_SUFFIXES, "", f"no video; read are {', '.join(sorted(VIDEO_SUFFIXES))}")
     require(bool(clip.caption), "", "no caption, or none in UTF-8")
     require(clip.video.exists(), "", "no such video")
     try:
@@ -166,7 +169,7 @@ def main(cfg: Config) -> None:
     if procs.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         settle(out, cfg, len(clips))
-        for unfinished in out.glob(".*.tmp*"):  # of a killed run
+        for unfinished in out.glob(".tmp*"):  # of a killed run
             unfinished.unlink()
     procs.barrier()
 

@@ -93,13 +93,12 @@ def main(cfg: Config) -> None:
         videos = [clip for i in range(3) for clip in (batch.video[i], batch.trajectory(i).maps("box"))]
         back = [model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos]
         run.samples(step, [clip for pair in zip(videos, back, strict=True) for clip in pair])
-        run.log(step, held_out_error=float((torch.stack(back) - torch.stack(videos)).square().mean()))
+        run.log(step, always=True, held_out_error=float((torch.stack(back) - torch.stack(videos)).square().mean()))
 
     for step in run.steps(start, write_samples):
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
         loss, norm = train_step(step)
-        if (step + 1) % cfg.log_every == 0:
-            run.log(step + 1, loss=loss.item(), grad_norm=norm.item())
+        run.log(step + 1, loss=loss, grad_norm=norm)
     save_network(run.folder / "codec.safetensors", "ToyAutoencoder", model.config, model.state_dict())
 
 

@@ -110,8 +110,7 @@ def main(cfg: Config) -> None:
         loss, norm = train_step(step)
         ema.update(step)
         guide_ema.update(step)
-        if (step + 1) % cfg.log_every == 0:
-            run.log(step + 1, loss=procs.mean(loss), grad_norm=norm.item(), lr=lr)
+        run.log(step + 1, loss=loss, grad_norm=norm, lr=lr)
     weights, guide_weights = ema.weights(), guide_ema.weights()
     if procs.rank == 0:
         save_network(run.folder / "slow_generator.safetensors", "SlowGenerator", model.config, weights)

@@ -1,0 +1,507 @@
+"""What users' files and machines do: full disks, odd videos, pictures and masks of every depth, names, tracks."""
+
+import json
+import os
+import resource
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image, ImageCms, ImageFilter
+
+from core import media
+from core.codec import Codec
+from core.config import UserError
+from core.files import atomic, output_path, write_text
+from core.media import read_mask, read_picture, read_video, write_animation, write_image, write_video
+from core.tables import read_table
+from core.weights import load, read_checkpoint, read_safetensors, write_safetensors
+from tools import convert, prepare_clips
+from trajectory import load_trajectory
+
+FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
+GREY = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (64, 1))
+
+
+def encode(path: Path, *arguments: str) -> Path:
+    subprocess.run([FFMPEG, "-y", "-v", "error", *arguments, path], check=True)
+    return path
+
+
+def pictures_in(path: Path) -> int:
+    """By an independent count: packets of the stream as ffmpeg decodes them."""
+    command = [FFMPEG, "-v", "error", "-i", path, "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "framecrc", "-"]
+    lines = subprocess.run(command, capture_output=True, check=True).stdout.splitlines()
+    return sum(not line.startswith(b"#") for line in lines)
+
+
+# --- a disk that fills ------------------------------------------------------------------------------------------------
+
+NOISE = np.random.default_rng(0).integers(0, 256, (9, 96, 96, 3), dtype=np.uint8)
+BIG = {"x": torch.randn(40_000)}
+WRITERS = {
+    "mp4": lambda path: write_video(path, NOISE, 8),
+    "gif": lambda path: write_animation(path, NOISE, 8),
+    "png": lambda path: write_image(path, NOISE[0]),
+    "json": lambda path: write_text(path, "x" * 60_000),
+    "safetensors": lambda path: write_safetensors(path, BIG, {}, torch.float32),
+}
+
+
+@pytest.fixture
+def small_disk():
+    """No file may pass 20 KiB: what a full disk does, without root."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 10, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_write_that_fails_is_one_line_and_leaves_nothing(kind, small_disk, tmp_path):
+    path = tmp_path / f"out.{kind}"
+    with pytest.raises(UserError, match=rf"out\.{kind}: can't be written .*; make room") as caught:
+        WRITERS[kind](path)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_stood_before_a_failed_write_stands(kind, tmp_path):
+    path = tmp_path / f"out.{kind}"
+    path.write_bytes(b"before")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 10, limit[1]))
+    try:
+        with pytest.raises(UserError):
+            WRITERS[kind](path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == [path.name]
+    WRITERS[kind](path)
+    assert path.stat().st_size > 20 << 10
+
+
+def test_an_encoder_that_lies_is_caught(monkeypatch, tmp_path):
+    """Exit status 0 and a file of too few pictures: read back before the rename."""
+    short = encode(tmp_path / "short.mp4", "-f", "lavfi", "-i", "testsrc=s=96x96:r=8:d=0.5")
+    liar = tmp_path / "ffmpeg"
+    liar.write_text(f'#!/bin/sh\nfor last; do :; done\ncase "$*" in *rawvideo*) cat > /dev/null; '
+                    f'cp {short} "${{last#file:}}";; *) exec {FFMPEG} "$@";; esac\n')  # fmt: skip
+    liar.chmod(0o755)
+    monkeypatch.setattr(media.imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(liar))
+    with pytest.raises(UserError, match=r"a\.mp4: can't be written \(4 of 9 pictures arrived\)"):
+        write_video(tmp_path / "a.mp4", NOISE, 8)
+    assert not (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.parametrize("writer", ["mp4", "safetensors", "json", "png"])
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_users_own_permissions(writer, umask, tmp_path, monkeypatch):
+    monkeypatch.setattr("core.files.UMASK", umask)
+    path = tmp_path / f"x.{writer}"
+    WRITERS[writer](path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".mp4", "é" * 125 + ".mp4", "b" * 240 + ".mp4"])
+def test_long_names_that_a_disk_takes_are_written(name, tmp_path):
+    with atomic(tmp_path / name) as temporary:
+        temporary.write_bytes(b"x")
+    assert (tmp_path / name).read_bytes() == b"x"
+
+
+def test_what_a_killed_run_left_is_removed_when_the_file_is_made_again(tmp_path):
+    job = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    with atomic(tmp_path / "a.mp4") as own:
+        own.write_bytes(b"new")
+        mark = own.name.partition("-")[2]
+        gone, other = tmp_path / f".tmp{job.stdout.strip()}-{mark}", tmp_path / f".tmp{os.getppid()}-{mark}"
+        stranger = tmp_path / ".tmp1-00000000.mp4"
+        for file in (gone, other, stranger):
+            file.write_bytes(b"half")
+    with atomic(tmp_path / "a.mp4") as own:
+        own.write_bytes(b"newer")
+    assert not gone.exists() and other.exists() and stranger.exists()  # a living process keeps its own
+    assert (tmp_path / "a.mp4").read_bytes() == b"newer"
+
+
+@pytest.mark.parametrize("name", ["a" * 252 + ".mp4", "é" * 126 + ".mp4", "a\0b.mp4"])
+def test_names_that_it_does_not_take_are_refused_before_any_work(name, tmp_path):
+    with pytest.raises(UserError, match=r"--out .*: can't be the name of a file"):
+        output_path(str(tmp_path / name), ".mp4")
+
+
+# --- videos -----------------------------------------------------------------------------------------------------------
+
+SOURCE = "testsrc=s=96x64:r=30:d=3"
+ODD_VIDEOS = {
+    "variable rate": ("-f", "lavfi", "-i", SOURCE, "-vf", "settb=1/90000,setpts='if(lt(N,9),N*1500,9*1500+(N-9)*6000)'",
+                      "-fps_mode", "passthrough", "-enc_time_base", "1/90000", "-video_track_timescale", "90000"),
+    "a gap amid it": ("-f", "lavfi", "-i", SOURCE, "-vf", "settb=1/90000,setpts='N*3000+gte(N,20)*90000'",
+                      "-fps_mode", "passthrough", "-enc_time_base", "1/90000", "-video_track_timescale", "90000"),
+    "sound that begins early": ("-itsoffset", "0.02", "-f", "lavfi", "-i", SOURCE, "-f", "lavfi", "-i",
+                                "sine=d=3", "-c:a", "aac"),
+    "turned": ("-display_rotation", "90", "-f", "lavfi", "-i", SOURCE),
+    "constant rate": ("-f", "lavfi", "-i", SOURCE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD_VIDEOS)
+def test_frame_k_is_the_kth_picture(kind, tmp_path, capfd):
+    path = encode(tmp_path / "x.mp4", *ODD_VIDEOS[kind])
+    frames = list(read_video(path))
+    assert len(frames) == pictures_in(path) == 90
+    assert capfd.readouterr() == ("", "")  # no library talks
+    assert frames[0].shape == ((96, 64, 3) if kind == "turned" else (64, 96, 3))
+    assert not np.array_equal(frames[0], frames[31])
+
+
+@pytest.mark.parametrize("start", [0.3, 0.7, 1.1])
+def test_a_clip_cut_by_stream_copy_has_the_pictures_it_shows(start, tmp_path):
+    whole = encode(tmp_path / "whole.mp4", "-f", "lavfi", "-i", SOURCE, "-g", "30", "-bf", "2")
+    cut = encode(tmp_path / "cut.mp4", "-ss", str(start), "-i", str(whole), "-c", "copy")
+    assert len(list(read_video(cut))) == pictures_in(cut)
+
+
+@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
+def test_hdr_is_refused_by_name(transfer, tmp_path):
+    path = encode(tmp_path / "hdr.mp4", "-f", "lavfi", "-i", "color=red:s=64x64:d=0.2", "-vf",
+                  f"format=yuv420p10le,setparams=color_trc={transfer}:color_primaries=bt2020:colorspace=bt2020nc",
+                  "-c:v", "libx265", "-x265-params", "log-level=none")  # fmt: skip
+    with pytest.raises(ValueError, match=rf"is HDR \({transfer}\); convert it to SDR first"):
+        list(read_video(path))
+
+
+@pytest.mark.parametrize("size", ["96x64", "1280x720", "720x576"])
+@pytest.mark.parametrize("color", [(255, 0, 0), (40, 160, 60), (20, 60, 200)])
+def test_colours_written_are_tagged_and_read_back(size, color, tmp_path):
+    width, height = map(int, size.split("x"))
+    write_video(tmp_path / "x.mp4", np.full((2, height, width, 3), color, np.uint8), 8)
+    said = subprocess.run([FFMPEG, "-hide_banner", "-i", tmp_path / "x.mp4"], capture_output=True, text=True).stderr
+    assert "yuv420p(tv, bt709" in said
+    assert np.abs(next(read_video(tmp_path / "x.mp4")).astype(int) - color).max() <= 4
+
+
+def green(path: Path, height: int, matrix: str, tag: str) -> Path:
+    """A video of (40, 160, 60) made with one matrix and tagged with the same, another or none."""
+    convert = f"format=gbrp,scale=out_color_matrix={matrix},format=yuv420p,setparams=colorspace={tag}"
+    return encode(
+        path, "-f", "lavfi", "-i", f"color=0x28a03c:s=96x{height}:d=0.2,format=gbrp", "-vf", convert, "-crf", "1"
+    )
+
+
+@pytest.mark.parametrize("tag", ["bt709", "smpte170m", "bt470bg"])
+@pytest.mark.parametrize("height", [64, 720])
+def test_tagged_colours_are_read_by_their_tag(tag, height, tmp_path):
+    path = green(tmp_path / "x.mp4", height, tag, tag)
+    assert np.abs(next(read_video(path)).astype(int) - (40, 160, 60)).max() <= 4
+
+
+@pytest.mark.parametrize("height, matrix", [(720, "bt709"), (64, "smpte170m")])
+def test_untagged_colours_are_read_as_players_take_them(height, matrix, tmp_path):
+    path = green(tmp_path / "x.mp4", height, matrix, "unknown")
+    assert np.abs(next(read_video(path)).astype(int) - (40, 160, 60)).max() <= 4
+
+
+# --- pictures and masks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix, values", [
+    ("png", GREY.astype(np.uint16) * 257), ("tiff", GREY.astype(np.uint16) * 257),
+    ("tiff", (GREY / 255).astype(np.float32)), ("tiff", GREY.astype(np.float32)),
+    ("tiff", GREY.astype(np.int32) * 257),
+], ids=["png of 16 bits", "tiff of 16 bits", "floats to 1", "floats to 255", "tiff of 32 bits"])  # fmt: skip
+def test_deep_grey_keeps_its_shades(suffix, values, tmp_path):
+    Image.fromarray(values).save(tmp_path / f"x.{suffix}")
+    assert np.abs(read_picture(tmp_path / f"x.{suffix}").astype(int) - GREY[..., None]).max() <= 1
+
+
+def test_floats_that_are_no_numbers_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(media.BROKEN, match="no numbers"):
+        read_picture(tmp_path / "x.tiff")
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "webp"])
+def test_what_is_transparent_shows_white(kind, tmp_path):
+    rgba = np.full((8, 8, 4), (10, 200, 30, 255), np.uint8)
+    rgba[:, :4, 3] = 0
+    picture, path = Image.fromarray(rgba), tmp_path / ("x.webp" if kind == "webp" else "x.png")
+    if kind == "LA":
+        picture = picture.convert("LA")
+    if kind == "palette":
+        picture = Image.fromarray((rgba[..., 3] > 0).astype(np.uint8)).convert("P")
+        picture.putpalette([0, 0, 0, 10, 200, 30])
+        picture.save(path, transparency=0)
+    else:
+        picture.save(path, **({"lossless": True} if kind == "webp" else {}))
+    got = read_picture(path)
+    assert (got[:, :4] == 255).all() and np.ptp(got[:, 4:].reshape(-1, 3), axis=0).max() == 0 and got[0, 7].max() < 255
+
+
+@pytest.mark.parametrize("mode, profile", [("RGB", "sRGB"), ("RGBA", "sRGB"), ("L", "garbled"), ("RGB", "garbled")])
+def test_a_profile_that_is_srgb_or_garbled_changes_nothing(mode, profile, tmp_path):
+    colors = {"RGB": (200, 40, 90), "RGBA": (200, 40, 90, 255), "L": 120}
+    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture = Image.new(mode, (8, 8), colors[mode])
+    picture.save(tmp_path / "x.png", icc_profile=own if profile == "sRGB" else b"garbled")
+    wanted = (120, 120, 120) if mode == "L" else colors["RGB"]
+    assert np.abs(read_picture(tmp_path / "x.png")[0, 0].astype(int) - wanted).max() <= 1
+
+
+def display_p3() -> bytes:
+    """Display P3 as an ICC profile, built from its numbers: the primaries of P3 adapted to D50, sRGB's curve."""
+
+    def fixed(*numbers: float) -> bytes:
+        return b"".join(round(n * 65536).to_bytes(4, "big", signed=True) for n in numbers)
+
+    tags = {
+        b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1.0, 0.8249),
+        b"rXYZ": b"XYZ \0\0\0\0" + fixed(0.5151, 0.2412, -0.0011),
+        b"gXYZ": b"XYZ \0\0\0\0" + fixed(0.2919, 0.6922, 0.0419),
+        b"bXYZ": b"XYZ \0\0\0\0" + fixed(0.1572, 0.0666, 0.7841),
+        b"rTRC": b"para\0\0\0\0\0\3\0\0" + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045),
+    }  # fmt: skip
+    tags |= {b"gTRC": tags[b"rTRC"], b"bTRC": tags[b"rTRC"]}
+    table, body, at = len(tags).to_bytes(4, "big"), b"", 132 + 12 * len(tags)
+    for name, data in tags.items():
+        table += name + (at + len(body)).to_bytes(4, "big") + len(data).to_bytes(4, "big")
+        body += data + bytes(-len(data) % 4)
+    head = (at + len(body)).to_bytes(4, "big") + b"\0\0\0\0\4\x30\0\0mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
+    head += fixed(0.9642, 1.0, 0.8249)
+    return head + bytes(128 - len(head)) + table + body
+
+
+P3_TO_SRGB = np.array([[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0196, -0.0786, 1.0979]])  # of linear light
+
+
+@pytest.mark.parametrize("color", [(255, 0, 0), (200, 100, 100), (100, 180, 100), (60, 90, 200)])
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_display_p3_is_not_dull(color, suffix, tmp_path):
+    """Within the rounding of a profile, what the conversion by matrices gives."""
+    light = np.array(color) / 255
+    light = P3_TO_SRGB @ np.where(light > 0.04045, ((light + 0.055) / 1.055) ** 2.4, light / 12.92)
+    light = light.clip(0, 1)
+    wanted = 255 * np.where(light > 0.0031308, 1.055 * light ** (1 / 2.4) - 0.055, 12.92 * light)
+    Image.new("RGB", (8, 8), color).save(tmp_path / f"x.{suffix}", icc_profile=display_p3())
+    got = read_picture(tmp_path / f"x.{suffix}")[0, 0]
+    assert np.abs(got - wanted).max() <= 3 and np.ptp(got) > np.ptp(color) - (color == (255, 0, 0))
+
+
+DISC = (np.hypot(*(np.mgrid[:96, :96] - 47.5)) < 30).astype(np.uint8)
+PAINTED = Image.fromarray(DISC * 255)
+MASKS = {
+    "black is 3": lambda: Image.fromarray(np.where(DISC, 255, 3).astype(np.uint8)),
+    "grey on black": lambda: Image.fromarray(DISC * 90),
+    "soft edges": lambda: PAINTED.filter(ImageFilter.GaussianBlur(3)),
+    "colour on nearly black": lambda: Image.fromarray(np.where(DISC[..., None], (20, 90, 250), 2).astype(np.uint8)),
+    "a label": lambda: Image.fromarray(DISC),
+    "16 bits": lambda: Image.fromarray(DISC.astype(np.uint16) * 40_000),
+    "16 bits, a label": lambda: Image.fromarray(DISC.astype(np.uint16)),
+    "one bit": lambda: PAINTED.convert("1"),
+    "alpha": lambda: Image.merge("RGBA", [Image.new("L", (96, 96), 0)] * 3 + [PAINTED]),
+    "opaque alpha": lambda: PAINTED.convert("RGBA"),
+    "palette": lambda: palette(),
+}  # fmt: skip
+
+
+def palette() -> Image.Image:
+    picture = Image.fromarray(DISC).convert("P")
+    picture.putpalette([0, 0, 0, 128, 0, 0])
+    return picture
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_masks_as_programs_write_them(kind, suffix, tmp_path):
+    MASKS[kind]().save(tmp_path / f"m.{suffix}")
+    got, disc = read_mask(tmp_path / f"m.{suffix}", lambda size: None), DISC.astype(bool)
+    assert (got & disc).sum() / (got | disc).sum() > 0.95
+
+
+@pytest.mark.parametrize("quality", [30, 60, 90])
+@pytest.mark.parametrize("suffix", ["webp", "jpg"])
+def test_lossy_masks(quality, suffix, tmp_path):
+    PAINTED.save(tmp_path / f"m.{suffix}", quality=quality)
+    got, disc = read_mask(tmp_path / f"m.{suffix}", lambda size: None), DISC.astype(bool)
+    assert (got & disc).sum() / (got | disc).sum() > 0.95
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value, tmp_path):
+    weights = {"weight": torch.tensor([[1.0, value]]), "bias": torch.zeros(1)}
+    safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+    torch.save(weights, tmp_path / "w.pt")
+    for path, tensors in (("w.safetensors", read_safetensors(tmp_path / "w.safetensors")[1]),
+                          ("w.pt", read_checkpoint(tmp_path / "w.pt"))):  # fmt: skip
+        with pytest.raises(UserError, match=rf"{path}: weight holds values that are no finite numbers"):
+            load(lambda: torch.nn.Linear(2, 1), tensors, tmp_path / path)
+
+
+# --- tables, captions, folders ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, message", [
+    ("path,num_frames,text\na.mp4,9,red, blue\n", "row 1 has more cells than columns"),
+    ("path,num_frames,text\na.mp4,9,red\nb.mp4,9,a, b, c\n", "row 2 has more cells"),
+    ('path,num_frames,text\na.mp4,9,"red, blue",green\n', "row 1 has more cells"),
+])  # fmt: skip
+def test_one_reader_of_tables_names_a_row_with_too_many_cells(text, message, tmp_path):
+    (tmp_path / "t.csv").write_text(text)
+    for reader in (read_table, prepare_clips.find_clips):
+        with pytest.raises(UserError, match=message):
+            reader(tmp_path / "t.csv")
+
+
+def test_a_byte_order_mark_is_no_letter(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa disc")
+    (tmp_path / "t.csv").write_bytes("path,num_frames,text\na.mp4,9,a disc\n".encode("utf-8-sig"))
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf1 2\n3 4\n")
+    (tmp_path / "b.json").write_bytes(b'\xef\xbb\xbf{"objects": [{"boxes": {"0": [1, 1, 9, 9]}}]}')
+    assert prepare_clips.find_clips(tmp_path)[0].caption == "a disc"
+    assert prepare_clips.find_clips(tmp_path / "t.csv")[0].caption == "a disc"
+    assert convert.read_points(tmp_path / "p.txt")[0].tolist() == [[[1, 2]], [[3, 4]]]
+    assert load_trajectory(tmp_path / "b.json", (16, 16), 2).boxes[0, 0].tolist() == [1, 1, 9, 9]
+
+
+def test_every_file_of_a_folder_is_read_or_listed(tmp_path):
+    clip = encode(tmp_path / "a.mp4", "-f", "lavfi", "-i", "testsrc=s=48x48:r=8:d=2").read_bytes()
+    for name in ("IMG_0001.MP4", "b.MOV", "c.mkv", "d.avi", "e.WebM"):
+        (tmp_path / name).write_bytes(clip)
+    for name in ("notes.md", "lonely.txt", "x.jpg"):
+        (tmp_path / name).write_text("x")
+    for stem in ("a", "IMG_0001", "b", "c", "d", "e"):
+        (tmp_path / f"{stem}.txt").write_text("a disc")
+        (tmp_path / f"{stem}.json").write_text('{"objects": [{"boxes": {"0": [4, 4, 20, 20]}}]}')
+    clips, listed = prepare_clips.find_clips(tmp_path), []
+    for one in clips:
+        try:
+            prepare_clips.read_clip(one, lambda _: (48, 48), 9)
+        except UserError as error:
+            listed.append((one.video.name, str(error)))
+    assert len(clips) == 9 and {name for name, _ in listed} == {"notes.md", "lonely.txt", "x.jpg"}
+    assert all(why.startswith("no video; read are .avi") for _, why in listed)
+
+
+# --- tracks -----------------------------------------------------------------------------------------------------------
+
+T, K = 9, 2
+PATH = np.stack([np.linspace(10, 38, T), np.full(T, 20.0)], -1)[:, None] + np.array([[0, 0], [0, 12]])  # (T, K, 2)
+SEEN = np.ones((T, K), bool)
+SEEN[3:6, 0] = False
+
+
+def ati(path: Path) -> None:
+    import io
+
+    packed, buffer = np.concatenate([PATH * 8, SEEN[..., None]], -1).swapaxes(0, 1)[:, :, None], io.BytesIO()
+    np.savez_compressed(buffer, array=packed)
+    torch.save(buffer.getvalue(), path)
+
+
+TRACK_FILES = {
+    "occluded.npz": lambda p: np.savez(p, tracks=PATH, occluded=~SEEN),
+    "visibles.npz": lambda p: np.savez(p, tracks=PATH, visibles=SEEN),
+    "tapir.npz": lambda p: np.savez(p, tracks=PATH.swapaxes(0, 1), visibles=SEEN.T),
+    "tapvid.npz": lambda p: np.savez(p, target_points=PATH.swapaxes(0, 1), occluded=~SEEN.T, video=np.zeros(3)),
+    "cotracker.pth": lambda p: torch.save({"pred_tracks": torch.tensor(PATH)[None],
+                                           "pred_visibility": torch.tensor(SEEN)[None]}, p),
+    "cotracker_old.pt": lambda p: torch.save({"pred_tracks": torch.tensor(PATH)[None],
+                                              "pred_visibility": torch.tensor(SEEN)[None, ..., None]}, p),
+    "spatialtracker.npz": lambda p: np.savez(p, tracks=PATH, vis=SEEN.astype(np.float32)),
+    "third.npy": lambda p: np.save(p, np.concatenate([PATH, SEEN[..., None]], -1)),
+    "ati.pth": ati,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRACK_FILES)
+def test_tracks_as_trackers_write_them(name, tmp_path):
+    TRACK_FILES[name](tmp_path / name)
+    points, shown = convert.read_points(tmp_path / name, T)
+    np.testing.assert_allclose(points, PATH)
+    assert np.array_equal(shown, SEEN)
+
+
+@pytest.mark.parametrize("arrays, message", [
+    ({"positions": PATH}, "holds positions; name the tracks tracks or pred_tracks"),
+    ({"tracks": PATH, "hidden": ~SEEN}, "hidden: not understood; which points are seen is told by visibility"),
+    ({"tracks": PATH, "occluded": ~SEEN, "visibles": SEEN}, "holds visibles and occluded; leave one out"),
+    ({"tracks": PATH, "pred_tracks": PATH}, "holds tracks, pred_tracks; name the tracks"),
+])  # fmt: skip
+def test_arrays_of_unknown_names_are_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        convert.read_points(tmp_path / "x.npz", T)
+
+
+@pytest.mark.parametrize("spline", ['[[{"x": 1, "y": 2}]]', '[{"x": 1, "y": 2}]', "[]"])
+def test_a_spline_of_points_says_which_formats_are_taken(spline, tmp_path):
+    (tmp_path / "s.json").write_text(spline)
+    with pytest.raises(UserError, match=r"which is not read; boxes\.json is an object; point tracks are \.npy"):
+        load_trajectory(tmp_path / "s.json", (48, 48), 9)
+
+
+# --- boxes ------------------------------------------------------------------------------------------------------------
+
+
+def trajectory(tmp_path: Path, **item) -> object:
+    (tmp_path / "b.json").write_text(json.dumps({"objects": [{"name": "cat", **item}]}))
+    return load_trajectory(tmp_path / "b.json", (48, 48), 9)
+
+
+@pytest.mark.parametrize("box", [[-10, 4, 10, 20], [40, 30, 60, 70], [4, -3.5, 20, 12]])
+def test_a_box_that_crosses_the_edge_is_cut_there_with_a_note(box, tmp_path, capsys):
+    maps = trajectory(tmp_path, boxes={"0": [4, 4, 20, 20], "8": box}).maps("box")
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and "boxes cross the picture's edge and are cut there: cat in frame 8" in note
+    ys, xs = np.nonzero((maps[:, 8] > -1).any(0).numpy())
+    inside = np.clip(box, 0, 48)
+    assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == tuple(np.floor(inside + 0.5))
+
+
+@pytest.mark.parametrize("box", [[-20, 4, 0, 20], [48, 4, 60, 20], [4, 50, 20, 60]])
+def test_a_box_wholly_outside_is_refused(box, tmp_path):
+    with pytest.raises(UserError, match=r'boxes\["8"\]: .* lies outside the image'):
+        trajectory(tmp_path, boxes={"0": [4, 4, 20, 20], "8": box})
+
+
+@pytest.mark.parametrize("visible", [[[3, 8]], [[1, 2], [5, 8]], [[8, 8]]])
+def test_an_object_that_enters_late_leaves_frame_0_empty(visible, tmp_path):
+    late = trajectory(tmp_path, boxes={"0": [4, 4, 20, 20], "8": [20, 20, 36, 36]}, visible=visible)
+    lit = (late.maps("box") > -1).any(0).any(-1).any(-1).tolist()
+    assert lit == [any(a <= t <= b for a, b in visible) for t in range(9)] and not lit[0]
+
+
+# --- suggestions ------------------------------------------------------------------------------------------------------
+
+
+class Made(Codec):
+    spatial, temporal, area = 16, 4, 704 * 1280
+
+
+@pytest.mark.parametrize("frames, near", [(120, 121), (119, 117), (2, 5), (122, 121), (123, 121)])
+def test_the_nearest_number_of_frames_is_suggested(frames, near):
+    with pytest.raises(UserError, match=rf"--frames {frames}: must be 4 n \+ 1, at least 2; {near} is"):
+        Made().check_size("704x1280", frames)
+
+
+SIZES = {"720x1280": "704x1280|736x1280", "480x832": "480x832", "700x1270": "704x1280", "1x1": "32x32"}
+
+
+@pytest.mark.parametrize("size, near", SIZES.items())
+def test_the_nearest_size_is_suggested(size, near):
+    if size == near:
+        assert Made().check_size(size, 121) == (480, 832)
+        return
+    with pytest.raises(UserError, match=rf"the nearest is ({near})"):
+        Made().check_size(size, 121)
