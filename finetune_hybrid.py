@@ -267,9 +267,11 @@ def main(cfg: Config) -> None:
         norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
         adversarial, diffusion = torch.stack(logged).mean(0)
         values = {"adversarial_loss": adversarial, "diffusion_loss": diffusion, "adapter_grad_norm": norm}
-        return values | {
-            f"{name}_pull": torch.stack(squares).sum().sqrt() for name, squares in pulls.items() if squares
-        }
+        for name, squares in pulls.items():
+            if squares:  # gradients are averaged over the processes, so their squares over the square of the number
+                square = procs.mean(torch.stack(squares).sum()) / procs.world
+                values[f"{name}_pull"] = torch.tensor(square**0.5, device=procs.device)
+        return values
 
     def write_samples(step: int) -> None:
         """Four held-out trajectories: truth and sample in turn."""

@@ -202,8 +202,8 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
         frames, keys = _read_keyframes(check, f"{where}.boxes", item.get("boxes"), num_frames, size)
         placed = place(size, image_size, keys)
         kept = (placed[:, :2] < image_size[::-1]).all(1) & (placed[:, 2:] > 0).all(1)
-        lost = f"the box of {names[-1]} lies outside the part of the picture that {image_size[1]}x{image_size[0]} keeps"
-        mend = "move it, or give a --size of the picture's shape"
+        lost = f"the box of {names[-1]} lies outside what --size {image_size[0]}x{image_size[1]} keeps of the picture"
+        mend = "move it, or give a size of the picture's shape"
         check(kept.all(), f'{where}.boxes["{frames[kept.argmin()]}"]', f"{lost}; {mend}")
         track = _interpolate(frames, placed, num_frames, kind)
         # Opposite sides are separate curves, which can cross on a fast path with uneven turns. Straight lines can't.

@@ -128,7 +128,7 @@ def test_a_box_outside_what_is_kept_is_one_line(tmp_path):
     with pytest.raises(UserError) as caught:
         load_trajectory(tmp_path / "b.json", (352, 640), 5, (640, 360))
     (line,) = str(caught.value).splitlines()
-    assert 'objects[0].boxes["4"]' in line and "cat two" in line and "--size" in line and "640x352" in line
+    assert 'objects[0].boxes["4"]' in line and "the box of cat two lies outside" in line and "--size 352x640" in line
     load_trajectory(tmp_path / "b.json", (640, 352), 5, (640, 360))  # where all is kept
 
 

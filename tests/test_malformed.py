@@ -200,7 +200,11 @@ CASES = [
     ("sample.py", ["--batch", "foreign.csv"], "foreign.csv: column 'x.mp4' is unknown"),
     ("sample.py", ["--batch", "no_maps"], "no_maps: not a readable CSV file"),
     # weights
-    ("sample.py", ["--generator", "untagged.safetensors"], "no transformer of Wan2.2: it holds no patch_embedding"),
+    (
+        "sample.py",
+        ["--generator", "untagged.safetensors"],
+        "untagged.safetensors: no transformer of Wan2.2: it holds no patch_embedding.weight",
+    ),
     ("sample.py", ["--generator", "unshaped.safetensors"], "its header has no config of a FastGenerator"),
     ("sample.py", ["--generator", "garbled.safetensors"], "its header has no config of a FastGenerator"),
     ("sample.py", ["--generator", "listed.safetensors"], "its header has no config of a FastGenerator"),

@@ -163,7 +163,7 @@ def factors(weights: dict[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
     """A [4, in] and B [out, 4]."""
     draw = torch.Generator().manual_seed(len(layer))
     rows, columns = weights[f"{layer}.weight"].shape
-    return torch.randn(4, columns, generator=draw) * 0.1, torch.randn(rows, 4, generator=draw) * 0.1
+    return torch.randn(4, columns, generator=draw) * 0.2, torch.randn(rows, 4, generator=draw) * 0.2
 
 
 @pytest.mark.parametrize("form", FORMS)

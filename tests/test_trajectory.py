@@ -198,7 +198,9 @@ def test_a_frame_of_another_shape_covers_the_video_and_is_cut_to_its_middle(tmp_
         Image.fromarray(mask[..., None] * np.array(PALETTE[0], dtype=np.uint8)).save(maps / f"{t}.png")
     given = load_trajectory(maps, (100, 100), 9)
     assert (given.masks == square.masks).all() and (given.boxes[0] == [-10, 0, 30, 20]).all()
-    with pytest.raises(UserError, match=r"objects\[0\].boxes.*box of object 0 lies outside .* 50x100 keeps.*--size"):
+    with pytest.raises(
+        UserError, match=r"objects\[0\].boxes.*the box of object 0 lies outside what --size 100x50 keeps"
+    ):
         load_trajectory(write(tmp_path, objects=[{"boxes": {"0": [0, 0, 10, 50]}}]), (100, 50), 9, (50, 100))
 
 

@@ -14,7 +14,7 @@ from model import PRESETS, DiTConfig, VideoDiT
 from wan.vae import VAEConfig, WanVAE
 
 # wan5b's shapes but narrow: how a layout is read does not hang on its width. test_model.py has a block of true width.
-SHALLOW = DiTConfig(96, 200, 2, 1, text_dim=40, text_tokens=8)
+SHALLOW = DiTConfig(256, 200, 2, 1, text_dim=40, text_tokens=8)
 # Fields of config.json as Wan2.2-TI2V-5B is published in its own layout.
 WAN_CONFIG = {
     "_class_name": "WanModel", "_diffusers_version": "0.33.0", "dim": 3072, "eps": 1e-06, "ffn_dim": 14336,
@@ -157,16 +157,19 @@ def test_damaged_weights_give_one_line_that_says_what_is_wrong(tmp_path, capsys)
         "_class_name is UNet, expected WanModel",
         damaged("unet", lambda f: edit_json(f / "config.json", _class_name="UNet")),
     )
-    refused("config.json: no such file", damaged("bare", lambda f: (f / "config.json").unlink()))
+    bare = damaged("bare", lambda f: (f / "config.json").unlink())
+    assert VideoDiT.from_pretrained(bare, "SlowGenerator").config == SHALLOW  # its tensors tell
     refused("config.json: not JSON", damaged("text", lambda f: (f / "config.json").write_text("hello")))
 
     pt = tmp_path / "generator.pt"
-    torch.save({"generator": {"model.patch_embedding.bias": torch.zeros(96)}, "other": Code()}, pt)
+    torch.save({"generator": {"model.patch_embedding.bias": torch.zeros(256)}, "other": Code()}, pt)
     refused("more than tensors, code perhaps", pt)
     assert "code ran" not in capsys.readouterr().out
     torch.save({"critic": {}}, pt)
-    refused("no dict of tensors under the key 'generator'", pt)
-    torch.save({"generator": {"model.patch_embedding.bias": torch.zeros(96)}}, pt)
+    refused("no dict of tensors", pt)
+    torch.save({"generator": {"model.patch_embedding.bias": torch.zeros(256)}}, pt)
+    refused("no transformer of Wan2.2: it holds no patch_embedding.weight", pt)
+    torch.save({"generator": {f"model.{n}": t for n, t in tensors.items() if n != "head.head.bias"}}, pt)
     refused("missing: head.head.bias", pt)
     pt.write_bytes(pt.read_bytes()[:-200])
     refused("not a readable checkpoint.*get it again", pt)
@@ -185,6 +188,15 @@ def test_both_layouts_of_the_vae_give_the_reference_output(tmp_path):
     assert torch.equal(again.decode(latents), ours.decode(latents))
     video = torch.rand(1, 3, 5, 32, 48)
     assert torch.equal(again.encode(video), ours.encode(video))
+    config = tmp_path / "vae/config.json"
+    whole = json.loads(config.read_text())
+    for name in ("latents_mean", "latents_std"):
+        for wrong in ([*whole[name][:-1], whole[name][-1] + 0.01], whole[name][:16], "none"):
+            config.write_text(json.dumps(whole | {name: wrong}))
+            with pytest.raises(UserError, match=f"config.json: {name} is not that of Wan2.2; give the vae folder of"):
+                WanVAE.from_pretrained(tmp_path / "vae")
+    config.write_text(json.dumps({k: v for k, v in whole.items() if not k.startswith("latents_")}))
+    assert WanVAE.from_pretrained(tmp_path / "vae").config == SMALL  # what is not said is Wan2.2's
     file = tmp_path / "Wan2.2_VAE.pth"
     torch.save(ours.state_dict(), file)
     assert torch.equal(WanVAE.from_pretrained(file, config=SMALL).decode(latents), ours.decode(latents))

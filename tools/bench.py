@@ -122,6 +122,7 @@ def diffusers_vae(config: vae.VAEConfig) -> nn.Module:
         dim_mult=list(config.multipliers), num_res_blocks=config.blocks, temperal_downsample=list(config.temporal),
         is_residual=True, in_channels=12, out_channels=12, patch_size=config.patch,
         scale_factor_spatial=config.patch * 2 ** len(config.temporal),
+        latents_mean=list(vae.MEAN), latents_std=list(vae.STD),
     )  # fmt: skip
 
 

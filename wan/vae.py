@@ -305,6 +305,11 @@ class WanVAE(nn.Module):
         )  # fmt: skip
         if absent := [name for name in names if name not in theirs]:
             raise UserError(f"{file}: fields are missing: {', '.join(absent)}; give the folder as it was published")
+        for name, ours in (("latents_mean", MEAN), ("latents_std", STD)):  # by which latents are normalised
+            if name in theirs and theirs[name] != list(ours):
+                raise UserError(
+                    f"{file}: {name} is not that of Wan2.2; give the vae folder of Wan2.2-TI2V-5B-Diffusers"
+                )
         config = VAEConfig(*(tuple(v) if isinstance(v := theirs[name], list) else v for name in names))
         tensors = rename(read_folder(path, "diffusion_pytorch_model"), diffusers_names(config))
         return load(lambda: cls(config), tensors, path, dtype)

@@ -1,0 +1,270 @@
+"""Preset wan5b from end to end, in small: a quarter of the width and two blocks, the published files around them.
+
+What a user does with real weights: prepare clips of two shapes, train all three stages on them with the preset's own
+options, and sample with what they export.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import adapter as adapters
+import discriminator as discriminators
+import distill_fast
+import finetune_hybrid
+import flow
+import model
+import sample
+import train_slow_adapter
+from core.config import UserError
+from core.media import write_video
+from core.runs import Run
+from core.weights import read_network, read_safetensors, save_network
+from data import ClipLatents
+from model import VideoDiT
+from tools import prepare_clips
+from wan.codec import NEGATIVE_PROMPT, WanCodec
+from wan.tiny_decoder import TinyDecoder
+
+test_wan_codec = pytest.importorskip("test_wan_codec")  # needs what the real model needs
+
+DIT = replace(model.PRESETS["wan5b"], dim=768, ffn_dim=3584, heads=6, layers=2, text_dim=32, text_tokens=32)
+ADAPTER = adapters.AdapterConfig(768, 2, hidden=32, fixed_norm=True)
+CLASSIFIER = replace(
+    discriminators.PRESETS["wan5b"], dim=768, text_dim=32, feature_blocks=(0, 1), hidden=256, heads=4
+)  # fmt: skip
+WAN_CONFIG = {
+    "_class_name": "WanModel", "dim": 768, "ffn_dim": 3584, "num_heads": 6, "num_layers": 2, "in_dim": 48,
+    "freq_dim": 256, "eps": 1e-6,
+}  # fmt: skip
+PROMPT = "a red square"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder as Wan2.2-TI2V-5B is published, in small: the transformer in shards without their index."""
+    folder = test_wan_codec.write_folder(tmp_path_factory.mktemp("Wan2.2-TI2V-5B"))
+    torch.manual_seed(0)
+    network = VideoDiT(DIT)
+    torch.nn.init.normal_(network.head.head.weight, std=0.02)
+    (folder / "config.json").write_text(json.dumps(WAN_CONFIG))
+    names = sorted(network.state_dict())
+    for number in range(2):
+        part = {name: network.state_dict()[name].bfloat16() for name in names[number::2]}
+        safetensors.torch.save_file(part, folder / f"diffusion_pytorch_model-{number + 1:05}-of-00002.safetensors")
+    for speed in ("slow", "fast"):
+        adapter = adapters.ResNetAdapter(ADAPTER)
+        for block in adapter.blocks:
+            torch.nn.init.normal_(block.project.weight, std=0.02)
+        save_network(folder / f"{speed}_adapter.safetensors", f"{speed.title()}Adapter", ADAPTER, adapter.state_dict())
+    return folder
+
+
+@pytest.fixture
+def small(published, tmp_path, monkeypatch):
+    """The presets, the length of texts and the area of `--size auto` in small; a picture and boxes in an own folder.
+
+    Frozen networks are in float32, for many CPUs emulate bfloat16.
+    """
+    monkeypatch.setitem(model.FROZEN_DTYPE, "wan5b", torch.float32)
+    monkeypatch.setattr(WanCodec, "text_tokens", 32)
+    monkeypatch.setitem(model.PRESETS, "wan5b", DIT)
+    monkeypatch.setitem(adapters.PRESETS, "wan5b", ADAPTER)
+    monkeypatch.setitem(discriminators.PRESETS, "wan5b", CLASSIFIER)
+    monkeypatch.setattr(WanCodec, "area", 32 * 64)
+    monkeypatch.chdir(tmp_path)
+    iio.imwrite("x.png", np.full((64, 128, 3), 90, np.uint8))
+    boxes = {"0": [10, 10, 40, 40], "4": [60, 20, 90, 50]}
+    Path("boxes.json").write_text(json.dumps({"objects": [{"boxes": boxes}]}))
+    return published
+
+
+def job(folder, **options) -> sample.Config:
+    """What `sample.py --preset wan5b` is told, but for a shorter video."""
+    told = {"preset": "wan5b", "image": "x.png", "traj": "boxes.json", "out": "o.mp4", "frames": 5, "prompt": PROMPT}
+    return sample.Config(**sample.WAN5B | told | {"weights": str(folder), "steps": 2} | options)
+
+
+class Recorder:
+    """Whatever is asked of a generator: the text, whether with residuals, and the noise level."""
+
+    def __init__(self, monkeypatch):
+        self.calls, forward = [], VideoDiT.forward
+
+        def recording(network, x, t, text, residuals=None, feature_blocks=()):
+            given = None if residuals is None else list(residuals)
+            self.calls.append((text.clone(), given, t[0, 1].item() / 1000))
+            return forward(network, x, t, text, given, feature_blocks)
+
+        monkeypatch.setattr(VideoDiT, "forward", recording)
+
+
+# --- slow sampling ----------------------------------------------------------------------------------------------------
+
+
+def test_guidance_goes_away_from_the_negative_prompt_with_the_adapter_in_both_branches(small, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    sample.main(job(small, speed="slow"))
+    text = WanCodec(small, torch.device("cpu")).encode_text([PROMPT, NEGATIVE_PROMPT]).split(1)
+    assert len(recorder.calls) == 4 and not torch.equal(*text)
+    for (negative, added, _), (prompt, added_too, _) in zip(recorder.calls[::2], recorder.calls[1::2], strict=True):
+        # Prompts are embedded in one batch here too, so to the bit.
+        assert torch.equal(negative, text[1]) and torch.equal(prompt, text[0])
+        assert len(added) == len(added_too) == 2 and added[0].any()
+        assert all(torch.equal(a, b) for a, b in zip(added, added_too, strict=True))
+    assert iio.imread("o.mp4").shape == (5, 32, 64, 3)
+
+
+def test_trajectory_guidance_adds_the_difference_that_the_adapter_makes(small, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    sample.main(job(small, speed="slow", steps=1, trajectory_guidance=2.0))
+    told = [added is not None for _, added, _ in recorder.calls]
+    text = WanCodec(small, torch.device("cpu")).encode_text([PROMPT, NEGATIVE_PROMPT])
+    assert told == [True, True, True, False]  # guidance's two, and the trajectory's two
+    assert torch.equal(recorder.calls[3][0], text[:1]) and torch.equal(recorder.calls[2][0], text[:1])
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+@pytest.mark.parametrize("speed", ["slow", "fast"])
+def test_shift_warps_the_noise_levels(speed, shift, small, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    sample.main(job(small, speed=speed, guidance=1.0, shift=shift, generator=str(small)))
+    levels = [level for *_, level in recorder.calls]
+    assert levels == pytest.approx(flow.sigma_schedule(2, shift or 5.0)[:2], rel=1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", PROMPT])
+def test_an_empty_prompt_is_one_warning(prompt, small, capsys):
+    sample.main(job(small, prompt=prompt, generator=str(small), steps=1))
+    err = [line for line in capsys.readouterr().err.splitlines() if "prompt" in line]
+    assert err == ([] if prompt == PROMPT else ["--prompt is empty: say what the video shows, or it will be poor"])
+
+
+def test_empty_prompts_of_a_table_are_counted(small, capsys):
+    Path("jobs.csv").write_text("image,traj,prompt\nx.png,boxes.json,\nx.png,boxes.json,a disc\n")
+    sample.main(job(small, batch="jobs.csv", generator=str(small), steps=1))
+    assert "--prompt is empty in 1 of 2 rows: " in capsys.readouterr().err
+
+
+def test_one_network_of_a_checkpoint_makes_the_video(small):
+    """`--generator FILE:key`; where none is given, the best key."""
+    weights = VideoDiT.from_pretrained(small, "SlowGenerator").state_dict()
+    torch.save({"generator": weights, "generator_ema": {n: 0 * p for n, p in weights.items()}}, "several.pt")
+
+    def video(generator):
+        sample.main(job(small, generator=generator, steps=1, seed=3))
+        return iio.imread("o.mp4")
+
+    assert np.array_equal(video("several.pt:generator"), wanted := video(str(small)))
+    assert not np.array_equal(video("several.pt"), wanted)
+
+
+def test_a_small_decoder_makes_the_pieces(small, monkeypatch):
+    torch.manual_seed(0)
+    weights = {name: torch.randn_like(p) * 0.03 for name, p in TinyDecoder().state_dict().items()}
+    torch.save(weights, "taew2_2.pth")
+    monkeypatch.setattr(WanCodec, "decode_video", lambda *_: pytest.fail("the VAE decodes nothing"))
+    codec = WanCodec(small, torch.device("cpu"), decoder="taew2_2.pth")
+    latents = torch.randn(1, 48, 2, 2, 4)
+    wanted = list(TinyDecoder.from_pretrained("taew2_2.pth").frames(latents))
+    assert all(torch.equal(a, b) for a, b in zip(codec.pieces(latents), wanted, strict=True))
+    monkeypatch.setattr(type(codec.vae), "frames", lambda *_: pytest.fail("the VAE decodes nothing"))
+    sample.main(job(small, decoder="taew2_2.pth", generator=str(small), steps=1))
+    assert iio.imread("o.mp4").shape == (5, 32, 64, 3)
+
+
+# --- from clips to a video --------------------------------------------------------------------------------------------
+
+
+def write_clips(folder: Path) -> None:
+    """Six wide clips and three tall ones: a square moves."""
+    folder.mkdir()
+    for number in range(9):
+        height, width = (32, 64) if number % 3 else (64, 32)
+        frames = np.full((5, height, width, 3), 20 * number, np.uint8)
+        for t in range(5):
+            frames[t, 6:18, 4 + 4 * t : 16 + 4 * t] = (200, 40, 40)
+        write_video(folder / f"{number}.mp4", frames, fps=8)
+        (folder / f"{number}.txt").write_text(f"a red square, {'abcdefghi'[number]}")
+        boxes = {"0": [4, 6, 16, 18], "4": [20, 6, 32, 18]}
+        (folder / f"{number}.json").write_text(json.dumps({"objects": [{"boxes": boxes}]}))
+
+
+def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
+    """One step of each with the options of wan5b, but for the batch; then slow and fast sampling of what they export.
+
+    Stage 2's rates are too small for bfloat16 to show one step of them, so here they are larger.
+    """
+    write_clips(Path("clips"))
+    clips = prepare_clips.WAN5B | {
+        "preset": "wan5b",
+        "source": "clips",
+        "weights": str(small),
+        "frames": 5,
+        "sparse": 0.5,
+    }
+    prepare_clips.main(prepare_clips.Config(out="shards", **clips))
+    data = ClipLatents("shards", 32, batch=2)
+    assert len(data.shapes) == 2 and data.unconditional().any()
+    saves, judged = [], []
+    monkeypatch.setattr(Run, "save", lambda run, step, wait=False: saves.append(step))  # a gigabyte to disk, else
+    loss = distill_fast.student_loss
+
+    def student_loss(student, real_score, fake_score, draw):
+        judged.append(draw.first.shape)
+        return loss(student, real_score, fake_score, draw)
+
+    monkeypatch.setattr(distill_fast, "student_loss", student_loss)
+    options = {"preset": "wan5b", "data": "shards", "weights": str(small), "steps": 1, "batch": 2, "log_every": 1}
+    options |= {"compile": False}
+
+    def run(script, **more):
+        script.main(script.Config(**script.WAN5B | options | more))
+
+    out = {name: Path(f"runs/{name}/{name}.safetensors") for name in ("slow_adapter", "fast_generator", "fast_adapter")}
+    run(train_slow_adapter, generator=str(small), mask_steps=0, warmup=0, lr=1e-2)
+    adapter = adapters.read_adapter(out["slow_adapter"], "SlowAdapter")
+    assert adapter.config == ADAPTER and adapter.norm.mean.any() and adapter.blocks[0].project.weight.any()
+
+    run(distill_fast, generator=str(small), ratio=1, lr=1e-2, fake_lr=1e-2)
+    tensors = read_network(out["fast_generator"], "FastGenerator", model.DiTConfig)[1]
+    slow = VideoDiT.from_pretrained(small, "SlowGenerator")
+    assert len(judged) == 1
+    assert not torch.equal(tensors["blocks.0.ffn.0.weight"].read().float(), slow.blocks[0].ffn[0].weight)
+
+    for name in ("slow_adapter", "fast_generator"):
+        shutil.copy(out[name], ".")
+    run(
+        finetune_hybrid, generator="fast_generator.safetensors", adapter="slow_adapter.safetensors",
+        backbone=str(small), ratio=1, warmup=0, lr=1e-2,
+    )  # fmt: skip
+    trained = adapters.read_adapter(out["fast_adapter"], "FastAdapter")
+    assert torch.equal(trained.norm.mean, adapter.norm.mean)  # it goes on with the statistics of stage 1
+    assert not torch.equal(trained.blocks[0].project.weight, adapter.blocks[0].project.weight)
+    (row,) = map(json.loads, Path("runs/fast_adapter/log.jsonl").read_text().splitlines())
+    assert row["adversarial_pull"] > 0 and row["diffusion_pull"] > 0 and saves == [1, 1, 1]
+    assert read_safetensors("runs/fast_adapter/classifier.safetensors")[0]["network"] == "Classifier"
+
+    networks = {"generator": str(out["fast_generator"]), "adapter": str(out["fast_adapter"])}
+    sample.main(job(small, **networks, out="fast.mp4", steps=0))
+    sample.main(job(small, adapter=str(out["slow_adapter"]), speed="slow", out="slow.mp4"))
+    fast, slow = iio.imread("fast.mp4"), iio.imread("slow.mp4")
+    assert fast.shape == slow.shape == (5, 32, 64, 3) and not np.array_equal(fast, slow)
+
+
+def test_clips_from_before_the_negative_prompt_are_refused_by_stage_2_alone(small):
+    latents = {f"{n}.{part}": torch.zeros(48, 2, 2, 4) for n in range(6) for part in ("video", "box")}
+    Path("shards").mkdir()
+    safetensors.torch.save_file(latents, "shards/latents-00000.safetensors")
+    safetensors.torch.save_file({f"{n}": torch.zeros(3, 32) for n in range(6)}, "shards/text-00000.safetensors")
+    Path("shards/rejected.csv").write_text("")
+    options = {"preset": "wan5b", "data": "shards", "weights": str(small), "generator": str(small), "compile": False}
+    with pytest.raises(UserError, match="shards: holds no negative prompt; prepare the clips anew"):
+        distill_fast.main(distill_fast.Config(**distill_fast.WAN5B | options | {"steps": 1}))
