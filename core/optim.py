@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 
 from core.parallel import full
@@ -42,7 +41,9 @@ class Muon(Optimizer):
                 matrices = torch.stack(updates).flatten(2)
                 scale = 0.2 * max(matrices.shape[1:]) ** 0.5  # AdamW's typical RMS, to share its rate
                 for p, update in zip(params, orthogonal(matrices).view(-1, *params[0].shape), strict=True):
-                    if isinstance(p, DTensor):
+                    if hasattr(p, "full_tensor"):  # sharded
+                        from torch.distributed.tensor import distribute_tensor  # two seconds, else not needed
+
                         update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 

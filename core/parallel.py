@@ -20,8 +20,6 @@ import torch.distributed._functional_collectives as collectives
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from core.config import UserError
@@ -109,26 +107,36 @@ def prepare(
     if compile:
         check_compiler(procs.device)
     model.to(procs.device)
-    policy = precision(procs.device, dtype)
     split_sequence(model, procs.group)
     for block in model.blocks:
         if recompute != "none":
             block.forward = recomputed(block.forward, recompute)
         if compile:
             block.compile()
-        if procs.mesh is not None:
-            fully_shard(block, mesh=procs.mesh, mp_policy=policy)
     if procs.mesh is not None:
-        for name, child in model.named_children():  # parts that the network wants in float32
-            if re.search(getattr(model, "float32", "$^"), name):
-                fully_shard(child, mesh=procs.mesh, mp_policy=MixedPrecisionPolicy())
-        fully_shard(model, mesh=procs.mesh, mp_policy=policy)
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # it is about in-place ops; we have none
+        shard(model, procs, dtype)
     return model
 
 
-def precision(device: torch.device, dtype: str) -> MixedPrecisionPolicy:
-    """On GPUs parameters are gathered in bfloat16, unless `dtype` is "float32"; on CPUs in float32."""
+def shard(model: nn.Module, procs: Processes, dtype: str) -> None:
+    """FSDP2, block by block."""
+    # Imported late: it takes seconds, which one process need not wait.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = precision(procs.device, dtype)
+    for block in model.blocks:
+        fully_shard(block, mesh=procs.mesh, mp_policy=policy)
+    for name, child in model.named_children():  # parts that the network wants in float32
+        if re.search(getattr(model, "float32", "$^"), name):
+            fully_shard(child, mesh=procs.mesh, mp_policy=MixedPrecisionPolicy())
+    fully_shard(model, mesh=procs.mesh, mp_policy=policy)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # it is about in-place ops; we have none
+
+
+def precision(device: torch.device, dtype: str):
+    """FSDP's policy: on GPUs parameters are gathered in bfloat16, unless `dtype` is "float32"; on CPUs in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     # Gradients are reduced in float32. Inputs aren't cast, because timesteps and rotary tables need float32.
     if device.type == "cuda" and dtype != "float32":
         return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -164,7 +172,7 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 
 def full(tensor: Tensor) -> Tensor:
     """A sharded tensor, gathered (every rank must call); any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def split_sequence(model: nn.Module, group: dist.ProcessGroup | None) -> None:
