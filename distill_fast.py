@@ -64,12 +64,26 @@ class Config:
     sample_every: int = 500  # steps
 
 
-# (paper): steps. (Turbo): all else but `recompute`; its guidance is cond + 6 (cond - uncond), which is 7 here.
+# Where each value comes from stands beside it, and in --help.
 WAN5B = {
-    "generator": "Wan2.2-TI2V-5B", "steps": 5500, "batch": 16, "lr": 5e-7, "fake_lr": 1e-7, "guidance": 7.0,
-    "shift": flow.FAST["wan5b"].shift, "warmup": 0, "schedule": "constant", "clip": 10.0, "fake_loss": "x0",
-    "levels": "all", "recompute": "full",
-}  # fmt: skip
+    "generator": "Wan2.2-TI2V-5B",
+    "steps": 5500,  # (paper)
+    "ratio": 5,  # (Turbo)
+    "denoising_steps": flow.FAST["wan5b"].steps,  # (paper)
+    "batch": 16,  # (Turbo)
+    "lr": 5e-7,  # (Turbo)
+    "fake_lr": 1e-7,  # (Turbo)
+    "warmup": 0,  # (Turbo)
+    "schedule": "constant",  # (Turbo)
+    "fake_loss": "x0",  # (Turbo)
+    "levels": "all",  # (Turbo)
+    "weight_decay": 0.01,  # (Turbo)
+    "clip": 10.0,  # (Turbo)
+    "ema": 0.99,  # (Turbo: from step 200 on)
+    "guidance": 7.0,  # (Turbo: written there as cond + 6 (cond - uncond))
+    "shift": flow.FAST["wan5b"].shift,  # (Turbo)
+    "recompute": "full",
+}
 
 
 class Draw(NamedTuple):

@@ -80,14 +80,35 @@ class Config:
     sample_every: int = 300  # steps
 
 
-# (paper): steps, ratio and batch. (Turbo): Adam without momentum, fakes of their own at every step. As a third party
-# read the authors' configuration: rates, the weight of both adversarial losses, noise levels. (guess): all else.
+# Where each value comes from stands beside it, and in --help. What stage3.yaml says is known from a third party.
 WAN5B = {
-    "generator": "fast_generator.safetensors", "adapter": "slow_adapter.safetensors", "backbone": "Wan2.2-TI2V-5B",
-    "steps": 1000, "diffusion_first": 0, "gan_scale": 0.01, "batch": 4, "lr": 2e-6, "classifier_lr": 2e-6,
-    "classifier_muon": False, "momentum": 0.0, "adapter_start": 0, "shift": flow.FAST["wan5b"].shift,
-    "judge_sigma_min": 0.02, "judge_sigma_max": 0.98, "cautious": False, "reuse_fakes": False, "recompute": "full",
-}  # fmt: skip
+    "generator": "fast_generator.safetensors",
+    "adapter": "slow_adapter.safetensors",
+    "backbone": "Wan2.2-TI2V-5B",
+    "steps": 1000,  # (paper)
+    "ratio": 5,  # (paper)
+    "diffusion_first": 0,  # (paper)
+    "adapter_start": 0,  # (paper)
+    "denoising_steps": flow.FAST["wan5b"].steps,  # (paper)
+    "gan_scale": 0.01,  # (paper: its stage3.yaml)
+    "diffusion_scale": "decay",  # (paper: one of two readings; grow is the other)
+    "sparse": 0.15,  # (guess)
+    "batch": 4,  # (paper: its 4 GPUs, one video on each)
+    "lr": 2e-6,  # (paper: its stage3.yaml)
+    "classifier_lr": 2e-6,  # (paper: its stage3.yaml)
+    "cautious": False,  # (guess)
+    "reuse_fakes": False,  # (Turbo)
+    "classifier_muon": False,  # (paper: its stage3.yaml)
+    "warmup": 20,  # (guess)
+    "momentum": 0.0,  # (paper: its stage3.yaml)
+    "weight_decay": 0.01,  # (Turbo)
+    "clip": 1.0,  # (guess)
+    "ema": 0.95,  # (guess)
+    "shift": flow.FAST["wan5b"].shift,  # (Turbo)
+    "judge_sigma_min": 0.02,  # (paper: its stage3.yaml)
+    "judge_sigma_max": 0.98,  # (paper: its stage3.yaml)
+    "recompute": "full",
+}
 
 
 def diffusion_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

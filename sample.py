@@ -80,9 +80,18 @@ class Config:
 
 
 WAN5B = {
-    "prompt": "", "weights": "Wan2.2-TI2V-5B", "size": "auto", "frames": 121, "fps": 24, "scale": 1,
-    "negative": NEGATIVE_PROMPT,
-}  # fmt: skip
+    "prompt": "",
+    "weights": "Wan2.2-TI2V-5B",
+    "steps": 0,  # (4 fast: paper; 50 slow: Wan)
+    "guidance": 0.0,  # (5: Wan)
+    "negative": NEGATIVE_PROMPT,  # (Wan)
+    "trajectory_guidance": 1.0,  # (guess)
+    "shift": 0.0,  # (5: Wan, Turbo)
+    "size": "auto",  # (Wan)
+    "frames": 121,  # (Wan)
+    "fps": 24,  # (Wan)
+    "scale": 1,
+}
 # Columns of a --batch table -> options: this project's own names, and those of MagicMotion's tables.
 COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | {
     "validation_images": "image", "validation_trajectory_maps": "traj", "validation_prompt": "prompt",

@@ -62,11 +62,24 @@ class Config:
     sample_every: int = 1000  # steps
 
 
-# (paper): steps, of which 4,600 with masks, and one video on each of 16 GPUs. (Wan): shift. (guess): all else.
+# Where each value comes from stands beside it, and in --help.
 WAN5B = {
-    "generator": "Wan2.2-TI2V-5B", "steps": 10000, "mask_steps": 4600, "batch": 16, "lr": 1e-4, "muon": False,
-    "shift": 5.0, "warmup": 200, "ema": 0.999, "recompute": "full",
-}  # fmt: skip
+    "generator": "Wan2.2-TI2V-5B",
+    "steps": 10000,  # (paper)
+    "mask_steps": 4600,  # (paper)
+    "sparse": 0.15,  # (guess)
+    "batch": 16,  # (paper: its 16 GPUs, one video on each)
+    "lr": 1e-4,  # (guess)
+    "muon": False,  # (guess)
+    "copied_rate": 0.1,  # (guess)
+    "warmup": 200,  # (guess)
+    "weight_decay": 0.01,  # (guess)
+    "clip": 1.0,  # (guess)
+    "ema": 0.999,  # (guess)
+    "shift": 5.0,  # (Wan)
+    "drop_text": 0.1,  # (guess)
+    "recompute": "full",
+}
 
 
 def adapter_loss(generator: VideoDiT, adapter: Adapter, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:

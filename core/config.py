@@ -37,7 +37,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
@@ -52,21 +55,27 @@ def _switch(text: str) -> bool:
 def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, dict] = {}, positional: str = ""):
     """`--lr 1e-4 --compile false` -> an instance of the frozen dataclass. UserError for a wrong flag or value.
 
-    `presets`: the defaults that each `--preset` changes. `positional`: a field that is given without its flag.
+    `presets`: the defaults that each `--preset` changes; a comment next to one, such as (paper), says where the value
+    comes from. `positional`: a field that is given without its flag.
     """
+    module = inspect.getmodule(config_class)
     source = inspect.getsource(config_class)  # the comment next to a field is its help text
     comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", source, flags=re.MULTILINE))
-    lines = [f"defaults with --preset {preset}:\n  {flags(values)}" for preset, values in presets.items()]
+    origins = dict(re.findall(r'^    "(\w+)": [^#\n]*# (\(.*)$', inspect.getsource(module), flags=re.MULTILINE))
     parser = _Parser(
-        description=inspect.getdoc(inspect.getmodule(config_class)), epilog="\n\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        description=inspect.getdoc(module), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage=f"%(prog)s {f'{positional} ' if positional else ''}[--flag value ...]",
     )  # fmt: skip
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         kind, default, text = types[field.name], field.default, comments[field.name].replace("%", "%%")
         shown = flags({"": default}).strip("- ").replace("%", "%%")
-        options = {"default": default, "help": f"{text} (default: {shown})" if shown else text}
+        shown = f" (default: {shown})" if shown else ""
+        for preset, values in presets.items():
+            if field.name in values:
+                value = flags({"": values[field.name]}).strip("- ") or "empty"
+                shown += f"; with {preset}: {value} {origins.get(field.name, '')}".rstrip().replace("%", "%%")
+        options = {"default": default, "help": text + shown}
         if kind is bool:
             options |= {"type": _switch, "nargs": "?", "const": True, "metavar": "true|false"}
         elif typing.get_origin(kind) is typing.Literal:

@@ -1,6 +1,7 @@
 """Flags: their types, presets and help, what is said of wrong ones, and where shipped files are found."""
 
 import dataclasses
+import re
 from typing import Literal
 
 import pytest
@@ -59,6 +60,7 @@ def test_negative_numbers_are_values():
         (["--lr"], "^argument --lr: expected one argument$"),
         (["--lr", "fast"], "^argument --lr: .*fast"),
         (["--lr", "nan"], "^argument --lr: nan is not a finite number$"),
+        (["--lr", "fast"], "^argument --lr: fast is not a finite number$"),
         (["--lr", "-inf"], "^argument --lr: "),
         (["--steps", "1.5"], r"^argument --steps: invalid int value: '1\.5'$"),
         (["--flag", "yes"], "^argument --flag: yes is neither true nor false$"),
@@ -103,13 +105,37 @@ def test_a_preset_has_its_own_defaults_and_flags_go_before_them(script, capsys):
     assert wan == dataclasses.replace(script.Config(), preset="wan5b", seed=7, **script.WAN5B)
     with pytest.raises(SystemExit):
         parse_config(script.Config, ["--help"], presets)
-    lines = capsys.readouterr().out.splitlines()
-    assert f"  {flags(script.WAN5B)}" == lines[lines.index("defaults with --preset wan5b:") + 1]
+    shown = "".join(capsys.readouterr().out.split())  # lines break where they like
+    for name, value in script.WAN5B.items():
+        value = "".join(flags({"": value}).strip("- ").split()) or "empty"
+        assert f";withwan5b:{value}" in shown.partition(f"--{name}")[2]
     name, value = next(iter(script.WAN5B.items()))
     asked = parse_config(script.Config, [f"--{name}", str(value), "--preset=wan5b"], presets)
     assert getattr(asked, name) == value
     other = parse_config(script.Config, ["--preset=wan5b", f"--{name}={getattr(script.Config(), name)}"], presets)
     assert getattr(other, name) == getattr(script.Config(), name)  # though it is the default without a preset
+
+
+# What has no source: where files lie, and what costs memory alone.
+UNMARKED = {"generator", "adapter", "backbone", "weights", "recompute", "prompt", "scale"}
+
+
+@pytest.mark.parametrize("script", [sample, prepare_clips, train_slow_adapter, distill_fast, finetune_hybrid])
+def test_help_says_where_each_value_of_wan5b_comes_from(script, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(script.Config, ["--help"], {"wan5b": script.WAN5B})
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in script.WAN5B.keys() - UNMARKED:
+        own = re.split(r" --\w+ ", shown.partition(f" --{name} ")[2])[0]
+        assert re.search(r"; with wan5b: [^;]* \(.*(paper|Turbo|Wan|guess)[^()]*(\(.*\))?\)$", own), own
+
+
+@pytest.mark.parametrize("script", [train_slow_adapter, distill_fast, finetune_hybrid])
+def test_every_number_that_a_training_of_wan5b_depends_on_has_its_source(script):
+    numbers = {field.name for field in dataclasses.fields(script.Config) if isinstance(field.default, int | float)}
+    machine = {"accumulate", "sequence", "seed", "compile", "log_every", "save_every", "sample_every"}
+    parts = {"use_gan", "use_diffusion", "semantic", "trajectory", "video"}  # what the ablation leaves out
+    assert numbers - machine - parts <= script.WAN5B.keys()
 
 
 def test_what_is_typed_is_what_is_shown():

@@ -47,7 +47,10 @@ class Config:
     seed: int = 0  # of which clips are sparse, and in which frames
 
 
-WAN5B = {"size": "auto", "frames": 121}
+WAN5B = {
+    "size": "auto",  # (Wan)
+    "frames": 121,  # (Wan)
+}
 
 
 @dataclass(frozen=True)
