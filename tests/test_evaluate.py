@@ -106,9 +106,10 @@ def test_adapter_guidance_and_captions_reach_the_sample(world):
     calls = []
     adapter.register_forward_hook(lambda *_: calls.append(1))
 
-    def run(batch=few, helper=adapter, **changes):
+    def run(batch=few, helper=adapter, trajectory=1.0, both=True, **changes):
         cfg = dataclasses.replace(CFG, **changes)
-        return evaluate.generate(evaluate.slow_sampler(generator, helper, cfg), batch, cfg, ALONE, "run")
+        sampler = evaluate.slow_sampler(generator, helper, cfg, trajectory, both)
+        return evaluate.generate(sampler, batch, cfg, ALONE, "run")
 
     base = run()
     assert len(calls) == 1  # once a clip, whatever the steps
@@ -116,8 +117,11 @@ def test_adapter_guidance_and_captions_reach_the_sample(world):
     mute = dataclasses.replace(few, captions=["", ""])
     for other in (run(helper=None), run(maps="mask"), run(guidance=3.0), run(steps=4), run(shift=1.0), run(batch=mute)):
         assert not torch.allclose(other, base, atol=1e-3)
-    image_alone = run(batch=mute, helper=None)
-    assert torch.allclose(run(guidance=0.0), image_alone, atol=1e-4)  # scale 0 is the unconditional branch
+    # Scale 0 is the other branch: without the text, and with or without the adapter.
+    assert torch.allclose(run(guidance=0.0), run(batch=mute), atol=1e-4)
+    assert torch.allclose(run(guidance=0.0, both=False), run(batch=mute, helper=None), atol=1e-4)
+    assert torch.allclose(run(trajectory=0.0), run(helper=None), atol=1e-4)
+    assert not torch.allclose(run(trajectory=2.0), base, atol=1e-3)
     silent = adapters.ResNetAdapter(adapter.config)  # its projection still is zero
     assert torch.equal(run(helper=silent), run(helper=None))
 
@@ -179,6 +183,19 @@ def test_main_writes_rows_and_sheet(tmp_path, weights, capsys):
     assert len(printed) == 1 + len(rows) and len({len(line) for line in printed}) == 1
 
 
+def test_guidance_table_compares_strengths(tmp_path, weights):
+    out = tmp_path / "guidance.json"
+    cfg = evaluate.Config(**weights, out=str(out), guidance_table=True, videos=2, batch=2, steps=2, compile=False)
+    evaluate.main(cfg)
+    rows = json.loads(out.read_text())
+    assert [row["name"] for row in rows[:3]] == [
+        "no guidance", "guidance 5, adapter in the first branch", "guidance 5, adapter in both",
+    ]  # fmt: skip
+    assert [row["name"] for row in rows[3::2]] == [f"trajectory guidance {w}" for w in ("1.5", "2", "3")]
+    assert [row["name"] for row in rows[4::2]] == [f"guidance 5, trajectory guidance {w}" for w in ("1.5", "2", "3")]
+    assert len({row["fvd"] for row in rows}) == len(rows) == 9  # each another way
+
+
 def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
     """Every variant's runs are found, each with its own adapter; a row holds mean and range over them."""
     monkeypatch.chdir(tmp_path)
@@ -199,13 +216,13 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
     rows = json.loads(Path("rows.json").read_text())
     slow, both, method = "SlowGenerator + SlowAdapter", "FastGenerator + SlowAdapter", "FlashMotion: "
     assert [(row["name"], row["steps"], row["seeds"]) for row in rows[:3]] == [(slow, 5, 1), (slow, 4, 1), (both, 4, 1)]
-    assert [row["steps"] for row in rows[3:]] == [4] * 8 + [2] * 6 + [1] * 6
-    assert {row["name"].removeprefix(method) for row in rows[3:11]} == set(evaluate.VARIANTS.values())
+    assert [row["steps"] for row in rows[3:]] == [4] * 10 + [2] * 8 + [1] * 8
+    assert {row["name"].removeprefix(method) for row in rows[3:13]} == set(evaluate.VARIANTS.values())
     assert {row["name"] for row in rows if row["name"].startswith(method)} == {
         method + evaluate.VARIANTS[evaluate.METHOD]
     }
-    assert all(row["seeds"] == 2 for row in rows[3:11])
-    for row in rows[3:11]:
+    assert all(row["seeds"] == 2 for row in rows[3:13])
+    for row in rows[3:13]:
         for key in MEASURES:
             low, high = row[f"{key}_range"]
             assert row[key] == pytest.approx((low + high) / 2, abs=1e-4)
@@ -213,7 +230,7 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
     assert len({row["fvd"] for row in rows}) == len(rows)  # each its own adapter and steps
     assert f"({rows[3]['fvd_range'][0]} to " in Path("rows.md").read_text()
     sheet = iio.imread("rows.png")
-    assert sheet.shape[0] % ((2 + 3 + 8) * 98 + 12) == 0
+    assert sheet.shape[0] % ((2 + 3 + 10) * 98 + 12) == 0
     for folder in evaluate.RUNS.glob("no_video_*"):
         shutil.rmtree(folder)
     capsys.readouterr()

@@ -3,6 +3,7 @@
     python -m toy.evaluate                                  # the shipped networks, slow and fast
     python -m toy.evaluate --videos 32 --steps 10 --out runs/evaluate/quick.json
     python -m toy.evaluate --ablation                       # the runs of `make ablation`: what each part is for
+    python -m toy.evaluate --guidance_table --videos 64     # the slow networks, guided by prompt and by trajectory
 
 Prints a table and writes its rows as JSON, the same in Markdown, and a contact sheet: trajectory maps, the truth, and
 what each network makes of it. The first rows score the true videos and what the codec leaves of them: no generator does
@@ -37,7 +38,7 @@ from toy.world import ToyBatch, ToyWorld
 from trajectory import draw_overlay
 
 RUNS = Path("runs/ablation")  # <variant>_<seed>/fast_adapter.safetensors
-VARIANTS = {  # of stage 3, by the folder's name; the Makefile has their flags
+VARIANTS = {  # of stage 3, and the baselines, by the folder's name; the Makefile has their flags
     "no_diffusion": "hybrid without diffusion loss",
     "no_gan": "hybrid without GAN loss",
     "constant": "hybrid, constant scale",
@@ -46,6 +47,8 @@ VARIANTS = {  # of stage 3, by the folder's name; the Makefile has their flags
     "no_semantic": "discriminator without semantic attention",
     "no_trajectory": "discriminator without trajectory attention",
     "no_video": "discriminator without video attention",
+    "lcm": "LCM applied to the adapter",
+    "dmd": "DMD applied to the adapter",
 }
 METHOD = "decay"  # the full method: the hybrid with the default scale
 SLOW, FAST = flow.SLOW["tiny"], flow.FAST["tiny"]
@@ -58,13 +61,14 @@ class Config:
     fast_generator: str = shipped("checkpoints/tiny/fast_generator.safetensors")  # of stage 2
     fast_adapter: str = shipped("checkpoints/tiny/fast_adapter.safetensors")  # of stage 3
     ablation: bool = False  # the runs under runs/ablation instead of the shipped FastAdapter
+    guidance_table: bool = False  # the slow networks under several strengths of guidance instead
     out: str = "runs/evaluate/rows.json"  # rows; the table (.md), the contact sheet (.png) and a .gif go beside it
     split: Literal["test", "validation"] = "test"  # of the toy world; neither is trained on
     videos: int = 256  # how many, from the first of the split
     maps: Literal["box", "mask"] = "box"  # how the trajectory is drawn
     steps: int = SLOW.steps  # of the slow sampler
     shift: float = SLOW.shift  # warp of the slow sampler's noise levels towards noise
-    guidance: float = 1.0  # of the slow sampler, by prompt and trajectory; 1 switches it off and halves the work
+    guidance: float = 1.0  # of the slow sampler, by the prompt; 1 switches it off and halves the work
     batch: int = 32  # videos sampled at once
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = True  # torch.compile each block
@@ -75,18 +79,22 @@ class Config:
 Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 
 
-def controlled(generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor) -> flow.Velocity:
+def controlled(generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor) -> partial:
     """The generator's velocity, with the adapter's residuals if there is one. The toy's are static: one call a clip."""
     return partial(generator, text=text, residuals=adapter(traj) if adapter else None)
 
 
-def slow_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config) -> Sampler:
-    """Euler steps, guided away from what the generator makes of the image alone."""
+def slow_sampler(
+    generator: VideoDiT, adapter: Adapter | None, cfg: Config, trajectory_guidance: float = 1.0, both: bool = True
+) -> Sampler:
+    """Euler steps. `both`: the adapter works in both branches of guidance, as in sample.py; else in the first alone."""
 
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
-        noise, alone = sample_noise(traj.shape[1:], samples, cfg.seed).to(first.device), partial(generator, text=empty)
-        velocity = flow.guided(controlled(generator, adapter, text, traj), alone, cfg.guidance)
-        return flow.sample_multistep(velocity, first, noise, flow.sigma_schedule(cfg.steps, cfg.shift))
+        noise, told = sample_noise(traj.shape[1:], samples, cfg.seed), controlled(generator, adapter, text, traj)
+        residuals = told.keywords["residuals"] if both else None
+        velocity = flow.guided(told, partial(generator, text=empty, residuals=residuals), cfg.guidance)
+        velocity = flow.trajectory_guided(velocity, told, partial(generator, text=text), trajectory_guidance)
+        return flow.sample_multistep(velocity, first, noise.to(first.device), flow.sigma_schedule(cfg.steps, cfg.shift))
 
     return sample
 
@@ -245,6 +253,23 @@ def ablate(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[lis
     return rows, [batch.video, *videos]
 
 
+def guidance_table(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
+    """Rows of the slow networks with guidance 5: the adapter in one branch or both, and trajectory guidance."""
+    slow, adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
+    strong = replace(cfg, guidance=5.0)
+    ways = {
+        "no guidance": slow_sampler(slow, adapter, cfg),
+        "guidance 5, adapter in the first branch": slow_sampler(slow, adapter, strong, both=False),
+        "guidance 5, adapter in both": slow_sampler(slow, adapter, strong),
+    }
+    for scale in (1.5, 2.0, 3.0):
+        ways[f"trajectory guidance {scale:g}"] = slow_sampler(slow, adapter, cfg, scale)
+        ways[f"guidance 5, trajectory guidance {scale:g}"] = slow_sampler(slow, adapter, strong, scale)
+    videos = [generate(sample, batch, cfg, procs, name) for name, sample in ways.items()]
+    rows = [make_row(name, cfg.steps, video, batch) for name, video in zip(ways, videos, strict=True)]
+    return rows, [batch.video, *videos]
+
+
 def main(cfg: Config) -> None:
     for name, least in (("videos", 2), ("steps", 1), ("batch", 1), ("seed", 0), ("shift", 0.01)):
         if getattr(cfg, name) < least:
@@ -252,13 +277,14 @@ def main(cfg: Config) -> None:
     out = output_path(cfg.out, ".json")
     procs = parallel.init_processes()
     batch = ToyWorld(cfg.split).batch(list(range(cfg.videos)))
-    rows, videos = (ablate if cfg.ablation else compare)(cfg, batch, procs)
+    measure = ablate if cfg.ablation else guidance_table if cfg.guidance_table else compare
+    rows, videos = measure(cfg, batch, procs)
 
     print(table(rows))
     about = provenance("-m toy.evaluate", cfg, procs.device)
     write_rows(out, [row | about for row in rows])
     write_image(out.with_suffix(".png"), comparison(videos, batch, cfg.maps))
-    if not cfg.ablation:
+    if measure is compare:
         write_animation(out.with_suffix(".gif"), animation([videos[2], videos[4]], batch), fps=6)
 
 
