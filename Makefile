@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 SEEDS = 0 1 2
-VARIANTS = decay no_gan no_diffusion constant grow no_semantic no_trajectory no_video
+BASELINES = lcm dmd
+VARIANTS = decay no_gan no_diffusion constant grow no_semantic no_trajectory no_video $(BASELINES)
 RUNS = $(foreach v,$(VARIANTS),$(foreach s,$(SEEDS),runs/ablation/$v_$s/fast_adapter.safetensors))
 
 no_diffusion = --use_diffusion false --diffusion_first 0 --steps 300
@@ -24,14 +25,18 @@ test: .venv/ready-dev
 
 # Killed, it goes on where it was.
 ablation: .venv/ready
-	@echo "$(words $(RUNS)) runs of stage 3 from the shipped networks, two at a time."
-	@echo "Reckoned from a pair's six minutes: about an hour and a half on two cores, table included."
+	@echo "$(words $(RUNS)) runs from the shipped networks, two at a time."
+	@echo "Reckoned from a pair's six minutes: about two hours on two cores, table included."
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUNS)
 	$(BIN)/python -m toy.evaluate --ablation --out results/ablation.json
 
 runs/ablation/%/fast_adapter.safetensors: | .venv/ready
 	$(BIN)/python finetune_hybrid.py --name ablation/$* --seed $(lastword $(subst _, ,$*)) \
 		$($(patsubst %_$(lastword $(subst _, ,$*)),%,$*))
+
+runs/ablation/lcm_%/fast_adapter.safetensors runs/ablation/dmd_%/fast_adapter.safetensors: | .venv/ready
+	$(BIN)/python -m toy.train_baseline --loss $(firstword $(subst _, ,$(notdir $(@D)))) \
+		--name ablation/$(notdir $(@D)) --seed $*
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

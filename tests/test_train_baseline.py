@@ -1,0 +1,107 @@
+"""The two baselines: whose gradient each loss gives, what the consistency loss compares, and a run of each."""
+
+import pytest
+import torch
+
+import flow
+from adapter import AdapterConfig, ResNetAdapter, read_adapter
+from core.weights import save_network
+from model import DiTConfig, VideoDiT
+from toy.train_baseline import Config, Controlled, consistency_loss, main
+
+TINY = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16)
+
+
+def lands_on(c):
+    """The velocity at which equation (3) of flow.py gives c."""
+    return lambda x, t: (x - c) / (t[:, None, :, None, None] / 1000).clamp_min(1e-9)
+
+
+def test_the_consistency_loss_compares_two_ends_of_one_step_of_the_teacher():
+    """The student sees level `high`; its average sees where the teacher's Euler step to `low` leads, worked by hand."""
+    torch.manual_seed(0)
+    x0, noise = torch.randn(2, 2, 1, 3, 2, 2)
+    high, low = torch.tensor([0.9, 0.5]), torch.tensor([0.7, 0.0])
+    seen = {}
+
+    def watched(name, velocity):
+        def call(x, t):
+            seen[name] = x.clone(), t.clone()
+            return velocity(x, t)
+
+        return call
+
+    args = watched("student", lands_on(0.3)), watched("averaged", lands_on(0.8)), watched("teacher", lands_on(0.6))
+    loss = consistency_loss(*args, x0, noise, high, low)
+    for i in range(2):
+        x_t = (1 - high[i]) * x0[i, :, 1:] + high[i] * noise[i, :, 1:]
+        torch.testing.assert_close(seen["student"][0][i, :, 1:], x_t)
+        assert torch.equal(seen["student"][0][i, :, 0], x0[i, :, 0]) and not seen["student"][1][i, 0]
+        x_low = x_t - (high[i] - low[i]) * (x_t - 0.6) / high[i]
+        torch.testing.assert_close(seen["averaged"][0][i, :, 1:], x_low)
+        assert seen["averaged"][1][i, 1].item() == pytest.approx(1000 * low[i].item())
+    # At level 0 the average predicts what it is given, which is where the teacher's step leads: 0.6.
+    assert loss.item() == pytest.approx((0.5**2 + 0.3**2) / 2, rel=1e-5)
+
+
+def test_the_consistency_loss_moves_the_student_alone():
+    nets = [torch.tensor(w, requires_grad=True) for w in (0.5, 0.6, 0.7)]
+    x0, noise = torch.randn(2, 2, 1, 3, 2, 2)
+    velocities = [lambda x, t, w=w: w * x for w in nets]
+
+    def loss():
+        return consistency_loss(*velocities, x0, noise, torch.tensor([0.9, 0.5]), torch.tensor([0.7, 0.2]))
+
+    base = loss()
+    base.backward()
+    assert [w.grad is not None for w in nets] == [True, False, False]
+    for w in nets:  # and each is read
+        w.data += 0.1
+        assert loss().item() != base.item()
+        w.data -= 0.1
+
+
+def test_generator_and_adapter_work_as_one_network():
+    torch.manual_seed(0)
+    generator, adapter = VideoDiT(TINY), ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
+    torch.nn.init.normal_(generator.head.head.weight, std=0.1)
+    torch.nn.init.normal_(adapter.blocks[0].project.weight)
+    x, traj = torch.randn(2, 2, 16, 3, 4, 4)
+    t, text = torch.full((2, 3), 500.0), torch.randn(2, 32, 64)
+    together = Controlled(generator, adapter)(x, t, text, traj)
+    assert torch.equal(together, generator(x, t, text, adapter(traj)))
+    assert not torch.equal(together, generator(x, t, text))
+
+
+@pytest.mark.parametrize("loss", ["dmd", "lcm"])
+def test_a_run_trains_the_adapter_and_exports_it(here, loss):
+    torch.manual_seed(0)
+    adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
+    for kind in ("Slow", "Fast"):
+        generator = VideoDiT(TINY)
+        torch.nn.init.normal_(generator.head.head.weight, std=0.02)
+        save_network(f"{kind}.safetensors", f"{kind}Generator", TINY, generator.state_dict())
+    save_network("adapter.safetensors", "SlowAdapter", adapter.config, adapter.state_dict())
+    files = {"slow_generator": "Slow.safetensors", "fast_generator": "Fast.safetensors"}
+    options = files | {
+        "slow_adapter": "adapter.safetensors", "batch": 2, "ratio": 2, "warmup": 1, "lr": 1e-2, "log_every": 1,
+        "save_every": 2, "compile": False, "dtype": "float32",
+    }  # fmt: skip
+
+    def run(name, steps):
+        main(Config(name=name, loss=loss, steps=steps, **options))
+        return read_adapter(f"runs/{name}/fast_adapter.safetensors", "FastAdapter").state_dict()
+
+    trained, before = run("whole", 4), adapter.state_dict()
+    assert any(not torch.allclose(trained[n].float(), before[n], atol=1e-3) for n in before if "project" in n)
+    assert all(t.isfinite().all() for t in trained.values())
+    lines = (here / "runs/whole/log.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and ("fake_loss" if loss == "dmd" else "consistency_loss") in lines[0]
+
+
+def test_levels_that_are_to_agree_lie_on_the_path():
+    """The highest begins at pure noise, the lowest ends at the clean video."""
+    cfg = Config()
+    path = flow.sigma_schedule(cfg.path, cfg.shift)
+    firsts = [int(u * (cfg.path - cfg.skip + 1)) for u in (0.0, 0.999999)]
+    assert path[firsts[0]] == 1 and path[firsts[1] + cfg.skip] == 0

@@ -1,0 +1,194 @@
+"""The paper's two baselines, an adapter for the FastGenerator from other losses than stage 3's.
+
+    python -m toy.train_baseline --loss dmd        # distribution matching, as stage 2 does it, applied to the adapter
+    python -m toy.train_baseline --loss lcm        # a consistency loss along the slow networks' own path
+
+Both start from the SlowAdapter and train it alone, on the frozen FastGenerator. The paper names the two ("DMD applied
+to adapter", "LCM applied to adapter") and gives no details: what their sources don't say is this project's guess. The
+result, `runs/<name>/fast_adapter.safetensors`, is used as stage 3's. To resume, run the same command again.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import flow
+from adapter import read_adapter
+from core import optim, parallel
+from core.config import run_script, shipped
+from core.noise import rng, sample_uniform, step_noise
+from core.runs import Run, check_counts
+from core.weights import save_network
+from data import open_codec, training_data
+from distill_fast import EXIT_STEP, Draw, fake_score_loss, levels_above, student_learns, student_loss
+from flow import Velocity
+from model import VideoDiT
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "baseline"  # run folder under runs/
+    preset: Literal["tiny"] = "tiny"  # size of the networks and their world
+    loss: Literal["dmd", "lcm"] = "dmd"  # distribution matching, or consistency
+    slow_generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # of stage 0
+    slow_adapter: str = shipped("checkpoints/tiny/slow_adapter.safetensors")  # of stage 1, where training starts
+    fast_generator: str = shipped("checkpoints/tiny/fast_generator.safetensors")  # of stage 2, frozen
+    steps: int = 600  # of training; with dmd the adapter learns in every `ratio`-th
+    ratio: int = 5  # dmd: updates of the fake score for one of the adapter
+    denoising_steps: int = flow.FAST["tiny"].steps  # of the FastGenerator
+    path: int = 40  # lcm: steps of the slow networks from noise to data
+    skip: int = 2  # lcm: how many of them lie between two noise levels that are to agree
+    batch: int = 8  # videos a step, over all processes
+    accumulate: int = 1  # micro-batches a step
+    lr: float = 6e-4  # peak learning rate of the adapter
+    fake_lr: float = 4e-4  # dmd: peak learning rate of the fake score
+    warmup: int = 20  # steps of linear warm-up before the cosine
+    weight_decay: float = 0.01  # decoupled
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.95  # decay of the averaged adapter: the one exported, and the target of the consistency loss
+    shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
+    compile: bool = True  # torch.compile each block
+    seed: int = 0  # of data order and noise
+    log_every: int = 20  # steps
+    save_every: int = 50  # steps
+    sample_every: int = 300  # steps
+
+
+class Controlled(nn.Module):
+    """A generator and its adapter as one network, so that both can be trained, saved and averaged together."""
+
+    def __init__(self, generator: VideoDiT, adapter: nn.Module):
+        super().__init__()
+        self.generator, self.adapter = generator, adapter
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> Tensor:
+        return self.generator(x, t, text, self.adapter(traj, x, t, text))
+
+
+def consistency_loss(
+    student: Velocity, averaged: Velocity, teacher: Velocity, x0: Tensor, noise: Tensor, high: Tensor, low: Tensor
+) -> Tensor:
+    """What the student predicts from noise level `high` is what its average predicts one step of the teacher below.
+
+    x0, noise [B,C,F,H,W]; high, low [B], low < high. The teacher takes an Euler step of its path from `high` to `low`;
+    at level 0 the average predicts its input (consistency models, eq. 8; latent consistency models, section 4).
+    """
+    above, below = (flow.frame_sigma(sigma, x0.shape[2]) for sigma in (high, low))
+    x_t = flow.add_noise(x0, noise, above)
+    with torch.no_grad():  # first, for the average borrows the student's parameters
+        x_low = flow.velocity_to_x0(x_t, teacher(x_t, flow.timestep(above)).float(), above - below)
+        target = flow.velocity_to_x0(x_low, averaged(x_low, flow.timestep(below)).float(), below)
+    predicted = flow.velocity_to_x0(x_t, student(x_t, flow.timestep(above)).float(), above)
+    return (predicted - target)[:, :, 1:].square().mean()
+
+
+def main(cfg: Config) -> None:
+    check_counts(cfg)
+    procs = parallel.init_processes()
+
+    # 1. The student: the frozen FastGenerator and the adapter that learns. The teacher: the slow networks, frozen.
+    def controlled(generator: str, kind: str) -> Controlled:
+        network = VideoDiT.from_pretrained(generator, f"{kind}Generator").requires_grad_(False)
+        adapter = read_adapter(cfg.slow_adapter, "SlowAdapter").requires_grad_(False)
+        prepared = (parallel.prepare(part, procs, cfg.compile, dtype=cfg.dtype) for part in (network, adapter))
+        return Controlled(*prepared)
+
+    student, teacher = controlled(cfg.fast_generator, "Fast"), controlled(cfg.slow_generator, "Slow")
+    adapter = student.adapter.requires_grad_(True)
+    optimizers, ema = [optim.adamw(adapter, cfg.weight_decay)], optim.EMA(adapter, cfg.ema)
+    parts = {"adapter": (adapter, optimizers, ema)}
+    if cfg.loss == "dmd":
+        fake_score = controlled(cfg.slow_generator, "Slow").requires_grad_(True)
+        fake_optimizers = [optim.adamw(fake_score, cfg.weight_decay)]
+        parts["fake"] = fake_score, fake_optimizers, None
+
+    # 2. What they learn from.
+    codec = open_codec(cfg.preset, "", procs.device)
+    data, held_out = training_data("", codec, cfg.seed, cfg.batch)
+    sigmas, path = flow.sigma_schedule(cfg.denoising_steps, cfg.shift), flow.sigma_schedule(cfg.path, cfg.shift)
+    run = Run(f"runs/{cfg.name}", cfg, procs, parts)
+    start = run.resume()
+
+    def averaged(velocity: Velocity) -> Velocity:
+        """The same velocity, of the averaged adapter."""
+
+        def of_average(x: Tensor, t: Tensor) -> Tensor:
+            with ema.applied():
+                return velocity(x, t)
+
+        return of_average
+
+    def consistency_step(step: int) -> dict[str, Tensor]:
+        """One update of the adapter by the consistency loss."""
+        losses = []
+        for samples in procs.share(cfg.batch, cfg.accumulate, step):
+            x0, text, traj = data.batch(samples, "box").to(procs.device)
+            noise = step_noise(1, x0.shape[1:], samples, cfg.seed, step)[0].to(procs.device)
+            u = sample_uniform(samples, cfg.batch, cfg.seed, step)
+            first = [int(v * (cfg.path - cfg.skip + 1)) for v in u]
+            high, low = (torch.tensor([path[i + k] for i in first], device=procs.device) for k in (0, cfg.skip))
+            velocity, truth = (partial(network, text=text, traj=traj) for network in (student, teacher))
+            with parallel.autocast(procs.device, cfg.dtype):
+                loss = consistency_loss(velocity, averaged(velocity), truth, x0, noise, high, low)
+            (loss / cfg.accumulate).backward()
+            losses.append(loss.detach())
+        norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
+        return {"consistency_loss": torch.stack(losses).mean(), "adapter_grad_norm": norm}
+
+    def matching_step(step: int, learner: Literal["fake", "adapter"]) -> dict[str, Tensor]:
+        """One update of the fake score or of the adapter, by stage 2's losses; every network is told the trajectory."""
+        turn, losses = 2 * step + (learner == "adapter"), []
+        exit_step = int(torch.randint(cfg.denoising_steps, (), generator=rng(cfg.seed, turn, EXIT_STEP)))
+        for samples in procs.share(cfg.batch, cfg.accumulate, turn):
+            x0, text, traj = data.batch(samples, "box").to(procs.device)
+            noise = step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
+            u = levels_above(
+                sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device), exit_step, cfg.denoising_steps
+            )
+            sigma = flow.shift_sigma(u, cfg.shift).clamp(0.02, 0.98)
+            draw = Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
+            makes, fake, real = (partial(n, text=text, traj=traj) for n in (student, fake_score, teacher))
+            with parallel.autocast(procs.device, cfg.dtype):
+                if learner == "fake":
+                    loss = fake_score_loss(fake, student=makes, draw=draw)
+                else:
+                    loss = student_loss(makes, real_score=real, fake_score=fake, draw=draw)
+            (loss / cfg.accumulate).backward()
+            losses.append(loss.detach())
+        network, its = (fake_score, fake_optimizers) if learner == "fake" else (adapter, optimizers)
+        norm = optim.clip_and_step(network, its, cfg.clip)
+        return {f"{learner}_loss": torch.stack(losses).mean(), f"{learner}_grad_norm": norm}
+
+    def write_samples(step: int) -> None:
+        """Four held-out trajectories: truth and sample in turn."""
+        x0, text, traj = held_out.batch(list(range(4)), "box").to(procs.device)
+        noise = step_noise(cfg.denoising_steps, x0.shape[1:], range(4), cfg.seed).to(procs.device)
+        with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
+            out = flow.sample_fewstep(partial(student, text=text, traj=traj), x0[:, :, :1], noise, sigmas)
+        pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
+        run.samples(step, pairs.flatten(0, 1))
+
+    # 3. The loop.
+    for step in run.steps(start, write_samples):
+        optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
+        if cfg.loss == "lcm":
+            values = consistency_step(step)
+            ema.update(step)
+        else:
+            optim.set_lr(fake_optimizers, optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps))
+            values = matching_step(step, "fake")
+            if student_learns(step, cfg.ratio):
+                values |= matching_step(step, "adapter")
+                ema.update(step)
+        run.log(step + 1, **values)
+    weights = ema.weights()
+    if procs.rank == 0:
+        save_network(run.folder / "fast_adapter.safetensors", "FastAdapter", adapter.config, weights)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
