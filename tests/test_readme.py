@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start_in
 
 from adapter import AdapterConfig, ResNetAdapter
 from core import tables
@@ -90,28 +90,41 @@ def clone(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page, "sh")])
-def test_commands_run_as_printed_in_a_fresh_shell(page, clone):
-    """All of a page, one after another in one shell. Where the page does not begin with it: in the environment."""
-    listed, script = commands(page, "sh"), ["set -e"]
-    if not any(command.startswith("source") for command in listed):
-        script.append("source .venv/bin/activate")
+def shortened(command: str) -> str:
+    """The command, with what makes it short behind it."""
+    short = max((begin for begin in SHORT if command.startswith(begin)), key=len, default=None)
+    known = command in ("make demo", "source .venv/bin/activate") or command.startswith("python -m tools.convert")
+    assert short or known or command.startswith("python -m toy.world"), f"{command}: not in the table"
+    return command if short is None or "--help" in command else f"{command} {SHORT[short]}"
+
+
+def test_commands_of_the_front_page_run_as_printed_in_a_fresh_shell(clone):
+    """All of them, one after another in one shell."""
+    listed, script = commands("README.md", "sh"), ["set -e"]
     for command in listed:
-        short = max((begin for begin in SHORT if command.startswith(begin)), key=len, default=None)
-        known = command in ("make demo", "source .venv/bin/activate") or command.startswith("python -m tools.convert")
-        assert short or known or command.startswith("python -m toy.world"), f"{command}: not in the table"
-        more = "" if short is None or "--help" in command else f" {SHORT[short]}"
-        script += [f"echo {shlex.quote(f'$ {command}')}", f"{command}{more}"]
-    environment = ["env", "-i", f"HOME={clone.parent}", "PATH=/usr/bin:/bin"]
+        script += [f"echo {shlex.quote(f'$ {command}')}", shortened(command)]
+    environment = ["env", "-i", f"HOME={clone.parent}", "PATH=/usr/bin:/bin", "OMP_NUM_THREADS=1"]  # others work, too
     job = subprocess.run(
         [*environment, "bash", "-c", "\n".join(script)], cwd=clone, capture_output=True, text=True, timeout=900
     )
     reached = [line.removeprefix("$ ") for line in job.stdout.splitlines() if line.startswith("$ ")]
     assert job.returncode == 0, f"{reached[-1:]} failed: {job.stderr[-3000:]}"
     assert reached == listed
-    if page == "README.md":
-        assert {"sample.mp4", "seed1.mp4", "slow.mp4"} <= {path.name for path in (clone / "out").iterdir()}
-        assert "pytest" in job.stdout and "pip" not in job.stdout  # make test would run the tests, and install nothing
+    assert {"sample.mp4", "seed1.mp4", "slow.mp4"} <= {path.name for path in (clone / "out").iterdir()}
+    assert "pytest" in job.stdout and "pip" not in job.stdout  # make test would run the tests, and install nothing
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if commands(page, "sh")])
+def test_commands_of_the_other_pages_run_one_after_another(page, clone):
+    """In processes that need not start anew, as Python and torchrun would start them."""
+    start = start_in(clone)
+    for command in commands(page, "sh"):
+        words, processes = shlex.split(shortened(command)), 1
+        if words[0] == "torchrun":
+            processes = int(words.pop(1).removeprefix("--nproc_per_node="))
+        script, *flags = words[2:] if words[1] == "-m" else words[1:]
+        job = start(script, *flags, processes=processes)
+        assert job.returncode == 0, f"{command} failed: {job.stderr[-3000:]}"
 
 
 def quoted(page: str) -> list[str]:

@@ -22,10 +22,10 @@ SCRIPTS = {
     "distill_fast.py": "fast_generator",
     "finetune_hybrid.py": "fast_adapter",
 }
-STEPS = 8
-SHORT = ("--steps", STEPS, "--batch", 2, "--save_every", 4, "--sample_every", 1000, "--log_every", 1,
+STEPS, SAVED = 5, 3  # cut in the middle of a cycle of stage 3
+SHORT = ("--steps", STEPS, "--batch", 2, "--save_every", SAVED, "--sample_every", 1000, "--log_every", 1,
          "--compile", "false", "--dtype", "float32", "--warmup", 2)  # fmt: skip
-HYBRID = ("--ratio", 3, "--diffusion_first", 0, "--adapter_start", 1, "--sparse", 0.5)
+HYBRID = ("--ratio", 2, "--diffusion_first", 0, "--adapter_start", 1, "--sparse", 0.5)
 # Small networks, but what a preset fixes the width of: the generator of a new adapter, and the classifier's backbone.
 NARROW = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16)
 WIDE = DiTConfig(160, 64, 2, 6, text_dim=64, text_tokens=32, channels=16)
@@ -55,7 +55,7 @@ def flags(folder):
     return {
         "toy.train_slow_generator": (*SHORT, "--init", slow.parent),
         "train_slow_adapter.py": (*SHORT, "--generator", slow, "--init", helper, "--mask_steps", 3, "--sparse", 0.5),
-        "distill_fast.py": (*SHORT, "--generator", slow, "--ratio", 3),
+        "distill_fast.py": (*SHORT, "--generator", slow, "--ratio", 2),
         "finetune_hybrid.py": (*SHORT, *networks, *HYBRID),
         "a new adapter": (*SHORT, "--generator", backbone, "--steps", 4, "--mask_steps", 2, "--batch", 4),
     }
@@ -100,10 +100,10 @@ def kill_at_checkpoint(job, folder) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_eight_steps_equal_four_kill_and_four_more(start, folder, flags, whole, script, processes):
+def test_five_steps_equal_three_kill_and_two_more(start, folder, flags, whole, script, processes):
     network, name = SCRIPTS[script], f"cut{processes}_{SCRIPTS[script]}"
     job = start(script, *flags[script], "--name", name, processes=processes, wait=False)
-    kill_at_checkpoint(job, folder / "runs" / name / "ckpt" / "step_00000004")
+    kill_at_checkpoint(job, folder / "runs" / name / "ckpt" / "step_00000003")
     assert not (folder / "runs" / name / f"{network}.safetensors").exists()
     finish(start(script, *flags[script], "--name", name, processes=processes))
 
@@ -112,7 +112,7 @@ def test_eight_steps_equal_four_kill_and_four_more(start, folder, flags, whole, 
     assert log == cut_log  # losses, to the last digit
     assert weights.keys() == cut_weights.keys() and all(torch.equal(weights[n], cut_weights[n]) for n in weights)
     checkpoints = sorted(p.name for p in (folder / "runs" / name / "ckpt").iterdir())
-    assert checkpoints == ["step_00000004", "step_00000008"]
+    assert checkpoints == ["step_00000003", "step_00000005"]
 
 
 ALONE_AND_TOGETHER = [(script, 1) for script in SCRIPTS] + [(s, 2) for s in SCRIPTS if not s.startswith("toy")]
@@ -135,7 +135,7 @@ def test_two_nodes_of_two_processes_follow_the_curve_of_one(start, folder, flags
 
 
 def test_the_adapter_learns_from_diffusion_then_rests_then_from_both(start, folder, flags):
-    script, more = "finetune_hybrid.py", ("--diffusion_first", 3, "--adapter_start", 2, "--steps", 9)
+    script, more = "finetune_hybrid.py", ("--diffusion_first", 3, "--adapter_start", 2, "--steps", 9, "--ratio", 3)
     finish(start(script, *flags[script], *more, "--name", "in_turn"))
     log, _ = outcome(folder, "in_turn", "fast_adapter")
     assert [line["step"] for line in log if "discriminator_loss" in line] == list(range(4, 10))
@@ -188,10 +188,10 @@ def test_kill_while_a_checkpoint_is_written_loses_only_that_one(start, folder, w
     """The process dies after the data and before the rename, and again amid the data: what stood before stands."""
     script, (killer, kept) = "toy.train_slow_generator", (folder / "killer.py", folder / "runs" / "k" / "ckpt")
     killer.write_text(KILLER)
-    for moment, step, left in (("rename", "00000004", []), ("write", "00000008", ["step_00000004"])):
+    for moment, step, left in (("rename", "00000003", []), ("write", "00000005", ["step_00000003"])):
         job = start(str(killer), moment, step, *flags[script], "--name", "k")
         assert job.returncode == -signal.SIGKILL, job.stderr[-2000:]
         assert sorted(p.name for p in kept.glob("step_*")) == left
     finish(start(script, *flags[script], "--name", "k"))
     assert outcome(folder, "k", "slow_generator")[0] == whole(script, 1)[0]
-    assert sorted(p.name for p in kept.iterdir()) == ["step_00000004", "step_00000008"]
+    assert sorted(p.name for p in kept.iterdir()) == ["step_00000003", "step_00000005"]
