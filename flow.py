@@ -84,26 +84,27 @@ def sigma_schedule(steps: int, shift: float) -> list[float]:
     return [shift_sigma(1 - i / steps, shift) for i in range(steps + 1)]
 
 
-def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:
-    """Classifier-free guidance, `uncond + scale * (cond - uncond)`. Scale 1 never evaluates the second."""
-    if scale == 1:
-        return conditional
+def guided(
+    told: Velocity, unconditional: Velocity, scale: float, untold: Velocity | None = None, trajectory_scale: float = 1.0
+) -> Velocity:
+    """Classifier-free guidance, `uncond + scale * (told - uncond)`, and the same for the trajectory:
+    `+ (trajectory_scale - 1) * (told - untold)`, so that what the trajectory changes counts `trajectory_scale` times.
+
+    `untold` has the text, but no adapter. A scale of 1 never evaluates its second velocity.
+    """
+    if scale == trajectory_scale == 1:
+        return told
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        uncond = unconditional(x, t)
-        return uncond + scale * (conditional(x, t) - uncond)
+        result = conditional = told(x, t)
+        if scale != 1:
+            uncond = unconditional(x, t)
+            result = uncond + scale * (conditional - uncond)
+        if trajectory_scale != 1:
+            result = result + (trajectory_scale - 1) * (conditional - untold(x, t))
+        return result
 
     return velocity
-
-
-def trajectory_guided(velocity: Velocity, told: Velocity, untold: Velocity, scale: float) -> Velocity:
-    """`velocity + (scale - 1) * (told - untold)`: what the trajectory changes counts `scale` times.
-
-    `told` and `untold`: with and without the adapter, under the same text. Scale 1 never evaluates either.
-    """
-    if scale == 1:
-        return velocity
-    return lambda x, t: velocity(x, t) + (scale - 1) * (told(x, t) - untold(x, t))
 
 
 @torch.no_grad()

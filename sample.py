@@ -65,7 +65,7 @@ class Config:
     steps: int = 0  # denoising steps; 0 is the sampler's own number: 4 fast, 50 slow
     guidance: float = 0.0  # slow only: strength of the prompt; 1 is none, at half the work; 0 is the preset's own
     negative: str = ""  # slow only: what the video shall not show, guidance's other branch
-    trajectory_guidance: float = 1.0  # slow only: strength of the trajectory; any but 1 costs another half
+    trajectory_guidance: float = 1.0  # slow only: strength of the trajectory; any but 1 costs a forward pass more
     shift: float = 0.0  # warp of the noise levels towards noise; 0 is the sampler's own
     seed: int = 0  # another seed, another video
     size: str = "48x48"  # height x width of the video, or auto: the image's own shape
@@ -272,10 +272,10 @@ def denoise(
             noise = step_noise(steps, shape, [0], cfg.seed).to(first.device)
             return flow.sample_fewstep(velocity, first, noise, sigmas)
         noise = sample_noise(shape, [0], cfg.seed).to(first.device)
-        guided = flow.guided(velocity, partial(told, text=negative), cfg.guidance or sampling.guidance)
-        untold = partial(generator, text=text)
-        guided = flow.trajectory_guided(guided, velocity, untold, cfg.trajectory_guidance)
-        return flow.sample_multistep(guided, first, noise, sigmas)
+        negated, untold = partial(told, text=negative), partial(generator, text=text)
+        scales = cfg.guidance or sampling.guidance, cfg.trajectory_guidance
+        velocity = flow.guided(velocity, negated, scales[0], untold, scales[1])
+        return flow.sample_multistep(velocity, first, noise, sigmas)
 
 
 def decode(codec: Codec, latents: Tensor, scale: int) -> np.ndarray:

@@ -71,19 +71,25 @@ def test_guidance():
     assert flow.guided(one, lambda x, t: x, 6)(x, x) == 6
 
 
-def test_trajectory_guidance():
-    """What the trajectory changes counts so many times, on top of the guidance by text."""
-    x, t = torch.randn(2, 3, 4, 2, 2), torch.tensor([[0.0, 500, 500, 500]] * 2)
-    both, told, untold = (lambda x, t, k=k: k * x + t[:, None, :, None, None] for k in (5.0, 2.0, 0.5))
+def test_what_the_trajectory_changes_counts_as_often_as_asked():
+    x, t, calls = torch.randn(2, 3), torch.zeros(2, 1), []
 
-    def boom(x, t):
-        raise AssertionError("evaluated for nothing")
+    def velocity(name, factor):
+        def call(x, t):
+            calls.append(name)
+            return factor * x
 
-    assert flow.trajectory_guided(both, boom, boom, 1) is both
-    for scale in (0.0, 1.5, 3.0):
-        got = flow.trajectory_guided(both, told, untold, scale)(x, t)
-        torch.testing.assert_close(got, both(x, t) + (scale - 1) * 1.5 * x)
-    torch.testing.assert_close(flow.trajectory_guided(told, told, untold, 0)(x, t), untold(x, t))  # as if undrawn
+        return call
+
+    told, uncond, untold = velocity("told", 2.0), velocity("uncond", 0.5), velocity("untold", 1.5)
+    assert flow.guided(told, uncond, 1, untold, 1) is told and not calls
+    for scale, strength in ((1, 0.0), (1, 3.0), (5, 1.5), (5, 1), (0, 2)):
+        calls.clear()
+        got = flow.guided(told, uncond, scale, untold, strength)(x, t)
+        torch.testing.assert_close(got, (0.5 + scale * 1.5 + (strength - 1) * 0.5) * x)
+        expected = ["told", *["uncond"] * (scale != 1), *["untold"] * (strength != 1)]
+        assert calls == expected  # each once, and none for nothing
+    torch.testing.assert_close(flow.guided(told, uncond, 1, untold, 0)(x, t), untold(x, t))  # as if undrawn
 
 
 def test_loss_on_x0_is_the_velocitys_times_sigma_squared():

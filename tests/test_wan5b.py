@@ -114,7 +114,7 @@ def test_guidance_goes_away_from_the_negative_prompt_with_the_adapter_in_both_br
     sample.main(job(small, speed="slow"))
     text = WanCodec(small, torch.device("cpu")).encode_text([PROMPT, NEGATIVE_PROMPT]).split(1)
     assert len(recorder.calls) == 4 and not torch.equal(*text)
-    for (negative, added, _), (prompt, added_too, _) in zip(recorder.calls[::2], recorder.calls[1::2], strict=True):
+    for (prompt, added, _), (negative, added_too, _) in zip(recorder.calls[::2], recorder.calls[1::2], strict=True):
         # Prompts are embedded in one batch here too, so to the bit.
         assert torch.equal(negative, text[1]) and torch.equal(prompt, text[0])
         assert len(added) == len(added_too) == 2 and added[0].any()
@@ -127,8 +127,8 @@ def test_trajectory_guidance_adds_the_difference_that_the_adapter_makes(small, m
     sample.main(job(small, speed="slow", steps=1, trajectory_guidance=2.0))
     told = [added is not None for _, added, _ in recorder.calls]
     text = WanCodec(small, torch.device("cpu")).encode_text([PROMPT, NEGATIVE_PROMPT])
-    assert told == [True, True, True, False]  # guidance's two, and the trajectory's two
-    assert torch.equal(recorder.calls[3][0], text[:1]) and torch.equal(recorder.calls[2][0], text[:1])
+    assert told == [True, True, False]  # with the prompt, with the negative one, and with the prompt untold
+    assert torch.equal(recorder.calls[0][0], text[:1]) and torch.equal(recorder.calls[2][0], text[:1])
 
 
 @pytest.mark.parametrize("shift", [0.0, 2.0])

@@ -92,8 +92,8 @@ def slow_sampler(
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
         noise, told = sample_noise(traj.shape[1:], samples, cfg.seed), controlled(generator, adapter, text, traj)
         residuals = told.keywords["residuals"] if both else None
-        velocity = flow.guided(told, partial(generator, text=empty, residuals=residuals), cfg.guidance)
-        velocity = flow.trajectory_guided(velocity, told, partial(generator, text=text), trajectory_guidance)
+        other, untold = partial(generator, text=empty, residuals=residuals), partial(generator, text=text)
+        velocity = flow.guided(told, other, cfg.guidance, untold, trajectory_guidance)
         return flow.sample_multistep(velocity, first, noise.to(first.device), flow.sigma_schedule(cfg.steps, cfg.shift))
 
     return sample
@@ -263,7 +263,6 @@ def guidance_table(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> t
         "guidance 5, adapter in both": slow_sampler(slow, adapter, strong),
     }
     for scale in (1.5, 2.0, 3.0):
-        ways[f"trajectory guidance {scale:g}"] = slow_sampler(slow, adapter, cfg, scale)
         ways[f"guidance 5, trajectory guidance {scale:g}"] = slow_sampler(slow, adapter, strong, scale)
     videos = [generate(sample, batch, cfg, procs, name) for name, sample in ways.items()]
     rows = [make_row(name, cfg.steps, video, batch) for name, video in zip(ways, videos, strict=True)]
