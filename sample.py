@@ -322,7 +322,7 @@ def main(cfg: Config) -> None:
     codec.check_size(cfg.size, cfg.frames)
     clock, failed = Clock(device), []
     jobs = [replace(cfg, **row) for row in (read_jobs(Path(cfg.batch)) if cfg.batch else [{}])]
-    left = [job for job in jobs if not Path(job.out).exists()][procs.rank :: procs.world] if cfg.batch else jobs
+    left = [job for job in jobs if not os.path.exists(job.out)][procs.rank :: procs.world] if cfg.batch else jobs
     with clock("read inputs"):
         files = find_networks(cfg)
         early = None if cfg.batch else read_inputs(cfg, codec)  # before anything large is read

@@ -113,6 +113,11 @@ def run_script(main: Callable, config_class: type, presets: Mapping[str, dict] =
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         status = 2
+    except OSError as error:  # what a disk or a file system says of a file, wherever it was touched
+        if error.filename is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        status = 2
     finally:
         if parallel := dist.is_initialized():
             dist.destroy_process_group()

@@ -40,14 +40,18 @@ def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, table, processes):
         {**GOOD, "out": "c.mp4", "seed": "1", "traj": "gone.json"},
         {**GOOD, "out": "d.mp4", "seed": ""},
         {**GOOD, "out": "e.txt", "seed": "2"},
+        {**GOOD, "out": "f" * 300 + ".mp4"},
+        {**GOOD, "out": "g.mp4", "image": "g" * 300 + ".png"},
+        {**GOOD, "out": "h.mp4", "traj": "h" * 300 + ".json"},
     ]
     path = table(rows)
     flags = ("--batch", path, "--steps", 1, "--scale", 1)
     job = run("sample.py", *flags, processes=processes)
     assert job.returncode != 0 and sorted(p.name for p in path.parent.glob("?.mp4")) == ["a.mp4", "d.mp4"]
     (line, *_) = [line for line in job.stderr.splitlines() if line.startswith("sample.py: ")]
-    assert "3 of 5 videos could not be made" in line
-    for text in ("b.mp4: --seed many: a whole number", "gone.json: no such file", "e.txt: the name must end in .mp4"):
+    assert "6 of 8 videos could not be made" in line
+    for text in ("b.mp4: --seed many: a whole number", "gone.json: no such file", "e.txt: the name must end in .mp4",
+                 "f.mp4: ", "g.mp4: ", "h.mp4: ", "name too long"):  # fmt: skip
         assert text in line
     if processes == 1:
         assert job.returncode == 2
