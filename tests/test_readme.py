@@ -139,6 +139,8 @@ def parsed(command: str) -> bool:
     words = words[words.index("torchrun") :] if "torchrun" in words else words
     if words[0] not in ("python", "torchrun"):
         return False
+    if words[1] == "-c":  # a line of Python, which must be one
+        return bool(ast.parse(words[2]))
     while words[1].startswith("--"):  # torchrun's own
         words.pop(1)
     name = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
