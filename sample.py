@@ -34,7 +34,7 @@ from core import memory, parallel
 from core.codec import Codec
 from core.config import UserError, reason, run_script, shipped
 from core.files import output_path
-from core.media import BROKEN, fit_frames, read_picture, to_uint8, write_video
+from core.media import BROKEN, fit_frames, pictures, read_picture, to_uint8, write_video
 from core.noise import sample_noise, step_noise
 from core.tables import read_table
 from core.weights import split_key
@@ -107,6 +107,8 @@ def load_image(path: str) -> np.ndarray:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such image; give a PNG or JPEG with --image")
     try:
+        if (count := pictures(path)) > 1:
+            print(f"{path}: holds {count} pictures; the first is taken", file=sys.stderr)
         return read_picture(path)
     except BROKEN as error:
         raise UserError(f"{path}: not a readable image ({reason(error)}); give a PNG or JPEG") from None
@@ -165,30 +167,36 @@ def find_networks(cfg: Config) -> tuple[str, Path]:
 def read_jobs(path: Path) -> list[dict]:
     """The rows of a --batch table as options. UserError if the table as a whole can't be used.
 
-    `out` is by default the row's number; the column `controlnet_weights` is passed over. What is wrong in a single row
-    is for whoever takes it up: a seed that is no number stays text, a missing image "".
+    `out` is by default the table's name and the row's number; the column `controlnet_weights` is passed over. What is
+    wrong in a single row is for whoever takes it up: a seed that is no number stays text, a missing image "".
     """
     names, rows = read_table(path)
     known = ", ".join(COLUMNS)
     if unknown := [name for name in names if name not in COLUMNS]:
         raise UserError(f"{path}: column {unknown[0]!r} is unknown; the known ones are {known}")
-    if lacking := sorted({"image", "traj", "prompt"} - {COLUMNS[name] for name in names}):
+    given = [COLUMNS[name] for name in names if COLUMNS[name]]
+    if twice := [name for name in names if given.count(COLUMNS[name]) > 1]:
+        raise UserError(f"{path}: columns {twice[0]} and {twice[1]} mean the same; delete one")
+    if lacking := sorted({"image", "traj", "prompt"} - set(given)):
         raise UserError(f"{path}: no column {lacking[0]}; the first line names the columns, of {known}")
     jobs = []
     for number, row in enumerate(rows):
-        values = {}
-        for name, text in row.items():
-            if COLUMNS[name] and not values.get(COLUMNS[name]):
-                values[COLUMNS[name]] = text.strip()
-        values["out"] = values.get("out") or f"{number:05d}.mp4"
+        values = {COLUMNS[name]: text.strip() for name, text in row.items() if COLUMNS[name]}
+        values["out"] = values.get("out") or f"{path.stem}_{number:05d}.mp4"
         if not values.get("seed"):
             values.pop("seed", None)
         elif values["seed"].isdecimal():
             values["seed"] = int(values["seed"])
         jobs.append(values | {name: os.path.normpath(path.parent / values[name]) for name in PATHS if values[name]})
-    if len({job["out"] for job in jobs}) < len(jobs):
+    written = [path for job in jobs for path in (job["out"], str(overlay_path(job["out"])))]
+    if len(set(written)) < len(written):
         raise UserError(f"{path}: two rows write the same file; give each another in the column out")
     return jobs
+
+
+def overlay_path(out: str) -> Path:
+    """Where the video with its boxes goes."""
+    return Path(out).with_suffix(".boxes.mp4")
 
 
 def embed_prompts(cfg: Config, prompts: list[str], codec: Codec, writes: bool) -> dict[str, Tensor]:
@@ -212,7 +220,7 @@ def read_inputs(job: Config, codec: Codec) -> tuple[Tensor, Trajectory]:
         if not getattr(job, name):
             raise UserError(f"--{name}: empty; name a file")
     output_path(job.out, ".mp4")
-    output_path(str(Path(job.out).with_suffix(".boxes.mp4")), ".mp4")
+    output_path(str(overlay_path(job.out)), ".mp4")
     pixels = load_image(job.image)
     size = codec.check_size(job.size, job.frames, pixels.shape[:2])
     image = fit_frames(pixels[None], size)[None] / 127.5 - 1
@@ -285,7 +293,7 @@ def decode(codec: Codec, latents: Tensor, scale: int) -> np.ndarray:
 
 def write(out: str, video: np.ndarray, trajectory: Trajectory, fps: int) -> Path:
     """The video, and beside it, under the name that is returned, the same with its boxes."""
-    overlay = Path(out).with_suffix(".boxes.mp4")
+    overlay = overlay_path(out)
     write_video(overlay, draw_overlay(video, trajectory), fps)
     write_video(out, video, fps)  # last: what stands is done
     return overlay
@@ -323,6 +331,8 @@ def main(cfg: Config) -> None:
     clock, failed = Clock(device), []
     jobs = [replace(cfg, **row) for row in (read_jobs(Path(cfg.batch)) if cfg.batch else [{}])]
     left = [job for job in jobs if not os.path.exists(job.out)][procs.rank :: procs.world] if cfg.batch else jobs
+    if cfg.batch and procs.rank == 0 and (done := sum(os.path.exists(job.out) for job in jobs)):
+        print(f"{done} of {len(jobs)} videos stand already, and are not made again; to make one anew, delete it")
     with clock("read inputs"):
         files = find_networks(cfg)
         early = None if cfg.batch else read_inputs(cfg, codec)  # before anything large is read

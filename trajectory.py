@@ -168,7 +168,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
 
     check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; is this a boxes.json?")
     try:
-        top = json.loads(path.read_bytes())
+        top = json.loads(path.read_bytes(), object_pairs_hook=partial(_once, check))
     except json.JSONDecodeError as error:
         check(False, f"line {error.lineno}", f"not valid JSON ({error.msg}); correct this line")
     except (ValueError, RecursionError, OSError):  # not text, numbers or nesting beyond reason, unreadable
@@ -233,6 +233,14 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
 
 
 Check = Callable[[bool, str, str], None]  # (fine, field, problem and mend), raises for the file at hand
+
+
+def _once(check: Check, pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, none of whose names may stand in it twice: which of the two counts would be a guess."""
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), "")
+    check(not twice, "", f"{_show(twice)} stands twice in one object; keep one")
+    return dict(pairs)
 
 
 def check_input(path: Path, fine: bool, field: str, problem: str) -> None:

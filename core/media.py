@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -81,6 +82,12 @@ def read_picture(path: Path | str) -> np.ndarray:
         if alpha:
             image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
         return np.asarray(image)
+
+
+def pictures(path: Path | str) -> int:
+    """How many pictures an animation or a document of pages holds. A photo's embedded previews don't count."""
+    with Image.open(path) as image:
+        return getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "TIFF") else 1
 
 
 def read_mask(path: Path | str, check: Callable[[tuple[int, int]], None]) -> np.ndarray:
@@ -176,6 +183,10 @@ def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator
         if path.is_dir():
             files = [file for file in path.iterdir() if file.suffix.lower() == ".png"]
             files.sort(key=lambda file: [int(s) if s.isdigit() else s for s in re.split("([0-9]+)", file.name)])
+            numbers = [int(found[-1]) for file in files if (found := re.findall("[0-9]+", file.stem))]
+            steps = {after - before for before, after in pairwise(numbers)} if len(numbers) == len(files) else set()
+            gap = next((n for n in range(min(numbers, default=0), max(numbers, default=0)) if n not in numbers), 0)
+            check(len(steps) < 2, "", f"a file is missing: number {gap}; frames are numbered without gaps")
             yield from map(read_picture, files)
         else:
             yield from read_video(path)

@@ -29,6 +29,8 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise UserError(f"{path}: not a readable CSV file ({error}); save it as UTF-8 text with commas") from None
     if not 0 < len(rows) <= MOST_ROWS:
         raise UserError(f"{path}: {'no' if not rows else 'too many'} rows; give 1 to {MOST_ROWS}")
+    if twice := next((name for name in columns if columns.count(name) > 1), None):
+        raise UserError(f"{path}: two columns are called {twice!r}; rename or delete one")
     for number, row in enumerate(rows, start=1):
         if any(cell.strip() for cell in row.pop(None, ())):  # DictReader's key for what is left over
             raise UserError(f"{path}: row {number} has more cells than columns; put texts with commas in quotes")

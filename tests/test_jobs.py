@@ -59,8 +59,9 @@ def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, table, processes):
     assert np.array_equal(a, d) and a.shape == (9, 48, 48, 3)  # the same seed, the default
     before = (path.parent / "a.mp4").stat().st_mtime_ns
     (path.parent / "d.mp4").unlink()
-    run("sample.py", *flags, processes=processes)
+    job = run("sample.py", *flags, processes=processes)
     assert (path.parent / "a.mp4").stat().st_mtime_ns == before and (path.parent / "d.mp4").exists()
+    assert "1 of 8 videos stand already" in job.stdout
 
 
 def test_cells_without_content_change_nothing(tmp_path):
@@ -74,7 +75,7 @@ def test_an_empty_cell_is_not_the_example(run, table):
     assert read_jobs(path)[2]["prompt"] == ""
     job = run("sample.py", "--batch", path, "--steps", 1, "--scale", 1)
     assert job.returncode == 2 and [p.name for p in path.parent.glob("*[0-9].mp4")] == ["00002.mp4"]
-    assert "00000.mp4: --image: empty; name a file" in job.stderr and "00001.mp4: --traj: empty" in job.stderr
+    assert "jobs_00000.mp4: --image: empty; name a file" in job.stderr and "jobs_00001.mp4: --traj: empty" in job.stderr
 
 
 def test_one_file_of_embeddings_serves_the_whole_table(run, table):
@@ -106,7 +107,7 @@ def test_tables_of_magicmotion(table):
             "prompt": "a cat",
             "image": str(folder / "x.png"),
             "traj": str(folder / "maps.mp4"),
-            "out": str(folder / "00000.mp4"),
+            "out": str(folder / "jobs_00000.mp4"),
         }
     ]
 
@@ -122,6 +123,10 @@ def test_tables_of_magicmotion(table):
         ("image,traj,prompt\n", "no rows; give 1 to 100000"),
         ("image,traj,prompt\n" + "a,b,c\n" * 100_001, "too many rows"),
         ("image,traj,prompt,out\na,b,c,x.mp4\na,b,d,x.mp4\n", "two rows write the same file"),
+        ("image,traj,prompt,out\na,b,c,x.mp4\na,b,d,./x.mp4\n", "two rows write the same file"),
+        ("image,traj,prompt,out\na,b,c,x.mp4\na,b,d,x.boxes.mp4\n", "two rows write the same file"),
+        ("image,traj,prompt,prompt\na,b,c,d\n", "two columns are called 'prompt'"),
+        ("image,traj,validation_images,prompt\na,b,c,d\n", "columns image and validation_images mean the same"),
         ('image,traj,prompt\na,b,"c\n', "not a readable CSV file"),
         (b"\xff\xfe\x00", "not a readable CSV file"),
         ("image,traj,prompt\na,b,c\na,b,a disc, a square\n", "row 2 has more cells than columns; put texts"),

@@ -1,6 +1,7 @@
 """sample.py as a user runs it: the shipped example, its cost, and every kind of bad input."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+import flow
 import sample
 from core.config import UserError, run_script
 from core.media import fit_frames, read_picture
@@ -321,3 +323,28 @@ def test_garbled_exif_tells_nothing(tmp_path):
         (tmp_path / "photo.jpg").write_bytes(garbled)
         sizes.add(fitted(tmp_path / "photo.jpg", (48, 48))[1])
     assert sizes == {(48, 96), (96, 48)}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("speed, sampler", [("fast", "sample_fewstep"), ("slow", "sample_multistep")])
+def test_latents_that_are_no_numbers_make_no_video(value, speed, sampler, here, monkeypatch):
+    """Alone it is an error; in a table, that row's."""
+    right, calls = getattr(flow, sampler), []
+
+    def broken(*args):
+        latents = right(*args)
+        calls.append(1)
+        if len(calls) < 3:  # the first, alone, and the first of the table
+            latents[0, 0, -1, 0, 0] = value
+        return latents
+
+    monkeypatch.setattr(flow, sampler, broken)
+    options = {"speed": speed, "steps": 1, "scale": 1}
+    with pytest.raises(UserError, match="the networks give values that are no numbers"):
+        sample.main(sample.Config(**options))
+    assert not Path("out").exists() or not any(Path("out").iterdir())
+    image, boxes = (ROOT / "examples" / name for name in ("image.png", "boxes.json"))
+    Path("jobs.csv").write_text(f"image,traj,prompt,out\n{image},{boxes},a,a.mp4\n{image},{boxes},b,b.mp4\n")
+    with pytest.raises(UserError, match=r"1 of 2 videos could not be made: a\.mp4: the networks give values"):
+        sample.main(sample.Config(batch="jobs.csv", **options))
+    assert not Path("a.mp4").exists() and Path("b.mp4").exists()

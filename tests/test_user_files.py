@@ -22,6 +22,7 @@ from core.files import atomic, output_path, write_text
 from core.media import read_mask, read_picture, read_video, write_animation, write_image, write_video
 from core.tables import read_table
 from core.weights import load, read_checkpoint, read_safetensors, write_safetensors
+from sample import load_image
 from tools import convert, prepare_clips
 from trajectory import load_trajectory
 
@@ -505,3 +506,50 @@ def test_the_nearest_size_is_suggested(size, near):
         return
     with pytest.raises(UserError, match=rf"the nearest is ({near})"):
         Made().check_size(size, 121)
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ('{"objects": [{"boxes": {"0": [4, 4, 20, 20], "0": [9, 9, 30, 30]}}]}', '"0"'),
+        ('{"objects": [], "objects": [{"boxes": {"0": [4, 4, 20, 20]}}]}', '"objects"'),
+        ('{"objects": [{"color": [9, 9, 9], "boxes": {"0": [4, 4, 20, 20]}, "color": [0, 99, 0]}]}', '"color"'),
+    ],
+)
+def test_a_name_that_stands_twice_in_a_boxes_json_is_refused(text, name, tmp_path):
+    (tmp_path / "boxes.json").write_text(text)
+    with pytest.raises(UserError, match=rf"boxes.json: {name} stands twice in one object; keep one"):
+        load_trajectory(tmp_path / "boxes.json", (48, 48), 9)
+
+
+@pytest.mark.parametrize("suffix, kept", [("gif", 3), ("png", 3), ("webp", 3), ("tiff", 3), ("jpg", 1)])
+def test_an_animation_as_first_frame_is_told_of(suffix, kept, tmp_path, capsys):
+    path = tmp_path / f"x.{suffix}"
+    first, *rest = (Image.fromarray(np.full((16, 16, 3), value, np.uint8)) for value in (0, 120, 250))
+    first.save(path, **({"save_all": True, "append_images": rest} if kept > 1 else {}))
+    assert load_image(str(path)).max() < 9  # the first
+    told = capsys.readouterr().err
+    assert told == (f"{path}: holds 3 pictures; the first is taken\n" if kept > 1 else "")
+
+
+@pytest.mark.parametrize(
+    "names, gap",
+    [
+        (["000", "001", "003"], 2),
+        (["annotated_frame_00000", "annotated_frame_00002", "annotated_frame_00003"], 1),
+        (["f9", "f10", "f12"], 11),
+        (["0", "5", "10"], None),  # every fifth
+        (["7", "8", "9"], None),
+        (["a", "b", "c"], None),
+    ],
+)
+def test_a_folder_of_maps_with_a_gap_is_refused(names, gap, tmp_path):
+    for name in names:
+        drawn = np.zeros((16, 16, 3), np.uint8)
+        drawn[4:12, 4:12] = 128, 0, 0
+        Image.fromarray(drawn).save(tmp_path / f"{name}.png")
+    if gap is None:
+        load_trajectory(tmp_path, (16, 16), 3)
+    else:
+        with pytest.raises(UserError, match=f"a file is missing: number {gap}; frames are numbered without gaps"):
+            load_trajectory(tmp_path, (16, 16), 3)

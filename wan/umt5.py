@@ -2,6 +2,7 @@
 
 import html
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -76,6 +77,10 @@ class TextEncoder:
     def __call__(self, prompts: list[str]) -> Tensor:
         clean = [clean_prompt(prompt) for prompt in prompts]
         cut = {"padding": "longest", "truncation": True, "max_length": self.length}
+        for prompt, whole in zip(prompts, self.tokenizer(clean).input_ids, strict=True):
+            if len(whole) > self.length:
+                said = f"{prompt[:40]!r}...: has {len(whole)} tokens; Wan reads the first {self.length}"
+                print(said, file=sys.stderr)
         tokens = self.tokenizer(clean, return_tensors="pt", **cut).to(self.device)
         mask = tokens.attention_mask
         text = self.network(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None]
