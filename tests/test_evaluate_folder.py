@@ -106,7 +106,7 @@ def test_overlaps_worked_out_by_hand(world):
 
 BAD = {
     "no videos": ({"generated": "empty"}, "--generated empty: holds no .mp4 files"),
-    "no true one": ({"true": "empty"}, "empty/v0.mp4: no such file; videos are paired by name"),
+    "no true one": ({"true": "empty"}, "--true empty: holds no v0.mp4, which is generated; 4 are missing"),
     "no video": ({"true": "broken"}, "broken/v0.mp4: can't be decoded"),
     "boxes alone": ({"boxes": "m"}, "--boxes m: are compared with masks"),
     "another network": ({"i3d": "wrong.pt"}, "wrong.pt: can't be called as --help says"),
@@ -126,7 +126,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, name):
     (world / "empty").mkdir()
     (world / "text.txt").write_text("no network")
     (world / "broken").mkdir()
-    (world / "broken/v0.mp4").write_bytes(b"no video")
+    for n in range(4):
+        (world / f"broken/v{n}.mp4").write_bytes(b"no video")
     torch.jit.script(torch.nn.ReLU()).save(world / "wrong.pt")
     for n in range(4):
         masks(world / "m", f"v{n}", [[[0, 0, 20, 20], None]] * 2)
@@ -149,3 +150,15 @@ def test_help_says_which_files_to_bring(capsys):
         parse_config(Config, ["--help"])
     page = capsys.readouterr().out
     assert caught.value.code == 0 and all(f"--{name} FILE" in page for name in ("inception", "i3d", "lpips"))
+
+
+def test_videos_without_a_counterpart_are_told_of(world, capsys):
+    (world / "generated/v3.mp4").unlink()
+    (world / "generated/v2.mp4").rename(world / "generated/v2.MP4")  # as some cameras name them
+    evaluate_folder.main(Config(lpips="lpips.pt"))
+    assert "--generated generated: v3.mp4 is missing, 1 in all; they are left out" in capsys.readouterr().err
+    rows = json.loads((world / Config().out).read_text())
+    assert rows[0]["videos"] == 3
+    (world / "true/v0.mp4").unlink()
+    with pytest.raises(UserError, match=r"--true true: holds no v0.mp4, which is generated; 1 are missing"):
+        evaluate_folder.main(Config(lpips="lpips.pt"))

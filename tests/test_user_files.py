@@ -553,3 +553,13 @@ def test_a_folder_of_maps_with_a_gap_is_refused(names, gap, tmp_path):
     else:
         with pytest.raises(UserError, match=f"a file is missing: number {gap}; frames are numbered without gaps"):
             load_trajectory(tmp_path, (16, 16), 3)
+
+
+@pytest.mark.parametrize("high", [1.0, 0.2, -1.0])
+def test_tracks_in_parts_of_the_picture_are_refused(high, tmp_path):
+    points = np.random.default_rng(0).uniform(0, high, (9, 2, 2)) if high > 0 else -np.ones((9, 2, 2)) / 2
+    np.save(tmp_path / "t.npy", points)
+    with pytest.raises(UserError, match="all coordinates lie within 1 pixel"):
+        convert.read_points(tmp_path / "t.npy")
+    np.save(tmp_path / "t.npy", points + 20)
+    assert convert.read_points(tmp_path / "t.npy")[0].min() > 10

@@ -108,6 +108,8 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     check(len(points) <= MOST_FRAMES, "", f"has {len(points)} frames; {MOST_FRAMES} is the most")
     if points.shape[2] == 3:
         points, shown = points[..., :2], points[..., 2]
+    part = np.nanmax(np.abs(points), initial=0) <= 1 < points.size
+    check(not part, "", "all coordinates lie within 1 pixel; if they are parts of the picture, multiply by its size")
     shown = np.ones(points.shape[:2]) if shown is None else shown
     shown = shown.reshape(points.shape[:2]) if shown.size == points[..., 0].size else shown
     check(shown.shape == points.shape[:2], "visibility", f"is {list(shown.shape)}; give {list(points.shape[:2])}")

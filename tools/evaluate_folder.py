@@ -19,6 +19,7 @@ found counts as 0. As in FlashBench, rows are for all videos and by number of ob
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -99,6 +100,12 @@ def clip_features(network: Callable, *videos: Tensor) -> list[Tensor]:
     return [network(clip.transpose(0, 1)[None], rescale=False, resize=False, return_features=True) for clip in clips]
 
 
+def videos(folder: str) -> dict[str, Path]:
+    """Names and paths of a folder's mp4 files, but those that sample.py writes with boxes."""
+    found = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    return {p.stem: p for p in found if p.suffix.lower() == ".mp4" and not p.stem.endswith(".boxes")}
+
+
 def find_masks(folder: str, name: str) -> Path:
     """`folder/name/`, or `folder/name` with a video's suffix."""
     places = [Path(folder) / name, *(Path(folder) / f"{name}{suffix}" for suffix in sorted(VIDEO_SUFFIXES))]
@@ -163,18 +170,22 @@ def main(cfg: Config) -> None:
         raise UserError("--masks, --found: mask IoU compares both; give both or neither")
     if cfg.boxes and not cfg.masks:
         raise UserError(f"--boxes {cfg.boxes}: are compared with masks; give --masks and --found too")
-    overlay = ".boxes.mp4"  # sample.py writes one beside each video
-    names = sorted(path.stem for path in Path(cfg.generated).glob("*.mp4") if not path.name.endswith(overlay))
-    if not names:
+    made_of, true_of = videos(cfg.generated), videos(cfg.true)
+    if not made_of:
         raise UserError(f"--generated {cfg.generated}: holds no .mp4 files")
+    if alone := sorted(made_of.keys() - true_of.keys()):
+        raise UserError(f"--true {cfg.true}: holds no {alone[0]}.mp4, which is generated; {len(alone)} are missing")
+    if alone := sorted(true_of.keys() - made_of.keys()):
+        said = f"--generated {cfg.generated}: {alone[0]}.mp4 is missing, {len(alone)} in all; they are left out"
+        print(said, file=sys.stderr)
     networks = {
         "fid": open_network(cfg.inception, image_features),
         "fvd": open_network(cfg.i3d, clip_features),
         "lpips": open_network(cfg.lpips, lambda network, *videos: network(*(v / 127.5 - 1 for v in videos)).mean()),
     }
     scores = []  # of each video; its features until the distance between the sets is taken
-    for name in names:
-        made, true = (read_whole(Path(folder) / f"{name}.mp4") for folder in (cfg.generated, cfg.true))
+    for name in sorted(made_of):
+        made, true = read_whole(made_of[name]), read_whole(true_of[name])
         if made.shape != true.shape:
             shapes = f"{list(made.shape)} generated, {list(true.shape)} true"
             raise UserError(f"{name}.mp4: {shapes}; cut or resize one")
