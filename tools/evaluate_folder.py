@@ -55,8 +55,6 @@ class Config:
 
 def read_whole(path: Path) -> Tensor:
     """uint8 [T, 3, h, w]."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; videos are paired by name")
     try:
         video = read_video(path)
         frames = [next(video)]
