@@ -217,6 +217,19 @@ def test_results_table_is_the_committed_one():
     assert {(way["name"], n) for way in (slow, fast) for n in (1, 2, 3)} <= by_name.keys()
 
 
+def test_what_the_log_says_of_guidance_is_in_its_results():
+    rows = results("guidance")
+    assert tables.markdown(rows) == (ROOT / "results/guidance.md").read_text().strip()
+    entry = text("docs/LOG.md").partition("The adapter in both branches of guidance\n\n")[2].partition("\n## ")[0]
+    lines = [line.strip("|").split("|") for line in entry.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == len(rows) == 6 and all(row["videos"] >= 64 for row in rows)
+    for (_, *said), row in zip(lines, rows, strict=True):
+        digits = (("mask_iou", 3), ("box_iou", 3), ("sharpness", 2), ("fvd", 2))
+        assert [float(cell) for cell in said] == [pytest.approx(row[key], abs=0.51 * 10**-n) for key, n in digits]
+    first_alone, both = rows[1], rows[2]
+    assert both["sharpness"] < first_alone["sharpness"] - 0.5
+
+
 def test_ablation_table_is_the_committed_one_and_says_what_the_page_says():
     rows, page = results("ablation"), text("docs/RESULTS.md")
     assert tables.markdown([row for row in rows if row["steps"] >= 4]) in page
