@@ -35,7 +35,7 @@ runs/ablation/%/fast_adapter.safetensors: | .venv/ready
 		$($(patsubst %_$(lastword $(subst _, ,$*)),%,$*))
 
 runs/ablation/lcm_%/fast_adapter.safetensors runs/ablation/dmd_%/fast_adapter.safetensors: | .venv/ready
-	$(BIN)/python -m toy.train_baseline --loss $(firstword $(subst _, ,$(notdir $(@D)))) \
+	$(BIN)/python -m tools.train_baseline --loss $(firstword $(subst _, ,$(notdir $(@D)))) \
 		--name ablation/$(notdir $(@D)) --seed $*
 
 .venv/ready: requirements.txt

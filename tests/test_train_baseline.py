@@ -7,7 +7,7 @@ import flow
 from adapter import AdapterConfig, ResNetAdapter, read_adapter
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
-from toy.train_baseline import Config, Controlled, consistency_loss, main
+from tools.train_baseline import Config, Controlled, consistency_loss, main
 
 TINY = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16)
 

@@ -1,7 +1,7 @@
 """The paper's two baselines, an adapter for the FastGenerator from other losses than stage 3's.
 
-    python -m toy.train_baseline --loss dmd        # distribution matching, as stage 2 does it, applied to the adapter
-    python -m toy.train_baseline --loss lcm        # a consistency loss along the slow networks' own path
+    python -m tools.train_baseline --loss dmd        # distribution matching, as stage 2 does it, applied to the adapter
+    python -m tools.train_baseline --loss lcm        # a consistency loss along the slow networks' own path
 
 Both start from the SlowAdapter and train it alone, on the frozen FastGenerator. The paper names the two ("DMD applied
 to adapter", "LCM applied to adapter") and gives no details: what their sources don't say is this project's guess. The
