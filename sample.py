@@ -174,14 +174,17 @@ def read_jobs(path: Path) -> list[dict]:
     known = ", ".join(COLUMNS)
     if unknown := [name for name in names if name not in COLUMNS]:
         raise UserError(f"{path}: column {unknown[0]!r} is unknown; the known ones are {known}")
-    given = [COLUMNS[name] for name in names if COLUMNS[name]]
-    if twice := [name for name in names if given.count(COLUMNS[name]) > 1]:
-        raise UserError(f"{path}: columns {twice[0]} and {twice[1]} mean the same; delete one")
-    if lacking := sorted({"image", "traj", "prompt"} - set(given)):
+    if lacking := sorted({"image", "traj", "prompt"} - {COLUMNS[name] for name in names}):
         raise UserError(f"{path}: no column {lacking[0]}; the first line names the columns, of {known}")
     jobs = []
     for number, row in enumerate(rows):
-        values = {COLUMNS[name]: text.strip() for name, text in row.items() if COLUMNS[name]}
+        values = {}
+        for name, text in row.items():
+            option = COLUMNS[name]
+            if values.get(option) and text.strip():
+                raise UserError(f"{path}: row {number + 1}: two columns say its {option}; empty one of them")
+            if option:
+                values[option] = values.get(option) or text.strip()
         values["out"] = values.get("out") or f"{path.stem}_{number:05d}.mp4"
         if not values.get("seed"):
             values.pop("seed", None)

@@ -74,7 +74,7 @@ def test_an_empty_cell_is_not_the_example(run, table):
     path = table([{**GOOD, "image": ""}, {**GOOD, "traj": ""}, {**GOOD, "prompt": ""}])
     assert read_jobs(path)[2]["prompt"] == ""
     job = run("sample.py", "--batch", path, "--steps", 1, "--scale", 1)
-    assert job.returncode == 2 and [p.name for p in path.parent.glob("*[0-9].mp4")] == ["00002.mp4"]
+    assert job.returncode == 2 and [p.name for p in path.parent.glob("*[0-9].mp4")] == ["jobs_00002.mp4"]
     assert "jobs_00000.mp4: --image: empty; name a file" in job.stderr and "jobs_00001.mp4: --traj: empty" in job.stderr
 
 
@@ -126,7 +126,7 @@ def test_tables_of_magicmotion(table):
         ("image,traj,prompt,out\na,b,c,x.mp4\na,b,d,./x.mp4\n", "two rows write the same file"),
         ("image,traj,prompt,out\na,b,c,x.mp4\na,b,d,x.boxes.mp4\n", "two rows write the same file"),
         ("image,traj,prompt,prompt\na,b,c,d\n", "two columns are called 'prompt'"),
-        ("image,traj,validation_images,prompt\na,b,c,d\n", "columns image and validation_images mean the same"),
+        ("image,traj,validation_images,prompt\na,b,,d\na,b,c,d\n", "row 2: two columns say its image; empty one"),
         ('image,traj,prompt\na,b,"c\n', "not a readable CSV file"),
         (b"\xff\xfe\x00", "not a readable CSV file"),
         ("image,traj,prompt\na,b,c\na,b,a disc, a square\n", "row 2 has more cells than columns; put texts"),
