@@ -333,9 +333,10 @@ def main(cfg: Config) -> None:
     codec.check_size(cfg.size, cfg.frames)
     clock, failed = Clock(device), []
     jobs = [replace(cfg, **row) for row in (read_jobs(Path(cfg.batch)) if cfg.batch else [{}])]
-    left = [job for job in jobs if not os.path.exists(job.out)][procs.rank :: procs.world] if cfg.batch else jobs
-    if cfg.batch and procs.rank == 0 and (done := sum(os.path.exists(job.out) for job in jobs)):
+    left = [job for job in jobs if not os.path.exists(job.out)] if cfg.batch else jobs
+    if procs.rank == 0 and (done := len(jobs) - len(left)):
         print(f"{done} of {len(jobs)} videos stand already, and are not made again; to make one anew, delete it")
+    left = left[procs.rank :: procs.world] if cfg.batch else left
     with clock("read inputs"):
         files = find_networks(cfg)
         early = None if cfg.batch else read_inputs(cfg, codec)  # before anything large is read

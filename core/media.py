@@ -184,9 +184,9 @@ def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator
             files = [file for file in path.iterdir() if file.suffix.lower() == ".png"]
             files.sort(key=lambda file: [int(s) if s.isdigit() else s for s in re.split("([0-9]+)", file.name)])
             numbers = [int(found[-1]) for file in files if (found := re.findall("[0-9]+", file.stem))]
-            steps = {after - before for before, after in pairwise(numbers)} if len(numbers) == len(files) else set()
-            gap = next((n for n in range(min(numbers, default=0), max(numbers, default=0)) if n not in numbers), 0)
-            check(len(steps) < 2, "", f"a file is missing: number {gap}; frames are numbered without gaps")
+            if len(numbers) == len(files) and len({after - before for before, after in pairwise(numbers)}) > 1:
+                gap = min(set(range(numbers[0], numbers[-1])) - set(numbers), default=numbers[0])
+                check(False, "", f"a file is missing: number {gap}; frames are numbered without gaps")
             yield from map(read_picture, files)
         else:
             yield from read_video(path)

@@ -60,7 +60,7 @@ class TinyDecoder(nn.Module):
         super().__init__()
         self.patch = patch
         levels: list[nn.Module] = []
-        for width, wider, times in zip(WIDTHS[1:], WIDTHS, (1, 2, 2), strict=False):
+        for width, wider, times in zip(WIDTHS[1:], WIDTHS[:-1], (1, 2, 2), strict=True):
             levels += [*(MemoryBlock(wider) for _ in range(3)), nn.Upsample(scale_factor=2), Grow(wider, times)]
             levels += [nn.Conv2d(wider, width, 3, padding=1, bias=False)]
         last = nn.Conv2d(WIDTHS[-1], 3 * patch**2, 3, padding=1)
