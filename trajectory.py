@@ -237,10 +237,11 @@ Check = Callable[[bool, str, str], None]  # (fine, field, problem and mend), rai
 
 def _once(check: Check, pairs: list[tuple[str, object]]) -> dict:
     """A JSON object, none of whose names may stand in it twice: which of the two counts would be a guess."""
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), "")
-    check(not twice, "", f"{_show(twice)} stands twice in one object; keep one")
-    return dict(pairs)
+    record = {}
+    for name, value in pairs:
+        check(name not in record, "", f"{_show(name)} stands twice in one object; keep one")
+        record[name] = value
+    return record
 
 
 def check_input(path: Path, fine: bool, field: str, problem: str) -> None:
