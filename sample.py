@@ -4,23 +4,29 @@
     python sample.py --image x.png --traj boxes.json --prompt "a red and blue disc spinning clockwise"
     python sample.py --speed slow
     python sample.py --batch jobs.csv                                      # a table of videos
+    python sample.py --serve                                               # draw, generate and watch in a page
     python sample.py --preset wan5b --weights Wan2.2-TI2V-5B --image x.png --traj boxes.json --prompt "a cat jumps"
 
 Writes `--out` and, beside it, the same video with the boxes drawn over it. Fast: FastGenerator + FastAdapter in 4
 steps, each of which predicts the clean video and adds noise again. Slow: SlowGenerator + SlowAdapter in 50 Euler steps.
 An image of another shape than the video's is resized until it covers it and cut to its middle, and the boxes with it.
+`--serve` serves tools/draw.html on 127.0.0.1, with the networks kept loaded: core/serve.py.
 For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, with the networks of this project in it.
 """
 
+import base64
+import binascii
 import contextlib
 import gc
+import json
 import os
 import re
+import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,10 +38,11 @@ import flow
 from adapter import Adapter, fits, read_adapter
 from core import memory, parallel
 from core.codec import Codec
-from core.config import UserError, reason, run_script, shipped
+from core.config import ROOT, UserError, flags, reason, run_script, shipped
 from core.files import output_path
 from core.media import BROKEN, fit_frames, pictures, read_picture, to_uint8, write_video
 from core.noise import sample_noise, step_noise
+from core.serve import serve
 from core.tables import read_table
 from core.weights import split_key
 from data import open_codec
@@ -77,6 +84,8 @@ class Config:
     tile: int = 0  # decode the video in squares of so many latent positions; 0 is all at once, 16 with low memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = False  # torch.compile each block: a minute at first, to make long videos faster
+    serve: bool = False  # draw, generate and watch in a page on 127.0.0.1 instead
+    port: int = 7860  # of that page; 0 is any that is free
 
 
 WAN5B = {
@@ -130,6 +139,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"--scale {cfg.scale} --fps {cfg.fps}: both at least 1")
     if cfg.memory == "medium" and not torch.cuda.is_available():
         raise UserError("--memory medium: keeps weights off a GPU, and there is none; give high, or low")
+    if cfg.serve and (cfg.batch or cfg.text or "RANK" in os.environ):
+        raise UserError("--serve: goes without --batch, --text and torchrun; leave them out")
     if cfg.text and not Path(cfg.text).exists():
         output_path(cfg.text, ".safetensors", "text")
     if cfg.decoder and cfg.preset != "wan5b":
@@ -320,6 +331,90 @@ class Clock:
         return "\n".join(f"{part}: {seconds:.2f} s, {most:.2f} GiB" for part, (seconds, most) in self.parts.items())
 
 
+# What the page asks for: of these types, no others.
+ASKED = {"prompt": str, "seed": int, "steps": int, "size": str, "frames": int}
+MOST_STEPS = 1000
+PAGE_HAS = (*ASKED, "image", "traj", "out", "serve", "port")  # options that are not the server's
+
+
+def unpack(request: dict, folder: Path, cfg: Config) -> Config:
+    """The page's request as options, its picture, masks and boxes.json in this folder under names of ours."""
+    for name, kind in ASKED.items():
+        if type(request.get(name)) is not kind:
+            raise UserError(f"{name}: {request.get(name)!r:.60} is no {kind.__name__}; reload the page")
+    if request["steps"] > MOST_STEPS:
+        raise UserError(f"steps: {request['steps']:.5g} are more than {MOST_STEPS}; give fewer")
+
+    def store(name: str, text: object) -> str:
+        try:
+            (folder / name).write_bytes(base64.b64decode(text, validate=True))
+        except (TypeError, ValueError, binascii.Error):
+            raise UserError(f"{name}: is not in base64; reload the page") from None
+        return name
+
+    boxes, masks = request.get("boxes"), request.get("masks")
+    objects = boxes.get("objects") if isinstance(boxes, dict) else None
+    fine = isinstance(objects, list) and isinstance(masks, list) and len(masks) == len(objects)
+    if not fine or not all(isinstance(item, dict) for item in objects):
+        raise UserError("boxes: not a boxes.json with a mask, or none, for each object; reload the page")
+    for k, (item, mask) in enumerate(zip(objects, masks, strict=True)):
+        item.pop("mask", None)  # a path of theirs
+        if mask:
+            item["mask"] = store(f"mask_{k}.png", mask)
+    (folder / "boxes.json").write_text(json.dumps(boxes), encoding="utf-8")
+    image = str(folder / store("image", request.get("image")))
+    traj, out = (str(folder / name) for name in ("boxes.json", "video.mp4"))
+    return replace(cfg, image=image, traj=traj, out=out, **{name: request[name] for name in ASKED})
+
+
+def answer(
+    request: dict, folder: Path, tell: Callable[..., None], *, cfg: Config, codec: Codec,
+    networks: tuple[VideoDiT, Adapter], embed: Callable[[str], Tensor],
+) -> list[Path]:  # fmt: skip
+    """One video for the page, which is told of every step and can leave between any two."""
+    job, device = unpack(request, folder, cfg), next(networks[0].parameters()).device
+    check(job)
+    try:
+        image, trajectory = read_inputs(job, codec)
+    except UserError as error:
+        raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from None
+    tell(says="Reading the prompt")
+    text = [embed(prompt).to(device) for prompt in (job.prompt, cfg.negative)]
+    encoded, levels = encode(codec, image, trajectory, device), []
+
+    def watch(_, given: tuple) -> None:  # guidance calls the network more than once at a noise level
+        level = given[1].max().item()
+        if level not in levels:
+            levels.append(level)
+            tell(step=len(levels), of=job.steps or SAMPLING[cfg.speed][cfg.preset].steps)
+
+    hook = networks[0].register_forward_pre_hook(watch)
+    try:
+        latents = denoise(job, *networks, *encoded, *text)
+    finally:
+        hook.remove()
+    if not latents.isfinite().all():
+        raise UserError("the networks give values that are no numbers; give other weights, or --dtype float32")
+    tell(says="Decoding")
+    overlay = write(job.out, decode(codec, latents, cfg.scale), trajectory, cfg.fps)
+    return [Path(job.out), overlay]
+
+
+def serve_page(cfg: Config, codec: Codec, procs: parallel.Processes) -> None:
+    """tools/draw.html, with these networks behind its button."""
+    networks = load(cfg, find_networks(cfg), procs)
+    if cfg.memory == "high":
+        codec.text_encoder = cache(codec.text_encoder)  # reading it would take longer than most videos
+    embed = lru_cache(16)(lambda prompt: embed_prompts(cfg, [prompt], codec, False)[prompt])
+    usual = vars(Config()) | (WAN5B if cfg.preset == "wan5b" else {})
+    others = {name: value for name, value in vars(cfg).items() if value != usual[name] and name not in PAGE_HAS}
+    about = {name: getattr(cfg, name) for name in ("preset", "size", "frames", "fps")}
+    about["steps"] = cfg.steps or SAMPLING[cfg.speed][cfg.preset].steps
+    about["options"] = flags({name: shlex.quote(str(value)) for name, value in others.items()})
+    make = partial(answer, cfg=cfg, codec=codec, networks=networks, embed=embed)
+    serve(ROOT / "tools/draw.html", about, make, cfg.port)
+
+
 def main(cfg: Config) -> None:
     check(cfg)
     procs = parallel.init_processes(sequence=1 if cfg.batch else 0)  # a video for each, or one for all
@@ -331,6 +426,8 @@ def main(cfg: Config) -> None:
         cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg), tile=tile, offload=offload, decoder=cfg.decoder
     )
     codec.check_size(cfg.size, cfg.frames)
+    if cfg.serve:
+        return serve_page(cfg, codec, procs)
     clock, failed = Clock(device), []
     jobs = [replace(cfg, **row) for row in (read_jobs(Path(cfg.batch)) if cfg.batch else [{}])]
     left = [job for job in jobs if not os.path.exists(job.out)] if cfg.batch else jobs
