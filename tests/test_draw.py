@@ -1,217 +1,882 @@
-"""draw.html in a headless Chromium: boxes drawn by hand reach sample.py as the page showed them."""
+"""draw.html under real hands: what is drawn reaches sample.py as the page showed it, and nothing is lost on the way."""
 
-import base64
 import json
+import random
 import re
-import shutil
-import subprocess
+import shlex
+import zipfile
+from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
+from browser import Hands, browser, needs_chromium, picture
 from conftest import ROOT
+from PIL import Image
 
-from trajectory import PALETTE, _interpolate, load_trajectory
+import sample
+from core.codec import best_size
+from core.config import UserError, parse_config
+from core.media import cover
+from toy.codec import ToyCodec
+from trajectory import PALETTE, _interpolate, load_trajectory, place
+from wan.codec import WanCodec
 
-# A machine of one's own may lack it; .ci/run installs it, or fails.
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
-
-HANDS = """
-<pre id="result"></pre><script>
-const picture = async () => {
-  const paper = Object.assign(document.createElement("canvas"), {width: 96, height: 64});
-  const pen = paper.getContext("2d");
-  pen.fillStyle = "teal";
-  pen.fillRect(0, 0, 96, 64);
-  const bytes = Uint8Array.from(atob(paper.toDataURL().split(",")[1]), c => c.charCodeAt(0));
-  await openImage(new File([bytes], "my image.png", {type: "image/png"}));
-};
-const pointer = (type, [x, y]) => {
-  const area = stage.getBoundingClientRect();
-  stage.dispatchEvent(new PointerEvent(type, {bubbles: true, pointerId: 1, button: 0, buttons: 1,
-    clientX: area.left + x * area.width / state.width, clientY: area.top + y * area.height / state.height}));
-};
-const pull = (from, to) => {
-  pointer("pointerdown", from);
-  for (const s of [0.5, 1]) pointer("pointermove", from.map((v, i) => v + s * (to[i] - v)));
-  pointer("pointerup", to);
-};
-const go = t => { $("frame").value = t; $("frame").oninput(); };
-const press = (key, more = {}) =>
-  document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, ...more}));
-const type = (id, value) => {
-  $(id).value = value;
-  for (const name of ["change", "input"]) $(id).dispatchEvent(new Event(name));
-};
-const out = () => ({boxes: exportBoxes(), tracks: state.objects.map(track), masks: state.objects.map(o => o.mask),
-                    command: command(), note: $("note").textContent, undo: past.length, problem: problems()});
-const hands_at_work = async () => { %s };
-addEventListener("load", async () => {
-  const found = await hands_at_work().catch(error => ({error: String(error.stack)}));
-  $("result").textContent = JSON.stringify(found);
-  document.title = "done";
-});
-</script>
-"""
+pytestmark = needs_chromium
+__all__ = ["browser"]
 
 
-def browse(folder, hands: str) -> dict:
-    """Open the page in this folder's browser, let these hands work, and return what they return."""
-    page = folder / "draw.html"  # the same address each time: what it keeps is kept by address
-    page.write_text((ROOT / "tools/draw.html").read_text().replace("</html>", HANDS % hands + "</html>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
-    command = [CHROMIUM, *flags, "--virtual-time-budget=20000", "--window-size=1200,800", page.as_uri()]
-    for _ in range(3):  # the virtual clock can run ahead of a busy machine's image decoder
-        job = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        found = re.search(r'<pre id="result">(.+?)</pre>', job.stdout, flags=re.DOTALL)
-        if found:
-            break
-    assert found, job.stderr[-2000:]
-    text = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    result = json.loads(text)
-    assert "error" not in result, result["error"]
-    return result
+@pytest.fixture
+def hands(browser):
+    found = Hands(browser)
+    yield found
+    found.close()
 
 
-DRAW = """
-  await picture();
-  pull([10, 10], [30, 28]);                                   // draws the first object
-  go(4); pull([20, 20], [50, 30]);                            // moves it
-  go(8); pull([60, 38], [80, 50]);                            // drags its lower right corner
-  press("n");
-  go(0); pull([60, 40], [90, 60]);                            // a second object,
-  go(6); press("ArrowUp", {altKey: true});                    // moved by a key,
-  type("visible", "0-3, 6");
-  $("brush").value = 80; $("paint").click(); pull([70, 50], [76, 50]); $("paint").click();  // with a painted mask
-  press("n"); go(0); pull([1, 1], [9, 9]); go(5); pull([5, 5], [40, 40]); $("pin").click();
-  type("prompt", "it's a disc");
-"""
+@pytest.fixture
+def photo(tmp_path):
+    return picture(tmp_path / "my photo.png", 96, 64)
 
 
-def test_what_is_drawn_is_what_is_read(tmp_path):
-    """Draw, set keyframes, paint a mask, export: trajectory.py's boxes are the page's, to a pixel."""
-    found = browse(tmp_path, DRAW + "return out();")
-    boxes = found["boxes"]
-    assert found["problem"] == "" and [boxes[n] for n in ("num_frames", "width", "height")] == [9, 96, 64]
-    first, second, pinned = boxes["objects"]
+def saved(hands: Hands, folder: Path) -> Path:
+    """Save the zip by its button, unpack it in the folder, and return where it lies."""
+    with hands.page.expect_download() as download:
+        hands.page.click("#save")
+    with zipfile.ZipFile(download.value.path()) as file:
+        assert file.testzip() is None
+        file.extractall(folder)
+        return folder / Path(file.namelist()[0]).parent
+
+
+def look(hands: Hands, layer: str, x: float, y: float) -> list[int]:
+    """The colour that a canvas has at a point of the picture, [red, green, blue, alpha]."""
+    at = f"...middle([{x}, {y}, {x} + 1, {y} + 1]).map(v => v * view.ratio), 1, 1"
+    return hands.see(f"[...$('{layer}').getContext('2d').getImageData({at}).data]")
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_drawn_is_what_is_read(hands, photo, tmp_path):
+    """Draw, set keyframes, paint a mask, save: trajectory.py's boxes are the page's, to a pixel."""
+    hands.open(photo)
+    hands.drag((10, 10), (30, 28))
+    hands.go(4)
+    hands.drag((20, 20), (50, 30))
+    hands.go(8)
+    hands.drag((60, 38), (80, 50))  # its lower right corner
+    hands.go(0)
+    hands.drag((60, 40), (90, 60))  # on empty ground: another object
+    hands.go(6)
+    hands.press("Alt+ArrowUp")
+    hands.page.fill("#visible", "0-3, 6")
+    hands.press("Tab")
+    hands.page.locator("#brush").fill("60")
+    hands.page.click("#paint")
+    hands.drag((70, 50), (76, 50))
+    hands.page.click("#paint")
+    hands.page.fill("#prompt", "it's a disc")
+    folder = saved(hands, tmp_path)
+    boxes = json.loads((folder / "boxes.json").read_text())
+    assert [boxes[name] for name in ("num_frames", "width", "height")] == [9, 96, 64]
+    first, second = boxes["objects"]
     assert first["boxes"] == {"0": [10, 10, 30, 28], "4": [40, 20, 60, 38], "8": [40, 20, 80, 50]}
     assert second["boxes"] == {"0": [60, 40, 90, 60], "6": [60, 39, 90, 59]} and second["visible"] == [[0, 3], [6, 6]]
-    assert list(pinned["boxes"]) == ["0"]
-    assert found["command"] == "python sample.py --image 'my image.png' --traj boxes.json --prompt 'it'\\''s a disc'"
+    assert "mask" not in first and second["mask"] == "mask_1.png"
 
-    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
-    (tmp_path / second["mask"]).write_bytes(base64.b64decode(found["masks"][1].split(",")[1]))
-    trajectory = load_trajectory(tmp_path / "boxes.json", (64, 96), 9)
-    shown = np.array(found["tracks"], dtype=float)
+    trajectory = load_trajectory(folder / "boxes.json", (64, 96), 9)
+    shown = np.array(hands.see("state.objects.map(track)"), dtype=float)
     drawn = np.isfinite(trajectory.boxes)
     assert np.abs(shown - trajectory.boxes)[drawn].max() < 1e-9
-    assert drawn[[0, 2]].all() and drawn[1, :, 0].tolist() == [True] * 4 + [False, False, True, False, False]
+    assert drawn[0].all() and drawn[1, :, 0].tolist() == [True] * 4 + [False, False, True, False, False]
     assert trajectory.masks[1].sum() > 100 and trajectory.masks[1][50, 73] and not trajectory.masks[1][5, 5]
-    for k, t in ((0, 2), (0, 8), (1, 6), (2, 5)):  # and the maps painted from them
-        lit = (trajectory.maps("box")[:, t] - trajectory.colors[k][:, None, None] / 127.5 + 1).abs().sum(0) < 1e-5
-        ys, xs = np.nonzero(lit.numpy())
-        assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - shown[k, t]).max() <= 1
-
-
-def test_undo_redo_and_a_reload(tmp_path):
-    before = browse(tmp_path, DRAW + "return out();")
-    after = browse(
-        tmp_path, "await new Promise(done => setTimeout(done, 500)); return {...out(), wide: image?.naturalWidth};"
+    assert (folder / "command.txt").read_text() == (
+        "python sample.py --image drawn-my-photo/image.png --traj drawn-my-photo/boxes.json --prompt='it'\\''s a disc'"
+        " --size auto --out drawn-my-photo/video.mp4\n"
     )
-    assert after["wide"] == 96  # the image is back too
-    assert {n: after[n] for n in before} == before
-    steps = browse(
-        tmp_path,
-        "const n = past.length; const last = JSON.stringify(state);"
-        "while (past.length) press('z', {ctrlKey: true}); const empty = state.objects.length;"
-        "while (future.length) press('z', {ctrlKey: true, shiftKey: true});"
-        "return {n, empty, same: JSON.stringify(state) === last};",
+    assert hands.asked == [hands.address]  # no network
+
+
+def test_a_drag_on_empty_ground_makes_an_object_and_a_jitter_nothing(hands, photo):
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
+    hands.drag((50, 10), (80, 30))
+    assert [one["boxes"] for one in hands.objects] == [{"0": [10, 10, 30, 30]}, {"0": [50, 10, 80, 30]}]
+    x, y = hands.spot(70, 50)
+    for end in ((x, y), (x + 1, y), (x + 2, y + 2)):  # beside all boxes
+        hands.drag_on_screen((x, y), end)
+    x, y = hands.spot(20, 20)
+    hands.drag_on_screen((x, y), (x + 2, y - 2))  # within the first, which it chooses
+    assert hands.see("[chosen, past.length]") == [0, 3]
+    assert [one["boxes"] for one in hands.objects] == [{"0": [10, 10, 30, 30]}, {"0": [50, 10, 80, 30]}]
+    x, y = hands.spot(40, 50)
+    hands.drag_on_screen((x, y), (x + 60, y + 2))  # a line is no box
+    assert len(hands.objects) == 2 and hands.note.startswith("Too small")
+    hands.page.focus("#stage")
+    hands.press("Enter")
+    assert len(hands.objects) == 3 and hands.see("chosen") == 2
+    x0, y0, x1, y1 = hands.objects[2]["boxes"]["0"]
+    assert (x1 - x0, y1 - y0) == (22, 16)  # a quarter of what the video keeps, 56x40 of 60x40
+    hands.page.mouse.move(*hands.spot(85, 55))  # Escape takes back what is dragged
+    hands.page.mouse.down()
+    hands.page.mouse.move(*hands.spot(60, 45), steps=3)
+    hands.press("Escape")
+    hands.page.mouse.up()
+    assert len(hands.objects) == 3
+
+
+def test_small_boxes_and_handles_of_the_chosen_object_can_be_held(hands, tmp_path):
+    hands.open(picture(tmp_path / "wide.png", 3000, 2000))
+    hands.drag((100, 100), (130, 130))
+    hands.drag((115, 115), (1115, 615))  # its middle: it moves, however small it is
+    assert hands.objects[0]["boxes"]["0"] == [1100, 600, 1130, 630]
+
+
+def test_a_fast_stroke_leaves_no_gap_and_masks_have_the_colours_of_their_objects(hands, photo):
+    hands.open(photo)
+    hands.drag((5, 5), (90, 28))
+    hands.page.locator("#brush").fill("20")
+    hands.page.click("#paint")
+    hands.drag((10, 15), (85, 15), steps=1)
+    hands.press("b")
+    hands.drag((5, 36), (90, 60))
+    hands.press("b")
+    hands.drag((10, 48), (85, 48), steps=1)
+    hands.press("b")
+    for k, y in enumerate((15, 48)):
+        assert hands.mask(k)[y, 10:86].all()
+    colors = [look(hands, "stage", 40, y) for y in (15, 48)]
+    assert colors[0][3] > 100 and colors[1][3] > 100
+    assert np.linalg.norm(np.array(colors[0][:3]) - colors[1][:3]) > 60
+    hands.page.click("#erase")
+    hands.page.locator("#brush").fill("100")
+    hands.drag((5, 48), (91, 48), steps=3)
+    hands.drag((5, 48), (91, 48), steps=3)
+    assert hands.objects[1]["mask"] == ""  # nothing of it is left
+
+
+def test_an_object_that_appears_late_leaves_frame_0_empty_and_the_page_says_so(hands, photo, tmp_path):
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
+    hands.go(3)
+    hands.drag((50, 10), (80, 30))
+    assert not hands.page.is_visible("#late")
+    hands.press("i")
+    assert hands.page.is_visible("#late") and hands.objects[1]["visible"] == [[3, 8]]
+    hands.go(6)
+    hands.press("o")
+    assert hands.objects[1]["visible"] == [[3, 6]]
+    trajectory = load_trajectory(saved(hands, tmp_path) / "boxes.json", (64, 96), 9)
+    assert trajectory.masks[0].any() and not trajectory.masks[1].any()
+    assert np.isfinite(trajectory.boxes[1, :, 0]).tolist() == [3 <= t <= 6 for t in range(9)]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_any_size_open_at_once_and_one_after_another(hands, tmp_path):
+    sizes = [(16, 16), (1, 1), (700, 500), (16, 12), (3, 900), (16, 16), (1300, 900), (8, 16)]
+    for number, (width, height) in enumerate(sizes):
+        hands.open(picture(tmp_path / f"{number}.png", width, height))
+        assert hands.see("[state.width, state.height, things.get(state.picture).name]") == [
+            width,
+            height,
+            f"{number}.png",
+        ]
+        assert hands.page.is_hidden("#welcome")
+    large, small = picture(tmp_path / "large.png", 1600, 1200, noise=True), tmp_path / "0.png"
+    hands.page.locator("#files").set_input_files(large)  # still decodes when the next is opened: the later one stays
+    hands.page.locator("#files").set_input_files(small)
+    hands.wait("!$('pane').ariaBusy")
+    hands.page.wait_for_timeout(600)
+    assert hands.see("[state.width, things.get(state.picture).name]") == [16, "0.png"]
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    hands.open(tmp_path / "no.png")
+    assert "no.png is no picture" in hands.note and hands.see("state.width") == 16
+
+
+@pytest.mark.parametrize("screen", [(1440, 900), (1024, 768), (390, 844)])
+def test_no_shape_of_picture_covers_what_is_beside_it(browser, tmp_path, screen):
+    hands = Hands(browser, size=screen)
+    for width, height in ((900, 1600), (1000, 1000), (1200, 900), (3000, 300), (100, 2000)):
+        hands.open(picture(tmp_path / f"{width}x{height}.png", width, height))
+        left, top, right, bottom = hands.see("onScreen([0, 0, state.width, state.height])")
+        pane = hands.page.locator("#pane").bounding_box()
+        assert left >= 0 and top >= 0 and right <= pane["width"] + 0.5 and bottom <= pane["height"] + 0.5
+        for other in ("header", "footer", "aside"):
+            box = hands.page.locator(other).bounding_box()
+            apart = [box["x"] >= pane["x"] + pane["width"], box["x"] + box["width"] <= pane["x"],
+                     box["y"] >= pane["y"] + pane["height"], box["y"] + box["height"] <= pane["y"]]  # fmt: skip
+            assert any(apart), (other, box, pane)
+        assert abs((right - left) / (bottom - top) / (width / height) - 1) < 0.01
+    assert hands.see("document.documentElement.scrollWidth <= innerWidth")
+    hands.close()
+
+
+def test_what_the_video_cuts_is_dimmed_and_no_box_can_be_lost_there(hands, tmp_path):
+    hands.open(picture(tmp_path / "tall.png", 300, 800))
+    hands.page.select_option("#size", "48x48")  # the middle 300x300
+    assert hands.see("kept()") == [0, 250, 300, 550]
+    light = [max(look(hands, "photo", 150, y)[:3]) for y in (100, 400, 700)]
+    assert light[0] < 60 and light[1] > 120 and light[2] < 60
+    hands.drag((100, 20), (200, 120))  # drawn where nothing is kept: a pixel of it stays in the frame
+    assert hands.objects[0]["boxes"]["0"] == [100, 20, 200, 251] and hands.see("problem()") == ""
+    hands.drag((150, 200), (150, 790))
+    assert hands.objects[0]["boxes"]["0"][1] == 549
+    hands.page.select_option("#size", "auto")
+    assert hands.see("target()") == [int(n) for n in best_size((800, 300), 48 * 48, 8)]
+
+
+BROKEN = {
+    "no JSON": "{",
+    "a list": "[1, 2]",
+    "too many frames": {"num_frames": 300_000_000},
+    "frames as text": {"num_frames": "9"},
+    "frames by half": {"num_frames": 8.5},
+    "no size": {"width": None},
+    "one side": {"height": 0},
+    "another field": {"more": 1},
+    "no objects": {"objects": []},
+    "objects of another kind": {"objects": {"0": 1}},
+    "an object of another kind": {"objects": [7]},
+    "a colour of two": {"color": [1, 2]},
+    "black": {"color": [0, 0, 0]},
+    "a colour as text": {"color": "red"},
+    "a colour without bound": {"color": [1, 2, 300]},
+    "a name of another kind": {"name": 7},
+    "an unknown path": {"interpolate": "bent"},
+    "a misspelt field": {"box": 1},
+    "no boxes": {"boxes": {}},
+    "few boxes": {"boxes": [[1, 2, 3, 4]]},
+    "a negative frame": {"boxes": {"-1": [1, 2, 3, 4]}},
+    "a frame by half": {"boxes": {"1.5": [1, 2, 3, 4]}},
+    "a late frame": {"boxes": {"9": [1, 2, 3, 4]}},
+    "turned": {"boxes": {"0": [5, 5, 2, 9]}},
+    "without area": {"boxes": {"0": [5, 5, 5, 9]}},
+    "three sides": {"boxes": {"0": [5, 5, 9]}},
+    "text": {"boxes": {"0": [5, 5, 9, "9"]}},
+    "outside": {"boxes": {"0": [500, 5, 509, 9]}},
+    "no ranges": {"visible": []},
+    "a turned range": {"visible": [[3, 1]]},
+    "a late range": {"visible": [[3, 9]]},
+    "a mask of another kind": {"mask": 7},
+}
+
+
+def test_a_damaged_boxes_json_is_named_and_leaves_all_as_it_was(hands, photo, tmp_path):
+    """The page refuses what trajectory.py refuses, at once, and a reload shows the old drawing."""
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
+    before = hands.see("JSON.stringify([state, past])")
+    file = tmp_path / "damaged.json"
+    for name, change in BROKEN.items():
+        if isinstance(change, str):
+            file.write_text(change)
+        else:
+            top = {"num_frames": 9, "width": 96, "height": 64, "objects": [{"boxes": {"0": [1, 1, 30, 30]}}]}
+            target = top if set(change) & {"num_frames", "width", "height", "objects", "more"} else top["objects"][0]
+            target.update(change)
+            file.write_text(json.dumps(top))
+        with pytest.raises(UserError):
+            load_trajectory(file, (64, 96), 9)
+        hands.open(file)
+        assert hands.note.startswith("damaged.json: "), name
+        assert hands.see("JSON.stringify([state, past])") == before, name
+    hands.reload()
+    assert hands.see("JSON.stringify([state, past])") == before and hands.note == ""
+
+
+def test_boxes_of_another_size_are_scaled_aloud_and_of_another_shape_refused(hands, photo, tmp_path):
+    example = [ROOT / "examples" / name for name in ("boxes.json", "mask_0.png", "mask_1.png")]
+    hands.open(photo)
+    hands.open(*example)
+    assert "48x48" in hands.note and "96x64" in hands.note and not hands.objects  # nothing is squashed
+    square = picture(tmp_path / "square.png", 480, 480)
+    hands.open(square)
+    hands.open(*example)
+    assert hands.note == "Boxes of 48x48 scaled to 480x480."
+    assert hands.objects[0]["boxes"] == {"0": [310, 60, 480, 230], "4": [180, 110, 380, 310], "8": [250, 80, 470, 300]}
+    assert all(one["mask"] for one in hands.objects) and hands.see("problem()") == ""
+    back = saved(hands, tmp_path)  # and what was saved opens again, masks and all
+    mask = np.asarray(Image.open(back / "mask_0.png").convert("L"))
+    want = np.asarray(Image.open(ROOT / "examples/mask_0.png").convert("L")).repeat(10, 0).repeat(10, 1)
+    assert np.array_equal(mask > 127, want > 127)
+    hands.page.click("#clear")
+    hands.open(back / "image.png", back / "boxes.json", back / "mask_0.png")
+    assert hands.note == "Open the masks too: mask_1.png." and "mask_1.png" in hands.see("problem()")
+    hands.open(back / "mask_1.png")
+    assert hands.see("problem()") == "" and hands.see("state.width") == 480
+
+
+def test_a_zip_of_the_page_opens_again(hands, photo, tmp_path):
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
+    hands.page.click("#ellipse")
+    hands.page.fill("#prompt", "a disc")
+    boxes = hands.see("exportBoxes()")
+    with hands.page.expect_download() as download:
+        hands.page.click("#save")
+    download.value.save_as(tmp_path / "back.zip")
+    hands.page.click("#clear")
+    assert not hands.objects and hands.see("state.width") == 0
+    hands.open(tmp_path / "back.zip")
+    assert hands.see("exportBoxes()") == boxes and hands.see("[state.width, state.prompt]") == [96, "a disc"]
+    data = bytearray((tmp_path / "back.zip").read_bytes())
+    data[200] ^= 255
+    (tmp_path / "bad.zip").write_bytes(data)
+    hands.open(tmp_path / "bad.zip")
+    assert hands.note == "bad.zip is no zip that this page saved" and hands.see("exportBoxes()") == boxes
+
+
+def test_the_same_file_opens_again_after_starting_anew_and_all_of_it_can_be_undone(hands, photo):
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
+    hands.page.click("#clear")
+    assert hands.see("state.width") == 0 and hands.page.is_visible("#welcome")
+    hands.open(photo, button="#openFirst")
+    assert hands.see("state.width") == 96 and not hands.objects
+    hands.press("Control+z", "Control+z")
+    assert hands.see("state.width") == 96 and hands.objects[0]["boxes"] == {"0": [10, 10, 30, 30]}
+
+
+def test_a_picture_is_pasted(hands, photo):
+    hands.see("""(async () => {
+      const canvas = canvasOf(40, 30), given = new DataTransfer();
+      const blob = await new Promise(done => canvas.toBlob(done));
+      given.items.add(new File([blob], "image.png", {type: "image/png"}));
+      document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: given, bubbles: true}));
+    })()""")
+    hands.wait("!$('pane').ariaBusy")
+    assert hands.see("[state.width, state.height]") == [40, 30]
+
+
+# --- undo and a reload ------------------------------------------------------------------------------------------------
+
+
+def test_undo_redo_and_a_reload(hands, photo):
+    hands.open(photo)
+    hands.drag((10, 10), (30, 28))
+    hands.go(4)
+    hands.drag((20, 20), (50, 30))
+    hands.page.click("#paint")
+    hands.drag((15, 15), (20, 20))
+    hands.page.click("#paint")
+    before = hands.see("JSON.stringify([state, past, future])")
+    painted = hands.mask(0)
+    hands.reload()
+    assert hands.see("JSON.stringify([state, past, future])") == before
+    assert np.array_equal(hands.mask(0), painted) and hands.see("things.get(state.picture).width") == 96
+    hands.press(*["Control+z"] * 3)
+    assert hands.see("[state.objects.length, past.length, future.length]") == [0, 1, 3]
+    hands.press(*["Control+Shift+z"] * 3)
+    assert hands.see("JSON.stringify([state, past, future])") == before
+    assert np.array_equal(hands.mask(0), painted)
+
+
+def test_a_prompt_is_one_step_of_undo_and_a_rename_survives(hands, photo):
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
+    steps = hands.see("past.length")
+    hands.page.click("#prompt")
+    hands.page.keyboard.type("a long sentence " * 7 + "ended")
+    assert len(hands.see("state.prompt")) == 117 and hands.see("past.length") == steps + 1
+    hands.page.click("#name", click_count=3)
+    hands.page.keyboard.type("the cat")
+    assert hands.see("past.length") == steps + 2
+    hands.page.click("#undo")  # with the field just left
+    assert hands.page.input_value("#name") == hands.page.text_content("#names button") == "object 0"
+    hands.page.click("#redo")
+    assert hands.page.input_value("#name") == hands.page.text_content("#names button") == "the cat"
+    hands.drag((50, 10), (80, 30))
+    hands.press("Control+z")
+    assert hands.page.text_content("#names button") == hands.objects[0]["name"] == "the cat"
+    hands.press("Control+z", "Control+z", "Control+z")
+    assert not hands.objects and hands.see("state.prompt") == ""
+
+
+def test_a_photo_of_5_megabytes_stays_through_a_reload(hands, tmp_path):
+    large = picture(tmp_path / "phone.png", 1400, 1250, noise=True)
+    assert large.stat().st_size > 5_000_000
+    hands.open(large)
+    hands.drag((100, 100), (500, 500))
+    hands.reload()
+    assert hands.see("things.get(state.picture).blob.size") == large.stat().st_size and len(hands.objects) == 1
+    assert hands.note == ""
+
+
+def test_a_browser_that_can_keep_nothing_says_so(browser, photo):
+    hands = Hands(browser)
+    hands.see("database.then(open => open.close())")
+    hands.open(photo)
+    hands.settle()
+    assert "can't keep the drawing through a reload" in hands.note and hands.see("state.width") == 96
+    hands.close()
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def row(hands: Hands, k: int, frame: float, bar: bool = False) -> tuple[float, float]:
+    """Where on the screen a frame is in a row of the timeline."""
+    area = hands.page.locator("#tracks").bounding_box()
+    x = area["x"] + (frame + 0.5) * area["width"] / hands.see("state.frames")
+    return x, area["y"] + k * 30 + (22 if bar else 10)
+
+
+def test_the_timeline_moves_keyframes_and_ends_of_bars(hands, photo):
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
+    hands.go(4)
+    hands.drag((20, 20), (50, 30))
+    hands.go(0)
+    hands.drag((60, 40), (90, 60))
+    hands.drag_on_screen(row(hands, 0, 4), row(hands, 0, 7))
+    assert list(hands.objects[0]["boxes"]) == ["0", "7"] and hands.see("[chosen, now]") == [0, 7]
+    hands.drag_on_screen(row(hands, 0, 7), row(hands, 0, 0))  # not onto another: it stops before it
+    assert list(hands.objects[0]["boxes"]) == ["0", "1"]
+    hands.drag_on_screen(row(hands, 1, 8.4, bar=True), row(hands, 1, 5, bar=True))
+    hands.drag_on_screen(row(hands, 1, -0.4, bar=True), row(hands, 1, 2, bar=True))
+    assert hands.objects[1]["visible"] == [[2, 5]] and hands.see("chosen") == 1
+    hands.drag_on_screen(row(hands, 1, 1.6, bar=True), row(hands, 1, 0, bar=True))
+    hands.drag_on_screen(row(hands, 1, 5.4, bar=True), row(hands, 1, 8, bar=True))
+    assert hands.objects[1]["visible"] is None
+    ruler, tracks = (hands.page.locator(f"#{name}").bounding_box() for name in ("ruler", "tracks"))
+    assert (ruler["x"], ruler["width"]) == (tracks["x"], tracks["width"])
+    for frame in (0, 3, 8):  # the cursor stands where the frame is, through all rows
+        hands.go(frame)
+        cursor = hands.page.locator("#cursor").bounding_box()
+        assert abs(cursor["x"] + cursor["width"] / 2 - row(hands, 0, frame)[0]) < 1.5
+        assert cursor["y"] <= ruler["y"] + 4 and cursor["y"] + cursor["height"] >= tracks["y"] + tracks["height"] - 2
+
+
+def test_duplicate_and_onion_skin(hands, photo):
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
+    hands.go(8)
+    hands.drag((20, 20), (60, 40))
+    hands.press("Control+d")
+    first, second = hands.objects
+    assert second["boxes"] == {t: [v + 5 for v in box] for t, box in first["boxes"].items()}
+    assert second["name"] == "object 0 copy" and second["color"] != first["color"]
+    hands.press("[")
+    bare = look(hands, "stage", 19, 19)
+    hands.press("g")
+    assert hands.see("onion") and look(hands, "stage", 19, 19)[3] > bare[3]  # the thing of frame 0 shows through
+
+
+def test_a_motion_is_recorded_with_its_timing_and_thinned(hands, photo):
+    """R held: the box follows the mouse, frame by frame, and keyframes within a pixel of that remain."""
+    hands.open(photo)
+    hands.page.fill("#frames", "200")
+    hands.press("Tab")
+    hands.drag((10, 10), (20, 20))
+    hands.see("void (thin = (thin => (boxes, ...more) => thin(window.recorded = boxes, ...more))(thin))")  # to look at
+    hands.page.keyboard.down("r")
+    hands.page.mouse.move(*hands.spot(15, 15))
+    hands.page.mouse.down()
+    for x in range(15, 80, 4):
+        hands.page.mouse.move(*hands.spot(x, 15 + (x % 20)))
+        hands.page.wait_for_timeout(60)
+    hands.page.mouse.up()
+    raw = hands.read("recorded")
+    hands.page.keyboard.up("r")
+    boxes = hands.objects[0]["boxes"]
+    assert 8 < len(raw) < 200 and 2 <= len(boxes) < len(raw)
+    path = hands.see("track(state.objects[0])")
+    assert max(np.abs(np.array(path[int(t)]) - box).max() for t, box in raw.items()) <= 1
+    starts = [raw[t][0] for t in sorted(raw, key=int)]
+    assert starts == sorted(starts) and starts[-1] > 30
+    assert hands.see("past.length") == 4  # picture, frames, box, motion
+    hands.press("Control+z")
+    assert list(hands.objects[0]["boxes"]) == ["0"]
+
+
+def test_the_camera_moves_all_boxes_and_hides_what_leaves(hands, photo, tmp_path):
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
+    hands.drag((70, 10), (90, 30))
+    hands.page.click("summary:has-text('Camera')")
+    hands.page.fill("#amount", "50")
+    hands.page.select_option("#camera", "right")
+    hands.page.click("#shoot")
+    first, second = hands.objects
+    assert second["boxes"]["8"] == [22, 10, 42, 30] and second["visible"] is None
+    assert first["visible"] == [[0, 4]] and max(map(int, first["boxes"])) == 4  # 6 pixels a frame: gone in frame 5
+    hands.press("Control+z")
+    hands.page.select_option("#camera", "in")
+    hands.page.click("#shoot")
+    assert hands.objects[1]["boxes"]["8"] == [81, -1, 111, 29]  # 1.5 times as far from the middle, beyond the frame
+    assert hands.see("problem()") == ""
+    load_trajectory(saved(hands, tmp_path) / "boxes.json", (64, 96), 9)
+
+
+def test_play_moves_the_cut_out_and_says_what_it_is(hands, tmp_path):
+    pixels = np.full((64, 96, 3), 40, np.uint8)
+    pixels[10:30, 10:30] = (250, 200, 20)
+    Image.fromarray(pixels).save(tmp_path / "square.png")
+    hands.open(tmp_path / "square.png")
+    hands.drag((10, 10), (30, 30))
+    hands.page.click("#ellipse")
+    hands.go(8)
+    hands.drag((20, 20), (70, 40))
+    hands.go(0)
+    assert not hands.page.is_visible("#badge")
+    hands.press("Space")
+    assert hands.page.text_content("#badge") == "Sketch of the motion, not generated" and hands.page.is_visible(
+        "#badge"
     )
-    assert steps == {"n": before["undo"], "empty": 0, "same": True} and before["undo"] > 10
+    hands.wait("now === 8")
+    hands.press("Space")
+    hands.see("(playing = {}, now = 8, drawStage())")
+    assert np.abs(np.array(look(hands, "stage", 70, 40)) - [250, 200, 20, 255]).max() < 12  # the thing itself
+    assert look(hands, "stage", 62, 32)[3] == 0  # a corner of its box, outside the mask
+    hole = look(hands, "stage", 20, 20)
+    assert 100 < hole[3] < 255 and max(hole[:3]) < 40
+    hands.see("(playing = null, show())")
 
 
-def test_paths_are_those_of_trajectory_py(tmp_path):
-    """The same numbers for random keyframes of every kind."""
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_lengths_are_those_that_the_networks_make(hands, photo):
+    hands.open(photo)
+    hands.page.select_option("#preset", "wan5b")
+    assert hands.see("state.frames") == 121
+    for asked, taken in (("50", 49), ("52", 53), ("1", 5), ("100000", 997), ("81", 81)):
+        hands.page.fill("#frames", asked)
+        hands.press("Tab")
+        assert hands.see("state.frames") == taken and (str(taken) in hands.note) == (asked != str(taken))
+        WanCodec.check_size(WanCodec, "auto", taken)
+    hands.page.select_option("#preset", "tiny")
+    hands.page.fill("#frames", "1")
+    hands.press("Tab")
+    assert hands.see("state.frames") == 2
+    hands.page.fill("#frames", "9")
+    hands.press("Tab")
+    hands.go(8)
+    hands.drag((10, 10), (30, 30))
+    hands.page.fill("#frames", "5")
+    hands.press("Tab")
+    assert hands.note == "1 keyframe beyond frame 4 removed; Undo brings them back."
+    hands.press("Control+z")
+    assert list(hands.objects[0]["boxes"]) == ["8"] and hands.see("state.frames") == 9
+
+
+def test_the_command_for_wan5b_finds_what_it_needs(hands, photo, tmp_path, monkeypatch):
+    """Its networks are those that the stages leave, and all its options are taken."""
+    hands.open(photo)
+    hands.page.select_option("#preset", "wan5b")
+    hands.drag((10, 10), (30, 30))
+    hands.page.fill("#prompt", "--a 'strange' $prompt")
+    hands.page.fill("#steps", "8")
+    hands.page.fill("#seed", "7")
+    folder = saved(hands, tmp_path)
+    words = shlex.split((folder / "command.txt").read_text())
+    assert words[:2] == ["python", "sample.py"]
+    cfg = parse_config(sample.Config, words[2:], {"wan5b": sample.WAN5B})
+    assert (cfg.prompt, cfg.steps, cfg.seed, cfg.frames, cfg.size) == ("--a 'strange' $prompt", 8, 7, 121, "auto")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        sample.find_networks(cfg)
+    for name in ("fast_generator", "fast_adapter"):  # as stages 2 and 3 name them
+        file = tmp_path / "runs" / name / f"{name}.safetensors"
+        file.parent.mkdir(parents=True)
+        file.touch()
+    assert [str(path) for path in sample.find_networks(cfg)] == [cfg.generator, cfg.adapter]
+    size = best_size((64, 96), WanCodec.area, 32)
+    load_trajectory(cfg.traj, size, cfg.frames, (64, 96))
+    assert sample.load_image(cfg.image).shape == (64, 96, 3)
+
+
+def test_the_example_is_the_shipped_one_and_says_what_tiny_knows(hands, tmp_path):
+    hands.page.click("#exampleFirst")
+    hands.wait("state.objects.length === 2 && state.prompt")
+    assert hands.see("state.prompt") == sample.EXAMPLE == hands.see("EXAMPLE.prompt")
+    assert "pinwheels" in hands.page.text_content("#knows")
+    folder = saved(hands, tmp_path)
+    given, want = (json.loads(path.read_text()) for path in (folder / "boxes.json", ROOT / "examples/boxes.json"))
+    for one, other in zip(given["objects"], want["objects"], strict=True):
+        assert one["boxes"] == other["boxes"] and one["name"] == other["name"]
+    for name in ("image.png", "mask_0.png", "mask_1.png"):
+        assert np.array_equal(
+            *(np.asarray(Image.open(path / name).convert("RGB")) for path in (folder, ROOT / "examples"))
+        )
+
+
+# --- agreement --------------------------------------------------------------------------------------------------------
+
+
+def random_drawing(rng: random.Random) -> dict:
+    """A picture of any shape, and boxes anywhere near it."""
+    preset = rng.choice(("tiny", "tiny", "wan5b"))
+    width, height = (
+        (rng.randint(8, 400), rng.randint(8, 400))
+        if preset == "tiny"
+        else (rng.randint(64, 4000), rng.randint(64, 4000))
+    )
+    frames = rng.choice((2, 9, 13)) if preset == "tiny" else rng.choice((5, 49, 121))
+    objects = []
+    for k in range(rng.randint(1, 4)):
+        boxes = {}
+        for t in rng.sample(range(frames), rng.randint(1, min(frames, 8))):
+            x, y = rng.randint(-width // 4, width), rng.randint(-height // 4, height)
+            boxes[t] = [x, y, x + rng.randint(1, width), y + rng.randint(1, height)]
+        first = rng.randrange(frames)
+        objects.append(
+            {"name": f"thing {k}", "color": PALETTE[k], "interpolate": rng.choice(("smooth", "linear", "none")),
+             "visible": rng.choice((None, None, [[first, rng.randrange(first, frames)]])), "mask": "", "wants": "",
+             "boxes": boxes}
+        )  # fmt: skip
+    size = rng.choice(("auto", "auto", "48x48" if preset == "tiny" else "480x832"))
+    return {"frames": frames, "width": width, "height": height, "picture": "p", "prompt": "", "preset": preset,
+            "size": size, "seed": 0, "steps": 0, "objects": objects}  # fmt: skip
+
+
+def test_400_drawings_are_the_same_in_the_page_and_in_trajectory_py(hands, tmp_path):
+    """What the page would save, sample.py takes; what not, is refused there too. Half are as hands leave them."""
+    rng, counts = random.Random(0), {"saved": 0, "refused": 0, "boxes": 0}
+    drawings = [random_drawing(rng) for _ in range(400)]
+    read = """(all => all.map((given, i) => {
+      state = given; tracks = new WeakMap();
+      if (i % 2) for (const o of state.objects) for (const t in o.boxes) o.boxes[t] = bounded(o.boxes[t]);
+      const found = {target: target(), problem: problem(), boxes: exportBoxes(), tracks: state.objects.map(track)};
+      state = fresh();
+      return found;
+    }))"""
+    pages = hands.read(f"{read}({json.dumps(drawings)})")
+    file = tmp_path / "boxes.json"
+    for number, (drawing, page) in enumerate(zip(drawings, pages, strict=True)):
+        source, codec = (drawing["height"], drawing["width"]), ToyCodec if drawing["preset"] == "tiny" else WanCodec
+        if codec is ToyCodec:
+            codec.spatial = 4
+        size = codec.check_size(codec, drawing["size"], drawing["frames"], source)
+        assert list(size) == page["target"], (drawing, size)
+        file.write_text(json.dumps(page["boxes"]))
+        try:
+            trajectory = load_trajectory(file, size, drawing["frames"], source)
+        except UserError as error:
+            assert page["problem"], f"{number}: the page would save what is refused: {error}"
+            counts["refused"] += 1
+            assert number % 2 == 0 or re.search("inside out|neither box nor mask", page["problem"])
+            continue
+        assert not page["problem"], f"{number}: {page['problem']}"
+        counts["saved"] += 1
+        for got, want, one in zip(page["tracks"], trajectory.boxes, drawing["objects"], strict=True):
+            for t, box in enumerate(want):
+                shown = not one["visible"] or one["visible"][0][0] <= t <= one["visible"][0][1]
+                assert np.isfinite(box).all() == bool(shown and got[t])
+                if shown and got[t]:
+                    counts["boxes"] += 1
+                    assert np.abs(place(source, size, np.array(got[t])) - box).max() < 1e-8
+    print(counts)
+    assert counts["saved"] > 150 and counts["refused"] > 50 and counts["boxes"] > 5000
+
+
+def test_paths_sizes_and_cuts_are_those_of_the_project(hands):
     rng, cases = np.random.default_rng(0), []
     for kind in ("smooth", "linear", "none") * 20:
         frames = np.sort(rng.choice(121, rng.integers(1, 12), replace=False))
-        keys = rng.integers(0, 1280, (len(frames), 4))
-        cases.append((kind, frames, keys))
+        cases.append((kind, frames, rng.integers(0, 1280, (len(frames), 4))))
     given = [[kind, dict(zip(map(int, f), k.tolist(), strict=True))] for kind, f, k in cases]
-    found = browse(tmp_path, f"return {json.dumps(given)}.map(([kind, boxes]) => interpolate(boxes, 121, kind));")
-    for track, (kind, frames, keys) in zip(found, cases, strict=True):
+    for track, (kind, frames, keys) in zip(
+        hands.read(f"{json.dumps(given)}.map(([kind, boxes]) => interpolate(boxes, 121, kind))"), cases, strict=True
+    ):
         want = _interpolate(frames, keys.astype(float), 121, kind)
         got = np.array([[np.nan] * 4 if box is None else box for box in track], dtype=float)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
+    shapes = rng.integers(1, 5000, (3000, 2)).tolist() + [[n, n] for n in range(1, 200)]
+    for area, unit in ((48 * 48, 8), (704 * 1280, 32)):
+        got = hands.read(f"{json.dumps(shapes)}.map(s => {{ const b = bestSize(s, {area}, {unit}), c = cover(s, b);"
+                        "return [b, c.h, c.w, c.top, c.left]; })")  # fmt: skip
+        for shape, (best, h, w, top, left) in zip(shapes, got, strict=True):
+            assert best == list(best_size(tuple(shape), area, unit))
+            assert ((h, w), top, left) == cover(tuple(shape), tuple(best))
+    assert hands.see("PALETTE") == [list(color) for color in PALETTE]
 
 
-def test_files_come_back_and_broken_ones_are_named(tmp_path):
-    example = json.loads((ROOT / "examples/boxes.json").read_text())
-    found = browse(
-        tmp_path,
-        f"importBoxes({json.dumps(json.dumps(example))}); const back = out();"
-        'const bad = new File([\'{"objects": [{"boxes": {"0": [5, 5, 2, 9]}}]}\'], \'bad.json\');'
-        "await openBoxes(bad); return {...back, bad: $('note').textContent, kept: state.objects.length};",
-    )
-    for object_, want in zip(found["boxes"]["objects"], example["objects"], strict=True):
-        assert object_["boxes"] == want["boxes"] and object_["mask"] == want["mask"] and object_["name"] == want["name"]
-    assert found["note"] == "Load the masks again: mask_0.png, mask_1.png."
-    assert found["bad"].startswith("bad.json: ") and found["kept"] == 2
+def test_masks_are_read_as_the_project_reads_them(hands, photo, tmp_path):
+    """Soft, grey, cut out, of labels: the page lights the pixels that core/media.py lights."""
+    from core.media import read_mask
+
+    rng = np.random.default_rng(0)
+    soft = rng.integers(0, 256, (64, 96), dtype=np.uint8)
+    cut_out = np.dstack([np.full((64, 96, 3), 90, np.uint8), soft])
+    for number, pixels in enumerate((soft, soft // 128, cut_out, np.dstack([soft, soft // 2, soft // 3]))):
+        file = tmp_path / f"{number}.png"
+        Image.fromarray(pixels).save(file)
+        if number == 0:
+            hands.open(photo)
+            hands.drag((10, 10), (30, 30))
+        with hands.page.expect_file_chooser() as chooser:
+            hands.page.click("#loadMask")
+        before = hands.objects[0]["mask"]
+        chooser.value.set_files(file)
+        hands.wait(f"state.objects[0].mask !== {before!r}")
+        want = read_mask(file, lambda _: None)
+        assert np.array_equal(hands.mask(0), want)
+    Image.fromarray(soft[:32]).save(tmp_path / "half.png")
+    with hands.page.expect_file_chooser() as chooser:
+        hands.page.click("#loadMask")
+    chooser.value.set_files(tmp_path / "half.png")
+    hands.wait("$('note').textContent.includes('96x32')")  # and the old mask stands
+    assert np.array_equal(hands.mask(0), want)
 
 
-def test_many_objects_and_frames_do_not_lag(tmp_path):
-    """20 objects, 121 frames, 12 keyframes each: a redraw takes a fraction of a video frame's time."""
-    found = browse(
-        tmp_path,
-        "await picture(); type('preset', 'wan5b');"
-        "for (let k = 0; k < 20; k++) { if (k) press('n'); for (let i = 0; i < 12; i++) {"
-        "go(i * 11); if (i) pull([12 + k, 20], [12 + k, i % 2 ? 24 : 16]); else pull([2 + k, 5], [22 + k, 35]); } }"
-        "go(0); const began = performance.now(); for (let i = 0; i < 20; i++) { now = i; show(); }"
-        "return {...out(), each: (performance.now() - began) / 20, rows: $('timeline').height, palette: PALETTE};",
-    )
-    assert found["each"] < 40 and found["rows"] == 360 and found["palette"] == [list(c) for c in PALETTE]
-    assert found["problem"] == "" and all(len(o["boxes"]) == 12 for o in found["boxes"]["objects"])
-    (tmp_path / "boxes.json").write_text(json.dumps(found["boxes"]))
-    trajectory = load_trajectory(tmp_path / "boxes.json", (64, 96), 121)
-    assert np.abs(np.array(found["tracks"], dtype=float) - trajectory.boxes).max() < 1e-9
+# --- everybody's hands and eyes ---------------------------------------------------------------------------------------
+
+NAMED = """[...document.querySelectorAll("button, input, select, textarea, summary, canvas:not([aria-hidden]), video")]
+  .filter(e => e.checkVisibility() && !e.disabled).map(e => [e.id || e.textContent.trim(),
+    e.ariaLabel || e.labels?.[0]?.textContent.trim() || (/BUTTON|SUMMARY/.test(e.tagName) && e.textContent.trim())])"""
+# Contrast of every text with the ground it stands on (WCAG 2), of what is not disabled.
+CONTRAST = """(() => {
+  const linear = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const light = rgb => [0.2126, 0.7152, 0.0722].reduce((sum, share, i) => sum + share * linear(rgb[i]), 0);
+  const parts = text => text.match(/[\\d.]+/g).map(Number);
+  const ground = e => {
+    for (; e; e = e.parentElement) {
+      const c = parts(getComputedStyle(e).backgroundColor);
+      if (c.length < 4 || c[3] > 0.5) return c;
+    }
+    return [255, 255, 255];
+  };
+  const shows = e => e.checkVisibility() && !e.closest(":disabled, script, style, dialog:not([open])");
+  const says = e => /INPUT|SELECT|TEXTAREA/.test(e.tagName)
+    || [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+  return [...document.querySelectorAll("body *")].filter(e => shows(e) && says(e)).map(e => {
+    const [a, b] = [light(parts(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), e.id || e.tagName, e.textContent.trim().slice(0, 30)];
+  }).sort((x, y) => x[0] - y[0]);
+})()"""
 
 
-def test_what_does_not_fit_into_storage_is_said_and_undo_goes_first(tmp_path):
-    found = browse(
-        tmp_path,
-        "await picture(); pull([10, 10], [30, 28]); state.prompt = 'x'.repeat(300000);"
-        "for (let i = 0; i < 30; i++) change(() => { state.frames = 10 + i; });"
-        "const few = JSON.parse(localStorage.getItem(KEY)).past.length, first = out().note;"
-        "state.prompt = 'x'.repeat(9000000); change(() => { state.frames = 50; });"
-        "return {few, first, second: out().note, held: localStorage.getItem(KEY), all: past.length};",
-    )
-    assert found["few"] < 11 and found["first"] == "" and found["held"] is None
-    assert found["second"].startswith("Too large") and found["all"] > 30
+def reached(hands: Hands) -> set[str]:
+    """What Tab comes by, once around."""
+    found, name = [], "(document.activeElement.id || document.activeElement.textContent.trim())"
+    hands.see("document.activeElement.blur()")
+    while len(found) < 200:
+        hands.press("Tab")
+        here = hands.see(name)
+        if found and here == found[0]:
+            break
+        found.append(here)
+    return set(found)
 
 
-def test_every_mask_has_a_file_of_its_own_and_the_size_of_the_image(tmp_path):
-    """A loaded mask_1.png stays its object's when another is painted; opening a larger image enlarges both."""
-    objects = [{"name": name, "mask": f"mask_{k}.png", "boxes": {"0": [1, 1, 30, 30]}} for k, name in enumerate("ab")]
-    text = json.dumps({"num_frames": 9, "width": 96, "height": 64, "objects": objects})
-    hands = """
-      await picture();
-      importBoxes(TEXT);
-      chosen = 0; actions.remove();
-      press("n"); go(0); pull([40, 10], [60, 30]);
-      $("brush").value = 80; $("paint").click(); pull([50, 20], [52, 20]); $("paint").click();
-      const before = out();
-      const large = Object.assign(document.createElement("canvas"), {width: 192, height: 128});
-      const bytes = Uint8Array.from(atob(large.toDataURL().split(",")[1]), c => c.charCodeAt(0));
-      await openImage(new File([bytes], "large.png", {type: "image/png"}));
-      return {before, after: out()};
-    """
-    found = browse(tmp_path, hands.replace("TEXT", json.dumps(text)))
-    assert [one["mask"] for one in found["before"]["boxes"]["objects"]] == ["mask_1.png", "mask_0.png"]
-    small, large = (
-        iio.imread(base64.b64decode(found[when]["masks"][1].split(",")[1]), extension=".png")
-        for when in ("before", "after")
-    )
-    assert small.shape[:2] == (64, 96) and small[..., 3].any()
-    assert np.array_equal(small.repeat(2, 0).repeat(2, 1), large)
-    assert found["after"]["command"].endswith("--traj boxes.json --prompt ''")
+def test_every_control_has_a_name_is_reached_by_tab_and_its_text_can_be_read(hands, photo):
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
+    hands.go(4)
+    hands.drag((20, 20), (50, 30))
+    hands.press("i")
+    for summary in hands.page.locator("summary").all():
+        summary.click()
+    controls = dict(hands.see(NAMED))
+    assert len(controls) > 35 and all(controls.values()), [name for name, told in controls.items() if not told]
+    missing = set(controls) - reached(hands)
+    assert not missing
+    worst = hands.see(CONTRAST)
+    assert len(worst) > 40 and worst[0][0] >= 4.5, worst[:3]
+    print("least contrast", worst[0])
+    hands.press("?")
+    assert hands.page.is_visible("#keys") and hands.see(CONTRAST)[0][0] >= 4.5
+    hands.press("Escape")
+    for name in ("redo", "key"):  # what is disabled looks it
+        style = hands.see(f"(e => [e.disabled, getComputedStyle(e).borderStyle])($('{name}'))")
+        assert style == [style[0], "dashed" if style[0] else "solid"]
+
+
+def test_colours_of_objects_are_told_apart(hands):
+    shown = np.array(hands.see("PALETTE.map(color => css(color).match(/\\d+/g).slice(0, 3).map(Number))"))
+    apart = np.linalg.norm(shown[:, None] - shown, axis=-1)[np.triu_indices(len(shown), 1)]
+    assert apart.min() > 60
+    assert (shown @ [0.2126, 0.7152, 0.0722]).min() > 70  # and from the dark ground
+
+
+def test_20_objects_push_nothing_out(browser, photo):
+    for screen in ((1440, 900), (1024, 768)):
+        hands = Hands(browser, size=screen)
+        hands.open(photo)
+        hands.page.focus("#stage")
+        hands.press(*["Enter"] * 20)
+        assert len(hands.objects) == 20 and hands.see("problem()") == ""
+        assert hands.see("document.documentElement.scrollHeight <= innerHeight")
+        for name in ("play", "generate" if hands.see("!!server") else "copy", "prompt", "stage"):
+            if name == "copy":
+                hands.page.click("#how summary")
+            assert hands.page.locator(f"#{name}").bounding_box()["y"] < screen[1], name
+        hands.page.focus("#stage")
+        hands.press("Enter")
+        assert len(hands.objects) == 20 and "20 objects" in hands.note
+        assert hands.page.locator("#names button").last.text_content() == "object 19"
+        hands.page.locator("#names button").last.click()  # it is scrolled to
+        assert hands.see("chosen") == 19
+        hands.close()
+
+
+def test_the_walk_with_the_keyboard_alone(hands, photo, tmp_path):
+    """Open, two objects, keyframes, a mask, one late, undo, play, save: no mouse."""
+
+    def tab_to(name: str) -> None:
+        for _ in range(120):
+            if hands.see("document.activeElement.id") == name:
+                return
+            hands.press("Tab")
+        raise AssertionError(f"Tab never comes to {name}")
+
+    tab_to("open")
+    with hands.page.expect_file_chooser() as chooser:
+        hands.press("Enter")
+    chooser.value.set_files(photo)
+    hands.wait("state.picture && !$('pane').ariaBusy")
+    tab_to("stage")
+    hands.press("Enter", *["Alt+ArrowLeft"] * 20, *["Alt+Shift+ArrowRight"] * 6)
+    x0, y0, x1, y1 = hands.objects[0]["boxes"]["0"]
+    assert (x1 - x0, y1 - y0) == (28, 16)
+    hands.press(*["ArrowRight"] * 5, *["Alt+ArrowDown"] * 9)
+    assert hands.objects[0]["boxes"]["5"] == [x0, y0 + 9, x1, y1 + 9]
+    hands.press("Control+ArrowRight", ",", "k", ".")
+    assert list(hands.objects[0]["boxes"]) == ["0", "6"] and hands.see("now") == 6
+    hands.press("Home", "ArrowRight", "ArrowRight", "Enter", "i", *["Alt+ArrowUp"] * 3)
+    assert hands.objects[1]["visible"] == [[2, 8]]
+    hands.press("Alt+ArrowUp", "Control+z")
+    hands.press("Control+Shift+z", "[")
+    tab_to("ellipse")
+    hands.press("Enter")
+    assert hands.objects[0]["mask"]
+    tab_to("x0")
+    hands.press("Control+a", "7", "Tab")
+    assert hands.objects[0]["boxes"]["0"][0] == 7
+    tab_to("name")
+    hands.page.keyboard.type(" one")
+    tab_to("prompt")
+    hands.page.keyboard.type("a thing")
+    tab_to("ruler")
+    hands.press("Home", "Space")
+    hands.wait("playing && now > 2")
+    hands.press("Space")
+    tab_to("save")
+    with hands.page.expect_download() as download:
+        hands.press("Enter")
+    with zipfile.ZipFile(download.value.path()) as file:
+        file.extractall(tmp_path)
+    trajectory = load_trajectory(tmp_path / "drawn-my-photo/boxes.json", (64, 96), 9)
+    assert trajectory.names == ["object 0 one", "object 1"] and not trajectory.masks[1].any()
+
+
+def test_fingers_on_a_phone_draw_record_and_move_keyframes(browser, photo):
+    hands = Hands(browser, size=(390, 844), has_touch=True, is_mobile=True)
+    hands.open(photo)
+    hands.touch([hands.spot(10, 10), hands.spot(20, 20), hands.spot(40, 35)])
+    assert hands.objects[0]["boxes"] == {"0": [10, 10, 40, 35]}
+    hands.touch([hands.spot(25, 22), hands.spot(30, 25), hands.spot(45, 30)])
+    assert hands.objects[0]["boxes"] == {"0": [30, 18, 60, 43]}
+    hands.page.tap("#record")
+    hands.touch([hands.spot(45 + 2 * i, 30) for i in range(12)], pause=120)
+    keys = list(map(int, hands.objects[0]["boxes"]))
+    assert len(keys) > 1 and max(keys) >= 4 and hands.objects[0]["boxes"][str(max(keys))][0] > 32
+    hands.page.tap("#record")
+    hands.press("Control+z")
+    assert list(hands.objects[0]["boxes"]) == ["0"]
+    hands.touch([row(hands, 0, 0), row(hands, 0, 1), row(hands, 0, 3)])
+    assert list(hands.objects[0]["boxes"]) == ["3"]
+    assert hands.see("document.documentElement.scrollWidth <= innerWidth")
+    hands.close()

@@ -1,0 +1,139 @@
+"""draw.html in Debian's Chromium, moved by real mouse, keyboard and touch events."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+# A machine of one's own may lack them; .ci/run installs Chromium, or fails.
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-quic"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """One for all tests of a file."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+class Hands:
+    """A person before the page: what they do are input events, what they see is read from the page."""
+
+    def __init__(self, browser, address: str = "", size: tuple[int, int] = (1200, 800), **options):
+        self.context = browser.new_context(viewport=dict(zip(("width", "height"), size, strict=True)), **options)
+        self.address, self.errors, self.asked = address or (ROOT / "tools/draw.html").as_uri(), [], []
+        self.page = self.new_page()
+
+    def new_page(self):
+        page = self.context.new_page()
+        page.set_default_timeout(20000)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.goto(self.address)
+        page.evaluate("ready")
+        self.page = page
+        return page
+
+    def close(self) -> None:
+        self.context.close()
+        assert not self.errors, self.errors
+
+    def see(self, expression: str):
+        return self.page.evaluate(expression)
+
+    def read(self, expression: str):
+        """The same for much: as one text it comes faster."""
+        return json.loads(self.page.evaluate(f"JSON.stringify({expression})"))
+
+    def mask(self, k: int) -> np.ndarray:
+        """An object's mask as it would be saved."""
+        text = self.see(f"maskPixels(state.objects[{k}]).lit.join('')")
+        return np.frombuffer(text.encode(), np.uint8).reshape(self.see("[state.height, state.width]")) == ord("1")
+
+    def wait(self, expression: str, seconds: float = 20) -> None:
+        """Until it holds. Playwright's own way needs eval, which the page forbids."""
+        for _ in range(int(seconds / 0.02)):
+            if self.see(expression):
+                return
+            self.page.wait_for_timeout(20)
+        raise AssertionError(f"never so: {expression}; the page says {self.note!r}")
+
+    @property
+    def note(self) -> str:
+        return self.page.text_content("#note")
+
+    @property
+    def objects(self) -> list[dict]:
+        return self.see("state.objects")
+
+    def open(self, *files: Path, button: str = "#open") -> None:
+        """Open files by the button, and wait until they are taken or refused."""
+        with self.page.expect_file_chooser() as chooser:
+            self.page.click(button)
+        chooser.value.set_files(files)
+        self.wait("!$('pane').ariaBusy")
+
+    def spot(self, x: float, y: float) -> tuple[float, float]:
+        """Where on the screen a point of the picture is."""
+        area = self.see("(({left, top}) => [left + view.x, top + view.y, view.scale])(stage.getBoundingClientRect())")
+        return area[0] + x * area[2], area[1] + y * area[2]
+
+    def drag(self, start, end, steps: int = 4) -> None:
+        """With the mouse, between two points of the picture."""
+        self.drag_on_screen(self.spot(*start), self.spot(*end), steps)
+
+    def drag_on_screen(self, start, end, steps: int = 4) -> None:
+        self.page.mouse.move(*start)
+        self.page.mouse.down()
+        self.page.mouse.move(*end, steps=steps)
+        self.page.mouse.up()
+
+    def touch(self, points: list[tuple[float, float]], pause: int = 0) -> None:
+        """A finger on the screen, through these points."""
+        finger = self.context.new_cdp_session(self.page)
+        for number, (x, y) in enumerate(points):
+            kind = "touchMove" if number else "touchStart"
+            finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
+            self.page.wait_for_timeout(pause)
+        finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    def go(self, frame: int) -> None:
+        """To a frame, by a click on the ruler."""
+        area = self.page.locator("#ruler").bounding_box()
+        x = area["x"] + (frame + 0.5) * area["width"] / self.see("state.frames")
+        self.page.mouse.click(x, area["y"] + 10)
+        assert self.see("now") == frame
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def settle(self) -> None:
+        """Until the drawing is kept."""
+        self.see("(async () => { let last; do { last = saving; await last; } while (last !== saving); })()")
+
+    def reload(self) -> None:
+        self.settle()
+        self.page.reload()
+        self.page.evaluate("ready")
+
+
+def picture(path: Path, width: int, height: int, noise: bool = False) -> Path:
+    """A photograph of sorts: a gradient, or noise that no file makes small."""
+    if noise:
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    else:
+        y, x = np.mgrid[:height, :width]
+        pixels = np.stack([60 + 150 * x / width, 60 + 150 * y / height, np.full_like(x, 120)], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
