@@ -1,0 +1,490 @@
+"""sample.py --serve: it makes videos for its own page, one at a time, and nothing that is sent hurts it."""
+
+import base64
+import contextlib
+import http.client
+import json
+import re
+import shlex
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import Hands, browser, needs_chromium, picture
+from conftest import ROOT, start_in
+
+import sample
+from core import serve
+from core.config import UserError, parse_config
+from core.media import read_video
+
+__all__ = ["browser"]
+EXAMPLE = json.loads((ROOT / "examples/boxes.json").read_text())
+
+
+def folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob(".tmp*-page-*"))
+
+
+# --- the server alone, with work that is pretended --------------------------------------------------------------------
+
+
+class Work:
+    """What `make` does: as many steps as the request says, each when it is let."""
+
+    def __init__(self):
+        self.let, self.made = threading.Semaphore(0), []
+
+    def __call__(self, request: dict, folder: Path, tell) -> list[Path]:
+        if request.get("fail"):
+            raise {"user": UserError("boxes: wrong; mend them"), "other": RuntimeError("out of memory\nlong story")}[
+                request["fail"]
+            ]
+        for step in range(request.get("steps", 0)):
+            tell(step=step + 1, of=request["steps"])
+            assert self.let.acquire(timeout=20)
+        (folder / "video.mp4").write_bytes(request.get("name", "").encode() + bytes(100_000))
+        self.made.append(request.get("name"))
+        return [folder / "video.mp4"]
+
+
+@pytest.fixture
+def server(tmp_path):
+    work = Work()
+    found = serve.Server(ROOT / "tools/draw.html", {"preset": "tiny"}, work, 0)
+    found.work = work
+    thread = threading.Thread(target=found.serve_forever)
+    thread.start()
+    before = folders()
+    yield found
+    found.shutdown()
+    thread.join()
+    found.server_close()
+    assert not found.line and folders() <= before
+
+
+def ask(server, method: str = "POST", path: str = "/generate", body: object = None, **changes) -> tuple:
+    """-> status, headers, body. A header of None is left out."""
+    host = server.hosts[0]
+    data = body if isinstance(body, bytes) else json.dumps(body if body is not None else {}).encode()
+    headers = {"Host": host, "Origin": f"http://{host}", "X-Token": server.token, "Content-Length": str(len(data))}
+    headers |= {name.replace("_", "-"): value for name, value in changes.items()}
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    for name, value in headers.items():
+        if value is not None:
+            connection.putheader(name, value)
+    connection.endheaders(data if method == "POST" else None)
+    answer = connection.getresponse()
+    found = answer.status, answer.headers, answer.read()
+    connection.close()
+    return found
+
+
+def events(data: bytes) -> list[dict]:
+    """The lines before the files."""
+    lines = []
+    while data and (not lines or "files" not in lines[-1]):
+        line, _, data = data.partition(b"\n")
+        lines.append(json.loads(line))
+    return lines
+
+
+def works(server) -> None:
+    status, _, data = ask(server, body={"name": "next"})
+    assert status == 200 and events(data) == [{"files": [["video.mp4", 100_004]]}] and data[-100_004:][:4] == b"next"
+
+
+def test_only_its_own_page_may_ask(server):
+    host, port = server.hosts[0], server.server_port
+    refused = {
+        "foreign Host": (421, {"Host": f"evil.example:{port}"}),
+        "Host of a name that resolves here": (421, {"Host": f"127.0.0.1.evil.example:{port}"}),
+        "Host without port": (421, {"Host": "127.0.0.1"}),
+        "another port": (421, {"Host": "127.0.0.1:1"}),
+        "no Host": (421, {"Host": None}),
+        "foreign Origin": (403, {"Origin": "http://evil.example"}),
+        "null Origin": (403, {"Origin": "null"}),
+        "Origin of another port": (403, {"Origin": "http://127.0.0.1:1"}),
+        "Origin with https": (403, {"Origin": f"https://{host}"}),
+        "no Origin": (403, {"Origin": None}),
+        "missing token": (403, {"X_Token": None}),
+        "wrong token": (403, {"X_Token": server.token[:-1] + "?"}),
+        "token that is no ASCII": (403, {"X_Token": "\xe9"}),
+    }
+    for name, (status, headers) in refused.items():
+        got, sent, data = ask(server, body={"name": name}, **headers)
+        assert got == status and json.loads(data)["error"], name
+        assert not [header for header in sent if header.lower().startswith("access-control")], name
+    assert not server.work.made
+    assert ask(server, "GET", "/about", X_Token=None)[0] == 403
+    assert ask(server, "GET", "/about", Origin="http://evil.example")[0] == 403
+    assert ask(server, "GET", "/about", Origin=None)[0] == 200
+    assert ask(server, "GET", "/about", Host=server.hosts[1], Origin=f"http://{server.hosts[1]}")[0] == 200
+    for path in ("/../../etc/passwd", "/sample.py", "/%2e%2e/sample.py", "//etc/passwd", "/?token=x", "/video.mp4"):
+        assert ask(server, "GET", path)[0] == 404 and ask(server, path=path)[0] == 404
+    for method in ("OPTIONS", "PUT", "DELETE", "HEAD"):
+        assert ask(server, method, "/")[0] == 501
+    status, sent, data = ask(server, "GET", "/", X_Token=None, Origin=None)
+    assert status == 200 and data == (ROOT / "tools/draw.html").read_bytes() and server.token.encode() not in data
+    for name, value in serve.SAFE.items():
+        assert sent[name] == value
+    works(server)
+
+
+def test_what_is_no_request_is_answered_and_forgotten(server):
+    assert ask(server, body=b"", Content_Length="1000000000000")[0] == 413  # 1 TB
+    assert ask(server, body=b"", Content_Length=str(serve.MOST_BYTES + 1))[0] == 413
+    for length in (None, "-1", "1e3", "\xb2", "+5", ""):
+        assert ask(server, body=b"", Content_Length=length)[0] in (400, 411), length
+    assert ask(server, body=b"{}", Content_Length=None, Transfer_Encoding="chunked")[0] == 411
+    for data in (b"", b"{", b"[]", b"7", b"\xff\xfe", b"[" * 100_000, b'{"a": NaN'):
+        status, _, answer = ask(server, body=data)
+        assert status == 400 and "\n" not in json.loads(answer)["error"], data[:9]
+    with socket.create_connection(("127.0.0.1", server.server_port)) as line:  # truncated: it hangs up half way
+        host = server.hosts[0]
+        line.sendall(f"POST /generate HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nX-Token: {server.token}\r\n"
+                     "Content-Length: 1000\r\n\r\n{\"name\":".encode())  # fmt: skip
+        line.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: line.recv(4096), b""))
+        assert b" 400 " in answer and b"broke off after 8 of 1000 bytes" in answer
+    for text in (
+        b"\0" * 300,
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", server.server_port)) as line:
+            line.sendall(text + b"\r\n\r\n")
+            line.settimeout(10)
+            with contextlib.suppress(ConnectionError):
+                while line.recv(4096):
+                    pass
+    works(server)
+
+
+def test_a_client_that_trickles_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(serve, "PATIENCE", 1)
+    with socket.create_connection(("127.0.0.1", server.server_port)) as line:
+        began = time.monotonic()
+        line.sendall(b"GET / HTTP/1.1\r\n")
+        line.settimeout(0.2)
+        while time.monotonic() - began < 10:
+            try:
+                line.sendall(b"X-A: b\r\n")
+                if not line.recv(100):
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        assert 0.5 < time.monotonic() - began < 8
+    works(server)
+
+
+def test_200_requests_at_once_are_made_in_turn_or_told_to_come_back(server):
+    found = [None] * 200
+    server.work.let.release(10_000)
+
+    def one(k: int) -> None:
+        found[k] = ask(server, body={"name": f"{k}", "steps": 1})
+
+    threads = [threading.Thread(target=one, args=(k,)) for k in range(200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    statuses = [status for status, _, _ in found]
+    assert set(statuses) <= {200, 503} and statuses.count(200) >= serve.MOST_WAITING
+    made = [k for k, (status, _, data) in enumerate(found) if status == 200 and "files" in events(data)[-1]]
+    assert len(made) == statuses.count(200) == len(server.work.made)
+    for k in made:  # everyone gets their own
+        assert found[k][2][-100_000 - len(str(k)) :].startswith(str(k).encode())
+    works(server)
+
+
+def test_one_at_a_time_the_next_waits_with_its_place_and_who_leaves_is_passed_over(server):
+    host = server.hosts[0]
+
+    def begin(name: str, steps: int) -> socket.socket:
+        line = socket.create_connection(("127.0.0.1", server.server_port), timeout=20)
+        body = json.dumps({"name": name, "steps": steps})
+        line.sendall(f"POST /generate HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nX-Token: {server.token}\r\n"
+                     f"Content-Length: {len(body)}\r\n\r\n{body}".encode())  # fmt: skip
+        return line
+
+    def until(line: socket.socket, text: bytes) -> bytes:
+        data = b""
+        while text not in data:
+            part = line.recv(65536)
+            assert part, data[-300:]
+            data += part
+        return data
+
+    first = begin("first", 3)
+    until(first, b'{"step": 1, "of": 3}')
+    second = begin("second", 1)
+    until(second, b'{"place": 1}')
+    third = begin("third", 1)
+    until(third, b'{"place": 2}')
+    second.close()  # a closed tab
+    until(third, b'{"place": 1}')
+    server.work.let.release()
+    until(first, b'{"step": 2, "of": 3}')
+    first.close()  # cancelled between two steps
+    server.work.let.release()
+    until(third, b'{"step": 1, "of": 1}')
+    server.work.let.release(10)
+    assert b"third" in until(third, b"third")
+    third.close()
+    deadline = time.monotonic() + 10
+    while server.line and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.work.made == ["third"]
+    works(server)
+
+
+def test_a_job_that_fails_says_why_in_a_line_and_the_next_works(server, capsys):
+    assert events(ask(server, body={"fail": "user"})[2]) == [{"error": "boxes: wrong; mend them"}]
+    assert events(ask(server, body={"fail": "other"})[2]) == [{"error": "out of memory"}]
+    assert capsys.readouterr().err == "serve: RuntimeError: out of memory\n"
+    works(server)
+
+
+def test_folders_of_a_killed_server_are_swept_and_those_of_a_living_one_stay():
+    gone, here = (Path(tempfile.gettempdir()) / f".tmp{pid}-page-test" for pid in (2**22 + 7, serve.os.getpid()))
+    for folder in (gone, here):
+        folder.mkdir(exist_ok=True)
+        (folder / "image").write_text("a picture")
+    serve.sweep()
+    assert not gone.exists() and here.exists()
+    shutil.rmtree(here)
+
+
+# --- sample.py behind it ----------------------------------------------------------------------------------------------
+
+
+class Served:
+    """sample.py --serve in a process of its own."""
+
+    def __init__(self, folder: Path, *flags: object):
+        self.job = start_in(folder)("sample.py", "--serve", "--port", 0, *flags, wait=False)
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"Open (http://(127.0.0.1:(\d+))/#(\S+))", self.job.read("out"))):
+            assert self.job.poll() is None and time.monotonic() < deadline, self.job.read("err")
+            time.sleep(0.05)
+        self.address, host, port, self.token = found.groups()
+        self.hosts, self.server_port = [host], int(port)
+
+    def stop(self) -> int:
+        """SIGTERM, and its exit status."""
+        self.job.forks[0].terminate()
+        return self.job.wait().returncode
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    before = folders()
+    found = Served(tmp_path_factory.mktemp("served"))
+    yield found
+    assert found.stop() == 0 and folders() <= before
+
+
+def request(**changes) -> dict:
+    image, *masks = (base64.b64encode((ROOT / "examples" / name).read_bytes()).decode()
+                     for name in ("image.png", "mask_0.png", "mask_1.png"))  # fmt: skip
+    usual = {"image": image, "boxes": EXAMPLE, "masks": masks, "prompt": sample.EXAMPLE, "seed": 0, "steps": 0}
+    return {**usual, "size": "48x48", "frames": 9, **changes}
+
+
+def test_the_video_is_that_of_the_command_line(served, run, tmp_path):
+    status, _, data = ask(served, body=request(seed=3))
+    lines = events(data)
+    assert status == 200 and [line["step"] for line in lines if "step" in line] == [1, 2, 3, 4]
+    (name, size), (other, _) = lines[-1]["files"]
+    assert (name, other) == ("video.mp4", "video.boxes.mp4")
+    start = len(data) - sum(size for _, size in lines[-1]["files"])
+    (tmp_path / "got.mp4").write_bytes(data[start : start + size])
+    assert run("sample.py", "--seed", 3, "--out", "want.mp4").returncode == 0
+    got, want = (np.stack(list(read_video(tmp_path / f"{name}.mp4"))) for name in ("got", "want"))
+    assert got.shape == (9, 384, 384, 3) and np.array_equal(got, want)
+
+
+def test_what_is_wrong_in_a_request_is_named(served, tmp_path):
+    secret = tmp_path / "secret.png"
+    shutil.copy(ROOT / "examples/mask_0.png", secret)
+    other = json.loads(json.dumps(EXAMPLE))
+    other["objects"][0]["mask"] = str(secret)
+    wrong = {
+        "prompt: 7": {"prompt": 7}, "seed: True": {"seed": True}, "seed -1": {"seed": -1},
+        "steps: 1e+09": {"steps": 10**9}, "frames 1:": {"frames": 1}, "--frames 9000": {"frames": 9_000_000}, "num_frames is 9": {"frames": 11},
+        "--size 7x7": {"size": "7x7"}, "--size ../x": {"size": "../x"}, "image: is not in base64": {"image": "!"},
+        "image: not a readable image": {"image": base64.b64encode(b"no").decode()}, "image: is not": {"image": None},
+        "boxes: not": {"boxes": []}, "boxes: not a boxes.json": {"masks": [""]}, "boxes.json: objects[0]": {
+            "boxes": {"objects": [{"boxes": {"0": [9, 9, 1, 1]}}]}, "masks": [""]},
+        "mask_0.png is not an image": {"masks": [base64.b64encode(b"x").decode(), ""]},
+    }  # fmt: skip
+    for text, changes in wrong.items():
+        status, _, data = ask(served, body=request(**changes))
+        error = events(data)[-1]["error"]
+        assert status == 200 and text.rstrip(":") in error and "/" not in error.replace("../x", ""), (text, error)
+    seen = [ask(served, body=request(boxes=boxes, masks=["", ""]))[2] for boxes in (other, EXAMPLE)]
+    assert len(seen[0]) == len(seen[1]) and "files" in events(seen[0])[-1]  # a path of theirs is as none at all
+
+
+def test_options_of_the_server_are_in_the_page_s_command(monkeypatch):
+    about = {}
+    monkeypatch.setattr(sample, "load", lambda *_: ())
+    monkeypatch.setattr(sample, "find_networks", lambda cfg: ())
+    monkeypatch.setattr(sample, "serve", lambda page, told, make, port: about.update(told, port=port))
+    words = shlex.split(
+        "--serve --port 7000 --speed slow --weights 'a b' --guidance 2 --frames 5 --fps 9 --dtype float32"
+    )
+    cfg = parse_config(sample.Config, words, {"wan5b": sample.WAN5B})
+    sample.main(cfg)
+    assert about["port"] == 7000 and about["frames"] == 5 and about["steps"] == 50 and about["fps"] == 9
+    again = parse_config(sample.Config, shlex.split(about["options"]), {"wan5b": sample.WAN5B})
+    assert (again.speed, again.weights, again.guidance, again.dtype) == ("slow", "a b", 2.0, "float32")
+    assert not again.serve and again.frames == 9
+    for flags in ("--batch jobs.csv", "--text x.safetensors"):
+        with pytest.raises(UserError, match="--serve: goes without"):
+            sample.main(parse_config(sample.Config, ["--serve", *flags.split()]))
+
+
+def test_a_taken_port_is_named(server, run):
+    job = run("sample.py", "--serve", "--port", server.server_port)
+    assert job.returncode == 2 and job.stderr.startswith(f"sample.py: --port {server.server_port}: can't be opened")
+
+
+def test_killed_while_generating_and_ended_while_generating(tmp_path):
+    """kill -9 leaves a folder that the next start removes; SIGTERM leaves nothing."""
+    before = folders()
+    for hard in (True, False):
+        server = Served(tmp_path)
+        line = threading.Thread(target=ask_quietly, args=(server,))
+        line.start()
+        deadline = time.monotonic() + 60
+        while not folders() - before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert folders() - before
+        if hard:
+            server.job.kill()
+            server.job.wait()
+            assert folders() - before
+        else:
+            assert folders() - before  # its own: the other's is swept
+            assert server.stop() == 0 and folders() <= before
+        line.join(30)
+        assert not line.is_alive()
+
+
+def ask_quietly(server) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        ask(server, body=request(steps=1000))
+
+
+# --- the page before it -----------------------------------------------------------------------------------------------
+
+
+@needs_chromium
+def test_the_walk(browser, served, tmp_path):
+    """A portrait photo; two objects, of which one leaves and one is late; a mask, undo, reload; play, generate, save."""
+    hands = Hands(browser, served.address)
+    assert "#" not in hands.page.url and hands.see("server.preset") == "tiny"
+    hands.open(picture(tmp_path / "portrait.jpg", 600, 800))
+    hands.drag((100, 100), (250, 260))
+    hands.go(8)
+    hands.drag((175, 180), (560, 400))  # half out of the frame
+    hands.press("o")
+    hands.go(6)
+    hands.press("o")
+    hands.drag((100, 500), (300, 700))
+    hands.press("Home", "ArrowRight", "ArrowRight", "i")
+    hands.press("[")
+    hands.page.click("#paint")
+    hands.drag((120, 180), (230, 180))
+    hands.page.click("#paint")
+    hands.press("Alt+ArrowDown", "Control+z")
+    hands.page.fill("#prompt", "a yellow and red disc")
+    drawn = hands.see("JSON.stringify(exportBoxes())")
+    hands.reload()  # the token stays with the tab
+    assert hands.see("server.preset") == "tiny" and hands.see("JSON.stringify(exportBoxes())") == drawn
+    hands.press("Space")
+    hands.wait("playing && now > 1")
+    hands.press("Space")
+    assert hands.see("problem()") == ""
+    hands.page.click("#generate")
+    hands.wait("!job && results.length === 1", 120)
+    assert hands.note.startswith("Done in "), hands.note
+    hands.page.fill("#seed", "5")
+    hands.page.click("#generate")
+    hands.wait("!job && results.length === 2", 120)
+    hands.wait("document.querySelector('#screens video').currentTime > 0.1")
+    assert hands.see("document.querySelector('#screens video').videoWidth") > 0
+    plain = hands.page.get_attribute("#screens video", "src")
+    hands.page.click("#withBoxes")
+    assert hands.page.get_attribute("#screens video", "src") != plain
+    hands.page.click("#pinResult")
+    hands.page.click("#history button:last-child")
+    titles = hands.page.locator("#screens figcaption").all_text_contents()
+    assert titles == ["Video 2: seed 5", "Video 1: seed 0"]
+    with hands.page.expect_download() as download:
+        hands.page.click("#zipResult")
+    with zipfile.ZipFile(download.value.path()) as file:
+        assert file.testzip() is None
+        file.extractall(tmp_path)
+    folder = tmp_path / "drawn-portrait"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "image.jpg",
+        "boxes.json",
+        "mask_0.png",
+        "prompt.txt",
+        "command.txt",
+        "video.mp4",
+        "video.boxes.mp4",
+    }
+    first = np.stack(list(read_video(folder / "video.mp4")))
+    (folder / "video.mp4").unlink()
+    words = shlex.split((folder / "command.txt").read_text())
+    assert words[:2] == ["python", "sample.py"]
+    job = start_in(tmp_path)("sample.py", *words[2:])  # as printed
+    assert job.returncode == 0, job.stderr
+    assert np.array_equal(np.stack(list(read_video(folder / "video.mp4"))), first)
+    hands.close()
+
+
+@needs_chromium
+def test_two_tabs_wait_for_one_another_and_cancel_or_close(browser, served):
+    hands = Hands(browser, served.address)
+    hands.page.click("#exampleFirst")
+    hands.wait("state.prompt")
+    hands.page.fill("#steps", "1000")
+    first = hands.page
+    hands.page.click("#generate")
+    hands.wait("$('note').textContent.startsWith('Step ')", 60)
+    second = hands.new_page()
+    hands.wait("state.objects.length === 2")
+    hands.page.fill("#steps", "2")
+    hands.page.click("#generate")
+    hands.wait("$('note').textContent === 'Another video is made first.'")
+    first.click("#cancel")  # between two steps: the other's turn
+    hands.wait("!job && results.length === 1", 60)
+    assert first.text_content("#note") == "Cancelled."
+    first.click("#generate")
+    hands.page = first
+    hands.wait("$('note').textContent.startsWith('Step ')", 60)
+    first.close()  # a closed tab cancels
+    hands.page = second
+    hands.page.click("#generate")
+    hands.wait("!job && results.length === 2", 60)
+    hands.page.evaluate("token = 'of another run'")
+    hands.page.click("#generate")
+    hands.wait("!job && $('note').textContent.startsWith('this page is of another run')")
+    hands.close()
