@@ -526,10 +526,10 @@ def test_play_moves_the_cut_out_and_says_what_it_is(hands, tmp_path):
     )
     hands.wait("now === 8")
     hands.press("Space")
-    hands.see("(playing = {}, now = 8, drawStage())")
+    hands.see("(playing = {}, now = 8, drawPaths(), drawStage())")
     assert np.abs(np.array(look(hands, "stage", 70, 40)) - [250, 200, 20, 255]).max() < 12  # the thing itself
     assert look(hands, "stage", 62, 32)[3] == 0  # a corner of its box, outside the mask
-    hole = look(hands, "stage", 20, 20)
+    hole = look(hands, "paths", 14, 20)
     assert 100 < hole[3] < 255 and max(hole[:3]) < 40
     hands.see("(playing = null, show())")
 
@@ -846,7 +846,7 @@ def test_the_walk_with_the_keyboard_alone(hands, photo, tmp_path):
     hands.press("Control+a", "7", "Tab")
     assert hands.objects[0]["boxes"]["0"][0] == 7
     tab_to("name")
-    hands.page.keyboard.type(" one")
+    hands.page.keyboard.type("one")
     tab_to("prompt")
     hands.page.keyboard.type("a thing")
     tab_to("ruler")
@@ -859,7 +859,7 @@ def test_the_walk_with_the_keyboard_alone(hands, photo, tmp_path):
     with zipfile.ZipFile(download.value.path()) as file:
         file.extractall(tmp_path)
     trajectory = load_trajectory(tmp_path / "drawn-my-photo/boxes.json", (64, 96), 9)
-    assert trajectory.names == ["object 0 one", "object 1"] and not trajectory.masks[1].any()
+    assert trajectory.names == ["one", "object 1"] and not trajectory.masks[1].any()
 
 
 def test_fingers_on_a_phone_draw_record_and_move_keyframes(browser, photo):

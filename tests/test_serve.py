@@ -321,15 +321,25 @@ def test_what_is_wrong_in_a_request_is_named(served, tmp_path):
     shutil.copy(ROOT / "examples/mask_0.png", secret)
     other = json.loads(json.dumps(EXAMPLE))
     other["objects"][0]["mask"] = str(secret)
+    no_picture, turned = base64.b64encode(b"no").decode(), {"objects": [{"boxes": {"0": [9, 9, 1, 1]}}]}
     wrong = {
-        "prompt: 7": {"prompt": 7}, "seed: True": {"seed": True}, "seed -1": {"seed": -1},
-        "steps: 1e+09": {"steps": 10**9}, "frames 1:": {"frames": 1}, "--frames 9000": {"frames": 9_000_000}, "num_frames is 9": {"frames": 11},
-        "--size 7x7": {"size": "7x7"}, "--size ../x": {"size": "../x"}, "image: is not in base64": {"image": "!"},
-        "image: not a readable image": {"image": base64.b64encode(b"no").decode()}, "image: is not": {"image": None},
-        "boxes: not": {"boxes": []}, "boxes: not a boxes.json": {"masks": [""]}, "boxes.json: objects[0]": {
-            "boxes": {"objects": [{"boxes": {"0": [9, 9, 1, 1]}}]}, "masks": [""]},
-        "mask_0.png is not an image": {"masks": [base64.b64encode(b"x").decode(), ""]},
-    }  # fmt: skip
+        "prompt: 7": {"prompt": 7},
+        "seed: True": {"seed": True},
+        "seed -1": {"seed": -1},
+        "steps: 1e+09": {"steps": 10**9},
+        "--frames 1:": {"frames": 1},
+        "--frames 9000": {"frames": 9_000_000},
+        "num_frames is 9": {"frames": 11},
+        "--size 7x7": {"size": "7x7"},
+        "--size ../x": {"size": "../x"},
+        "image: is not in base64": {"image": "!"},
+        "image: is not": {"image": None},
+        "image: not a readable image": {"image": no_picture},
+        "boxes: not": {"boxes": []},
+        "boxes: not a boxes.json": {"masks": [""]},
+        "boxes.json: objects[0]": {"boxes": turned, "masks": [""]},
+        "mask_0.png is not an image": {"masks": [no_picture, ""]},
+    }
     for text, changes in wrong.items():
         status, _, data = ask(served, body=request(**changes))
         error = events(data)[-1]["error"]
@@ -394,7 +404,7 @@ def ask_quietly(server) -> None:
 
 @needs_chromium
 def test_the_walk(browser, served, tmp_path):
-    """A portrait photo; two objects, of which one leaves and one is late; a mask, undo, reload; play, generate, save."""
+    """A portrait photo; two objects, one leaves, one is late; a mask, undo, a reload; play, generate, watch, save."""
     hands = Hands(browser, served.address)
     assert "#" not in hands.page.url and hands.see("server.preset") == "tiny"
     hands.open(picture(tmp_path / "portrait.jpg", 600, 800))
