@@ -39,6 +39,7 @@ class Hands:
         page.set_default_timeout(20000)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("request", lambda request: self.asked.append(request.url))
+        page.on("filechooser", lambda _: None)  # from now on no dialog of the system's opens
         page.goto(self.address)
         page.evaluate("ready")
         self.page = page
@@ -110,8 +111,7 @@ class Hands:
     def go(self, frame: int) -> None:
         """To a frame, by a click on the ruler."""
         area = self.page.locator("#ruler").bounding_box()
-        x = area["x"] + (frame + 0.5) * area["width"] / self.see("state.frames")
-        self.page.mouse.click(x, area["y"] + 10)
+        self.page.mouse.click(area["x"] + self.see(f"xOf({frame})"), area["y"] + 10)
         assert self.see("now") == frame
 
     def press(self, *keys: str) -> None:

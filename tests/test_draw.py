@@ -418,8 +418,7 @@ def test_a_browser_that_can_keep_nothing_says_so(browser, photo):
 def row(hands: Hands, k: int, frame: float, bar: bool = False) -> tuple[float, float]:
     """Where on the screen a frame is in a row of the timeline."""
     area = hands.page.locator("#tracks").bounding_box()
-    x = area["x"] + (frame + 0.5) * area["width"] / hands.see("state.frames")
-    return x, area["y"] + k * 30 + (22 if bar else 10)
+    return area["x"] + hands.see(f"xOf({frame})"), area["y"] + k * 30 + (22 if bar else 10)
 
 
 def test_the_timeline_moves_keyframes_and_ends_of_bars(hands, photo):
