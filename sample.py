@@ -369,10 +369,10 @@ def unpack(request: dict, folder: Path, cfg: Config) -> Config:
 
 def answer(
     request: dict, folder: Path, tell: Callable[..., None], *, cfg: Config, codec: Codec,
-    networks: tuple[VideoDiT, Adapter], embed: Callable[[str], Tensor],
+    networks: tuple[VideoDiT, Adapter], embed: Callable[[str], Tensor], device: torch.device,
 ) -> list[Path]:  # fmt: skip
     """One video for the page, which is told of every step and can leave between any two."""
-    job, device = unpack(request, folder, cfg), next(networks[0].parameters()).device
+    job = unpack(request, folder, cfg)
     check(job)
     try:
         image, trajectory = read_inputs(job, codec)
@@ -411,7 +411,7 @@ def serve_page(cfg: Config, codec: Codec, procs: parallel.Processes) -> None:
     about = {name: getattr(cfg, name) for name in ("preset", "size", "frames", "fps")}
     about["steps"] = cfg.steps or SAMPLING[cfg.speed][cfg.preset].steps
     about["options"] = flags({name: shlex.quote(str(value)) for name, value in others.items()})
-    make = partial(answer, cfg=cfg, codec=codec, networks=networks, embed=embed)
+    make = partial(answer, cfg=cfg, codec=codec, networks=networks, embed=embed, device=procs.device)
     serve(ROOT / "tools/draw.html", about, make, cfg.port)
 
 
