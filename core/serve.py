@@ -156,10 +156,10 @@ class Handler(BaseHTTPRequestHandler):
         server, found = self.server, {}
         try:
             self.send_head()
-            with server.turn:
-                while place := server.line.index(self):
-                    self.tell(place=place)
-                    server.turn.wait(0.5)
+            while place := server.line.index(self):
+                self.tell(place=place)
+                with server.turn:
+                    server.turn.wait_for(lambda: server.line.index(self) != place, timeout=0.5)
             with tempfile.TemporaryDirectory(prefix=f".tmp{os.getpid()}-page-", ignore_cleanup_errors=True) as folder:
                 found = {file.name: file.read_bytes() for file in server.make(request, Path(folder), self.tell)}
         except (Gone, UserError) as error:
