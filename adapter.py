@@ -174,12 +174,14 @@ def fits(adapter: Adapter, generator: VideoDiT) -> bool:
     )
 
 
-def read_adapter(path: Path | str, network: str, dtype: torch.dtype = torch.float32) -> Adapter:
-    """The adapter in an own export, of either kind. `network`: the name it must carry.
+def read_adapter(
+    path: Path | str, network: str, dtype: torch.dtype = torch.float32, shapes_only: bool = False
+) -> Adapter:
+    """The adapter in an own export, of either kind. `network`: the name it must carry. `shapes_only` as for a VideoDiT.
 
     `dtype` is a ControlNetAdapter's; a ResNetAdapter stays in float32, for it is small and runs once.
     """
     config, tensors = read_network(path, network, AdapterConfig, DiTConfig)
     if isinstance(config, AdapterConfig):
-        return load(lambda: ResNetAdapter(config), tensors, path)
-    return load(lambda: ControlNetAdapter(config), tensors, path, dtype)
+        return load(lambda: ResNetAdapter(config), tensors, path, shapes_only=shapes_only)
+    return load(lambda: ControlNetAdapter(config), tensors, path, dtype, shapes_only)

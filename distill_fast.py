@@ -20,6 +20,7 @@ from torch import Tensor
 import flow
 from core import optim, parallel
 from core.config import run_script, shipped
+from core.memory import send
 from core.noise import rng, sample_uniform, step_noise
 from core.parallel import Recompute
 from core.runs import Run, check_counts
@@ -42,7 +43,7 @@ class Config:
     ratio: int = 5  # fake-score updates for one of the student
     denoising_steps: int = flow.FAST["tiny"].steps  # of the student
     batch: int = 8  # videos a step, over all processes
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 2e-4  # peak learning rate of the student
     fake_lr: float = 4e-4  # peak learning rate of the fake score
     warmup: int = 50  # steps of linear warm-up
@@ -82,6 +83,7 @@ WAN5B = {
     "ema": 0.99,  # (Turbo: from step 200 on)
     "guidance": 7.0,  # (Turbo: written there as cond + 6 (cond - uncond))
     "shift": flow.FAST["wan5b"].shift,  # (Turbo)
+    "accumulate": 0,
     "recompute": "full",
 }
 
@@ -146,22 +148,21 @@ def main(cfg: Config) -> None:
     check_counts(cfg)
     procs = parallel.init_processes(cfg.sequence)
 
-    # 1. Three copies of the SlowGenerator.
-    student, fake_score = (VideoDiT.from_pretrained(cfg.generator, "SlowGenerator") for _ in range(2))
-    real_score = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", FROZEN_DTYPE[cfg.preset])
-    real_score.requires_grad_(False)
-    student, fake_score, real_score = (
-        parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype)
-        for network in (student, fake_score, real_score)
-    )
+    # 1. Three copies of the SlowGenerator, one after the other: rank 0 reads the weights, and hands them on.
+    def copy(dtype: torch.dtype, learns: bool) -> VideoDiT:
+        network = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=procs.rank > 0)
+        return parallel.prepare(network.requires_grad_(learns), procs, cfg.compile, cfg.recompute, cfg.dtype)
+
+    frozen = FROZEN_DTYPE[cfg.preset]
+    student, fake_score, real_score = copy(torch.float32, True), copy(torch.float32, True), copy(frozen, False)
     optimizers = [optim.adamw(student, cfg.weight_decay)]
     fake_optimizers = [optim.adamw(fake_score, cfg.weight_decay)]
     ema = optim.EMA(student, cfg.ema)
 
     # 2. What they learn from, and the folder in which a killed run finds itself again.
-    codec = open_codec(cfg.preset, cfg.weights, procs.device)
+    codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=frozen)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
-    negative = data.unconditional().to(procs.device)
+    negative = send(data.unconditional(), procs.device)
     sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
     parts = {"generator": (student, optimizers, ema), "fake": (fake_score, fake_optimizers, None)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
@@ -170,8 +171,8 @@ def main(cfg: Config) -> None:
     def inputs(samples: list[int], turn: int, exit_step: int) -> tuple[Tensor, Draw]:
         """Text, and what a loss draws."""
         x0, text, _ = data.batch(samples).to(procs.device)
-        noise = step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
-        u = sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
+        noise = send(step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn), procs.device)
+        u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), procs.device)
         u = levels_above(u, exit_step, cfg.denoising_steps) if cfg.levels == "above" else u
         sigma = flow.shift_sigma(u, cfg.shift).clamp(0.02, 0.98)
         return text, Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
@@ -181,7 +182,8 @@ def main(cfg: Config) -> None:
         turn, losses = 2 * step + (learner == "generator"), []
         # Where backward simulation ends: the same on every rank, for they run in lockstep.
         exit_step = int(torch.randint(cfg.denoising_steps, (), generator=rng(cfg.seed, turn, EXIT_STEP)))
-        for samples in procs.share(cfg.batch, cfg.accumulate, turn):
+        shares = procs.share(cfg.batch, cfg.accumulate, turn)
+        for samples in shares:
             text, draw = inputs(samples, turn, exit_step)
             generates, fake, real = (partial(network, text=text) for network in (student, fake_score, real_score))
             with parallel.autocast(procs.device, cfg.dtype):
@@ -191,20 +193,24 @@ def main(cfg: Config) -> None:
                     unconditional = partial(real_score, text=negative.expand_as(text))
                     guided = flow.guided(real, unconditional, cfg.guidance)
                     loss = student_loss(generates, real_score=guided, fake_score=fake, draw=draw)
-            (loss / cfg.accumulate).backward()
+            (loss / len(shares)).backward()
             losses.append(loss.detach())
         network, its_optimizers = (fake_score, fake_optimizers) if learner == "fake" else (student, optimizers)
         norm = optim.clip_and_step(network, its_optimizers, cfg.clip)
         return {f"{learner}_loss": torch.stack(losses).mean(), f"{learner}_grad_norm": norm}
 
+    def sampled(number: int) -> list[Tensor]:
+        """Latents of a held-out clip: the truth, and what the student makes of its image and text."""
+        x0, text, _ = held_out.batch([number]).to(procs.device)
+        noise = send(step_noise(cfg.denoising_steps, x0.shape[1:], [number], cfg.seed), procs.device)
+        return [x0, flow.sample_fewstep(partial(student, text=text), x0[:, :, :1], noise, sigmas)]
+
     def write_samples(step: int) -> None:
         """Four held-out images set in motion in a few steps: truth and sample in turn."""
-        x0, text, _ = held_out.batch(list(range(4))).to(procs.device)
-        noise = step_noise(cfg.denoising_steps, x0.shape[1:], range(4), cfg.seed).to(procs.device)
         with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            out = flow.sample_fewstep(partial(student, text=text), x0[:, :, :1], noise, sigmas)
-        pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
-        run.samples(step, pairs.flatten(0, 1))
+            latents = [z for number in range(4) for z in sampled(number)]
+        run.samples(step, (codec.decode_video(z)[0] for z in latents))
+        codec.free()
 
     # 3. The loop: the fake score follows the student, and every few steps the student learns from both scores.
     for step in run.steps(start, write_samples):
@@ -217,7 +223,7 @@ def main(cfg: Config) -> None:
         run.log(step + 1, **values)
 
     # 4. The averaged student is the FastGenerator.
-    weights = ema.weights()
+    weights = ema.weights(keep=procs.rank == 0)
     if procs.rank == 0:
         save_network(run.folder / "fast_generator.safetensors", "FastGenerator", student.config, weights)
 

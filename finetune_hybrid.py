@@ -21,6 +21,7 @@ from adapter import read_adapter
 from core import optim, parallel
 from core.codec import Batch
 from core.config import UserError, run_script, shipped
+from core.memory import send
 from core.noise import sample_uniform, step_noise
 from core.parallel import Recompute
 from core.runs import Run, check_counts
@@ -56,7 +57,7 @@ class Config:
     video: bool = True  # the discriminator's attention to the video
     sparse: float = 0.15  # share of trajectories with frames blacked out
     batch: int = 8  # videos a step, over all processes
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-4  # peak learning rate of the adapter
     classifier_lr: float = 3e-3  # peak learning rate of the discriminator's classifier
     cautious: bool = True  # the classifier starts almost silent, for a small world that it might learn by heart
@@ -107,6 +108,7 @@ WAN5B = {
     "shift": flow.FAST["wan5b"].shift,  # (Turbo)
     "judge_sigma_min": 0.02,  # (paper: its stage3.yaml)
     "judge_sigma_max": 0.98,  # (paper: its stage3.yaml)
+    "accumulate": 0,
     "recompute": "full",
 }
 
@@ -184,15 +186,15 @@ def main(cfg: Config) -> None:
 
     # 1. The frozen FastGenerator, the adapter that learns, and the discriminator: a frozen SlowGenerator and a
     # classifier on top, which learns too.
-    dtype = FROZEN_DTYPE[cfg.preset]
-    generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", dtype).requires_grad_(False)
-    backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", dtype).requires_grad_(False)
-    adapter = read_adapter(cfg.adapter, "SlowAdapter")
+    dtype, elsewhere = FROZEN_DTYPE[cfg.preset], procs.rank > 0  # rank 0 reads the weights, and hands them on
+    generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", dtype, shapes_only=elsewhere)
+    backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", dtype, shapes_only=elsewhere)
+    adapter = read_adapter(cfg.adapter, "SlowAdapter", shapes_only=elsewhere)
     attentions = {"semantic": cfg.semantic, "trajectory": cfg.trajectory, "video": cfg.video}
     classifier = Classifier(replace(discriminators.PRESETS[cfg.preset], **attentions), cfg.cautious)
     generator, backbone, adapter, classifier = (
         parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype)
-        for network in (generator, backbone, adapter, classifier)
+        for network in (generator.requires_grad_(False), backbone.requires_grad_(False), adapter, classifier)
     )
     discriminator = DiffusionDiscriminator(backbone, classifier)
     optimizers = [optim.adamw(adapter, cfg.weight_decay, cfg.momentum)]
@@ -203,7 +205,7 @@ def main(cfg: Config) -> None:
     ema = optim.EMA(adapter, cfg.ema)
 
     # 2. What they learn from, and the folder in which a killed run finds itself again.
-    codec = open_codec(cfg.preset, cfg.weights, procs.device)
+    codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
     if cfg.reuse_fakes and not data.one_shape:
         raise UserError("--reuse_fakes true: needs clips that all have one shape; pass --reuse_fakes false")
@@ -214,8 +216,8 @@ def main(cfg: Config) -> None:
 
     def inputs(samples: list[int], turn: int) -> Inputs:
         x0, text, traj = data.batch(samples, "box", cfg.sparse).to(procs.device)
-        noise = step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
-        u = flow.shift_sigma(sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device), cfg.shift)
+        noise = send(step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn), procs.device)
+        u = flow.shift_sigma(send(sample_uniform(samples, cfg.batch, cfg.seed, turn), procs.device), cfg.shift)
         sigma = cfg.judge_sigma_min + (cfg.judge_sigma_max - cfg.judge_sigma_min) * u
         return Inputs(x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2]))
 
@@ -254,11 +256,15 @@ def main(cfg: Config) -> None:
             real = inputs(samples, turn)
             with parallel.autocast(procs.device, cfg.dtype):
                 with torch.no_grad():
-                    x_t = torch.cat([flow.add_noise(x0, real.renoise, real.level) for x0 in (real.x0, fake.x0)])
+                    t, both = flow.timestep(real.level), ((real.x0, real.text), (fake.x0, fake.text))
+                    # One after the other: one batch would take twice the memory, and a compiled block of its own.
+                    seen = [
+                        discriminator.features(flow.add_noise(x0, real.renoise, real.level), t, its) for x0, its in both
+                    ]
+                    features = [torch.cat(pair) for pair in zip(*seen, strict=True)]
                     text, traj = torch.cat([real.text, fake.text]), torch.cat([real.traj, fake.traj])
-                    features = discriminator.features(x_t, torch.cat([flow.timestep(real.level)] * 2), text)
                 loss = discriminator_loss(*classifier(features, text, traj).chunk(2))
-            (loss / cfg.accumulate).backward()
+            (loss / len(fakes)).backward()
             losses.append(loss.detach())
         norm = optim.clip_and_step(classifier, classifier_optimizers, cfg.clip)
         return {"discriminator_loss": torch.stack(losses).mean(), "discriminator_grad_norm": norm}
@@ -266,8 +272,9 @@ def main(cfg: Config) -> None:
     def adapter_step(step: int, weight: float, judged: bool) -> dict[str, Tensor]:
         """The adapter learns from both losses, the diffusion loss weighed; gradients pass through frozen networks."""
         turn, logged = 2 * step + 1, []
+        shares = procs.share(cfg.batch, cfg.accumulate, turn)
         pulls = {"adversarial": [], "diffusion": []}  # squared norms of each loss's gradient at the adapter's outputs
-        for samples in procs.share(cfg.batch, cfg.accumulate, turn):
+        for samples in shares:
             x0, text, traj, noise, renoise, level = inputs(samples, turn)
             diffusion = adversarial = torch.zeros((), device=procs.device)
             with parallel.autocast(procs.device, cfg.dtype):
@@ -276,33 +283,36 @@ def main(cfg: Config) -> None:
                     u = sample_uniform(samples, cfg.batch, cfg.seed, turn, DIFFUSION_STEP)
                     picked = [sigmas[int(v * cfg.denoising_steps)] for v in u]
                     velocity = controlled(text, traj, residuals, pulls["diffusion"])
-                    diffusion = diffusion_loss(velocity, x0, renoise, torch.tensor(picked, device=procs.device))
+                    diffusion = diffusion_loss(velocity, x0, renoise, send(torch.tensor(picked), procs.device))
                 if judged:  # what all steps together make, noised, is to pass for real
                     velocity = controlled(text, traj, residuals, pulls["adversarial"])
                     fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, cfg.denoising_steps - 1)
                     x_t = flow.add_noise(fake, renoise, level)
                     adversarial = adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
-            ((cfg.gan_scale * adversarial + weight * diffusion) / cfg.accumulate).backward()
+            ((cfg.gan_scale * adversarial + weight * diffusion) / len(shares)).backward()
             logged.append(torch.stack([adversarial.detach(), diffusion.detach()]))
         classifier.zero_grad()  # the gradient passed through it on its way; its own comes from discriminator_step
         norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
         adversarial, diffusion = torch.stack(logged).mean(0)
         values = {"adversarial_loss": adversarial, "diffusion_loss": diffusion, "adapter_grad_norm": norm}
         for name, squares in pulls.items():
-            if squares:  # gradients are averaged over the processes, so their squares over the square of the number
-                square = procs.mean(torch.stack(squares).sum()) / procs.world
-                values[f"{name}_pull"] = torch.tensor(square**0.5, device=procs.device)
+            if squares:  # gradients are averaged over the processes
+                values[f"{name}_pull"] = procs.total(torch.stack(squares).sum()).sqrt() / procs.world
         return values
+
+    def sampled(number: int) -> list[Tensor]:
+        """Latents of a held-out clip: the truth, and what the networks make of its trajectory."""
+        x0, text, traj = held_out.batch([number], "box").to(procs.device)
+        noise = send(step_noise(cfg.denoising_steps, x0.shape[1:], [number], cfg.seed), procs.device)
+        residuals = adapter(traj) if adapter.static else None
+        return [x0, flow.sample_fewstep(controlled(text, traj, residuals), x0[:, :, :1], noise, sigmas)]
 
     def write_samples(step: int) -> None:
         """Four held-out trajectories: truth and sample in turn."""
-        x0, text, traj = held_out.batch(list(range(4)), "box").to(procs.device)
-        noise = step_noise(cfg.denoising_steps, x0.shape[1:], range(4), cfg.seed).to(procs.device)
         with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            residuals = adapter(traj) if adapter.static else None
-            out = flow.sample_fewstep(controlled(text, traj, residuals), x0[:, :, :1], noise, sigmas)
-        pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
-        run.samples(step, pairs.flatten(0, 1))
+            latents = [z for number in range(4) for z in sampled(number)]
+        run.samples(step, (codec.decode_video(z)[0] for z in latents))
+        codec.free()
 
     # 3. The loop: the discriminator learns from true videos and fakes, then the adapter from both losses.
     fakes = None
@@ -324,7 +334,8 @@ def main(cfg: Config) -> None:
         run.log(step + 1, **values)
 
     # 4. The averaged adapter is the FastAdapter.
-    weights, classifier_weights = ema.weights(), {n: parallel.full(p) for n, p in classifier.named_parameters()}
+    weights = ema.weights(keep=procs.rank == 0)
+    classifier_weights = {n: parallel.full(p) for n, p in classifier.named_parameters()}
     if procs.rank == 0:
         save_network(run.folder / "fast_adapter.safetensors", "FastAdapter", adapter.config, weights)
         save_network(run.folder / "classifier.safetensors", "Classifier", classifier.config, classifier_weights)

@@ -221,13 +221,18 @@ class VideoDiT(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: Path | str, network: str, dtype: torch.dtype = torch.float32, lora: str = ""
+        cls,
+        path: Path | str,
+        network: str,
+        dtype: torch.dtype = torch.float32,
+        lora: str = "",
+        shapes_only: bool = False,
     ) -> "VideoDiT":
         """Read an own export, or a generator as others publish it: wan/published.py says which forms are read.
 
         `path`: a file or folder; `file.pt:key` chooses among the networks of a training checkpoint. `network`: the name
         that an own export must carry, "SlowGenerator" or "FastGenerator"; foreign files carry none. `lora`: a file of
-        changes to merge, `file.safetensors:strength`.
+        changes to merge, `file.safetensors:strength`. `shapes_only`: another process reads the weights.
         """
         path, key = split_key(path)
         own = path.suffix == ".safetensors" and "network" in read_safetensors(path)[0]
@@ -238,7 +243,7 @@ class VideoDiT(nn.Module):
             config = replace(PRESETS["wan5b"], **shapes)
         if lora:
             tensors = merge(tensors, lora)
-        return load(lambda: cls(config), tensors, path, dtype)
+        return load(lambda: cls(config), tensors, path, dtype, shapes_only)
 
     def time_features(self, t: Tensor) -> Tensor:
         """Sinusoids of the timestep, float32: [B, F] -> [B, F, freq_dim], cosines first."""

@@ -81,7 +81,7 @@ class Config:
     scale: int = 8  # enlarge the written video so many times
     memory: Literal["high", "medium", "low"] = "high"  # of a GPU that is to do: above 24 GB, 24, or 12; see docs/WAN.md
     decoder: str = ""  # preset wan5b: file of the small decoder taew2_2, fast and a little softer, instead of the VAE's
-    tile: int = 0  # decode the video in squares of so many latent positions; 0 is all at once, 16 with low memory
+    tile: int = 0  # decode the video in squares of so many latent positions; 0 is all at once, 32 with low memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
     compile: bool = False  # torch.compile each block: a minute at first, to make long videos faster
     serve: bool = False  # draw, generate and watch in a page on 127.0.0.1 instead
@@ -421,7 +421,7 @@ def main(cfg: Config) -> None:
     device = procs.device
     if cfg.compile:
         parallel.check_compiler(device)
-    tile, offload = cfg.tile or (16 if cfg.memory == "low" else 0), cfg.memory != "high" and device.type == "cuda"
+    tile, offload = cfg.tile or (32 if cfg.memory == "low" else 0), cfg.memory != "high" and device.type == "cuda"
     codec = open_codec(
         cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg), tile=tile, offload=offload, decoder=cfg.decoder
     )

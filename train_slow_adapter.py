@@ -21,6 +21,7 @@ from adapter import Adapter
 from core import optim, parallel
 from core.codec import Batch
 from core.config import run_script, shipped
+from core.memory import send
 from core.noise import sample_noise, sample_uniform
 from core.parallel import Recompute
 from core.runs import Run, check_counts
@@ -42,7 +43,7 @@ class Config:
     mask_steps: int = 480  # first steps with dense masks; boxes from then on
     sparse: float = 0.15  # share of trajectories with frames blacked out, once boxes have begun
     batch: int = 8  # videos a step, over all processes
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-3  # peak learning rate
     muon: bool = True  # Muon for the matrices inside the blocks, AdamW at 0.4 of the rate for all else; or AdamW alone
     copied_rate: float = 0.1  # of the rate, under AdamW alone, for what a ControlNet copies from the generator (guess)
@@ -78,6 +79,7 @@ WAN5B = {
     "ema": 0.999,  # (guess)
     "shift": 5.0,  # (Wan)
     "drop_text": 0.1,  # (guess)
+    "accumulate": 0,
     "recompute": "full",
 }
 
@@ -99,13 +101,16 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
 
     # 1. The frozen generator, and the adapter that learns.
-    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", FROZEN_DTYPE[cfg.preset]).requires_grad_(False)
+    dtype, elsewhere = FROZEN_DTYPE[cfg.preset], procs.rank > 0  # rank 0 reads the weights, and hands them on
+    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=elsewhere)
+    generator.requires_grad_(False)
     if cfg.init:
-        adapter = adapters.read_adapter(cfg.init, "SlowAdapter")
+        adapter = adapters.read_adapter(cfg.init, "SlowAdapter", shapes_only=elsewhere)
     elif cfg.kind == "resnet":
         adapter = adapters.ResNetAdapter(adapters.PRESETS[cfg.preset])
     else:
-        adapter = adapters.ControlNetAdapter(generator.config)
+        with torch.device("meta" if elsewhere else "cpu"):
+            adapter = adapters.ControlNetAdapter(generator.config)
         adapter.copy_generator(generator)
     generator, adapter = (
         parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype) for network in (generator, adapter)
@@ -117,7 +122,7 @@ def main(cfg: Config) -> None:
     ema = optim.EMA(adapter, cfg.ema)
 
     # 2. What it learns from, and the folder in which a killed run finds itself again.
-    codec = open_codec(cfg.preset, cfg.weights, procs.device)
+    codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
     run = Run(f"runs/{cfg.name}", cfg, procs, {"adapter": (adapter, optimizers, ema)})
     start = run.resume()
@@ -127,28 +132,33 @@ def main(cfg: Config) -> None:
     def train_step(step: int) -> tuple[Tensor, Tensor]:
         """One update of the adapter: its loss and the norm of its gradient."""
         kind, sparse = trajectory_kind(step, cfg.mask_steps, cfg.sparse)
-        losses = []
-        for samples in procs.share(cfg.batch, cfg.accumulate, step):
+        losses, shares = [], procs.share(cfg.batch, cfg.accumulate, step)
+        for samples in shares:
             batch = data.batch(samples, kind, sparse, cfg.drop_text).to(procs.device)
-            noise = sample_noise(batch.x0.shape[1:], samples, cfg.seed, step).to(procs.device)
-            u = sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device)
+            noise = send(sample_noise(batch.x0.shape[1:], samples, cfg.seed, step), procs.device)
+            u = send(sample_uniform(samples, cfg.batch, cfg.seed, step), procs.device)
             with parallel.autocast(procs.device, cfg.dtype):
                 loss = adapter_loss(generator, adapter, batch, noise, flow.shift_sigma(u, cfg.shift))
-            (loss / cfg.accumulate).backward()
+            (loss / len(shares)).backward()
             losses.append(loss.detach())
         return torch.stack(losses).mean(), optim.clip_and_step(adapter, optimizers, cfg.clip)
 
+    def sampled(number: int) -> list[Tensor]:
+        """Latents of a held-out clip: the truth, and what the networks make of its trajectory."""
+        x0, text, traj = held_out.batch([number], "box").to(procs.device)
+        noise = send(sample_noise(x0.shape[1:], [number], cfg.seed), procs.device)
+        out = flow.sample_multistep(
+            lambda x, t: generator(x, t, text, adapter.residuals(traj, x, t, text)),
+            x0[:, :, :1], noise, flow.sigma_schedule(20, cfg.shift),
+        )  # fmt: skip
+        return [x0, out]
+
     def write_samples(step: int) -> None:
         """Four held-out trajectories: truth and sample in turn."""
-        x0, text, traj = held_out.batch(list(range(4)), "box").to(procs.device)
-        noise = sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
         with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            out = flow.sample_multistep(
-                lambda x, t: generator(x, t, text, adapter(traj, x, t, text)),
-                x0[:, :, :1], noise, flow.sigma_schedule(20, cfg.shift),
-            )  # fmt: skip
-        pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
-        run.samples(step, pairs.flatten(0, 1))
+            latents = [z for number in range(4) for z in sampled(number)]
+        run.samples(step, (codec.decode_video(z)[0] for z in latents))
+        codec.free()
 
     # 3. The loop, with samples and checkpoints written in between.
     for step in run.steps(start, write_samples):
@@ -159,7 +169,7 @@ def main(cfg: Config) -> None:
         run.log(step + 1, loss=loss, grad_norm=norm, lr=lr)
 
     # 4. The averaged weights are the result.
-    weights = ema.weights()
+    weights = ema.weights(keep=procs.rank == 0)
     if procs.rank == 0:
         save_network(run.folder / "slow_adapter.safetensors", "SlowAdapter", adapter.config, weights)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from core.config import UserError
 from core.media import MOST_VIDEO
+from core.memory import send
 
 
 class Batch(NamedTuple):
@@ -18,7 +19,7 @@ class Batch(NamedTuple):
     traj: Tensor | None  # latents of their trajectory maps [B, C, F, H, W], if asked for
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if part is None else part.to(device) for part in self))
+        return Batch(*(None if part is None else send(part, device) for part in self))
 
 
 class Codec:
@@ -31,6 +32,9 @@ class Codec:
 
     negative = ""  # the prompt that guidance goes away from
     area: int  # most pixels of a picture that `--size auto` asks for
+
+    def free(self) -> None:
+        """Let go of the memory of networks that can be read again."""
 
     def check_size(self, size: str, frames: int, picture: tuple[int, int] | None = None) -> tuple[int, int]:
         """ "704x1280" -> (704, 1280); "auto" -> what fits the picture's (height, width) best.

@@ -8,8 +8,9 @@ import contextlib
 import re
 import resource
 import sys
-from collections.abc import Callable
-from itertools import chain
+import weakref
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,45 +54,81 @@ class Offload:
         self.blocks = [[*block.parameters(), *block.buffers()] for block in blocks]
         if any([t.shape for t in block] != [t.shape for t in self.blocks[0]] for block in self.blocks):
             raise ValueError("blocks of several shapes can't take turns in one place")
-        for tensor in chain(*self.blocks) if self.stream else ():
-            tensor.data = tensor.data.pin_memory()
-        self.host = [[t.data for t in block] for block in self.blocks]
-        self.slots = [[torch.empty_like(t, device=device) for t in self.host[0]] for _ in range(2)]
+        # All of a block in one buffer: one copy to make, and one piece of memory to pin.
+        self.host: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            self.host.append(packed(block))
+            self.place(number, self.host[number])
+        if self.stream:
+            pin(self.host, self)
+        self.slots = [torch.empty_like(self.host[0], device=device) for _ in range(2)]
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # whatever had their memory before
+            for slot in self.slots:  # the last copy may be under way when the slots are freed
+                slot.record_stream(self.stream)
         self.arrived, self.free = ([torch.cuda.Event() for _ in range(2)] if self.stream else [] for _ in range(2))
         for number, block in enumerate(blocks):
-            block.forward = self.staged(number, block.forward)
+            # Hooks, and none that knows the block: with a reference in a circle its memory would outlive it.
+            block.register_forward_pre_hook(partial(self.enter, number))
+            block.register_forward_hook(partial(self.leave, number))
         self.turn = 0  # calls so far; modulo 2, the slot of the block that runs
         self.fetch(0, slot=0)
+
+    def place(self, number: int, buffer: Tensor) -> None:
+        """Let a block's tensors lie in this buffer."""
+        start = 0
+        for tensor in self.blocks[number]:
+            tensor.data = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            start += aligned(tensor.nbytes)
 
     def fetch(self, number: int, slot: int) -> None:
         """Start copying a block into a slot, once the block that ran there is done."""
         if self.stream:
             self.stream.wait_event(self.free[slot])
         with torch.cuda.stream(self.stream):  # has no effect without a stream
-            for copy, tensor in zip(self.slots[slot], self.host[number], strict=True):
-                copy.copy_(tensor, non_blocking=True)
+            self.slots[slot].copy_(self.host[number], non_blocking=True)
         if self.stream:
             self.arrived[slot].record(self.stream)
 
-    def staged(self, number: int, forward: Callable) -> Callable:
-        """The block's forward pass, with its parameters on the device while it runs."""
+    def enter(self, number: int, *_: object) -> None:
+        """Before a block runs: its parameters are on the device, and the next block's set out."""
+        slot = self.turn % 2
+        self.fetch((number + 1) % len(self.blocks), 1 - slot)
+        if self.stream:
+            torch.cuda.current_stream().wait_event(self.arrived[slot])
+        self.place(number, self.slots[slot])
 
-        def call(*args, **kwargs):
-            slot = self.turn % 2
-            self.fetch((number + 1) % len(self.blocks), 1 - slot)
-            if self.stream:
-                torch.cuda.current_stream().wait_event(self.arrived[slot])
-            for tensor, copy in zip(self.blocks[number], self.slots[slot], strict=True):
-                tensor.data = copy
-            out = forward(*args, **kwargs)
-            for tensor, home in zip(self.blocks[number], self.host[number], strict=True):
-                tensor.data = home
-            if self.stream:
-                self.free[slot].record()
-            self.turn += 1
-            return out
+    def leave(self, number: int, *_: object) -> None:
+        """After it ran: they are back home."""
+        self.place(number, self.host[number])
+        if self.stream:
+            self.free[self.turn % 2].record()
+        self.turn += 1
 
-        return call
+
+def aligned(size: int) -> int:
+    """Bytes up to the next tensor of a buffer: kernels want their inputs at multiples of 256."""
+    return -(-size // 256) * 256
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """A copy of tensors one after the other, as bytes in host memory."""
+    buffer, start = torch.empty(sum(aligned(t.nbytes) for t in tensors), dtype=torch.uint8), 0
+    for tensor in tensors:
+        buffer[start : start + tensor.nbytes] = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        start += aligned(tensor.nbytes)
+    return buffer
+
+
+def pin(buffers: Sequence[Tensor], owner: object) -> None:
+    """Lock host memory in place, where a GPU can read it by itself, for as long as `owner` lives.
+
+    torch's own pinned memory comes in powers of two: 15 GB for 10.
+    """
+    cuda = torch.cuda.cudart()
+    for buffer in buffers:
+        torch.cuda.check_error(int(cuda.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
+        weakref.finalize(owner, cuda.cudaHostUnregister, buffer.data_ptr())
 
 
 def offload(network: nn.Module, device: torch.device) -> nn.Module:
@@ -102,6 +139,11 @@ def offload(network: nn.Module, device: torch.device) -> nn.Module:
             child.to(device)
     Offload(blocks, device)
     return network
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting until a GPU is done with what it was given before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -17,8 +17,9 @@ class Muon(Optimizer):
     """Muon (Jordan et al. 2024): orthogonalised momentum, for matrices and convolution kernels [out, ...]."""
 
     # `torch.optim.Muon` iterates in bfloat16, which older CPUs emulate 60 times slower than float32, and it iterates
-    # shard by shard, with hundreds of collectives per step. Here all matrices of one shape iterate as one batch. A
-    # sharded one is gathered once; its momentum stays sharded.
+    # shard by shard, with hundreds of collectives per step. Here matrices of one shape iterate as one batch, as many as
+    # are small. A sharded one is gathered once; its momentum stays sharded.
+    most = 2**26  # numbers in a batch: 256 MiB
 
     def __init__(self, params: Iterable[nn.Parameter], weight_decay: float, momentum: float = 0.95):
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
@@ -30,7 +31,7 @@ class Muon(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes[p.shape].append(p)
-            for params in shapes.values():
+            for params in batches(shapes.values(), self.most):
                 updates = []
                 for p in params:
                     if not self.state[p]:
@@ -46,6 +47,13 @@ class Muon(Optimizer):
 
                         update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+
+def batches(groups: Iterable[list[nn.Parameter]], most: int) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one shape each, in parts of at most so many numbers, or of one parameter."""
+    for params in groups:
+        size = max(1, most // params[0].numel())
+        yield from (params[i : i + size] for i in range(0, len(params), size))
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -143,9 +151,17 @@ class EMA:
         finally:
             fill(self.source, saved)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The averages as whole tensors, and the network's buffers as they are; every rank must call."""
-        return {name: full(average) for name, average in self.average.items()} | self.buffers
+    def weights(self, keep: bool = True) -> dict[str, Tensor]:
+        """The averages as whole tensors in host memory, and the network's buffers; every rank must call.
+
+        They are gathered one by one. A rank that doesn't `keep` them gets none.
+        """
+        whole = {}
+        for name, average in self.average.items():
+            gathered = full(average)
+            if keep:
+                whole[name] = gathered.cpu()
+        return whole | self.buffers if keep else {}
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.average

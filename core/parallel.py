@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Literal
 
@@ -27,6 +28,9 @@ from core.config import UserError
 Recompute = Literal["none", "selective", "full"]
 
 
+PATIENCE = timedelta(hours=6)  # of processes that wait for one another: their work ends at very different times
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those that torchrun started; without torchrun, the only one."""
@@ -39,8 +43,12 @@ class Processes:
     group: dist.ProcessGroup | None = None  # those ranks, if there are several
 
     def share(self, batch: int, accumulate: int, step: int) -> list[list[int]]:
-        """This rank's sample numbers at a step, by micro-batch. The whole batch is the same for any number of ranks."""
+        """This rank's sample numbers at a step, by micro-batch. The whole batch is the same for any number of ranks.
+
+        `accumulate`: how many micro-batches; 0 is one for each sample.
+        """
         teams, team = self.world // self.sequence, self.rank // self.sequence
+        accumulate = accumulate or max(1, batch // teams)
         if batch % (teams * accumulate):
             among = f"{teams} processes" if self.sequence == 1 else f"{teams} x {self.sequence} processes"
             raise UserError(f"--batch {batch} does not divide into {among} x {accumulate} micro-batches")
@@ -48,12 +56,16 @@ class Processes:
         size = len(own) // accumulate
         return [list(own[i * size : (i + 1) * size]) for i in range(accumulate)]
 
-    def mean(self, value: Tensor) -> float:
-        """Average of a scalar over all ranks."""
+    def total(self, value: Tensor) -> Tensor:
+        """Sum of a scalar over all ranks."""
         value = value.detach().float().clone()
         if self.mesh is not None:
             dist.all_reduce(value)
-        return value.item() / self.world
+        return value
+
+    def mean(self, value: Tensor) -> float:
+        """Average of a scalar over all ranks. This waits for the device."""
+        return self.total(value).item() / self.world
 
     def gather(self, own: list) -> list:
         """The lists of all ranks, joined."""
@@ -67,10 +79,18 @@ class Processes:
         if self.mesh is not None:
             dist.barrier()
 
+    def wait_for_first(self, what: str) -> None:
+        """Rank 0 says that something of this name is done; the others wait for it, as long as it takes."""
+        # Not by a collective: those time out, and keep a GPU busy that waits.
+        if self.mesh is not None:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(what, "done") if self.rank == 0 else store.wait([what], PATIENCE)
+
 
 def init_processes(sequence: int = 1) -> Processes:
     """Start torchrun's processes: nccl on GPUs, gloo on CPUs. `sequence`: how many ranks share a video; 0 for all."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # so that float32 means float32 on GPUs too
     world = int(os.environ.get("WORLD_SIZE", 1))
     sequence = sequence or world
     if sequence < 0 or world % sequence:
@@ -81,7 +101,7 @@ def init_processes(sequence: int = 1) -> Processes:
     device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
     if world > local_world:  # shard within a node, replicate over nodes (HSDP)
         mesh = init_device_mesh(kind, (world // local_world, local_world), mesh_dim_names=("replicate", "shard"))
     else:
@@ -100,13 +120,26 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"torch.compile: no C++ compiler {name}; install it, or pass --compile false")
 
 
+def compile_or_fail() -> None:
+    """Let torch.compile stop where it would go back to eager code without a word: at too many variants of a block."""
+    import torch._dynamo  # takes seconds
+
+    # A block has 4 to 7: with and without gradients, of its input and its weights. Clips of other shapes add to them.
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
+
+
 def prepare(
     model: nn.Module, procs: Processes, compile: bool, recompute: Recompute = "none", dtype: str = "auto"
 ) -> nn.Module:
-    """Move a network to the device, and recompute, compile and (with several processes) shard it block by block."""
+    """Move a network to the device, and recompute, compile and (with several processes) shard it block by block.
+
+    Of several processes, rank 0 has the weights; of the other ranks' networks only the shapes count.
+    """
     if compile:
         check_compiler(procs.device)
-    model.to(procs.device)
+        compile_or_fail()
+    if procs.mesh is None:
+        model.to(procs.device)
     split_sequence(model, procs.group)
     for block in model.blocks:
         if recompute != "none":
@@ -122,7 +155,10 @@ def shard(model: nn.Module, procs: Processes, dtype: str) -> None:
     """FSDP2, block by block."""
     # Imported late: it takes seconds, which one process need not wait.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import distribute_tensor
 
+    whole = model.state_dict()
+    model.to("meta")
     policy = precision(procs.device, dtype)
     for block in model.blocks:
         fully_shard(block, mesh=procs.mesh, mp_policy=policy)
@@ -130,6 +166,13 @@ def shard(model: nn.Module, procs: Processes, dtype: str) -> None:
         if re.search(getattr(model, "float32", "$^"), name):
             fully_shard(child, mesh=procs.mesh, mp_policy=MixedPrecisionPolicy())
     fully_shard(model, mesh=procs.mesh, mp_policy=policy)
+    model.to_empty(device=procs.device)
+    for name, own in model.state_dict().items():  # one by one: no device, and no host but rank 0's, holds the whole
+        kind = {"dtype": own.dtype, "device": procs.device}
+        value = whole[name].to(**kind) if procs.rank == 0 else torch.empty(own.shape, **kind)
+        dist.broadcast(value, 0)
+        sharded = hasattr(own, "full_tensor")
+        own.copy_(distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None) if sharded else value)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # it is about in-place ops; we have none
 
 
@@ -154,7 +197,14 @@ def recomputed(forward, how: Recompute):
     options = {"use_reentrant": False, "preserve_rng_state": False}  # no network here draws random numbers
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
-    return partial(checkpoint, forward, **options)
+
+    def call(*args):
+        if not torch.is_grad_enabled():  # nothing to keep
+            return forward(*args)
+        # Written out: behind a `functools.partial` the compiler would pass it over, and all it calls with it.
+        return checkpoint(forward, *args, **options)
+
+    return call
 
 
 def has_bfloat16(device: torch.device) -> bool:

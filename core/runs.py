@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,10 +39,11 @@ FREE = ("dtype", "compile", "recompute", "sequence", "accumulate", "log_every", 
 
 
 def check_counts(config) -> None:
-    """UserError if an option that must be at least 1 isn't."""
+    """UserError if an option that must be at least 1 (or 0) isn't."""
     for name in COUNTS:
-        if getattr(config, name, 1) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: at least 1")
+        least = 0 if name == "accumulate" else 1
+        if getattr(config, name, 1) < least:
+            raise UserError(f"--{name} {getattr(config, name)}: at least {least}")
 
 
 def due(step: int, every: int, start: int, last: bool) -> bool:
@@ -57,7 +58,7 @@ class Run:
         self.folder, self.config, self.procs, self.parts = Path(folder), dataclasses.asdict(config), procs, parts
         self.writer, self.written = ThreadPoolExecutor(1), Future()
         self.written.set_result(None)
-        self.latest: dict[str, Tensor | float] = {}  # what the last step gave
+        self.unseen: list[tuple[int, dict[str, Tensor | float]]] = []  # what the last steps gave
         self.alone = procs.mesh is None
         # Checkpoint writers communicate from a thread of their own, at the same time as the training's collectives.
         self.writers = None if self.alone else dist.new_group(backend="gloo")
@@ -78,17 +79,19 @@ class Run:
         return state
 
     def steps(self, start: int, write_samples: Callable[[int], None]) -> Iterator[int]:
-        """The steps that are left to take, with samples and checkpoints written in between and after the last."""
+        """The steps that are left to take, with checkpoints and samples written in between and after the last."""
         total, every = self.config["steps"], [self.config[f"{what}_every"] for what in ("sample", "save")]
         for step in tqdm(range(start, total + 1), initial=start, total=total, disable=self.procs.rank > 0):
             last = step == total
-            self.check_finite(step)
+            shows, saves = (due(step, often, start, last) for often in every)
+            self.check_finite(all_steps=shows or saves or self.procs.device.type == "cpu")
             if self.written.done():
                 self.settle()
-            if due(step, every[0], start, last):
-                write_samples(step)
-            if due(step, every[1], start, last):
+            if saves:
                 self.save(step, wait=last)
+            if shows:
+                self.settle()  # first the checkpoint: whatever goes wrong with samples, no training is lost
+                write_samples(step)
             if not last:
                 yield step
 
@@ -166,26 +169,29 @@ class Run:
                 temporary.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
         return step
 
-    def samples(self, step: int, videos: Sequence[Tensor]) -> None:
-        """Write videos [3, T, H, W] as a contact sheet of nine frames each, and side by side as an mp4."""
-        if self.procs.rank:
-            return
-        height, width = videos[0].shape[-2:]
-        thin, scale = max(1, width // 256), max(1, 96 // width)  # shrink large videos, enlarge small ones
-        even = (..., *(slice(0, n // (2 * thin) * 2 * thin, thin) for n in (height, width)))  # mp4 needs even sides
-        frames = [to_uint8(video[even], scale) for video in videos]
-        shown = np.linspace(0, len(frames[0]) - 1, min(9, len(frames[0]))).round().astype(int)
-        path = self.folder / "samples" / f"step_{step:08d}"
-        write_image(path.with_suffix(".png"), contact_sheet([video[shown] for video in frames]))
-        write_video(path.with_suffix(".mp4"), np.concatenate(frames, axis=2), fps=8)
+    def samples(self, step: int, videos: Iterable[Tensor]) -> None:
+        """Write videos [3, T, H, W] as a contact sheet of nine frames each, and side by side as an mp4.
 
-    def check_finite(self, step: int) -> None:
-        """UserError if the last step gave a loss or gradient that is no finite number; nothing of it has been saved.
-
-        Looked at one step late, when the device has long had the numbers: so it need not wait for them.
+        They are asked for one by one, by rank 0 alone: an iterator may decode each when its turn comes.
         """
-        wrong = [name for name, value in self.latest.items() if not torch.as_tensor(value).isfinite().all()]
-        if wrong:
+        if self.procs.rank == 0:
+            frames = list(map(small_frames, videos))
+            picked = np.linspace(0, len(frames[0]) - 1, min(9, len(frames[0]))).round().astype(int)
+            path = self.folder / "samples" / f"step_{step:08d}"
+            write_image(path.with_suffix(".png"), contact_sheet([video[picked] for video in frames]))
+            write_video(path.with_suffix(".mp4"), np.concatenate(frames, axis=2), fps=8)
+        self.procs.wait_for_first(f"{self.folder}: samples of step {step}")
+
+    def check_finite(self, all_steps: bool) -> None:
+        """UserError if a step gave a loss or gradient that is no finite number; nothing of it has been saved.
+
+        A GPU is still at work on the last step, and would be waited for. So that one is left out, but for `all_steps`.
+        """
+        while len(self.unseen) > (0 if all_steps else 1):
+            step, values = self.unseen.pop(0)
+            wrong = [name for name, value in values.items() if not torch.as_tensor(value).isfinite().all()]
+            if not wrong:
+                continue
             self.settle()
             good = f"{kept[-1]} is the last good checkpoint" if (kept := self.checkpoints()) else "nothing was saved"
             raise UserError(
@@ -194,7 +200,7 @@ class Run:
 
     def log(self, step: int, always: bool = False, **values: Tensor | float) -> None:
         """What a step gave, averaged over ranks; written every `log_every` steps, or always. Every rank must call."""
-        self.latest = values
+        self.unseen.append((step, values))
         if step % self.config["log_every"] and not always:
             return
         numbers = {n: self.procs.mean(v) if isinstance(v, Tensor) else v for n, v in values.items()}
@@ -204,6 +210,14 @@ class Run:
                     file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
             except OSError as error:
                 raise UserError(f"{self.folder / 'log.jsonl'}: can't be written ({reason(error)}); make room") from None
+
+
+def small_frames(video: Tensor) -> np.ndarray:
+    """A video [3, T, H, W] as samples show it, uint8 [T, height, width, 3]."""
+    height, width = video.shape[-2:]
+    thin, scale = max(1, width // 256), max(1, 96 // width)  # shrink large videos, enlarge small ones
+    even = (..., *(slice(0, n // (2 * thin) * 2 * thin, thin) for n in (height, width)))  # mp4 needs even sides
+    return to_uint8(video[even], scale)
 
 
 def fsync_folder(folder: Path) -> None:

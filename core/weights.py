@@ -179,12 +179,14 @@ def brief(names: Sequence[str], most: int = 8) -> str:
 
 
 def load(
-    build: Callable[[], nn.Module], tensors: dict[str, Stored], path: Path | str, dtype: torch.dtype = torch.float32
-) -> nn.Module:
+    build: Callable[[], nn.Module], tensors: dict[str, Stored], path: Path | str, dtype: torch.dtype = torch.float32,
+    shapes_only: bool = False,
+) -> nn.Module:  # fmt: skip
     """Build a network on the meta device and fill it tensor by tensor. UserError if a name or shape doesn't match.
 
     Parameters get `dtype`, except that names matching the network's regex `float32` stay in float32. With int8, only
-    the linear layers inside the blocks are quantised; other parameters get bfloat16.
+    the linear layers inside the blocks are quantised; other parameters get bfloat16. `shapes_only`: it stays on the
+    meta device; another process reads the weights and hands them on.
     """
     with torch.device("meta"):
         network = build()
@@ -206,10 +208,14 @@ def load(
         dtype = torch.bfloat16
     for name in own:
         path_to, _, leaf = name.rpartition(".")
-        module, tensor = network.get_submodule(path_to), tensors[name].read()
+        module, kind = network.get_submodule(path_to), torch.float32 if kept.search(name) else dtype
+        if shapes_only:
+            module.load_state_dict({leaf: own[name].to(kind)}, strict=False, assign=True)
+            continue
+        tensor = tensors[name].read()
         if tensor.is_floating_point() and not tensor.to(torch.float32).isfinite().all():
             raise UserError(f"{path}: {name} holds values that are no finite numbers; get the file again")
-        tensor = tensor.to(torch.float32 if kept.search(name) else dtype, copy=True)
+        tensor = tensor.to(kind, copy=True)
         if isinstance(module, Int8Linear) and leaf == "weight":
             module.fill(tensor)
         else:

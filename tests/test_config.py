@@ -118,7 +118,7 @@ def test_a_preset_has_its_own_defaults_and_flags_go_before_them(script, capsys):
 
 
 # What has no source: where files lie, and what costs memory alone.
-UNMARKED = {"generator", "adapter", "backbone", "weights", "recompute", "prompt", "scale"}
+UNMARKED = {"generator", "adapter", "backbone", "weights", "accumulate", "recompute", "prompt", "scale"}
 
 
 @pytest.mark.parametrize("script", [sample, prepare_clips, train_slow_adapter, distill_fast, finetune_hybrid])

@@ -1,5 +1,8 @@
 """Less memory: weights of 8 bits, and blocks that stay in the host's memory."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -65,18 +68,30 @@ def test_blocks_kept_aside_give_the_same_bits(int8):
         for name, weight in weights.items():
             model.blocks.get_submodule(name).fill(weight)
     want = [model(x + n, t, text) for n in range(3)]
-    homes = [p.data_ptr() for p in model.blocks.parameters()]
     offload(model, torch.device("cpu"))
+    homes = [p.data_ptr() for p in model.blocks.parameters()]
     assert all(torch.equal(model(x + n, t, text), want[n]) for n in range(3))
     assert [p.data_ptr() for p in model.blocks.parameters()] == homes  # back home
+
+
+def test_a_network_that_is_dropped_leaves_its_memory_at_once():
+    model = small()
+    offload(model, torch.device("cpu"))
+    model(*inputs())
+    alive = weakref.ref(model.blocks[0].ffn[0].weight)
+    gc.disable()
+    del model
+    gone = alive() is None
+    gc.enable()
+    assert gone
 
 
 def test_two_blocks_at_a_time_are_on_the_device():
     model, (x, t, text), seen = small(), inputs(), []
     for block in model.blocks:
         block.ffn[0].register_forward_hook(lambda m, *_: seen.append(m.weight.data_ptr()))
-    homes = [b.ffn[0].weight.data_ptr() for b in model.blocks]
     offload(model, torch.device("cpu"))
+    homes = [b.ffn[0].weight.data_ptr() for b in model.blocks]
     model(x, t, text), model(x, t, text)
     assert seen == [seen[0], seen[1]] * 3 and seen[0] != seen[1] and not {*seen} & {*homes}
     with pytest.raises(ValueError, match="blocks of several shapes"):

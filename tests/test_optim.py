@@ -35,6 +35,29 @@ def test_muon_steps_as_pytorch_does():
         assert (a - b).norm() / (b - 1).norm() < 0.02
 
 
+def test_muon_takes_large_matrices_a_few_at_a_time():
+    """The same step, whatever fits at once."""
+
+    def stepped(most):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(8, 16)) for _ in range(5)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        muon, seen, orthogonal = optim.Muon(params, 0.1), [], optim.orthogonal
+        muon.most = most
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optim, "orthogonal", lambda m: seen.append(len(m)) or orthogonal(m))
+            optim.set_lr([muon], 1e-2)
+            muon.step()
+        return params, seen
+
+    (whole, once), (parts, few), (singles, each) = stepped(1 << 20), stepped(2 * 128), stepped(1)
+    assert (once, few, each) == ([5], [2, 2, 1], [1] * 5)
+    for a, b, c in zip(whole, parts, singles, strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
+
+
 def test_learning_rate():
     rates = [optim.learning_rate(step, 2.0, 10, 110) for step in range(110)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)

@@ -1,10 +1,12 @@
 """Many devices: shares of a batch, recomputed activations, sequences split among processes, nodes."""
 
 import re
+from contextlib import nullcontext
 from functools import partialmethod
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +23,9 @@ def test_a_global_batch_is_shared_whole():
     everyone = [parallel.Processes(r, 4, torch.device("cpu"), None).share(16, 2, 3) for r in range(4)]
     assert sorted(s for parts in everyone for part in parts for s in part) == list(range(48, 64))
     assert all(len(part) == 2 for parts in everyone for part in parts)
+    for world, videos in ((1, 16), (16, 1)):  # one in each micro-batch, whatever the number of processes
+        parts = parallel.Processes(0, world, torch.device("cpu"), None).share(16, 0, 0)
+        assert [len(part) for part in parts] == [1] * videos
     with pytest.raises(UserError, match="--batch 6 does not divide into 4 processes x 1"):
         parallel.Processes(0, 4, torch.device("cpu"), None).share(6, 1, 0)
 
@@ -33,8 +38,13 @@ def test_processes_that_share_a_video_get_the_same_samples():
         parallel.Processes(0, 8, torch.device("cpu"), None, 2).share(6, 1, 0)
 
 
-def gradients(how: parallel.Recompute, compile: bool = False) -> tuple[list[torch.Tensor], int, int]:
-    """Of a small transformer's parameters; what they cost in FLOP; how many bytes the forward pass kept for them."""
+def gradients(
+    how: parallel.Recompute, compile: bool = False, counted: bool = True
+) -> tuple[list[torch.Tensor], int, int]:
+    """Of a small transformer's parameters; what they cost in FLOP; how many bytes the forward pass kept for them.
+
+    Where something is counted, nothing is compiled, whatever was asked for: so torch does.
+    """
     torch.manual_seed(0)
     config = DiTConfig(64, 256, 2, 2, text_dim=16, text_tokens=8, channels=16)
     model = VideoDiT(config)
@@ -47,10 +57,12 @@ def gradients(how: parallel.Recompute, compile: bool = False) -> tuple[list[torc
         return y
 
     x, t, text = torch.randn(1, 16, 3, 16, 16), torch.tensor([[0.0, 500.0, 500.0]]), torch.randn(1, 8, 16)
-    with FlopCounterMode(display=False) as counter:
-        with saved_tensors_hooks(keep, lambda y: y):
+    with FlopCounterMode(display=False) if counted else nullcontext() as counter:
+        with saved_tensors_hooks(keep, lambda y: y) if counted else nullcontext():
             loss = model(x, t, text).square().mean()
         loss.backward()
+    if not counted:
+        return [p.grad for p in model.parameters()], 0, 0
     return [p.grad for p in model.parameters()], counter.get_total_flops(), sum(kept.values())
 
 
@@ -67,7 +79,11 @@ def test_recomputing_gives_the_same_gradient_and_costs_what_it_says():
 def test_recomputing_compiled_blocks_gives_the_same_gradient(how, monkeypatch):
     if how == "full":  # once with the compiler at work is enough: what it is handed counts here
         monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
-    for a, b in zip(gradients("none")[0], gradients(how, compile=True)[0], strict=True):
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = gradients(how, compile=True, counted=False)[0]
+    assert counters["frames"] == {"total": 1, "ok": 1} and counters["stats"]["unique_graphs"] == 1
+    for a, b in zip(gradients("none")[0], compiled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 

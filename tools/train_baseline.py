@@ -42,7 +42,7 @@ class Config:
     path: int = 40  # lcm: steps of the slow networks from noise to data
     skip: int = 2  # lcm: how many of them lie between two noise levels that are to agree
     batch: int = 8  # videos a step, over all processes
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-4  # peak learning rate of the adapter
     fake_lr: float = 4e-4  # dmd: peak learning rate of the fake score
     warmup: int = 20  # steps of linear warm-up before the cosine
@@ -124,8 +124,8 @@ def main(cfg: Config) -> None:
 
     def consistency_step(step: int) -> dict[str, Tensor]:
         """One update of the adapter by the consistency loss."""
-        losses = []
-        for samples in procs.share(cfg.batch, cfg.accumulate, step):
+        losses, shares = [], procs.share(cfg.batch, cfg.accumulate, step)
+        for samples in shares:
             x0, text, traj = data.batch(samples, "box").to(procs.device)
             noise = step_noise(1, x0.shape[1:], samples, cfg.seed, step)[0].to(procs.device)
             u = sample_uniform(samples, cfg.batch, cfg.seed, step)
@@ -134,7 +134,7 @@ def main(cfg: Config) -> None:
             velocity, truth = (partial(network, text=text, traj=traj) for network in (student, teacher))
             with parallel.autocast(procs.device, cfg.dtype):
                 loss = consistency_loss(velocity, averaged(velocity), truth, x0, noise, high, low)
-            (loss / cfg.accumulate).backward()
+            (loss / len(shares)).backward()
             losses.append(loss.detach())
         norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
         return {"consistency_loss": torch.stack(losses).mean(), "adapter_grad_norm": norm}
@@ -143,7 +143,8 @@ def main(cfg: Config) -> None:
         """One update of the fake score or of the adapter, by stage 2's losses; every network is told the trajectory."""
         turn, losses = 2 * step + (learner == "adapter"), []
         exit_step = int(torch.randint(cfg.denoising_steps, (), generator=rng(cfg.seed, turn, EXIT_STEP)))
-        for samples in procs.share(cfg.batch, cfg.accumulate, turn):
+        shares = procs.share(cfg.batch, cfg.accumulate, turn)
+        for samples in shares:
             x0, text, traj = data.batch(samples, "box").to(procs.device)
             noise = step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
             u = levels_above(
@@ -157,7 +158,7 @@ def main(cfg: Config) -> None:
                     loss = fake_score_loss(fake, student=makes, draw=draw)
                 else:
                     loss = student_loss(makes, real_score=real, fake_score=fake, draw=draw)
-            (loss / cfg.accumulate).backward()
+            (loss / len(shares)).backward()
             losses.append(loss.detach())
         network, its = (fake_score, fake_optimizers) if learner == "fake" else (adapter, optimizers)
         norm = optim.clip_and_step(network, its, cfg.clip)
@@ -185,7 +186,7 @@ def main(cfg: Config) -> None:
                 values |= matching_step(step, "adapter")
                 ema.update(step)
         run.log(step + 1, **values)
-    weights = ema.weights()
+    weights = ema.weights(keep=procs.rank == 0)
     if procs.rank == 0:
         save_network(run.folder / "fast_adapter.safetensors", "FastAdapter", adapter.config, weights)
 

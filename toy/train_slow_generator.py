@@ -40,7 +40,7 @@ class Config:
     sparse: float = 0.15  # share of trajectories with frames blacked out
     steps: int = 4000  # optimizer steps in all
     batch: int = 8  # videos a step, over all processes
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-3  # peak learning rate of the matrices
     warmup: int = 100  # steps of linear warm-up before the cosine
     weight_decay: float = 0.05  # decoupled
@@ -77,8 +77,8 @@ def main(cfg: Config) -> None:
     start = run.resume()
 
     def train_step(step: int) -> tuple[Tensor, Tensor]:
-        losses = []
-        for samples in procs.share(cfg.batch, cfg.accumulate, step):
+        losses, shares = [], procs.share(cfg.batch, cfg.accumulate, step)
+        for samples in shares:
             x0, text, traj = data.batch(samples, "box", cfg.sparse, cfg.drop_text).to(procs.device)
             noise = sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
             sigma = flow.shift_sigma(sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device), cfg.shift)
@@ -88,7 +88,7 @@ def main(cfg: Config) -> None:
             with parallel.autocast(procs.device, cfg.dtype):
                 residuals = [r * told[:, None, None] for r in guide(traj)]
                 loss = flow.flow_matching_loss(lambda x, t: model(x, t, text, residuals), x0, noise, sigma)
-            (loss / cfg.accumulate).backward()
+            (loss / len(shares)).backward()
             losses.append(loss.detach())
         optim.clip_and_step(guide, guide_optimizers, cfg.clip)
         return torch.stack(losses).mean(), optim.clip_and_step(model, optimizers, cfg.clip)
@@ -111,7 +111,7 @@ def main(cfg: Config) -> None:
         ema.update(step)
         guide_ema.update(step)
         run.log(step + 1, loss=loss, grad_norm=norm, lr=lr)
-    weights, guide_weights = ema.weights(), guide_ema.weights()
+    weights, guide_weights = (average.weights(keep=procs.rank == 0) for average in (ema, guide_ema))
     if procs.rank == 0:
         save_network(run.folder / "slow_generator.safetensors", "SlowGenerator", model.config, weights)
         save_network(run.folder / "slow_adapter.safetensors", "SlowAdapter", guide.config, guide_weights)

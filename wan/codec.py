@@ -24,8 +24,8 @@ class WanCodec(Codec):
     """Reads Wan2.2-TI2V-5B's `folder` as published, in its own layout or diffusers'.
 
     The VAE is kept; the text encoder, which is larger than everything else, isn't. With `offload` its blocks stay in
-    host memory. The VAE encodes in float32 and decodes in `dtype`, in tiles of `tile` latent positions if that isn't 0.
-    `decoder`: a file of the small decoder, which then makes the pieces.
+    host memory. The VAE works in `dtype`, and decodes in tiles of `tile` latent positions if that isn't 0. Whole videos
+    stay in host memory. `decoder`: a file of the small decoder, which then makes the pieces.
     """
 
     channels, spatial, temporal, area = 48, 16, 4, 704 * 1280
@@ -40,10 +40,13 @@ class WanCodec(Codec):
 
     @cached_property
     def vae(self) -> WanVAE:
-        vae = WanVAE.from_pretrained(self._part("Wan2.2_VAE.pth", "vae")).to(self.device).requires_grad_(False)
-        for part in (vae.conv2, vae.decoder):
-            part.to(self.dtype)
-        return vae
+        vae = WanVAE.from_pretrained(self._part("Wan2.2_VAE.pth", "vae"), self.dtype)
+        return vae.to(self.device).requires_grad_(False)
+
+    def free(self) -> None:
+        vars(self).pop("vae", None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _part(self, *names: str) -> Path:
         """The first of these names that the folder has: one per layout."""
@@ -53,7 +56,7 @@ class WanCodec(Codec):
 
     def encode_video(self, video: Tensor) -> Tensor:
         """[B, 3, T, height, width] in [-1, 1], T = 4 n + 1 -> [B, 48, n + 1, height / 16, width / 16]."""
-        return self.vae.encode(video.to(self.device))
+        return self.vae.encode(video)
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """[B, 48, F, H, W] -> [B, 3, 4 (F - 1) + 1, 16 H, 16 W] in [-1, 1]."""

@@ -317,12 +317,12 @@ class WanVAE(nn.Module):
     @torch.no_grad()
     def encode(self, video: Tensor, chunk: int = 1) -> Tensor:
         """Normalised latents, without sampling: [B,3,T,h,w] in [-1, 1] -> [B,C,F,h/16,w/16], `chunk` of F at once."""
-        x = rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=self.config.patch, r=self.config.patch)
-        stream, latents = {}, []
-        cuts = range(1 + self.temporal * (chunk - 1), x.shape[2], self.temporal * chunk)
-        for start, end in pairwise([0, *cuts, x.shape[2]]):
-            part = x[:, :, start:end].to(self.conv1.weight, memory_format=torch.channels_last_3d)
-            z = self.conv1(self.encoder(part, stream))
+        stream, latents, side = {}, [], self.config.patch
+        cuts = range(1 + self.temporal * (chunk - 1), video.shape[2], self.temporal * chunk)
+        for start, end in pairwise([0, *cuts, video.shape[2]]):
+            part = video[:, :, start:end].to(self.conv1.weight)  # the whole may be too large for the device
+            part = rearrange(part, "b c t (h q) (w r) -> b (c r q) t h w", q=side, r=side)
+            z = self.conv1(self.encoder(part.contiguous(memory_format=torch.channels_last_3d), stream))
             latents.append(z[:, : self.config.channels].to(video.dtype))
         z = torch.cat(latents, dim=2)
         mean, std = statistics(z)
@@ -339,14 +339,14 @@ class WanVAE(nn.Module):
             yield rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.config.patch, r=self.config.patch)
 
     def decode(self, latents: Tensor, chunk: int = 1, tile: int = 0, overlap: int = 8) -> Tensor:
-        """Decodes normalised latents: [B,C,F,H,W] -> [B,3,T,16 H,16 W] in [-1, 1], T = 4 (F - 1) + 1.
+        """Decodes normalised latents: [B,C,F,H,W] -> [B,3,T,16 H,16 W] in [-1, 1] in host memory, T = 4 (F - 1) + 1.
 
         `chunk`: latent frames at a time. `tile`: to save memory, decode squares of this many latent positions one by
         one; neighbouring squares share `overlap` positions, where one fades into the other.
         """
         n, _, length, height, width = latents.shape
         shape = (n, 3, self.temporal * (length - 1) + 1, self.spatial * height, self.spatial * width)
-        video = latents.new_zeros(shape)
+        video = latents.new_zeros(shape, device="cpu")
         rows, columns = (tiles(n, tile, overlap, self.spatial) for n in (height, width))
         for (y, fade_y), (x, fade_x) in product(rows, columns):
             fade, start = (fade_y[:, None] * fade_x).to(video), 0
