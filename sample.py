@@ -19,6 +19,7 @@ import binascii
 import contextlib
 import gc
 import json
+import math
 import os
 import re
 import shlex
@@ -37,6 +38,7 @@ from torch import Tensor
 import flow
 from adapter import Adapter, fits, read_adapter
 from core import memory, parallel
+from core.attention import fastest
 from core.codec import Codec
 from core.config import ROOT, UserError, flags, reason, run_script, shipped
 from core.files import output_path
@@ -83,7 +85,7 @@ class Config:
     decoder: str = ""  # preset wan5b: file of the small decoder taew2_2, fast and a little softer, instead of the VAE's
     tile: int = 0  # decode the video in squares of so many latent positions; 0 is all at once, 32 with low memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
-    compile: bool = False  # torch.compile each block: a minute at first, to make long videos faster
+    compile: bool = torch.cuda.is_available()  # torch.compile each block: a minute at first, then faster; so on a GPU
     serve: bool = False  # draw, generate and watch in a page on 127.0.0.1 instead
     port: int = 7860  # of that page; 0 is any that is free
 
@@ -289,7 +291,8 @@ def denoise(
     steps = cfg.steps or sampling.steps
     sigmas, shape = flow.sigma_schedule(steps, cfg.shift or sampling.shift), traj.shape[1:]
     velocity = partial(told, text=text)
-    with parallel.autocast(first.device, cfg.dtype):
+    config, tokens = generator.config, traj[0, 0].numel() // math.prod(generator.config.patch)
+    with parallel.autocast(first.device, cfg.dtype), fastest(config.heads, config.dim, tokens, first.device):
         if cfg.speed == "fast":
             noise = step_noise(steps, shape, [0], cfg.seed).to(first.device)
             return flow.sample_fewstep(velocity, first, noise, sigmas)
@@ -421,6 +424,7 @@ def main(cfg: Config) -> None:
     device = procs.device
     if cfg.compile:
         parallel.check_compiler(device)
+        parallel.compile_or_fail()
     tile, offload = cfg.tile or (32 if cfg.memory == "low" else 0), cfg.memory != "high" and device.type == "cuda"
     codec = open_codec(
         cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg), tile=tile, offload=offload, decoder=cfg.decoder

@@ -96,7 +96,7 @@ def init_processes(sequence: int = 1) -> Processes:
     if sequence < 0 or world % sequence:
         raise UserError(f"--sequence {sequence}: must divide the number of processes, {world}")
     if "RANK" not in os.environ:
-        return Processes(0, 1, torch.device(kind), None)
+        return Processes(0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind), None)
     rank, local, local_world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":

@@ -194,9 +194,7 @@ def test_videos_pass_through_the_vae(folder):
     codec, alone = WanCodec(folder, torch.device("cpu"), torch.bfloat16), WanVAE.from_pretrained(folder / "vae")
     video = torch.rand(1, 3, 5, 32, 48) * 2 - 1
     latents = codec.encode_video(video)
-    exact = alone.encode(video)
-    assert 0 < (latents - exact).norm() < 0.02 * exact.norm() and latents.dtype == torch.float32
-    assert torch.equal(WanCodec(folder, torch.device("cpu")).encode_video(video), exact)  # where no dtype is asked for
+    assert torch.equal(latents, alone.encode(video)) and latents.dtype == torch.float32
     decoded, wanted = codec.decode_video(latents), alone.decode(latents)
     assert torch.equal(torch.cat(list(codec.pieces(latents)), dim=2).float(), decoded)
     assert decoded.shape == video.shape and decoded.dtype == torch.float32

@@ -72,7 +72,9 @@ class CausalConv3d(nn.Conv3d):
             stream[self] = x[:, :, -past:].clone(memory_format=torch.channels_last_3d)
             if before is None and x.shape[2] == past + 1:  # frame 0 of the video: all before it is zero
                 return F.conv3d(x[:, :, -1:], self.weight[:, :, -1:], self.bias, padding=self.padding)
-        return conv_pairs(x, self.weight, self.bias) if self.kernel_size == (3, 3, 3) else super().forward(x)
+        # On a GPU this way would move more memory than it saves in products: not until one has been measured.
+        paired = self.kernel_size == (3, 3, 3) and x.device.type == "cpu"
+        return conv_pairs(x, self.weight, self.bias) if paired else super().forward(x)
 
 
 def conv_pairs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

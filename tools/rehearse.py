@@ -1,0 +1,269 @@
+"""The wan5b commands on GPUs that are not there: `python -m tools.bench --rehearse`, and the tests.
+
+Tensors have shapes and devices but no numbers (torch's FakeTensorMode), and collectives arrive at once (its `fake`
+process group). The scripts' own `main` runs so at full size, as rank 0, and torch's MemTracker counts every live byte.
+What meets a tensor of another device stops it, and so does anything that would wait for a number.
+"""
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import adapter as adapters
+import discriminator as discriminators
+import distill_fast
+import finetune_hybrid
+import flow
+import sample
+import train_slow_adapter
+from core import parallel, runs
+from core.codec import Batch
+from core.memory import use_int8
+from model import PRESETS, VideoDiT
+from wan.codec import WanCodec
+from wan.vae import WanVAE
+
+GPU = torch.device("cuda", 0)
+
+
+class Quiet:
+    """Stands for a stream or an event: what is called on it does nothing."""
+
+    def __init__(self, *_: object, **__: object):
+        pass
+
+    def __getattr__(self, name: str):
+        return lambda *_, **__: Quiet()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def moved(module: nn.Module, function, recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` with new parameters: the old ones are watched, and torch would refuse to swap them."""
+    for child in module.children():
+        child._apply(function)
+    for held in (module._parameters, module._buffers):
+        for name, tensor in held.items():
+            if tensor is not None:
+                new = function(tensor.detach())
+                held[name] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return module
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The attention of GPUs: torch chooses it by asking one."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+make_subclass, to = torch.Tensor._make_subclass, torch.Tensor.to
+
+
+def on_meta(*args: object, dispatch_device: bool = False, **options: object) -> Tensor:
+    """A fake tensor is of a GPU to Python and of the meta device to C++: autograd there asks no GPU for its streams."""
+    return make_subclass(*args, **options)
+
+
+def to_device(tensor: Tensor, *args: object, **options: object) -> Tensor:
+    """`Tensor.to`, which would copy what is on its GPU already. What goes to the meta device goes there too."""
+    if args and isinstance(args[0], Tensor):
+        args = (args[0].device, args[0].dtype, *args[1:])
+    where = options.pop("device", None)
+    if args and isinstance(args[0], str | torch.device):
+        where, *args = args
+    if where is not None and torch.device(where).type == "meta":
+        where = GPU
+    if where is not None and torch.device(where) != tensor.device:
+        args = (where, *args)
+    return to(tensor, *args, **options) if args or options else tensor
+
+
+class Factories(TorchDispatchMode):
+    """What C++ makes after the pattern of such a tensor, zeros for a gradient say, belongs to the GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), options=None):
+        options = dict(options or {})
+        if options.get("device") == torch.device("meta"):
+            options["device"] = GPU
+        return function(*args, **options)
+
+
+@contextlib.contextmanager
+def pretended(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
+    """Inside, this is rank 0 of so many processes, with a GPU each, in nodes of `node`. The stack takes more."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    places = {"RANK": 0, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": min(world, node)}
+    environment = {name: str(value) for name, value in places.items()} if world > 1 else {}
+    init, new_group, begin = dist.init_process_group, dist.new_group, parallel.init_processes
+
+    def init_processes(sequence: int = 1) -> parallel.Processes:
+        with _disable_current_modes():  # the mesh looks at its own numbers
+            return begin(sequence)
+
+    def start(*_: object, **__: object) -> None:
+        init("fake", store=FakeStore(), rank=0, world_size=world)
+
+    patches = [
+        (torch.cuda, "is_available", lambda: True), (torch.cuda, "is_bf16_supported", lambda *_: True),
+        (torch.cuda, "current_device", lambda: 0), (torch.cuda, "device_count", lambda: node),
+        *((torch.cuda, name, Quiet) for name in ("Stream", "stream", "current_stream", "Event")),
+        (torch.cuda, "set_device", Quiet), (torch.cuda, "empty_cache", Quiet),
+        (torch.Tensor, "record_stream", Quiet), (torch.Tensor, "pin_memory", lambda tensor: tensor),
+        (torch.Tensor, "_make_subclass", on_meta), (torch.Tensor, "to", to_device),
+        (torch.Tensor, "__int__", lambda tensor: 0 if tensor.device.type == "cpu" else tensor.item()),
+        (FSDPParamGroup, "_validate_no_meta_params", Quiet), (nn.Module, "_apply", moved),
+        (dist, "init_process_group", start), (dist, "new_group", lambda *_, **__: new_group(backend="fake")),
+        (torch.nn.functional, "scaled_dot_product_attention", flash), (parallel, "init_processes", init_processes),
+        (parallel.Processes, "wait_for_first", Quiet), (parallel.Processes, "mean", lambda *_: 0.5),
+    ]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        stack.enter_context(mock.patch.dict(os.environ, environment))
+        stack.enter_context(FakeTensorMode())
+        try:
+            stack.enter_context(Factories())
+            yield stack
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def peak(tracker) -> float:
+    """Most bytes of the GPU so far, in GB."""
+    snapshot = tracker.get_tracker_snapshot("peak")
+    return sum(kinds["Total"] for device, kinds in snapshot.items() if device.type != "cpu") / 1e9
+
+
+class Clips:
+    """In the place of prepared clips: 121 frames of 704x1280 each."""
+
+    one_shape = True
+
+    def batch(self, samples: list[int], kind: str | None = None, *_: object) -> Batch:
+        shape = (len(samples), 48, 31, 44, 80)
+        return Batch(torch.empty(shape), torch.empty(len(samples), 512, 4096), torch.empty(shape) if kind else None)
+
+    def unconditional(self) -> Tensor:
+        return torch.empty(1, 512, 4096)
+
+
+def typed(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A network with its parameters in the types in which it is read."""
+    for name, p in network.named_parameters():
+        p.data = p.data.to(torch.float32 if re.search(getattr(network, "float32", "$^"), name) else dtype)
+    return network
+
+
+def fresh():
+    """A tracker of memory that takes frozen networks too."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker = MemTracker()
+    tracker._mod_tracker = Quiet()  # it tells modules apart, but wants every parameter to learn
+    return tracker
+
+
+STAGES = {"1": train_slow_adapter, "2": distill_fast, "3": finetune_hybrid}
+
+
+def rehearse_stage(stage: str, kind: str, world: int, sequence: int, layers: int, **more: object) -> float:
+    """GB at the peak of a stage's first cycle on rank 0, step, checkpoint, samples and export, with so many blocks."""
+    script, shape = STAGES[stage], replace(PRESETS["wan5b"], layers=layers)
+    light = replace(adapters.PRESETS["wan5b"], layers=layers)
+    judge = replace(discriminators.PRESETS["wan5b"], feature_blocks=tuple(range(layers))[-3:])
+    networks, prepare, begin, schedule = [], parallel.prepare, runs.Run.__init__, flow.sigma_schedule
+    tracker = fresh()
+
+    def read(path: str, network: str, dtype: torch.dtype = torch.float32, *_: object, **__: object) -> VideoDiT:
+        return typed(VideoDiT(shape), dtype)
+
+    def read_adapter(path: str, network: str, **_: object) -> adapters.Adapter:
+        return adapters.ResNetAdapter(light) if kind == "resnet" else adapters.ControlNetAdapter(shape)
+
+    def prepared(network: nn.Module, *args: object) -> nn.Module:
+        networks.append(prepare(network, *args))
+        return networks[-1]
+
+    def watched(run: runs.Run, folder: str, config: object, procs: parallel.Processes, parts: dict) -> None:
+        tracker.track_external(*networks, *(list(ema.average.values()) for _, _, ema in parts.values() if ema))
+        stack.enter_context(tracker)  # building is over
+        begin(run, folder, config, procs, parts)
+
+    options = {"preset": "wan5b", "data": "clips", "steps": 1, "compile": False, "sequence": sequence}
+    options |= {"kind": kind} if stage == "1" else {"ratio": 1}
+    decode = WanCodec.decode_video
+    patches = [
+        (VideoDiT, "from_pretrained", read), (adapters, "read_adapter", read_adapter),
+        (finetune_hybrid, "read_adapter", read_adapter), (parallel, "prepare", prepared),
+        (discriminators, "PRESETS", {"wan5b": judge}), (adapters, "PRESETS", {"wan5b": light}),
+        (script, "training_data", lambda *_: (Clips(), Clips())), (script, "save_network", Quiet),
+        (runs.Run, "__init__", watched), (runs.Run, "resume", lambda run: 0), (runs.Run, "check_finite", Quiet),
+        (runs.Run, "save", lambda run, *_, **__: run.state()), (runs, "write_image", Quiet),
+        (runs, "write_video", Quiet), (runs, "small_frames", lambda video: np.zeros((9, 16, 16, 3), np.uint8)), (adapters.FixedNorm, "fit", Quiet),
+        (flow, "sigma_schedule", lambda steps, shift: schedule(min(steps, 2), shift)),
+        (WanCodec, "_part", Quiet), (WanVAE, "from_pretrained", lambda _: WanVAE()),
+        (WanCodec, "decode_video", lambda codec, z: decode(codec, z[:, :, :3])),  # later pieces take no more
+    ]  # fmt: skip
+    options |= {} if stage == "1" else {"denoising_steps": 2}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), pretended(world) as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        script.main(script.Config(**script.WAN5B | options | more))
+        return peak(tracker)
+
+
+def rehearse_sample(memory_mode: str, kind: str, frames: int = 31, layers: int = 2) -> dict[str, float]:
+    """GB at the peak of each part of making a video. From medium on, blocks take turns: it holds two, however many."""
+    cfg = sample.Config(**sample.WAN5B | {"preset": "wan5b", "memory": memory_mode, "compile": False})
+    shape, peaks = replace(PRESETS["wan5b"], layers=layers), {}
+    with pretended() as stack:
+        stack.enter_context(mock.patch.object(WanCodec, "_part", lambda *_: None))
+        stack.enter_context(mock.patch.object(WanVAE, "from_pretrained", lambda _: WanVAE()))
+        stack.enter_context(mock.patch.object(sample, "fastest", lambda *_: contextlib.nullcontext()))
+        codec = WanCodec("", GPU, torch.bfloat16, tile=32 if memory_mode == "low" else 0)
+        generator = typed(VideoDiT(shape), torch.bfloat16)
+        if memory_mode == "low":
+            use_int8(generator.blocks)
+        if kind == "resnet":
+            adapter = adapters.ResNetAdapter(adapters.AdapterConfig(shape.dim, layers, fixed_norm=True))
+        else:
+            adapter = typed(adapters.ControlNetAdapter(shape), torch.bfloat16)
+        if kind == "controlnet" and memory_mode == "low":
+            use_int8(adapter.blocks)
+        latents, text = torch.empty(1, 48, frames, 44, 80), torch.empty(1, 512, 4096, dtype=torch.bfloat16)
+        video = torch.empty(1, 3, 4 * min(frames, 3) - 3, 704, 1280)  # pieces after the second take no more
+
+        def denoise() -> None:
+            networks = (generator.to(GPU), adapter.to(GPU))
+            steps = replace(cfg, steps=1)
+            given = (z.to(GPU) for z in (latents[:, :, :1], latents, text))
+            sample.denoise(steps, *networks, *given, None)
+
+        parts = {
+            "encode image and boxes": lambda: codec.encode_video(video), "denoise": denoise,
+            "decode": lambda: [None for _ in codec.pieces(latents[:, :, :3].to(GPU))],
+        }  # fmt: skip
+        for name, part in parts.items():
+            with torch.no_grad(), fresh() as tracker:
+                part()
+                peaks[name] = peak(tracker)
+            if name == "denoise":
+                generator, adapter = None, None
+    return peaks
