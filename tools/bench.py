@@ -2,6 +2,7 @@
 
     python -m tools.bench                      # a transformer of width 1536 at 4,032 tokens, the VAE at 17 x 256 x 256
     python -m tools.bench --preset wan5b       # the real shapes; needs a GPU
+    python -m tools.bench --rehearse           # memory of every stage at full size, on pretended GPUs; needs none
 
 Ours and theirs take turns, and outputs are compared before anything is timed. Each pair gives a ratio (below 1: ours is
 faster); the table has the median. Needs requirements-dev.txt. Writes rows to `--out`, and a Markdown table beside it.
@@ -97,6 +98,7 @@ def peak(function: Callable, device: torch.device) -> float:
 class Config:
     preset: Literal["wide", "wan5b", "small"] = "wide"  # shapes
     parts: str = ",".join(PARTS)  # what to measure, separated by commas
+    rehearse: bool = False  # measure nothing: count the memory of every stage on pretended GPUs
     repeats: int = 3  # timed pairs
     out: str = "out/bench.json"  # rows; the table goes beside it
 
@@ -221,6 +223,16 @@ def main(cfg: Config) -> None:
     if unknown := parts - set(PARTS):
         raise UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     out = output_path(cfg.out, ".json")
+    if cfg.rehearse:
+        from tools.rehearse import table  # it imports every stage
+
+        origin, rows = provenance("-m tools.bench", cfg, torch.device("cpu")), []
+        for counted in table():
+            print(counted, file=sys.stderr, flush=True)
+            rows.append(counted | origin)
+        write_rows(out, rows, three_digits)
+        print(markdown(rows, three_digits))
+        return
     try:
         import diffusers
     except ImportError:

@@ -29,7 +29,7 @@ import train_slow_adapter
 from core import parallel, runs
 from core.codec import Batch
 from core.memory import use_int8
-from model import PRESETS, VideoDiT
+from model import PRESETS, VideoDiT, rotary_table
 from wan.codec import WanCodec
 from wan.vae import WanVAE
 
@@ -137,10 +137,12 @@ def pretended(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
             stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(mock.patch.dict(os.environ, environment))
         stack.enter_context(FakeTensorMode())
+        rotary_table.cache_clear()
         try:
             stack.enter_context(Factories())
             yield stack
         finally:
+            rotary_table.cache_clear()  # no pretended table must be found later
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -216,7 +218,8 @@ def rehearse_stage(stage: str, kind: str, world: int, sequence: int, layers: int
         (script, "training_data", lambda *_: (Clips(), Clips())), (script, "save_network", Quiet),
         (runs.Run, "__init__", watched), (runs.Run, "resume", lambda run: 0), (runs.Run, "check_finite", Quiet),
         (runs.Run, "save", lambda run, *_, **__: run.state()), (runs, "write_image", Quiet),
-        (runs, "write_video", Quiet), (runs, "small_frames", lambda video: np.zeros((9, 16, 16, 3), np.uint8)), (adapters.FixedNorm, "fit", Quiet),
+        (runs, "write_video", Quiet),
+        (runs, "small_frames", lambda video: np.zeros((9, 16, 16, 3), np.uint8)), (adapters.FixedNorm, "fit", Quiet),
         (flow, "sigma_schedule", lambda steps, shift: schedule(min(steps, 2), shift)),
         (WanCodec, "_part", Quiet), (WanVAE, "from_pretrained", lambda _: WanVAE()),
         (WanCodec, "decode_video", lambda codec, z: decode(codec, z[:, :, :3])),  # later pieces take no more
@@ -267,3 +270,29 @@ def rehearse_sample(memory_mode: str, kind: str, frames: int = 31, layers: int =
             if name == "denoise":
                 generator, adapter = None, None
     return peaks
+
+
+# Stage, adapter, GPUs, GPUs that share a video: what docs/SCALE.md names.
+CASES = [
+    (stage, kind, world, sequence)
+    for stage, kind in (("1", "resnet"), ("1", "controlnet"), ("2", "none"), ("3", "resnet"), ("3", "controlnet"))
+    for world, sequence in ((1, 1), (4, 1), (4, 4), (8, 1), (8, 8))
+]
+
+
+def table(layers: tuple[int, int] = (3, 4), cases: list = CASES) -> Iterator[dict]:
+    """Rows of the memory table. Memory is linear in the number of blocks, so 30 are reckoned from two small numbers."""
+    for stage, kind, world, sequence in cases:
+        few, more = (rehearse_stage(stage, kind, world, sequence, n) for n in layers)
+        whole = few + (more - few) * (PRESETS["wan5b"].layers - layers[0]) / (layers[1] - layers[0])
+        yield {"stage": stage, "adapter": kind, "GPUs": world, "sequence": sequence, "GB": round(whole, 1)}
+    for mode in ("low", "medium"):
+        for kind in ("resnet", "controlnet"):
+            for part, most in rehearse_sample(mode, kind).items():
+                yield {
+                    "stage": f"sample, {mode}: {part}",
+                    "adapter": kind,
+                    "GPUs": 1,
+                    "sequence": 1,
+                    "GB": round(most, 1),
+                }
