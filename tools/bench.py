@@ -3,6 +3,7 @@
     python -m tools.bench                      # a transformer of width 1536 at 4,032 tokens, the VAE at 17 x 256 x 256
     python -m tools.bench --preset wan5b       # the real shapes; needs a GPU
     python -m tools.bench --rehearse           # memory of every stage at full size, on pretended GPUs; needs none
+    python -m tools.bench --gpu --out results/bench-h100.json    # on a machine with one GPU
 
 Ours and theirs take turns, and outputs are compared before anything is timed. Each pair gives a ratio (below 1: ours is
 faster); the table has the median. Needs requirements-dev.txt. Writes rows to `--out`, and a Markdown table beside it.
@@ -98,6 +99,7 @@ def peak(function: Callable, device: torch.device) -> float:
 class Config:
     preset: Literal["wide", "wan5b", "small"] = "wide"  # shapes
     parts: str = ",".join(PARTS)  # what to measure, separated by commas
+    gpu: bool = False  # what one GPU does, in eight minutes: give it --out results/bench-<gpu>.json
     rehearse: bool = False  # measure nothing: count the memory of every stage on pretended GPUs
     repeats: int = 3  # timed pairs
     out: str = "out/bench.json"  # rows; the table goes beside it
@@ -223,14 +225,17 @@ def main(cfg: Config) -> None:
     if unknown := parts - set(PARTS):
         raise UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     out = output_path(cfg.out, ".json")
-    if cfg.rehearse:
-        from tools.rehearse import table  # it imports every stage
+    if cfg.rehearse or cfg.gpu:
+        from tools import gpu, rehearse  # they import every stage
 
-        origin, rows = provenance("-m tools.bench", cfg, torch.device("cpu")), []
-        for counted in table():
+        device = parallel.init_processes().device if cfg.gpu else torch.device("cpu")
+        if cfg.gpu and device.type != "cuda":
+            raise UserError("--gpu: there is none here; --rehearse needs none")
+        origin, rows = provenance("-m tools.bench", cfg, device), []
+        for counted in gpu.measure(device) if cfg.gpu else rehearse.table():
             print(counted, file=sys.stderr, flush=True)
             rows.append(counted | origin)
-        write_rows(out, rows, three_digits)
+            write_rows(out, rows, three_digits)  # each as it comes: the machine may be taken away
         print(markdown(rows, three_digits))
         return
     try:
