@@ -244,7 +244,15 @@ def test_float32_is_gathered_as_it_is():
 STATE = r"""
 def main(cfg):
     procs = parallel.init_processes()
-    model = parallel.prepare(VideoDiT(DiTConfig(64, 128, 4, 2, text_dim=16, text_tokens=8, channels=16)), procs, False)
+    torch.manual_seed(0)
+    shape = DiTConfig(64, 128, 4, 2, text_dim=16, text_tokens=8, channels=16)
+    model = truth = VideoDiT(shape)
+    before = {name: p.clone() for name, p in truth.state_dict().items()}
+    if procs.rank:  # the shapes alone: the weights are rank 0's
+        with torch.device("meta"):
+            model = VideoDiT(shape)
+    model = parallel.prepare(model, procs, False)
+    assert all(torch.equal(parallel.full(p), before[name]) for name, p in model.state_dict().items())
     optimizer, ema = optim.adamw(model, 0.0), optim.EMA(model, 0.9)
     model(torch.randn(1, 16, 3, 8, 8), torch.zeros(1, 3), torch.randn(1, 8, 16)).sum().backward()
     optimizer.step()
@@ -257,7 +265,9 @@ def main(cfg):
 
 
 def test_what_training_holds_of_a_parameter(two):
-    """20 bytes over all processes, as docs/SCALE.md reckons: weight, gradient, two moments and average."""
+    """20 bytes over all processes, as docs/SCALE.md reckons: weight, gradient, two moments and average. And only rank 0
+    need have held the weights before.
+    """
     job = two(STATE)
     found = [float(number) for number in re.findall(r"bytes ([\d.]+)", job.stdout)]
     assert found == [pytest.approx(20, rel=0.02)] * 2, job.stderr[-2000:]

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from core import parallel
-from tools import rehearse
+from model import DiTConfig
+from tools import gpu, rehearse
+from wan.vae import VAEConfig
 
 GIB = 2**30 / 1e9  # a GiB in GB
 
@@ -30,3 +32,13 @@ def test_what_waits_for_a_number_or_mixes_devices_is_caught():
         with pytest.raises(Exception, match="_local_scalar_dense"):
             there.sum().item()
     assert not torch.cuda.is_available() or torch.zeros(1, device="cuda").item() == 0  # nothing is left of it
+
+
+def test_what_a_gpu_will_be_asked_runs_at_a_small_shape(monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    vae = VAEConfig(width=8, decoder_width=8, blocks=1)
+    rows = list(gpu.measure(torch.device("cpu"), DiTConfig(64, 128, 2, 2, 64, 16), (2, 4, 4), vae, torch.float32))
+    names = [row["name"] for row in rows]
+    assert names[:2] == ["4 steps, controlnet, compiled", "4 steps, resnet, compiled"] and len(names) == 7
+    assert all(row["seconds"] > 0 for row in rows)
+    assert rows[5]["seconds"] == pytest.approx(sum(rows[i]["seconds"] for i in (1, 3, 4)))

@@ -53,7 +53,7 @@ def random(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.M
 
 def measure(
     device: torch.device, config: DiTConfig = PRESETS["wan5b"], grid: tuple[int, int, int] = (31, 44, 80),
-    vae_config: VAEConfig = VAEConfig(), dtype: torch.dtype = torch.bfloat16,
+    vae_config: VAEConfig | None = None, dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[dict]:  # fmt: skip
     """Rows, each when it is measured. `grid`: of the latents. Tests give small shapes."""
     tokens = grid[0] * grid[1] * grid[2] // 4
@@ -84,7 +84,8 @@ def measure(
         for block in (*generator.blocks, *adapter.blocks):
             block.compile()
         with attention.fastest(config.heads, config.dim, tokens, device):
-            yield timed(f"4 steps, {kind}, compiled", lambda: steps(adapter), device)
+            yield (row := timed(f"4 steps, {kind}, compiled", lambda: steps(adapter), device))
+    four = row["seconds"]
 
     # 2. A training step of stage 1: forward, again, gradient; no optimizer.
     frozen = parallel.Processes(0, 1, device, None)
@@ -100,14 +101,20 @@ def measure(
     d = config.dim
     block = tokens * (12 * d * d + 4 * d * config.ffn_dim) + 4 * d * tokens * (tokens + config.text_tokens)
     yield row | {"share_of_peak": 3 * config.layers * block / row["seconds"] / PEAK}
-    del generator, adapter
+    generator = adapter = None  # the VAE needs the room
 
     # 3. The VAE both ways, and the small decoder.
+    vae_config = vae_config or VAEConfig()
     with torch.device("meta"):
         networks = {"VAE": WanVAE(vae_config), "small decoder": TinyDecoder(vae_config.channels)}
     vae, small = (random(network, dtype, device) for network in networks.values())
     video = torch.rand(1, 3, 4 * grid[0] - 3, grid[1] * vae.spatial, grid[2] * vae.spatial)
     latents = torch.randn(1, vae_config.channels, *grid, device=device)
-    yield timed("VAE encode", lambda: vae.encode(video), device, repeats=1)
-    yield timed("VAE decode", lambda: [None for _ in vae.frames(latents)], device, repeats=1)
+    both = (
+        timed("VAE encode", lambda: vae.encode(video), device, repeats=1),
+        timed("VAE decode", lambda: [None for _ in vae.frames(latents)], device, repeats=1),
+    )
+    yield from both
+    whole = four + sum(row["seconds"] for row in both)
+    yield {"name": "encode, 4 steps with resnet, decode", "seconds": whole, "GB": None, "share_of_peak": None}
     yield timed("small decoder", lambda: [None for _ in small.frames(latents)], device, repeats=1)
