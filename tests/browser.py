@@ -120,6 +120,7 @@ class Hands:
 
     def settle(self) -> None:
         """Until the drawing is kept."""
+        self.wait("!due")
         self.see("(async () => { let last; do { last = saving; await last; } while (last !== saving); })()")
 
     def reload(self) -> None:
