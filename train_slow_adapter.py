@@ -148,7 +148,7 @@ def main(cfg: Config) -> None:
         x0, text, traj = held_out.batch([number], "box").to(procs.device)
         noise = send(sample_noise(x0.shape[1:], [number], cfg.seed), procs.device)
         out = flow.sample_multistep(
-            lambda x, t: generator(x, t, text, adapter.residuals(traj, x, t, text)),
+            lambda x, t: generator(x, t, text, adapter(traj, x, t, text)),
             x0[:, :, :1], noise, flow.sigma_schedule(20, cfg.shift),
         )  # fmt: skip
         return [x0, out]
