@@ -62,7 +62,7 @@ class Config:
     seed: int = 0  # of data order and noise
     log_every: int = 20  # steps
     save_every: int = 250  # steps
-    sample_every: int = 500  # steps
+    sample_every: int = 500  # steps; 0 for no samples
 
 
 # Where each value comes from stands beside it, and in --help.

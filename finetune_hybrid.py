@@ -78,7 +78,7 @@ class Config:
     seed: int = 0  # of the classifier's weights, data order and noise
     log_every: int = 20  # steps
     save_every: int = 50  # steps
-    sample_every: int = 300  # steps
+    sample_every: int = 300  # steps; 0 for no samples
 
 
 # Where each value comes from stands beside it, and in --help. What stage3.yaml says is known from a third party.

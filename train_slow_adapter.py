@@ -60,7 +60,7 @@ class Config:
     seed: int = 1  # of weights, data order and noise
     log_every: int = 20  # steps
     save_every: int = 500  # steps
-    sample_every: int = 1000  # steps
+    sample_every: int = 1000  # steps; 0 for no samples
 
 
 # Where each value comes from stands beside it, and in --help.

@@ -34,6 +34,7 @@ from core.weights import read_config
 Part = tuple[nn.Module, Sequence, Stateful | None]  # a network, its optimizers, its EMA if it has one
 KEEP = 2  # how many checkpoints
 COUNTS = ("steps", "batch", "accumulate", "ratio", "denoising_steps", "log_every", "save_every", "sample_every")
+MAY_BE_0 = ("accumulate", "sample_every")
 # Options that may change when a run resumes: they affect how it is computed and shown, not its result.
 FREE = ("dtype", "compile", "recompute", "sequence", "accumulate", "log_every", "save_every", "sample_every")
 
@@ -41,14 +42,17 @@ FREE = ("dtype", "compile", "recompute", "sequence", "accumulate", "log_every", 
 def check_counts(config) -> None:
     """UserError if an option that must be at least 1 (or 0) isn't."""
     for name in COUNTS:
-        least = 0 if name == "accumulate" else 1
+        least = 0 if name in MAY_BE_0 else 1
         if getattr(config, name, 1) < least:
             raise UserError(f"--{name} {getattr(config, name)}: at least {least}")
 
 
 def due(step: int, every: int, start: int, last: bool) -> bool:
-    """Whether to do, before this step, what is done every so many steps and after the last, but not at the start."""
-    return last or (step % every == 0 and step > start)
+    """Whether to do, before this step, what is done every so many steps and after the last, but not at the start.
+
+    With `every` 0, never.
+    """
+    return every > 0 and (last or (step % every == 0 and step > start))
 
 
 class Run:

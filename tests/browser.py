@@ -99,8 +99,8 @@ class Hands:
         self.page.mouse.move(*end, steps=steps)
         self.page.mouse.up()
 
-    def touch(self, points: list[tuple[float, float]], pause: int = 0) -> None:
-        """A finger on the screen, through these points."""
+    def touch(self, points: list[tuple[float, float]], pause: int = 40) -> None:
+        """A finger on the screen, through these points. One in no time would be a fling, which swallows the next tap."""
         finger = self.context.new_cdp_session(self.page)
         for number, (x, y) in enumerate(points):
             kind = "touchMove" if number else "touchStart"

@@ -33,7 +33,7 @@ SHORT = {
     "python -m toy.train_slow_generator": "--steps 2 --batch 2 --compile false --init small",
     "python train_slow_adapter.py": f"--steps 2 --mask_steps 1 --batch 2 --compile false {SMALL}",
     "torchrun --nproc_per_node=2 train_slow_adapter.py":
-        f"--steps 2 --mask_steps 1 --batch 2 --compile false {SMALL} --name t",
+        f"--steps 2 --mask_steps 1 --batch 2 --compile false {SMALL} --sample_every 0 --name t",
     "python distill_fast.py": "--steps 2 --ratio 2 --batch 1 --compile false"
         " --generator small/slow_generator.safetensors",
     "python finetune_hybrid.py": "--steps 2 --ratio 2 --diffusion_first 0 --adapter_start 0 --batch 1 --compile false"

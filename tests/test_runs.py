@@ -14,7 +14,7 @@ import torch
 
 from core import optim, parallel
 from core.config import UserError
-from core.runs import COUNTS, Run, check_counts, due
+from core.runs import COUNTS, MAY_BE_0, Run, check_counts, due
 
 ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
@@ -191,7 +191,7 @@ def test_a_checkpoint_is_saved_before_samples_are_made(tmp_path):
 @pytest.mark.parametrize("name", COUNTS)
 def test_nothing_that_is_counted_may_be_none(name):
     options = dataclasses.make_dataclass("Counted", [(name, int, 0)], frozen=True)
-    if name == "accumulate":  # there it means one video in each micro-batch
+    if name in MAY_BE_0:  # one video in each micro-batch; no samples
         check_counts(options())
         options = dataclasses.make_dataclass("Counted", [(name, int, -1)], frozen=True)
     with pytest.raises(UserError, match=f"--{name} (0: at least 1|-1: at least 0)$"):
@@ -203,6 +203,7 @@ def test_what_is_due_and_when():
     assert [step for step in range(11) if due(step, 4, 0, last=step == 10)] == [4, 8, 10]
     assert [step for step in range(4, 11) if due(step, 4, 4, last=step == 10)] == [8, 10]
     assert [step for step in range(9) if due(step, 4, 0, last=step == 8)] == [4, 8]
+    assert not any(due(step, 0, 0, last=step == 8) for step in range(9))
     assert due(0, 4, 0, last=True)  # a run of no steps, or one that is begun again when it is done
 
 

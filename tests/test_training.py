@@ -23,7 +23,7 @@ SCRIPTS = {
     "finetune_hybrid.py": "fast_adapter",
 }
 STEPS, SAVED = 5, 3  # cut in the middle of a cycle of stage 3
-SHORT = ("--steps", STEPS, "--batch", 2, "--save_every", SAVED, "--sample_every", 1000, "--log_every", 1,
+SHORT = ("--steps", STEPS, "--batch", 2, "--save_every", SAVED, "--sample_every", 0, "--log_every", 1,
          "--compile", "false", "--dtype", "float32", "--warmup", 2)  # fmt: skip
 HYBRID = ("--ratio", 2, "--diffusion_first", 0, "--adapter_start", 1, "--sparse", 0.5)
 # Small networks, but what a preset fixes the width of: the generator of a new adapter, and the classifier's backbone.
@@ -68,12 +68,17 @@ def start(folder):
 
 @pytest.fixture(scope="module")
 def whole(start, folder, flags):
-    """The log and weights of an uninterrupted run of a script on so many processes, of which some share a video."""
+    """The log and weights of an uninterrupted run of a script on so many processes, of which some share a video.
+
+    With samples at its end, unless two processes have a video each: samples are most of the time of such short runs.
+    """
 
     @cache
     def train(script: str, processes: int, sequence: int = 1):
         name = f"whole{processes}_{sequence}_{SCRIPTS[script]}"
         more = ("--sequence", sequence) if sequence > 1 else ()
+        if processes == sequence:
+            more += ("--sample_every", 1000)
         finish(start(script, *flags[script], *more, "--name", name, processes=processes))
         return outcome(folder, name, SCRIPTS[script])
 

@@ -55,7 +55,7 @@ class Config:
     seed: int = 0  # of data order and noise
     log_every: int = 20  # steps
     save_every: int = 50  # steps
-    sample_every: int = 300  # steps
+    sample_every: int = 300  # steps; 0 for no samples
 
 
 class Controlled(nn.Module):

@@ -42,7 +42,7 @@ class Config:
     seed: int = 0  # of weights, data order and noise
     log_every: int = 20  # steps
     save_every: int = 250  # steps
-    sample_every: int = 500  # steps
+    sample_every: int = 500  # steps; 0 for no samples
 
 
 def frames_of(world: ToyWorld, samples: list[int], number: int, seed: int) -> Tensor:

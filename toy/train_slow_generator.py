@@ -54,7 +54,7 @@ class Config:
     seed: int = 0  # of weights, data order and noise
     log_every: int = 20  # steps
     save_every: int = 500  # steps
-    sample_every: int = 1000  # steps
+    sample_every: int = 1000  # steps; 0 for no samples
 
 
 def main(cfg: Config) -> None:
