@@ -137,8 +137,8 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(files, monkeypatch):
     def state():
         return torch.cat([p.detach().flatten() for p in adapter[0].parameters()])
 
-    def watched_read(*args):
-        adapter.append(read(*args))
+    def watched_read(*args, **more):
+        adapter.append(read(*args, **more))
         return adapter[0]
 
     def watched_sampler(*args):
@@ -161,8 +161,8 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(files, monkeypatch):
     )
     kinds = [kind for kind, *_ in updates]
     assert kinds == ["adapter", *["classifier", "classifier", "adapter"] * 2, "classifier"]
-    assert [number for number, _ in made[:-1]] == [1, 4, 7]  # the last is the final sample
-    for number, seen in made[:-1]:
+    assert [number for number, _ in made[:-4]] == [1, 4, 7]  # the last are the final samples
+    for number, seen in made[:-4]:
         assert updates[number][0] == "classifier" and torch.equal(seen, updates[number][1])  # the adapter as it is
         kind, before, after = updates[number - 1]
         assert kind == "adapter" and not torch.equal(before, after) and torch.equal(seen, after)
@@ -171,7 +171,7 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(files, monkeypatch):
 @pytest.mark.parametrize("reuse", [False, True])
 def test_fakes_of_their_own_have_the_true_videos_conditions_at_every_step(reuse, files, monkeypatch):
     """The same first frames, texts and trajectories; fakes that are used again keep those of their cycle's start."""
-    pairs, made = [], []
+    seen, judged, made = [], [], []
     sampler, features = flow.sample_fewstep, DiffusionDiscriminator.features
     judge = Classifier.forward
 
@@ -181,13 +181,13 @@ def test_fakes_of_their_own_have_the_true_videos_conditions_at_every_step(reuse,
 
     def watched_features(self, x_t, t, text):
         if not torch.is_grad_enabled():  # the discriminator's own step
-            pairs.append([x_t[:, :, 0], text, t])
+            seen.append([x_t[:, :, 0], text, t])
         return features(self, x_t, t, text)
 
-    def watched_judge(self, seen, text, traj):
-        if len(text) == 4:
-            pairs[-1] += [text, traj]
-        return judge(self, seen, text, traj)
+    def watched_judge(self, features, text, traj):
+        if len(text) == 4:  # true videos and fakes
+            judged.append([text, traj])
+        return judge(self, features, text, traj)
 
     monkeypatch.setattr(flow, "sample_fewstep", watched_sampler)
     monkeypatch.setattr(DiffusionDiscriminator, "features", watched_features)
@@ -198,10 +198,14 @@ def test_fakes_of_their_own_have_the_true_videos_conditions_at_every_step(reuse,
             dtype="float32",
         )
     )  # fmt: skip
-    assert len(pairs) == 4 and len(made) == (2 if reuse else 4) + 1  # and the final sample
-    alike = [all(torch.equal(*part.chunk(2)) for part in parts) for parts in pairs]
+    assert (len(seen), len(judged)) == (8, 4) and len(made) == (2 if reuse else 4) + 4  # and the final samples
+    true, fake = seen[::2], seen[1::2]
+    alike = [
+        all(map(torch.equal, *two)) and all(torch.equal(*part.chunk(2)) for part in parts)
+        for *two, parts in zip(true, fake, judged, strict=True)
+    ]
     assert alike == ([True, False] * 2 if reuse else [True] * 4)
-    assert not any(torch.equal(a[1], b[1]) for a, b in pairwise(pairs))  # true videos are new at every step
+    assert not any(torch.equal(a[1], b[1]) for a, b in pairwise(true))  # true videos are new at every step
 
 
 def test_the_log_shows_how_hard_each_loss_pulls_at_the_adapter(files):

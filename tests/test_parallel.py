@@ -77,8 +77,8 @@ def test_recomputing_gives_the_same_gradient_and_costs_what_it_says():
 
 @pytest.mark.parametrize("how", ["selective", "full"])
 def test_recomputing_compiled_blocks_gives_the_same_gradient(how, monkeypatch):
-    if how == "full":  # once with the compiler at work is enough: what it is handed counts here
-        monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    # What the compiler is handed counts here. Code for it would take it a minute.
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     compiled = gradients(how, compile=True, counted=False)[0]
