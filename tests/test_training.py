@@ -1,6 +1,7 @@
 """The training scripts as a user runs them: exact resume after kill -9, and the same curve on two processes."""
 
 import json
+import shutil
 import signal
 import time
 from functools import cache
@@ -103,8 +104,7 @@ def kill_at_checkpoint(job, folder) -> None:
     job.kill()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script, processes", [*((script, 1) for script in SCRIPTS), ("finetune_hybrid.py", 2)])
 def test_five_steps_equal_three_kill_and_two_more(start, folder, flags, whole, script, processes):
     network, name = SCRIPTS[script], f"cut{processes}_{SCRIPTS[script]}"
     job = start(script, *flags[script], "--name", name, processes=processes, wait=False)
@@ -112,7 +112,23 @@ def test_five_steps_equal_three_kill_and_two_more(start, folder, flags, whole, s
     assert not (folder / "runs" / name / f"{network}.safetensors").exists()
     finish(start(script, *flags[script], "--name", name, processes=processes))
 
-    (log, weights), (cut_log, cut_weights) = whole(script, processes), outcome(folder, name, network)
+    the_same(folder, whole(script, processes), name, network)
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "finetune_hybrid.py"])
+def test_two_processes_go_on_from_a_checkpoint(start, folder, flags, whole, script):
+    """As after a kill: what was written later is gone, but for the log."""
+    network, name, complete = SCRIPTS[script], f"cut2_{SCRIPTS[script]}", whole(script, 2)
+    shutil.copytree(folder / "runs" / f"whole2_1_{network}", folder / "runs" / name)
+    shutil.rmtree(folder / "runs" / name / "ckpt" / "step_00000005")
+    (folder / "runs" / name / f"{network}.safetensors").unlink()
+    finish(start(script, *flags[script], "--name", name, processes=2))
+    the_same(folder, complete, name, network)
+
+
+def the_same(folder: Path, complete: tuple[list[dict], dict], name: str, network: str) -> None:
+    """This run ended as the uninterrupted one, to the last bit."""
+    (log, weights), (cut_log, cut_weights) = complete, outcome(folder, name, network)
     assert [line["step"] for line in log] == list(range(1, STEPS + 1))
     assert log == cut_log  # losses, to the last digit
     assert weights.keys() == cut_weights.keys() and all(torch.equal(weights[n], cut_weights[n]) for n in weights)

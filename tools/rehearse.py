@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import adapter as adapters
@@ -64,8 +65,8 @@ def moved(module: nn.Module, function, recurse: bool = True) -> nn.Module:
     return module
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The attention of GPUs: torch chooses it by asking one."""
+def flash(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    """The attention of GPUs: torch chooses it by asking one. No network here masks anything."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
@@ -87,7 +88,7 @@ def to_device(tensor: Tensor, *args: object, **options: object) -> Tensor:
     if where is not None and torch.device(where).type == "meta":
         where = GPU
     if where is not None and torch.device(where) != tensor.device:
-        args = (where, *args)
+        args, tensor.constant = (where, *args), None  # a number that was known would be copied to a true GPU
     return to(tensor, *args, **options) if args or options else tensor
 
 
@@ -101,6 +102,44 @@ class Factories(TorchDispatchMode):
         return function(*args, **options)
 
 
+class Autocast(TorchFunctionMode):
+    """What autocast does on GPUs, of which C++ would see none: these functions in bfloat16, those in float32."""
+
+    # Of torch's lists (ATen/autocast_mode.h), what can be called here.
+    short = ("linear", "conv2d", "conv3d", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
+    long = ("layer_norm", "rms_norm", "group_norm", "softmax", "log_softmax", "exp", "log", "pow", "rsqrt", "sum",
+            "reciprocal", "softplus", "mse_loss", "l1_loss")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.kept: dict[int, Tensor] = {}  # trained weights are cast once, until the outermost autocast ends
+
+    def __torch_function__(self, function, types, args=(), options=None):
+        name = getattr(function, "__name__", "").strip("_")
+        dtype = torch.bfloat16 if name in self.short else torch.float32 if name in self.long else None
+        if dtype is not None and torch.is_autocast_enabled("cuda"):
+            args = [self.cast(value, dtype) for value in args]
+            options = {name: self.cast(value, dtype) for name, value in (options or {}).items()}
+        return function(*args, **(options or {}))
+
+    def cast(self, value: object, dtype: torch.dtype) -> object:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
+            return value
+        if not (dtype == torch.bfloat16 and value.is_leaf and value.requires_grad):
+            return value.to(dtype)
+        if id(value) not in self.kept:
+            self.kept[id(value)] = value.to(dtype)
+        return self.kept[id(value)]
+
+
+def backward(loss: Tensor) -> None:
+    """`Tensor.backward`, which would leave `Autocast` behind, and then recompute without it."""
+    ones = (torch.ones_like(loss),)
+    torch.autograd.graph._engine_run_backward(
+        (loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
 @contextlib.contextmanager
 def pretended(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
     """Inside, this is rank 0 of so many processes, with a GPU each, in nodes of `node`. The stack takes more."""
@@ -111,6 +150,7 @@ def pretended(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
     places = {"RANK": 0, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": min(world, node)}
     environment = {name: str(value) for name, value in places.items()} if world > 1 else {}
     init, new_group, begin = dist.init_process_group, dist.new_group, parallel.init_processes
+    casts = Autocast()
 
     def init_processes(sequence: int = 1) -> parallel.Processes:
         with _disable_current_modes():  # the mesh looks at its own numbers
@@ -123,9 +163,11 @@ def pretended(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
         (torch.cuda, "is_available", lambda: True), (torch.cuda, "is_bf16_supported", lambda *_: True),
         (torch.cuda, "current_device", lambda: 0), (torch.cuda, "device_count", lambda: node),
         *((torch.cuda, name, Quiet) for name in ("Stream", "stream", "current_stream", "Event")),
+        (torch.accelerator, "current_stream", Quiet), (torch, "clear_autocast_cache", casts.kept.clear),
         (torch.cuda, "set_device", Quiet), (torch.cuda, "empty_cache", Quiet),
         (torch.Tensor, "record_stream", Quiet), (torch.Tensor, "pin_memory", lambda tensor: tensor),
         (torch.Tensor, "_make_subclass", on_meta), (torch.Tensor, "to", to_device),
+        (torch.Tensor, "backward", backward),
         (torch.Tensor, "__int__", lambda tensor: 0 if tensor.device.type == "cpu" else tensor.item()),
         (FSDPParamGroup, "_validate_no_meta_params", Quiet), (nn.Module, "_apply", moved),
         (dist, "init_process_group", start), (dist, "new_group", lambda *_, **__: new_group(backend="fake")),
@@ -140,6 +182,7 @@ def pretended(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
         rotary_table.cache_clear()
         try:
             stack.enter_context(Factories())
+            stack.enter_context(casts)
             yield stack
         finally:
             rotary_table.cache_clear()  # no pretended table must be found later
@@ -185,13 +228,20 @@ def fresh():
 STAGES = {"1": train_slow_adapter, "2": distill_fast, "3": finetune_hybrid}
 
 
-def rehearse_stage(stage: str, kind: str, world: int, sequence: int, layers: int, **more: object) -> float:
-    """GB at the peak of a stage's first cycle on rank 0, step, checkpoint, samples and export, with so many blocks."""
+def rehearse_stage(
+    stage: str, kind: str, world: int, sequence: int, layers: int, **more: object
+) -> dict[str, float]:
+    """GB at the peak of each part of a stage's first cycle on rank 0, with so many blocks: step to export."""
     script, shape = STAGES[stage], replace(PRESETS["wan5b"], layers=layers)
     light = replace(adapters.PRESETS["wan5b"], layers=layers)
     judge = replace(discriminators.PRESETS["wan5b"], feature_blocks=tuple(range(layers))[-3:])
     networks, prepare, begin, schedule = [], parallel.prepare, runs.Run.__init__, flow.sigma_schedule
-    tracker = fresh()
+    tracker, peaks = fresh(), {}
+
+    def ends(part: str) -> None:
+        """The peak since the last part's end is this one's."""
+        peaks[part] = max(peaks.get(part, 0), peak(tracker))
+        tracker._peak_mem.clear()
 
     def read(path: str, network: str, dtype: torch.dtype = torch.float32, *_: object, **__: object) -> VideoDiT:
         return typed(VideoDiT(shape), dtype)
@@ -208,7 +258,19 @@ def rehearse_stage(stage: str, kind: str, world: int, sequence: int, layers: int
         stack.enter_context(tracker)  # building is over
         begin(run, folder, config, procs, parts)
 
+    def save(run: runs.Run, *_: object, **__: object) -> None:
+        ends("step")
+        run.state()
+        ends("checkpoint")
+
+    def decode_video(codec: WanCodec, latents: Tensor) -> Tensor:
+        ends("samples")
+        video = decode(codec, latents[:, :, :3])  # later pieces take no more
+        ends("decode")
+        return video
+
     options = {"preset": "wan5b", "data": "clips", "steps": 1, "compile": False, "sequence": sequence}
+    options |= {"batch": 2 * world // sequence}  # from the second micro-batch on, gradients lie there from the first
     options |= {"kind": kind} if stage == "1" else {"ratio": 1}
     decode = WanCodec.decode_video
     patches = [
@@ -217,19 +279,19 @@ def rehearse_stage(stage: str, kind: str, world: int, sequence: int, layers: int
         (discriminators, "PRESETS", {"wan5b": judge}), (adapters, "PRESETS", {"wan5b": light}),
         (script, "training_data", lambda *_: (Clips(), Clips())), (script, "save_network", Quiet),
         (runs.Run, "__init__", watched), (runs.Run, "resume", lambda run: 0), (runs.Run, "check_finite", Quiet),
-        (runs.Run, "save", lambda run, *_, **__: run.state()), (runs, "write_image", Quiet),
-        (runs, "write_video", Quiet),
+        (runs.Run, "save", save), (runs, "write_image", Quiet), (runs, "write_video", Quiet),
         (runs, "small_frames", lambda video: np.zeros((9, 16, 16, 3), np.uint8)), (adapters.FixedNorm, "fit", Quiet),
         (flow, "sigma_schedule", lambda steps, shift: schedule(min(steps, 2), shift)),
         (WanCodec, "_part", Quiet), (WanVAE, "from_pretrained", lambda _: WanVAE()),
-        (WanCodec, "decode_video", lambda codec, z: decode(codec, z[:, :, :3])),  # later pieces take no more
+        (WanCodec, "decode_video", decode_video),
     ]  # fmt: skip
     options |= {} if stage == "1" else {"denoising_steps": 2}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), pretended(world) as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         script.main(script.Config(**script.WAN5B | options | more))
-        return peak(tracker)
+        ends("export")
+    return peaks
 
 
 def rehearse_sample(memory_mode: str, kind: str, frames: int = 31, layers: int = 2) -> dict[str, float]:
@@ -276,7 +338,7 @@ def rehearse_sample(memory_mode: str, kind: str, frames: int = 31, layers: int =
 CASES = [
     (stage, kind, world, sequence)
     for stage, kind in (("1", "resnet"), ("1", "controlnet"), ("2", "none"), ("3", "resnet"), ("3", "controlnet"))
-    for world, sequence in ((1, 1), (4, 1), (4, 4), (8, 1), (8, 8))
+    for world, sequence in ((1, 1), (4, 1), (4, 4), (8, 1), (8, 8), (16, 1))
 ]
 
 
@@ -284,15 +346,13 @@ def table(layers: tuple[int, int] = (3, 4), cases: list = CASES) -> Iterator[dic
     """Rows of the memory table. Memory is linear in the number of blocks, so 30 are reckoned from two small numbers."""
     for stage, kind, world, sequence in cases:
         few, more = (rehearse_stage(stage, kind, world, sequence, n) for n in layers)
-        whole = few + (more - few) * (PRESETS["wan5b"].layers - layers[0]) / (layers[1] - layers[0])
-        yield {"stage": stage, "adapter": kind, "GPUs": world, "sequence": sequence, "GB": round(whole, 1)}
+        steps = (PRESETS["wan5b"].layers - layers[0]) / (layers[1] - layers[0])
+        peaks = {part: few[part] + steps * (more[part] - few[part]) for part in few}
+        most = max(peaks, key=peaks.get)
+        about = {"stage": stage, "adapter": kind, "GPUs": world, "sequence": sequence}
+        yield about | {"GB": round(peaks[most], 1), "peak_at": most}
     for mode in ("low", "medium"):
         for kind in ("resnet", "controlnet"):
             for part, most in rehearse_sample(mode, kind).items():
-                yield {
-                    "stage": f"sample, {mode}: {part}",
-                    "adapter": kind,
-                    "GPUs": 1,
-                    "sequence": 1,
-                    "GB": round(most, 1),
-                }
+                about = {"stage": f"sample, {mode}", "adapter": kind, "GPUs": 1, "sequence": 1}
+                yield about | {"GB": round(most, 1), "peak_at": part}
