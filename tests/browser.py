@@ -100,7 +100,7 @@ class Hands:
         self.page.mouse.up()
 
     def touch(self, points: list[tuple[float, float]], pause: int = 40) -> None:
-        """A finger on the screen, through these points. One in no time would be a fling, which swallows the next tap."""
+        """A finger on the screen, through these points. In no time it would be a fling, which swallows the next tap."""
         finger = self.context.new_cdp_session(self.page)
         for number, (x, y) in enumerate(points):
             kind = "touchMove" if number else "touchStart"

@@ -1,28 +1,34 @@
 """What one GPU does at the true shapes, with random weights: `python -m tools.bench --gpu`, about eight minutes.
 
-Seconds of four steps (eager by each attention backend, and compiled, with both adapters), of the VAE both ways and of
-the small decoder, of a video end to end, and of a training step of stage 1 with the share of the GPU's peak that it
-reaches; and the real peak of memory of each. Nothing here compares with another project: `tools.bench` does.
+Seconds of four steps (eager by each attention backend, and compiled, with both adapters), of the VAE both ways (plain,
+by Winograd's convolutions, compiled) and of the small decoder, of a video end to end, and of training steps of stages 1
+and 3 with the share of the GPU's peak that they reach; and the real peak of memory of each. Then the peaks of the three
+modes of `--memory`, beside the rehearsed ones. Nothing here compares with another project: `tools.bench` does.
 """
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
+import discriminator as discriminators
+import finetune_hybrid
 import flow
 import train_slow_adapter
 from adapter import AdapterConfig, ControlNetAdapter, ResNetAdapter
 from core import attention, memory, parallel
 from core.codec import Batch
 from model import PRESETS, DiTConfig, VideoDiT
-from tools.rehearse import typed
+from tools.rehearse import rehearse_sample, sampling, typed
+from wan import vae
 from wan.tiny_decoder import TinyDecoder
-from wan.vae import VAEConfig, WanVAE
 
 PEAK = 989e12  # FLOP/s of an H100 or H200 in bfloat16
 
@@ -53,7 +59,8 @@ def random(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.M
 
 def measure(
     device: torch.device, config: DiTConfig = PRESETS["wan5b"], grid: tuple[int, int, int] = (31, 44, 80),
-    vae_config: VAEConfig | None = None, dtype: torch.dtype = torch.bfloat16,
+    vae_config: vae.VAEConfig | None = None, dtype: torch.dtype = torch.bfloat16,
+    judge_config: discriminators.ClassifierConfig | None = None,
 ) -> Iterator[dict]:  # fmt: skip
     """Rows, each when it is measured. `grid`: of the latents. Tests give small shapes."""
     tokens = grid[0] * grid[1] * grid[2] // 4
@@ -78,7 +85,8 @@ def measure(
 
     for kind in ("controlnet", "resnet"):
         adapter = random(networks.pop(kind), torch.float32 if kind == "resnet" else dtype, device)
-        for backend in attention.BACKENDS if device.type == "cuda" and kind == "resnet" else ():
+        backends = attention.ranking(config.heads, config.dim, tokens, device) if device.type == "cuda" else []
+        for backend in backends if kind == "resnet" else backends[:1]:
             with sdpa_kernel(backend):
                 yield timed(f"4 steps, {kind}, eager, {backend.name}", lambda: steps(adapter), device, repeats=1)
         for block in (*generator.blocks, *adapter.blocks):
@@ -87,34 +95,82 @@ def measure(
             yield (row := timed(f"4 steps, {kind}, compiled", lambda: steps(adapter), device))
     four = row["seconds"]
 
-    # 2. A training step of stage 1: forward, again, gradient; no optimizer.
-    frozen = parallel.Processes(0, 1, device, None)
-    adapter = parallel.prepare(adapter.requires_grad_(True), frozen, False, "full")
-    parallel.prepare(generator, frozen, True, "full")
+    # 2. Training steps without the optimizer: stage 1's; and the adapter's of stage 3, which is judged by a second
+    # copy of the generator.
+    alone = parallel.Processes(0, 1, device, None)
+    adapter = parallel.prepare(adapter.requires_grad_(True), alone, False, "full")
+    parallel.prepare(generator, alone, True, "full")
     batch, sigma = Batch(noise[0], text, traj), torch.tensor([0.5], device=device)
 
-    def learn() -> None:
+    def stage_1() -> None:
         with cast(), attention.fastest(config.heads, config.dim, tokens, device):
             train_slow_adapter.adapter_loss(generator, adapter, batch, noise[1], sigma).backward()
 
-    row = timed("step of stage 1, resnet", learn, device)
     d = config.dim
     block = tokens * (12 * d * d + 4 * d * config.ffn_dim) + 4 * d * tokens * (tokens + config.text_tokens)
-    yield row | {"share_of_peak": 3 * config.layers * block / row["seconds"] / PEAK}
-    generator = adapter = None  # the VAE needs the room
+
+    def share(row: dict, passes: int) -> dict:
+        return row | {"share_of_peak": passes * config.layers * block / row["seconds"] / PEAK}
+
+    yield share(timed("step of stage 1, resnet", stage_1, device), 3)
+    with torch.device("meta"):
+        backbone, judge = VideoDiT(config), judge_config or discriminators.PRESETS["wan5b"]
+        judge = discriminators.Classifier(judge)
+    backbone, judge = random(backbone, dtype, device), random(judge, torch.float32, device)
+    parallel.prepare(backbone, alone, True, "full")
+    discriminator = discriminators.DiffusionDiscriminator(backbone, judge)
+
+    def stage_3() -> None:
+        with cast(), attention.fastest(config.heads, config.dim, tokens, device):
+            velocity, level = partial(generator, text=text, residuals=adapter(traj)), flow.frame_sigma(sigma, grid[0])
+            learned = finetune_hybrid.diffusion_loss(velocity, noise[0], noise[1], sigma)
+            fake = flow.backward_simulation(velocity, first, noise, sigmas, 3)
+            logits = discriminator(flow.add_noise(fake, noise[1], level), flow.timestep(level), text, traj)
+            (learned + discriminators.adversarial_loss(logits)).backward()
+
+    # Three passes of the sampler that keep nothing; three each of its last, the true video's, the judge's.
+    yield share(timed("step of stage 3's adapter, resnet", stage_3, device, repeats=1), 3 + 3 * 3)
+    generator = adapter = backbone = judge = discriminator = None  # the VAE needs the room
 
     # 3. The VAE both ways, and the small decoder.
-    vae_config = vae_config or VAEConfig()
+    vae_config = vae_config or vae.VAEConfig()
     with torch.device("meta"):
-        networks = {"VAE": WanVAE(vae_config), "small decoder": TinyDecoder(vae_config.channels)}
-    vae, small = (random(network, dtype, device) for network in networks.values())
-    video = torch.rand(1, 3, 4 * grid[0] - 3, grid[1] * vae.spatial, grid[2] * vae.spatial)
+        networks = vae.WanVAE(vae_config), TinyDecoder(vae_config.channels)
+    codec, small = (random(network, dtype, device) for network in networks)
+    video = torch.rand(1, 3, 4 * grid[0] - 3, grid[1] * codec.spatial, grid[2] * codec.spatial)
     latents = torch.randn(1, vae_config.channels, *grid, device=device)
-    both = (
-        timed("VAE encode", lambda: vae.encode(video), device, repeats=1),
-        timed("VAE decode", lambda: [None for _ in vae.frames(latents)], device, repeats=1),
-    )
-    yield from both
-    whole = four + sum(row["seconds"] for row in both)
+
+    def both_ways(how: str) -> Iterator[dict]:
+        yield timed(f"VAE encode{how}", lambda: codec.encode(video), device, repeats=1)
+        yield timed(f"VAE decode{how}", lambda: [None for _ in codec.frames(latents)], device, repeats=1)
+
+    with mock.patch.object(vae.CausalConv3d, "paired_on", ("cpu", "cuda")):
+        yield from both_ways(", Winograd")
+    plain = list(both_ways(""))
+    yield from plain
+    whole = four + sum(row["seconds"] for row in plain)
     yield {"name": "encode, 4 steps with resnet, decode", "seconds": whole, "GB": None, "share_of_peak": None}
     yield timed("small decoder", lambda: [None for _ in small.frames(latents)], device, repeats=1)
+    codec = small = None
+
+    # 4. The modes of --memory, beside what was rehearsed.
+    if device.type == "cuda" and config == PRESETS["wan5b"]:
+        for mode, kind in product(("low", "medium"), ("resnet", "controlnet")):
+            peaks = rehearse_sample(mode, kind)
+            with contextlib.ExitStack() as stack, torch.no_grad():
+                for part, call in sampling(stack, mode, kind, layers=4, offload=memory.offload).items():
+                    gc.collect()
+                    memory.reset_peak(device)
+                    call()
+                    most = memory.peak_memory(device) * 2**30 / 1e9
+                    name = f"--memory {mode}, {kind}: {part}; rehearsed {peaks[part]:.1f} GB"
+                    yield {"name": name, "seconds": None, "GB": most, "share_of_peak": None}
+
+    # 5. Last, for it is the one that may fail: the VAE compiled.
+    with torch.device("meta"):
+        codec = vae.WanVAE(vae_config)
+    codec = random(codec, dtype, device)
+    for module in codec.modules():
+        if isinstance(module, vae.ResidualBlock):
+            module.compile()
+    yield from both_ways(", compiled")

@@ -9,8 +9,9 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from unittest import mock
 
 import numpy as np
@@ -143,6 +144,7 @@ def backward(loss: Tensor) -> None:
 @contextlib.contextmanager
 def pretended(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
     """Inside, this is rank 0 of so many processes, with a GPU each, in nodes of `node`. The stack takes more."""
+    import torch._dynamo  # it lists torch's functions: before any is replaced
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -228,9 +230,7 @@ def fresh():
 STAGES = {"1": train_slow_adapter, "2": distill_fast, "3": finetune_hybrid}
 
 
-def rehearse_stage(
-    stage: str, kind: str, world: int, sequence: int, layers: int, **more: object
-) -> dict[str, float]:
+def rehearse_stage(stage: str, kind: str, world: int, sequence: int, layers: int, **more: object) -> dict[str, float]:
     """GB at the peak of each part of a stage's first cycle on rank 0, with so many blocks: step to export."""
     script, shape = STAGES[stage], replace(PRESETS["wan5b"], layers=layers)
     light = replace(adapters.PRESETS["wan5b"], layers=layers)
@@ -294,43 +294,52 @@ def rehearse_stage(
     return peaks
 
 
-def rehearse_sample(memory_mode: str, kind: str, frames: int = 31, layers: int = 2) -> dict[str, float]:
-    """GB at the peak of each part of making a video. From medium on, blocks take turns: it holds two, however many."""
-    cfg = sample.Config(**sample.WAN5B | {"preset": "wan5b", "memory": memory_mode, "compile": False})
-    shape, peaks = replace(PRESETS["wan5b"], layers=layers), {}
-    with pretended() as stack:
-        stack.enter_context(mock.patch.object(WanCodec, "_part", lambda *_: None))
-        stack.enter_context(mock.patch.object(WanVAE, "from_pretrained", lambda _: WanVAE()))
-        stack.enter_context(mock.patch.object(sample, "fastest", lambda *_: contextlib.nullcontext()))
-        codec = WanCodec("", GPU, torch.bfloat16, tile=32 if memory_mode == "low" else 0)
-        generator = typed(VideoDiT(shape), torch.bfloat16)
-        if memory_mode == "low":
-            use_int8(generator.blocks)
-        if kind == "resnet":
-            adapter = adapters.ResNetAdapter(adapters.AdapterConfig(shape.dim, layers, fixed_norm=True))
-        else:
-            adapter = typed(adapters.ControlNetAdapter(shape), torch.bfloat16)
-        if kind == "controlnet" and memory_mode == "low":
-            use_int8(adapter.blocks)
-        latents, text = torch.empty(1, 48, frames, 44, 80), torch.empty(1, 512, 4096, dtype=torch.bfloat16)
-        video = torch.empty(1, 3, 4 * min(frames, 3) - 3, 704, 1280)  # pieces after the second take no more
+def sampling(
+    stack: contextlib.ExitStack, mode: str, kind: str, frames: int = 31, layers: int = 2,
+    offload: Callable[[nn.Module, torch.device], nn.Module] = nn.Module.to,
+) -> dict[str, Callable[[], None]]:  # fmt: skip
+    """The parts of making a video on a GPU in a mode of `--memory`, with weights that mean nothing, for as long as the
+    stack is open. From medium on blocks take turns: the GPU holds two, as with two `layers` and no `offload`.
+    """
+    for patch in (
+        (WanCodec, "_part", lambda *_: None), (WanVAE, "from_pretrained", lambda _: WanVAE()),
+        (sample, "fastest", lambda *_: contextlib.nullcontext()),
+    ):  # fmt: skip
+        stack.enter_context(mock.patch.object(*patch))
+    cfg = sample.Config(**sample.WAN5B | {"preset": "wan5b", "memory": mode, "compile": False, "steps": 1})
+    shape = replace(PRESETS["wan5b"], layers=layers)
+    codec = WanCodec("", GPU, torch.bfloat16, tile=32 if mode == "low" else 0)
+    if kind == "resnet":
+        adapter = adapters.ResNetAdapter(adapters.AdapterConfig(shape.dim, layers, fixed_norm=True))
+    else:
+        adapter = typed(adapters.ControlNetAdapter(shape), torch.bfloat16)
+    networks = [typed(VideoDiT(shape), torch.bfloat16), adapter]
+    for network in networks:
+        if mode == "low" and (kind == "controlnet" or isinstance(network, VideoDiT)):
+            use_int8(network.blocks)
+    latents, text = torch.empty(1, 48, frames, 44, 80), torch.empty(1, 512, 4096, dtype=torch.bfloat16)
+    video = torch.empty(1, 3, 4 * min(frames, 3) - 3, 704, 1280)  # pieces after the second take no more
 
-        def denoise() -> None:
-            networks = (generator.to(GPU), adapter.to(GPU))
-            steps = replace(cfg, steps=1)
-            given = (z.to(GPU) for z in (latents[:, :, :1], latents, text))
-            sample.denoise(steps, *networks, *given, None)
+    def denoise() -> None:
+        turns = [mode != "high" and isinstance(network, VideoDiT) for network in networks]
+        ready = [offload(networks.pop(0), GPU) if turn else networks.pop(0).to(GPU) for turn in turns]
+        given = (z.to(GPU) for z in (latents[:, :, :1], latents, text))
+        sample.denoise(cfg, *ready, *given, None)
 
-        parts = {
-            "encode image and boxes": lambda: codec.encode_video(video), "denoise": denoise,
-            "decode": lambda: [None for _ in codec.pieces(latents[:, :, :3].to(GPU))],
-        }  # fmt: skip
-        for name, part in parts.items():
-            with torch.no_grad(), fresh() as tracker:
+    return {
+        "encode image and boxes": lambda: codec.encode_video(video), "denoise": denoise,
+        "decode": lambda: [None for _ in codec.pieces(latents[:, :, :3].to(GPU))],
+    }  # fmt: skip
+
+
+def rehearse_sample(mode: str, kind: str, frames: int = 31, layers: int = 2) -> dict[str, float]:
+    """GB at the peak of each part of making a video."""
+    peaks = {}
+    with pretended() as stack, torch.no_grad():
+        for name, part in sampling(stack, mode, kind, frames, layers).items():
+            with fresh() as tracker:
                 part()
                 peaks[name] = peak(tracker)
-            if name == "denoise":
-                generator, adapter = None, None
     return peaks
 
 
@@ -342,17 +351,24 @@ CASES = [
 ]
 
 
+def reckoned(few: dict[str, float], more: dict[str, float], layers: tuple[int, int]) -> dict[str, float]:
+    """Peaks with all blocks, from those with two small numbers of them: memory is linear in the number."""
+    steps = (PRESETS["wan5b"].layers - layers[0]) / (layers[1] - layers[0])
+    return {part: few[part] + steps * (more[part] - few[part]) for part in few}
+
+
 def table(layers: tuple[int, int] = (3, 4), cases: list = CASES) -> Iterator[dict]:
-    """Rows of the memory table. Memory is linear in the number of blocks, so 30 are reckoned from two small numbers."""
+    """Rows of the memory table: a stage's highest peak, and that of each part of making a video."""
     for stage, kind, world, sequence in cases:
-        few, more = (rehearse_stage(stage, kind, world, sequence, n) for n in layers)
-        steps = (PRESETS["wan5b"].layers - layers[0]) / (layers[1] - layers[0])
-        peaks = {part: few[part] + steps * (more[part] - few[part]) for part in few}
+        peaks = reckoned(*(rehearse_stage(stage, kind, world, sequence, n) for n in layers), layers)
         most = max(peaks, key=peaks.get)
         about = {"stage": stage, "adapter": kind, "GPUs": world, "sequence": sequence}
         yield about | {"GB": round(peaks[most], 1), "peak_at": most}
-    for mode in ("low", "medium"):
-        for kind in ("resnet", "controlnet"):
-            for part, most in rehearse_sample(mode, kind).items():
-                about = {"stage": f"sample, {mode}", "adapter": kind, "GPUs": 1, "sequence": 1}
-                yield about | {"GB": round(most, 1), "peak_at": part}
+    for mode, kind in product(("low", "medium", "high"), ("resnet", "controlnet")):
+        if mode == "high":
+            peaks = reckoned(*(rehearse_sample(mode, kind, layers=n) for n in layers), layers)
+        else:
+            peaks = rehearse_sample(mode, kind)
+        for part, most in peaks.items():
+            about = {"stage": f"sample, {mode}", "adapter": kind, "GPUs": 1, "sequence": 1}
+            yield about | {"GB": round(most, 1), "peak_at": part}

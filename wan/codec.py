@@ -43,7 +43,7 @@ class WanCodec(Codec):
     def vae(self) -> WanVAE:
         vae = WanVAE.from_pretrained(self._part("Wan2.2_VAE.pth", "vae")).requires_grad_(False)
         parts = [vae.conv2, vae.decoder]
-        if self.device.type == "cuda":  # where memory is short; it changes latents by less than 1%
+        if self.device.type == "cuda":  # faster and half as large; random weights gave latents that differ by 1.4%
             parts += [vae.conv1, vae.encoder]
         for part in parts:
             part.to(self.dtype)

@@ -62,6 +62,9 @@ class Layers(nn.Sequential):
 class CausalConv3d(nn.Conv3d):
     """A convolution that doesn't see the future: a video starts after frames of zeros. [B,C,T,H,W] -> the same T."""
 
+    # On a GPU, frames in pairs would move more memory than they save in products: not until one has been measured.
+    paired_on = ("cpu",)
+
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3)):
         super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
@@ -72,8 +75,7 @@ class CausalConv3d(nn.Conv3d):
             stream[self] = x[:, :, -past:].clone(memory_format=torch.channels_last_3d)
             if before is None and x.shape[2] == past + 1:  # frame 0 of the video: all before it is zero
                 return F.conv3d(x[:, :, -1:], self.weight[:, :, -1:], self.bias, padding=self.padding)
-        # On a GPU this way would move more memory than it saves in products: not until one has been measured.
-        paired = self.kernel_size == (3, 3, 3) and x.device.type == "cpu"
+        paired = self.kernel_size == (3, 3, 3) and x.device.type in self.paired_on
         return conv_pairs(x, self.weight, self.bias) if paired else super().forward(x)
 
 
