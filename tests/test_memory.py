@@ -9,6 +9,7 @@ from torch import nn
 
 from core import memory
 from core.memory import Int8Linear, Offload, offload, use_int8
+from core.parallel import has_bfloat16
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
 
@@ -46,17 +47,18 @@ def test_a_network_read_in_8_bits_is_smaller_and_nearly_the_same(tmp_path):
     short = VideoDiT.from_pretrained(tmp_path / "g.safetensors", "SlowGenerator", torch.int8)
     linears = [m for m in short.blocks.modules() if isinstance(m, nn.Linear | Int8Linear)]
     assert len(linears) == 30 and all(isinstance(m, Int8Linear) for m in linears)
-    assert short.head.head.weight.dtype == torch.bfloat16 and short.blocks[0].norm3.weight.dtype == torch.float32
+    other = torch.bfloat16 if has_bfloat16(torch.device("cpu")) else torch.float32  # not what would be emulated
+    assert short.head.head.weight.dtype == other and short.blocks[0].norm3.weight.dtype == torch.float32
 
     def size(network):
         return sum(t.nbytes for t in (*network.blocks.parameters(), *network.blocks.buffers()))
 
-    assert size(short) < 0.28 * size(model)  # of float32
+    assert size(short) < 0.285 * size(model)  # of float32: a quarter, and what is not quantised
     want, got = model(x, t, text), short(x, t, text).float()
     error = ((got - want).norm() / want.norm()).item()
     bf16 = VideoDiT.from_pretrained(tmp_path / "g.safetensors", "SlowGenerator", torch.bfloat16)
     rounding = ((bf16(x, t, text).float() - want).norm() / want.norm()).item()
-    assert rounding < error < 0.03
+    assert (rounding if other == torch.bfloat16 else 1e-3) < error < 0.03
 
 
 @pytest.mark.parametrize("int8", [False, True])
