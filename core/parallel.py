@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -143,7 +144,7 @@ def prepare(
     split_sequence(model, procs.group)
     for block in model.blocks:
         if recompute != "none":
-            block.forward = recomputed(block.forward, recompute)
+            block.forward = recomputed(block, recompute)
         if compile:
             block.compile()
     if procs.mesh is not None:
@@ -186,9 +187,9 @@ def precision(device: torch.device, dtype: str):
     return MixedPrecisionPolicy()
 
 
-def recomputed(forward, how: Recompute):
-    """`forward` that recomputes activations in the backward pass. "selective" keeps the costliest, "full" none."""
-    aten = torch.ops.aten
+def recomputed(block: nn.Module, how: Recompute) -> Callable:
+    """Its forward pass, recomputed in the backward pass. "selective" keeps the costliest activations, "full" none."""
+    forward, aten = block.forward, torch.ops.aten
     kept = [  # matrix products and attention
         aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
         aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -199,8 +200,9 @@ def recomputed(forward, how: Recompute):
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
 
     def call(*args):
-        if not torch.is_grad_enabled():  # nothing to keep
-            return forward(*args)
+        tensors = (x for x in (*args, *block.parameters()) if isinstance(x, Tensor))
+        if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+            return forward(*args)  # nothing to keep, and the compiler can't recompute what has no gradient
         # Written out: behind a `functools.partial` the compiler would pass it over, and all it calls with it.
         return checkpoint(forward, *args, **options)
 

@@ -24,14 +24,17 @@ def test_every_part_gives_rows_with_ratios(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", remembered)
     bench.main(bench.Config(preset="small", repeats=1, out=str(tmp_path / "b.json")))
     rows = json.loads((tmp_path / "b.json").read_text())
+    native = "bfloat16" if has_bfloat16(torch.device("cpu")) else "float32"
     paired = [row for row in rows if row["unit"] == "s" and row["reference"]]
     assert {(r["name"], r["dtype"], r["compiled"]) for r in paired} == {
         *((f"DiT forward{fused}", dtype, compiled) for fused in ("", ", reference fused")
           for dtype in ("float32", "bfloat16") for compiled in (False, True)),
         ("4 steps with adapter", "bfloat16", True),
         *((f"VAE {way}", "bfloat16", False) for way in ("decode", "encode")),
+        *((f"step of stage {n}, reference not compiled", native, True) for n in (1, 2, 3)),
     }  # fmt: skip
-    assert len(compiled) == 2 * 2 * 2  # both transformers, of two blocks each, in both types
+    # Both transformers, of two blocks each, in both types; then what stage 3 has of them.
+    assert len(compiled) == 2 * 2 * 2 + 4 * 2
     for row in paired:
         assert row["ratio"] == pytest.approx(row["ours"] / row["reference"])  # of a single pair
     by_name = {row["name"]: row for row in rows}
@@ -51,7 +54,7 @@ def test_what_differs_is_not_timed():
         bench.agree(a, a * 1.001, torch.float32, "x")
     with pytest.raises(UserError, match="--repeats 0"):
         bench.main(bench.Config(repeats=0))
-    with pytest.raises(UserError, match=r"--parts forward,growth: growth is none of forward, loop, vae$"):
+    with pytest.raises(UserError, match=r"--parts forward,growth: growth is none of forward, loop, vae, steps$"):
         bench.main(bench.Config(parts="forward,growth"))
 
 

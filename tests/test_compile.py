@@ -36,7 +36,7 @@ def test_a_stage_compiles_with_recomputing_and_never_goes_back_to_eager(script, 
     for name, net in {"SlowGenerator": network, "FastGenerator": network, "SlowAdapter": adapter}.items():
         save_network(here / f"{name}.safetensors", name, net.config, net.state_dict())
     compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile(module, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile(module, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     least, most, options = STAGES[script]

@@ -10,12 +10,13 @@ faster); the table has the median. Needs requirements-dev.txt. Writes rows to `-
 """
 
 import gc
+import math
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, product
 from typing import Literal
@@ -26,15 +27,17 @@ from torch import Tensor, nn
 import flow
 from adapter import AdapterConfig, ResNetAdapter
 from core import memory, parallel
+from core.codec import Batch
 from core.config import UserError, run_script
 from core.files import output_path
 from core.tables import markdown, provenance, three_digits, write_rows
 from core.weights import rename
+from discriminator import Classifier, ClassifierConfig, DiffusionDiscriminator
 from model import PRESETS, DiTConfig, VideoDiT
 from wan import vae
 from wan.published import DIFFUSERS_NAMES
 
-PARTS = ("forward", "loop", "vae")
+PARTS = ("forward", "loop", "vae", "steps")
 SHAPES = {  # the transformer; then frames, height and width of its latents, and of the VAE's video
     "wide": (DiTConfig(1536, 6144, 12, 8, 4096, 512), (7, 48, 48), (17, 256, 256)),
     "wan5b": (PRESETS["wan5b"], (31, 44, 80), (121, 704, 1280)),
@@ -219,6 +222,44 @@ def bench_vae(cfg: Config, device: torch.device) -> Iterator[dict]:
             yield row(f"{name}, peak memory", a, b, a / b, "GiB", about)
 
 
+def bench_steps(cfg: Config, device: torch.device) -> Iterator[dict]:
+    """A training step of each stage with blocks recomputed, without the optimizer: compiled, beside not compiled."""
+    from tools.gpu import learning_losses  # it imports every stage
+
+    config, grid, _ = SHAPES[cfg.preset]
+    if cfg.preset == "wide":
+        config, grid = replace(config, layers=4), (8, 32, 32)
+    tokens, dtype = math.prod(grid) // 4, torch.bfloat16 if parallel.has_bfloat16(device) else torch.float32
+    about = (f"{config.layers} blocks of {config.dim}, {tokens} tokens", str(dtype).removeprefix("torch."), True)
+    torch.manual_seed(0)
+    judge = ClassifierConfig(config.dim, config.text_dim, tuple(range(config.layers))[-3:], channels=config.channels)
+    with torch.device(device):
+        adapter = ResNetAdapter(AdapterConfig(config.dim, config.layers, channels=config.channels))
+        generator, backbone, classifier = VideoDiT(config), VideoDiT(config), Classifier(judge)
+        x0, traj, *noise = torch.randn(6, 1, config.channels, *grid)
+        batch = Batch(x0, torch.randn(1, config.text_tokens, config.text_dim), traj)
+    for network in (generator, backbone):
+        nn.init.normal_(network.head.head.weight, std=0.02)
+    alone = parallel.Processes(0, 1, device, None)
+    networks = [parallel.prepare(n, alone, True, "full") for n in (generator, adapter, backbone, classifier)]
+    discriminator, sigmas = DiffusionDiscriminator(backbone, classifier), flow.sigma_schedule(4, 5.0)
+    losses = learning_losses(generator, adapter, discriminator, batch, torch.stack(noise), sigmas)
+    for stage, loss in losses.items():
+        generator.requires_grad_(stage == "stage 2")
+
+        def step(stance: str, loss: Callable[[], Tensor] = loss) -> Tensor:
+            with torch.enable_grad(), torch.compiler.set_stance(stance), parallel.autocast(device, about[1]):
+                value = loss()
+                value.backward()
+            for network in networks:
+                network.zero_grad()
+            return value.detach()
+
+        both = partial(step, "default"), partial(step, "force_eager")
+        agree(*(call() for call in both), dtype, f"step of {stage}")
+        yield row(f"step of {stage}, reference not compiled", *pairs(*both, cfg.repeats, device), "s", about)
+
+
 def main(cfg: Config) -> None:
     if cfg.repeats < 1:
         raise UserError(f"--repeats {cfg.repeats}: at least 1")
@@ -249,6 +290,7 @@ def main(cfg: Config) -> None:
     ways = product((torch.float32, torch.bfloat16), (False, True)) if parts & {"forward", "loop"} else ()
     benches = [bench_transformer(cfg, dtype, compiled, device) for dtype, compiled in ways]
     benches += [bench_vae(cfg, device)] if "vae" in parts else []
+    benches += [bench_steps(cfg, device)] if "steps" in parts else []
     rows = []
     with torch.no_grad():
         for measured in chain(*benches):  # generators: each row is measured when it is asked for

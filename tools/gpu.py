@@ -9,7 +9,7 @@ modes of `--memory`, beside the rehearsed ones. Nothing here compares with anoth
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from unittest import mock
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 import discriminator as discriminators
+import distill_fast
 import finetune_hybrid
 import flow
 import train_slow_adapter
@@ -55,6 +56,33 @@ def random(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.M
     for p in network.parameters():
         nn.init.normal_(p, std=0.02)
     return network.requires_grad_(False)
+
+
+def learning_losses(
+    generator: VideoDiT, adapter: ResNetAdapter, discriminator: discriminators.DiffusionDiscriminator | None,
+    batch: Batch, noise: Tensor, sigmas: Sequence[float],
+) -> dict[str, Callable[[], Tensor]]:  # fmt: skip
+    """What a step of stages 1 to 3 goes down on. Stage 2's fake score is the discriminator's backbone."""
+    first, sigma = batch.x0[:, :, :1], torch.full((len(batch.x0),), 0.5, device=batch.x0.device)
+
+    def stage_2() -> Tensor:
+        draw = distill_fast.Draw(first, sigmas, 0, noise, noise[1], sigma)
+        student, fake = (partial(network, text=batch.text) for network in (generator, discriminator.backbone))
+        return distill_fast.student_loss(student, student, fake, draw)
+
+    def stage_3() -> Tensor:
+        velocity = partial(generator, text=batch.text, residuals=adapter(batch.traj))
+        learned = finetune_hybrid.diffusion_loss(velocity, batch.x0, noise[1], sigma)
+        fake = flow.backward_simulation(velocity, first, noise, sigmas, len(sigmas) - 2)
+        level = flow.frame_sigma(sigma, fake.shape[2])
+        x_t = flow.add_noise(fake, noise[1], level)
+        logits = discriminator(x_t, flow.timestep(level), batch.text, batch.traj)
+        return learned + discriminators.adversarial_loss(logits)
+
+    return {
+        "stage 1": lambda: train_slow_adapter.adapter_loss(generator, adapter, batch, noise[1], sigma),
+        "stage 2": stage_2, "stage 3": stage_3,
+    }  # fmt: skip
 
 
 def measure(
@@ -100,11 +128,11 @@ def measure(
     alone = parallel.Processes(0, 1, device, None)
     adapter = parallel.prepare(adapter.requires_grad_(True), alone, False, "full")
     parallel.prepare(generator, alone, True, "full")
-    batch, sigma = Batch(noise[0], text, traj), torch.tensor([0.5], device=device)
+    batch = Batch(noise[0], text, traj)
 
-    def stage_1() -> None:
+    def step(stage: str) -> None:
         with cast(), attention.fastest(config.heads, config.dim, tokens, device):
-            train_slow_adapter.adapter_loss(generator, adapter, batch, noise[1], sigma).backward()
+            learning_losses(generator, adapter, discriminator, batch, noise, sigmas)[stage]().backward()
 
     d = config.dim
     block = tokens * (12 * d * d + 4 * d * config.ffn_dim) + 4 * d * tokens * (tokens + config.text_tokens)
@@ -112,7 +140,8 @@ def measure(
     def share(row: dict, passes: int) -> dict:
         return row | {"share_of_peak": passes * config.layers * block / row["seconds"] / PEAK}
 
-    yield share(timed("step of stage 1, resnet", stage_1, device), 3)
+    discriminator = None
+    yield share(timed("step of stage 1, resnet", lambda: step("stage 1"), device), 3)
     with torch.device("meta"):
         backbone, judge = VideoDiT(config), judge_config or discriminators.PRESETS["wan5b"]
         judge = discriminators.Classifier(judge)
@@ -120,16 +149,9 @@ def measure(
     parallel.prepare(backbone, alone, True, "full")
     discriminator = discriminators.DiffusionDiscriminator(backbone, judge)
 
-    def stage_3() -> None:
-        with cast(), attention.fastest(config.heads, config.dim, tokens, device):
-            velocity, level = partial(generator, text=text, residuals=adapter(traj)), flow.frame_sigma(sigma, grid[0])
-            learned = finetune_hybrid.diffusion_loss(velocity, noise[0], noise[1], sigma)
-            fake = flow.backward_simulation(velocity, first, noise, sigmas, 3)
-            logits = discriminator(flow.add_noise(fake, noise[1], level), flow.timestep(level), text, traj)
-            (learned + discriminators.adversarial_loss(logits)).backward()
-
     # Three passes of the sampler that keep nothing; three each of its last, the true video's, the judge's.
-    yield share(timed("step of stage 3's adapter, resnet", stage_3, device, repeats=1), 3 + 3 * 3)
+    row = timed("step of stage 3's adapter, resnet", lambda: step("stage 3"), device, repeats=1)
+    yield share(row, 3 + 3 * 3)
     generator = adapter = backbone = judge = discriminator = None  # the VAE needs the room
 
     # 3. The VAE both ways, and the small decoder.
