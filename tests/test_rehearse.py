@@ -33,12 +33,12 @@ def test_the_first_cycle_of_a_stage_meets_no_other_device_and_waits_for_no_numbe
     peaks = rehearse.rehearse_stage(stage, kind, world, sequence, layers=2)
     assert list(peaks) == ["step", "checkpoint", "samples", "decode", "export"]
     (row,) = (row for row in TABLE if [row[n] for n in WHERE] == [stage, kind, world, sequence])
-    assert min(peaks.values()) > 1 and max(peaks.values()) < row["GB"]
+    assert min(peaks.values()) > 0.1 and max(peaks.values()) < row["GB"]
 
 
 def test_the_table_is_what_is_rehearsed():
-    """Reckoned from one and two blocks here, and there from three and four."""
-    again = next(rehearse.table((1, 2), [("1", "resnet", 1, 1)]))
+    """Reckoned from two and three blocks here, and there from three and four."""
+    again = next(rehearse.table((2, 3), [("1", "resnet", 1, 1)]))
     (row,) = (row for row in TABLE if [row[n] for n in WHERE] == ["1", "resnet", 1, 1])
     assert again["GB"] == pytest.approx(row["GB"], rel=0.03) and again["peak_at"] == row["peak_at"]
 

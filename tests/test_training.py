@@ -118,8 +118,7 @@ def test_five_steps_equal_three_kill_and_two_more(start, folder, flags, whole, s
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "finetune_hybrid.py"])
 def test_two_processes_go_on_from_a_checkpoint(start, folder, flags, whole, script):
     """As after a kill: what was written later is gone, but for the log."""
-    network, name, complete = SCRIPTS[script], f"cut2_{SCRIPTS[script]}", whole(script, 2)
-    shutil.copytree(folder / "runs" / f"whole2_1_{network}", folder / "runs" / name)
+    network, name, complete = SCRIPTS[script], f"whole2_1_{SCRIPTS[script]}", whole(script, 2)
     shutil.rmtree(folder / "runs" / name / "ckpt" / "step_00000005")
     (folder / "runs" / name / f"{network}.safetensors").unlink()
     finish(start(script, *flags[script], "--name", name, processes=2))
