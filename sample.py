@@ -14,11 +14,8 @@ An image of another shape than the video's is resized until it covers it and cut
 For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, with the networks of this project in it.
 """
 
-import base64
-import binascii
 import contextlib
 import gc
-import json
 import math
 import os
 import re
@@ -44,7 +41,7 @@ from core.config import ROOT, UserError, flags, reason, run_script, shipped
 from core.files import output_path
 from core.media import BROKEN, fit_frames, pictures, read_picture, to_uint8, write_video
 from core.noise import sample_noise, step_noise
-from core.serve import serve
+from core.serve import ASKED, serve, unpack
 from core.tables import read_table
 from core.weights import split_key
 from data import open_codec
@@ -334,40 +331,7 @@ class Clock:
         return "\n".join(f"{part}: {seconds:.2f} s, {most:.2f} GiB" for part, (seconds, most) in self.parts.items())
 
 
-# What the page asks for: of these types, no others.
-ASKED = {"prompt": str, "seed": int, "steps": int, "size": str, "frames": int}
-MOST_STEPS = 1000
 PAGE_HAS = (*ASKED, "image", "traj", "out", "serve", "port")  # options that are not the server's
-
-
-def unpack(request: dict, folder: Path, cfg: Config) -> Config:
-    """The page's request as options, its picture, masks and boxes.json in this folder under names of ours."""
-    for name, kind in ASKED.items():
-        if type(request.get(name)) is not kind:
-            raise UserError(f"{name}: {request.get(name)!r:.60} is no {kind.__name__}; reload the page")
-    if request["steps"] > MOST_STEPS:
-        raise UserError(f"steps: {request['steps']:.5g} are more than {MOST_STEPS}; give fewer")
-
-    def store(name: str, text: object) -> str:
-        try:
-            (folder / name).write_bytes(base64.b64decode(text, validate=True))
-        except (TypeError, ValueError, binascii.Error):
-            raise UserError(f"{name}: is not in base64; reload the page") from None
-        return name
-
-    boxes, masks = request.get("boxes"), request.get("masks")
-    objects = boxes.get("objects") if isinstance(boxes, dict) else None
-    fine = isinstance(objects, list) and isinstance(masks, list) and len(masks) == len(objects)
-    if not fine or not all(isinstance(item, dict) for item in objects):
-        raise UserError("boxes: not a boxes.json with a mask, or none, for each object; reload the page")
-    for k, (item, mask) in enumerate(zip(objects, masks, strict=True)):
-        item.pop("mask", None)  # a path of theirs
-        if mask:
-            item["mask"] = store(f"mask_{k}.png", mask)
-    (folder / "boxes.json").write_text(json.dumps(boxes), encoding="utf-8")
-    image = str(folder / store("image", request.get("image")))
-    traj, out = (str(folder / name) for name in ("boxes.json", "video.mp4"))
-    return replace(cfg, image=image, traj=traj, out=out, **{name: request[name] for name in ASKED})
 
 
 def answer(
@@ -375,7 +339,7 @@ def answer(
     networks: tuple[VideoDiT, Adapter], embed: Callable[[str], Tensor], device: torch.device,
 ) -> list[Path]:  # fmt: skip
     """One video for the page, which is told of every step and can leave between any two."""
-    job = unpack(request, folder, cfg)
+    job = replace(cfg, **unpack(request, folder))
     check(job)
     try:
         image, trajectory = read_inputs(job, codec)

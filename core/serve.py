@@ -8,6 +8,8 @@ work ends there. Who may ask: whoever knows the token, which the opened address 
 from a page of exactly this host and origin. No path that a client sends is ever opened.
 """
 
+import base64
+import binascii
 import contextlib
 import json
 import os
@@ -34,7 +36,40 @@ SAFE = {
     "Content-Security-Policy": "frame-ancestors 'none'", "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }  # fmt: skip
+# What the page asks for: of these types, no others.
+ASKED = {"prompt": str, "seed": int, "steps": int, "size": str, "frames": int}
+MOST_STEPS = 1000
 Make = Callable[[dict, Path, Callable[..., None]], list[Path]]
+
+
+def unpack(request: dict, folder: Path) -> dict[str, object]:
+    """The page's request as options, its picture, masks and boxes.json in this folder under names of ours."""
+    for name, kind in ASKED.items():
+        if type(request.get(name)) is not kind:
+            raise UserError(f"{name}: {request.get(name)!r:.60} is no {kind.__name__}; reload the page")
+    if request["steps"] > MOST_STEPS:
+        raise UserError(f"steps: {request['steps']:.5g} are more than {MOST_STEPS}; give fewer")
+
+    def store(name: str, text: object) -> str:
+        try:
+            (folder / name).write_bytes(base64.b64decode(text, validate=True))
+        except (TypeError, ValueError, binascii.Error):
+            raise UserError(f"{name}: is not in base64; reload the page") from None
+        return name
+
+    boxes, masks = request.get("boxes"), request.get("masks")
+    objects = boxes.get("objects") if isinstance(boxes, dict) else None
+    fine = isinstance(objects, list) and isinstance(masks, list) and len(masks) == len(objects)
+    if not fine or not all(isinstance(item, dict) for item in objects):
+        raise UserError("boxes: not a boxes.json with a mask, or none, for each object; reload the page")
+    for k, (item, mask) in enumerate(zip(objects, masks, strict=True)):
+        item.pop("mask", None)  # a path of theirs
+        if mask:
+            item["mask"] = store(f"mask_{k}.png", mask)
+    (folder / "boxes.json").write_text(json.dumps(boxes), encoding="utf-8")
+    image = str(folder / store("image", request.get("image")))
+    traj, out = (str(folder / name) for name in ("boxes.json", "video.mp4"))
+    return {"image": image, "traj": traj, "out": out} | {name: request[name] for name in ASKED}
 
 
 class Gone(Exception):
