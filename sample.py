@@ -14,15 +14,13 @@ An image of another shape than the video's is resized until it covers it and cut
 For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, with the networks of this project in it.
 """
 
-import contextlib
 import gc
 import math
 import os
 import re
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -313,27 +311,6 @@ def write(out: str, video: np.ndarray, trajectory: Trajectory, fps: int) -> Path
     return overlay
 
 
-class Clock:
-    """Seconds, and the most GiB held, of each part of the work."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.parts = device, {}
-
-    @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
-        memory.reset_peak(self.device)
-        yield
-        seconds, most = self.parts.get(part, (0, 0))
-        self.parts[part] = seconds + time.perf_counter() - began, max(most, memory.peak_memory(self.device))
-
-    def __str__(self) -> str:
-        return "\n".join(f"{part}: {seconds:.2f} s, {most:.2f} GiB" for part, (seconds, most) in self.parts.items())
-
-
-PAGE_HAS = (*ASKED, "image", "traj", "out", "serve", "port")  # options that are not the server's
-
-
 def answer(
     request: dict, folder: Path, tell: Callable[..., None], *, cfg: Config, codec: Codec,
     networks: tuple[VideoDiT, Adapter], embed: Callable[[str], Tensor], device: torch.device,
@@ -374,7 +351,8 @@ def serve_page(cfg: Config, codec: Codec, procs: parallel.Processes) -> None:
         codec.text_encoder = cache(codec.text_encoder)  # reading it would take longer than most videos
     embed = lru_cache(16)(lambda prompt: embed_prompts(cfg, [prompt], codec, False)[prompt])
     usual = vars(Config()) | (WAN5B if cfg.preset == "wan5b" else {})
-    others = {name: value for name, value in vars(cfg).items() if value != usual[name] and name not in PAGE_HAS}
+    of_the_page = (*ASKED, "image", "traj", "out", "serve", "port")
+    others = {name: value for name, value in vars(cfg).items() if value != usual[name] and name not in of_the_page}
     about = {name: getattr(cfg, name) for name in ("preset", "size", "frames", "fps")}
     about["steps"] = cfg.steps or SAMPLING[cfg.speed][cfg.preset].steps
     about["options"] = flags({name: shlex.quote(str(value)) for name, value in others.items()})
@@ -387,8 +365,7 @@ def main(cfg: Config) -> None:
     procs = parallel.init_processes(sequence=1 if cfg.batch else 0)  # a video for each, or one for all
     device = procs.device
     if cfg.compile:
-        parallel.check_compiler(device)
-        parallel.compile_or_fail()
+        parallel.start_compiler(device)
     tile, offload = cfg.tile or (32 if cfg.memory == "low" else 0), cfg.memory != "high" and device.type == "cuda"
     codec = open_codec(
         cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg), tile=tile, offload=offload, decoder=cfg.decoder
@@ -396,7 +373,7 @@ def main(cfg: Config) -> None:
     codec.check_size(cfg.size, cfg.frames)
     if cfg.serve:
         return serve_page(cfg, codec, procs)
-    clock, failed = Clock(device), []
+    clock, failed = memory.Clock(device), []
     jobs = [replace(cfg, **row) for row in (read_jobs(Path(cfg.batch)) if cfg.batch else [{}])]
     left = [job for job in jobs if not os.path.exists(job.out)] if cfg.batch else jobs
     if procs.rank == 0 and (done := len(jobs) - len(left)):

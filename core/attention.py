@@ -1,36 +1,34 @@
 """Softmax attention: PyTorch's own on GPUs, and two faster ways to compute it on a CPU."""
 
 import contextlib
-import time
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from core.memory import seconds
+
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
-def seconds(backend: SDPBackend, q: Tensor) -> float:
-    """How long self-attention of q takes by this backend; infinite where it can't."""
+def time_of(backend: SDPBackend, q: Tensor) -> float:
+    """Seconds that self-attention of q takes by this backend; infinite where it can't."""
+    attention = partial(F.scaled_dot_product_attention, q, q, q)
     with sdpa_kernel(backend):
         try:
-            F.scaled_dot_product_attention(q, q, q)  # warm
-            torch.cuda.synchronize(q.device)
-            began = time.perf_counter()
-            F.scaled_dot_product_attention(q, q, q)
-            torch.cuda.synchronize(q.device)
+            attention()  # warm
+            return seconds(attention, q.device)
         except RuntimeError:  # this GPU or this torch has no such kernel
             return float("inf")
-    return time.perf_counter() - began
 
 
 @lru_cache
 def ranking(heads: int, dim: int, tokens: int, device: torch.device) -> list[SDPBackend]:
     """The backends by what they take on this GPU."""
     q = torch.randn(1, heads, tokens, dim // heads, dtype=torch.bfloat16, device=device)
-    return sorted(BACKENDS, key=lambda backend: seconds(backend, q))
+    return sorted(BACKENDS, key=lambda backend: time_of(backend, q))
 
 
 def fastest(heads: int, dim: int, tokens: int, device: torch.device) -> contextlib.AbstractContextManager:

@@ -114,15 +114,14 @@ def init_processes(sequence: int = 1) -> Processes:
     return Processes(rank, world, device, mesh, sequence, group)
 
 
-def check_compiler(device: torch.device) -> None:
-    """UserError if torch.compile wouldn't find the C++ compiler that it needs on a CPU."""
+def start_compiler(device: torch.device) -> None:
+    """Before torch.compile: UserError if it wouldn't find the C++ compiler that it needs on a CPU.
+
+    And from here on it stops where it would go back to eager code without a word: at too many variants of a block.
+    """
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and sys.platform != "win32" and not shutil.which(name):
         raise UserError(f"torch.compile: no C++ compiler {name}; install it, or pass --compile false")
-
-
-def compile_or_fail() -> None:
-    """Let torch.compile stop where it would go back to eager code without a word: at too many variants of a block."""
     import torch._dynamo  # takes seconds
 
     # A block has 4 to 7: with and without gradients, of its input and its weights. Clips of other shapes add to them.
@@ -137,8 +136,7 @@ def prepare(
     Of several processes, rank 0 has the weights; of the other ranks' networks only the shapes count.
     """
     if compile:
-        check_compiler(procs.device)
-        compile_or_fail()
+        start_compiler(procs.device)
     if procs.mesh is None:
         model.to(procs.device)
     split_sequence(model, procs.group)

@@ -211,11 +211,8 @@ def load(
     for name in own:
         path_to, _, leaf = name.rpartition(".")
         module, kind = network.get_submodule(path_to), torch.float32 if kept.search(name) else dtype
-        if shapes_only:
-            module.load_state_dict({leaf: own[name].to(kind)}, strict=False, assign=True)
-            continue
-        tensor = tensors[name].read()
-        if tensor.is_floating_point() and not tensor.to(torch.float32).isfinite().all():
+        tensor = own[name] if shapes_only else tensors[name].read()
+        if not shapes_only and tensor.is_floating_point() and not tensor.to(torch.float32).isfinite().all():
             raise UserError(f"{path}: {name} holds values that are no finite numbers; get the file again")
         tensor = tensor.to(kind, copy=True)
         if isinstance(module, Int8Linear) and leaf == "weight":

@@ -14,7 +14,6 @@ import math
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from core import memory, parallel
 from core.codec import Batch
 from core.config import UserError, run_script
 from core.files import output_path
+from core.memory import seconds
 from core.tables import markdown, provenance, three_digits, write_rows
 from core.weights import rename
 from discriminator import Classifier, ClassifierConfig, DiffusionDiscriminator
@@ -43,16 +43,6 @@ SHAPES = {  # the transformer; then frames, height and width of its latents, and
     "wan5b": (PRESETS["wan5b"], (31, 44, 80), (121, 704, 1280)),
     "small": (DiTConfig(128, 256, 4, 2, 64, 32), (3, 8, 8), (5, 32, 32)),
 }
-
-
-def seconds(function: Callable, device: torch.device) -> float:
-    """How long a call takes, until the GPU is done too."""
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - began
 
 
 def pairs(ours: Callable, theirs: Callable, repeats: int, device: torch.device) -> tuple[float, float, float]:
@@ -227,8 +217,8 @@ def bench_steps(cfg: Config, device: torch.device) -> Iterator[dict]:
     from tools.gpu import learning_losses  # it imports every stage
 
     config, grid, _ = SHAPES[cfg.preset]
-    if cfg.preset == "wide":
-        config, grid = replace(config, layers=4), (8, 32, 32)
+    config = replace(config, layers=min(config.layers, 4))  # with all of wan5b's, three networks would be too large
+    grid = (8, 32, 32) if cfg.preset == "wide" else grid
     tokens, dtype = math.prod(grid) // 4, torch.bfloat16 if parallel.has_bfloat16(device) else torch.float32
     about = (f"{config.layers} blocks of {config.dim}, {tokens} tokens", str(dtype).removeprefix("torch."), True)
     torch.manual_seed(0)

@@ -2,13 +2,13 @@
 
 Seconds of four steps (eager by each attention backend, and compiled, with both adapters), of the VAE both ways (plain,
 by Winograd's convolutions, compiled) and of the small decoder, of a video end to end, and of training steps of stages 1
-and 3 with the share of the GPU's peak that they reach; and the real peak of memory of each. Then the peaks of the three
-modes of `--memory`, beside the rehearsed ones. Nothing here compares with another project: `tools.bench` does.
+and 3 with the share of the GPU's peak that they reach; and the real peak of memory of each. Then the peaks of
+`--memory` medium and low, beside the rehearsed ones (high is what the rows before hold). Nothing here compares with
+another project: `tools.bench` does.
 """
 
 import contextlib
 import gc
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -39,14 +39,7 @@ def timed(name: str, call: Callable, device: torch.device, repeats: int = 2) -> 
     call()
     gc.collect()
     memory.reset_peak(device)
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    best = float("inf")
-    for _ in range(repeats):
-        wait()
-        began = time.perf_counter()
-        call()
-        wait()
-        best = min(best, time.perf_counter() - began)
+    best = min(memory.seconds(call, device) for _ in range(repeats))
     return {"name": name, "seconds": best, "GB": memory.peak_memory(device) * 2**30 / 1e9, "share_of_peak": None}
 
 
@@ -130,7 +123,7 @@ def measure(
     parallel.prepare(generator, alone, True, "full")
     batch = Batch(noise[0], text, traj)
 
-    def step(stage: str) -> None:
+    def step(stage: str, discriminator: discriminators.DiffusionDiscriminator | None = None) -> None:
         with cast(), attention.fastest(config.heads, config.dim, tokens, device):
             learning_losses(generator, adapter, discriminator, batch, noise, sigmas)[stage]().backward()
 
@@ -140,7 +133,6 @@ def measure(
     def share(row: dict, passes: int) -> dict:
         return row | {"share_of_peak": passes * config.layers * block / row["seconds"] / PEAK}
 
-    discriminator = None
     yield share(timed("step of stage 1, resnet", lambda: step("stage 1"), device), 3)
     with torch.device("meta"):
         backbone, judge = VideoDiT(config), judge_config or discriminators.PRESETS["wan5b"]
@@ -150,7 +142,7 @@ def measure(
     discriminator = discriminators.DiffusionDiscriminator(backbone, judge)
 
     # Three passes of the sampler that keep nothing; three each of its last, the true video's, the judge's.
-    row = timed("step of stage 3's adapter, resnet", lambda: step("stage 3"), device, repeats=1)
+    row = timed("step of stage 3's adapter, resnet", lambda: step("stage 3", discriminator), device, repeats=1)
     yield share(row, 3 + 3 * 3)
     generator = adapter = backbone = judge = discriminator = None  # the VAE needs the room
 
