@@ -124,12 +124,9 @@ def check(cfg: Config) -> None:
     """UserError if an option can't be."""
     if cfg.steps < 0:
         raise UserError(f"--steps {cfg.steps}: at least 1, or 0 for the sampler's own number")
-    if cfg.speed == "fast" and cfg.guidance not in (0, 1):
-        raise UserError(f"--guidance {cfg.guidance}: the fast networks have none; add --speed slow")
-    if cfg.speed == "fast" and cfg.trajectory_guidance != 1:
-        raise UserError(
-            f"--trajectory_guidance {cfg.trajectory_guidance}: the fast networks have none; add --speed slow"
-        )
+    for name, none in (("guidance", (0, 1)), ("trajectory_guidance", (1,))):
+        if cfg.speed == "fast" and (given := getattr(cfg, name)) not in none:
+            raise UserError(f"--{name} {given}: the fast networks have none; add --speed slow")
     if cfg.shift < 0:
         raise UserError(f"--shift {cfg.shift}: greater than 0, or 0 for the sampler's own")
     if cfg.scale < 1 or cfg.fps < 1:
@@ -298,9 +295,10 @@ def denoise(
         return flow.sample_multistep(velocity, first, noise, sigmas)
 
 
-def decode(codec: Codec, latents: Tensor, scale: int) -> np.ndarray:
-    """Latents [1,C,F,H,W] -> uint8 [T, scale * height, scale * width, 3]."""
-    return np.concatenate([to_uint8(piece[0], scale) for piece in codec.pieces(latents)])
+def decode(codec: Codec, latents: Tensor, scale: int, procs: parallel.Processes) -> np.ndarray:
+    """Latents [1,C,F,H,W] -> uint8 [T, scale * height, scale * width, 3]. Processes may take pieces of it in turn."""
+    own = [(turn, procs.rank, to_uint8(piece[0], scale)) for turn, piece in enumerate(codec.pieces(latents, procs))]
+    return np.concatenate([frames for *_, frames in sorted(procs.gather(own), key=lambda piece: piece[:2])])
 
 
 def write(out: str, video: np.ndarray, trajectory: Trajectory, fps: int) -> Path:
@@ -313,7 +311,7 @@ def write(out: str, video: np.ndarray, trajectory: Trajectory, fps: int) -> Path
 
 def answer(
     request: dict, folder: Path, tell: Callable[..., None], *, cfg: Config, codec: Codec,
-    networks: tuple[VideoDiT, Adapter], embed: Callable[[str], Tensor], device: torch.device,
+    networks: tuple[VideoDiT, Adapter], embed: Callable[[str], Tensor], procs: parallel.Processes,
 ) -> list[Path]:  # fmt: skip
     """One video for the page, which is told of every step and can leave between any two."""
     job = replace(cfg, **unpack(request, folder))
@@ -323,8 +321,8 @@ def answer(
     except UserError as error:
         raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from None
     tell(says="Reading the prompt")
-    text = [embed(prompt).to(device) for prompt in (job.prompt, cfg.negative)]
-    encoded, levels = encode(codec, image, trajectory, device), []
+    text = [embed(prompt).to(procs.device) for prompt in (job.prompt, cfg.negative)]
+    encoded, levels = encode(codec, image, trajectory, procs.device), []
 
     def watch(_, given: tuple) -> None:  # guidance calls the network more than once at a noise level
         level = given[1].max().item()
@@ -340,7 +338,7 @@ def answer(
     if not latents.isfinite().all():
         raise UserError("the networks give values that are no numbers; give other weights, or --dtype float32")
     tell(says="Decoding")
-    overlay = write(job.out, decode(codec, latents, cfg.scale), trajectory, cfg.fps)
+    overlay = write(job.out, decode(codec, latents, cfg.scale, procs), trajectory, cfg.fps)
     return [Path(job.out), overlay]
 
 
@@ -356,20 +354,21 @@ def serve_page(cfg: Config, codec: Codec, procs: parallel.Processes) -> None:
     about = {name: getattr(cfg, name) for name in ("preset", "size", "frames", "fps")}
     about["steps"] = cfg.steps or SAMPLING[cfg.speed][cfg.preset].steps
     about["options"] = flags({name: shlex.quote(str(value)) for name, value in others.items()})
-    make = partial(answer, cfg=cfg, codec=codec, networks=networks, embed=embed, device=procs.device)
+    make = partial(answer, cfg=cfg, codec=codec, networks=networks, embed=embed, procs=procs)
     serve(ROOT / "tools/draw.html", about, make, cfg.port)
 
 
 def main(cfg: Config) -> None:
     check(cfg)
     procs = parallel.init_processes(sequence=1 if cfg.batch else 0)  # a video for each, or one for all
-    device = procs.device
+    device, team = procs.device, replace(procs, rank=0, world=1, mesh=None) if cfg.batch else procs  # who share a video
     if cfg.compile:
         parallel.start_compiler(device)
     tile, offload = cfg.tile or (32 if cfg.memory == "low" else 0), cfg.memory != "high" and device.type == "cuda"
     codec = open_codec(
-        cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg), tile=tile, offload=offload, decoder=cfg.decoder
-    )
+        cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg), tile=tile, offload=offload, decoder=cfg.decoder,
+        compile=cfg.compile,
+    )  # fmt: skip
     codec.check_size(cfg.size, cfg.frames)
     if cfg.serve:
         return serve_page(cfg, codec, procs)
@@ -404,15 +403,15 @@ def main(cfg: Config) -> None:
                     encoded = encode(codec, image, trajectory, device)
             with clock("denoise"):
                 latents = denoise(job, *networks, *encoded, text[job.prompt].to(device), text[cfg.negative].to(device))
-            if procs.rank > 0 and not cfg.batch:
-                return
             if not cfg.batch:
                 del networks  # decoding needs the memory
                 gc.collect()  # blocks whose forward pass is wrapped hold themselves
             if not latents.isfinite().all():
                 raise UserError("the networks give values that are no numbers; give other weights, or --dtype float32")
             with clock("decode"):
-                video = decode(codec, latents, cfg.scale)
+                video = decode(codec, latents, cfg.scale, team)
+            if team.rank > 0:
+                return
             with clock("write"):
                 overlay = write(job.out, video, trajectory, cfg.fps)
         except Exception as error:  # whatever it is: a video that can't be made does not stop the rest

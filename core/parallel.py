@@ -247,7 +247,7 @@ def all_tokens(x: Tensor, frames: int, group: dist.ProcessGroup | None) -> Tenso
     """The inverse of `own_tokens`: [B, F*n/P, D] -> [B, F*n, D]."""
     if group is None:
         return x
-    parts = collectives.all_gather_tensor_autograd(x.contiguous(), 0, group)
+    parts = collectives.all_gather_single_autograd(x.contiguous(), 0, group)
     return rearrange(parts, "(p b) (f n) d -> b (f p n) d", p=group.size(), f=frames)
 
 

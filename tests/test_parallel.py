@@ -107,12 +107,12 @@ run_script(main, Config)
 
 @pytest.fixture
 def two(run, tmp_path):
-    """two(main) -> the finished job of a script with this `main`, on two processes."""
+    """two(main) -> the finished job of a script with this `main`, on two processes, or on more."""
 
-    def start(main: str):
+    def start(main: str, processes: int = 2):
         script = tmp_path / "script.py"
         script.write_text(SCRIPT.format(main=main))
-        return run(str(script), processes=2)
+        return run(str(script), processes=processes)
 
     return start
 
@@ -165,6 +165,34 @@ def test_two_processes_that_share_a_video_equal_one(two):
     """Outputs, features and gradients, with either adapter, eager and compiled."""
     job = two(ULYSSES)
     assert job.returncode == 0 and job.stdout.count("all agree") == 2, job.stderr[-3000:]
+
+
+RELAY = """
+import sample
+from wan.codec import WanCodec
+from wan.vae import VAEConfig, WanVAE
+
+def main(cfg):
+    procs = parallel.init_processes()
+    torch.manual_seed(0)
+    codec, latents = WanCodec("", procs.device), torch.randn(1, 48, 6, 2, 3)
+    codec.vae = WanVAE(VAEConfig(width=8, decoder_width=12, blocks=1))
+    whole = list(codec.pieces(latents))
+    for _ in range(2):  # nothing is left over for the next video
+        own = list(codec.pieces(latents, procs))
+        for a, b in zip(own, whole[procs.rank :: procs.world], strict=True):
+            assert torch.equal(a, b)
+    alone = sample.decode(codec, latents, 1, parallel.Processes(0, 1, procs.device, None))
+    assert alone.shape == (21, 32, 48, 3) and (sample.decode(codec, latents, 1, procs) == alone).all()
+    print("all agree\\n", end="", flush=True)
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_that_take_turns_decode_what_one_does(two, processes):
+    """To the bit, though each hands on what its layers remember while the next is at work already."""
+    job = two(RELAY, processes)
+    assert job.returncode == 0 and job.stdout.count("all agree") == processes, job.stderr[-3000:]
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

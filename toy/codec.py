@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from core.codec import Codec
 from core.config import ROOT
+from core.parallel import Processes
 from core.weights import load, read_network
 
 TOY_WEIGHTS = ROOT / "checkpoints/tiny/codec.safetensors"
@@ -113,9 +114,10 @@ class ToyCodec(Codec):
         """[B, channels, T, H, W] -> [B, 3, T, spatial * H, spatial * W], clamped to [-1, 1]."""
         return self._by_frame(self.network.decode, latents).clamp(-1, 1)
 
-    def pieces(self, latents: Tensor) -> Iterator[Tensor]:
-        """The frames of `decode_video`; WanCodec gives them a few at a time."""
-        yield self.decode_video(latents)
+    def pieces(self, latents: Tensor, procs: Processes | None = None) -> Iterator[Tensor]:
+        """The frames of `decode_video`, on rank 0; WanCodec gives them a few at a time, on processes in turn."""
+        if procs is None or procs.rank == 0:
+            yield self.decode_video(latents)
 
     def _by_frame(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):

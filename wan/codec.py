@@ -9,9 +9,10 @@ from torch import Tensor
 
 from core.codec import Codec
 from core.config import UserError
+from core.parallel import Processes
 from wan.tiny_decoder import TinyDecoder
 from wan.umt5 import TextEncoder
-from wan.vae import WanVAE
+from wan.vae import NormSiLU, WanVAE, norm_silu
 
 # Of Wan2.2's configuration: what its videos shall not show. Guidance goes away from it.
 NEGATIVE_PROMPT = (
@@ -26,7 +27,7 @@ class WanCodec(Codec):
     The VAE is kept; the text encoder, which is larger than everything else, isn't. With `offload` its blocks stay in
     host memory. The VAE works in `dtype`, but on a CPU it encodes in float32. It decodes in tiles of `tile` latent
     positions if that isn't 0. Whole videos stay in host memory. `decoder`: a file of the small decoder, which then
-    makes the pieces.
+    makes the pieces. `compile`: in bfloat16, fuse the VAE's norms with SiLU.
     """
 
     channels, spatial, temporal, area = 48, 16, 4, 704 * 1280
@@ -34,9 +35,10 @@ class WanCodec(Codec):
 
     def __init__(
         self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32, tile: int = 0,
-        offload: bool = False, decoder: str = "",
+        offload: bool = False, decoder: str = "", compile: bool = False,
     ):  # fmt: skip
         self.folder, self.device, self.dtype, self.tile, self.offload = Path(folder), device, dtype, tile, offload
+        self.compile = compile
         self.small = TinyDecoder.from_pretrained(decoder, dtype).to(device) if decoder else None
 
     @cached_property
@@ -47,6 +49,11 @@ class WanCodec(Codec):
             parts += [vae.conv1, vae.encoder]
         for part in parts:
             part.to(self.dtype)
+        faster = self.compile and self.dtype == torch.bfloat16  # in float32 a CPU gains nothing by it, or loses
+        fused = torch.compile(norm_silu, dynamic=True) if faster else None
+        for module in vae.modules():
+            if isinstance(module, NormSiLU):
+                module.fused = fused
         return vae.to(self.device)
 
     def free(self) -> None:
@@ -68,15 +75,16 @@ class WanCodec(Codec):
         """[B, 48, F, H, W] -> [B, 3, 4 (F - 1) + 1, 16 H, 16 W] in [-1, 1]."""
         return self.vae.decode(latents.to(self.device), tile=self.tile, overlap=min(8, self.tile // 2))
 
-    def pieces(self, latents: Tensor) -> Iterator[Tensor]:
+    def pieces(self, latents: Tensor, procs: Processes | None = None) -> Iterator[Tensor]:
         """The same as `decode_video`, a few frames at a time. Tiles span all frames, so with them it is one piece.
 
-        Where there is a small decoder, it makes them.
+        Where there is a small decoder, it makes them. Of several processes, `procs`, each gives the pieces of its own
+        turns; tiles and the small decoder are rank 0's work alone.
         """
-        if self.small:
-            yield from self.small.frames(latents.to(self.device))
-            return
-        yield from [self.decode_video(latents)] if self.tile else self.vae.frames(latents.to(self.device))
+        if not self.tile and not self.small:
+            yield from self.vae.frames(latents.to(self.device), procs=procs)
+        elif procs is None or procs.rank == 0:
+            yield from self.small.frames(latents.to(self.device)) if self.small else [self.decode_video(latents)]
 
     def text_encoder(self) -> Callable[[list[str]], Tensor]:
         """A function that embeds prompts as `encode_text` does. It holds the whole encoder: drop it when done."""

@@ -11,11 +11,13 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from core.config import UserError
+from core.parallel import Processes
 from core.weights import load, read_checkpoint, read_config, read_folder, rename
 
 # Statistics of the latents, per channel, as published: the DiT works on (z - MEAN) / STD.
@@ -46,8 +48,65 @@ class VAEConfig:
     patch: int = 2  # side of the pixel squares that become channels before anything else
 
 
-# What layers remember of a video between its chunks: layer -> its last input frames. Empty when a video starts.
-Stream = dict[nn.Module, Tensor | None]
+class Stream(dict[nn.Module, Tensor | None]):
+    """What layers remember of a video between its chunks: layer -> its last input frames. Empty when a video starts."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels: dict[nn.Module, Tensor] = {}  # weights made from others, once a video
+
+    def turn(self, chunk: int, chunks: int, seen: int) -> bool:
+        """A chunk of so many begins, after `seen` latent frames. Whether this process has it."""
+        return True
+
+    def before(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor | None:
+        """The frames that came before the chunk x [B,C,T,H,W]; None at the start of the video."""
+        return self.get(layer)
+
+    def wait(self) -> None:
+        """Until nothing is on its way."""
+
+
+class Relay(Stream):
+    """The stream of processes that take the chunks in turn: what a layer remembers goes to the next process at once.
+
+    That one is at work on its chunk, a layer behind, before this one is done. The pixels are those of one process.
+    """
+
+    def __init__(self, procs: Processes):
+        super().__init__()
+        self.rank, self.world, self.sending, self.seen, self.last = procs.rank, procs.world, [], 0, False
+        # From the last process to the first there is another connection. With two processes and one connection, what
+        # goes there would stand in line behind what is on its way back.
+        self.groups = dist.new_group(), dist.new_group()
+
+    def turn(self, chunk: int, chunks: int, seen: int) -> bool:
+        if chunk % self.world != self.rank:
+            return False
+        self.wait()  # for the last turn's
+        self.seen, self.last = seen, chunk == chunks - 1
+        return True
+
+    def __contains__(self, layer: object) -> bool:
+        return self.seen > 0
+
+    def before(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor | None:
+        if self.seen <= layer.after:
+            return None
+        received = x.new_empty(x.shape[0], frames, *x.shape[3:], x.shape[1])
+        dist.recv(received, (self.rank - 1) % self.world, self.groups[self.rank == 0])
+        return rearrange(received, "b t h w c -> b c t h w")
+
+    def __setitem__(self, layer: nn.Module, frames: Tensor | None) -> None:
+        if frames is None or self.last:
+            return
+        to, group = (self.rank + 1) % self.world, self.groups[self.rank == self.world - 1]
+        sent = rearrange(frames, "b c t h w -> b t h w c").contiguous()
+        self.sending.append((dist.isend(sent, to, group), sent))
+
+    def wait(self) -> None:
+        while self.sending:
+            self.sending.pop()[0].wait()
 
 
 class Layers(nn.Sequential):
@@ -64,13 +123,14 @@ class CausalConv3d(nn.Conv3d):
 
     # On a GPU, frames in pairs would move more memory than they save in products: not until one has been measured.
     paired_on = ("cpu",)
+    after = 0  # latent frames that pass it by
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3)):
         super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if past := self.kernel_size[0] - 1:
-            before = stream.get(self)
+            before = stream.before(self, x, past)
             x = F.pad(x, (0, 0, 0, 0, past, 0)) if before is None else torch.cat([before, x], dim=2)
             stream[self] = x[:, :, -past:].clone(memory_format=torch.channels_last_3d)
             if before is None and x.shape[2] == past + 1:  # frame 0 of the video: all before it is zero
@@ -101,12 +161,16 @@ def conv_pairs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def double_and_conv(frames: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution: [n,C,h,w] -> [n,O,2h,2w]."""
+def doubling_kernel(weight: Tensor) -> Tensor:
+    """What `double_and_conv` needs of a 3x3 convolution's weight: [O,C,3,3] -> [4 O,C,2,2]."""
     # Of three neighbouring new pixels two are copies of one old pixel, so the weights add up to a 2x2 kernel.
     sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(weight)  # [new pixel, old pixel, weight]
-    kernel = torch.einsum("aru,bsv,ocuv->abocrs", sums, sums, weight).flatten(0, 2)
-    (n, _, h, w), width = frames.shape, len(weight)
+    return torch.einsum("aru,bsv,ocuv->abocrs", sums, sums, weight).flatten(0, 2)
+
+
+def double_and_conv(frames: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution: [n,C,h,w] -> [n,O,2h,2w]."""
+    (n, _, h, w), width = frames.shape, len(bias)
     parts = F.conv2d(frames, kernel, bias.repeat(4), padding=1).split(width, dim=1)  # (n, O, h + 1, w + 1) each
     shape = (n, width, 2 * h, 2 * w)
     out = torch.empty(shape, dtype=frames.dtype, device=frames.device, memory_format=torch.channels_last)
@@ -125,6 +189,26 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
         return (x * (x.shape[1] ** 0.5 / size).type_as(x)).mul_(self.gamma)
+
+
+class NormSiLU(RMSNorm):
+    """The norm, and SiLU of it."""
+
+    fused: Callable[[Tensor, Tensor], Tensor] | None = None  # `norm_silu` compiled: one pass over memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused is None:
+            return F.silu(super().forward(x), inplace=True)
+        last = x.movedim(1, -1).contiguous()
+        # Not as views: the compiler asks how a view's base lies in memory, and makes a variant for every answer.
+        flat, gamma = last.view(-1, x.shape[1]).data, self.gamma.flatten().data
+        return self.fused(flat, gamma).view(last.shape).movedim(-1, 1)
+
+
+def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """What `NormSiLU` does, of positions by channels [N, C]: to the compiler all resolutions are alike."""
+    size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+    return F.silu(x * (x.shape[1] ** 0.5 / size).type_as(x) * gamma)
 
 
 class AttentionBlock(nn.Module):
@@ -151,9 +235,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.residual = Layers(
-            RMSNorm(inputs), nn.SiLU(inplace=True), CausalConv3d(inputs, outputs),
-            RMSNorm(outputs), nn.SiLU(inplace=True), nn.Dropout(0.0), CausalConv3d(outputs, outputs),
+        self.residual = Layers(  # numbered as published: SiLU and dropout have places of their own there
+            NormSiLU(inputs), nn.Identity(), CausalConv3d(inputs, outputs),
+            NormSiLU(outputs), nn.Identity(), nn.Identity(), CausalConv3d(outputs, outputs),
         )  # fmt: skip
         self.shortcut = Layers() if inputs == outputs else CausalConv3d(inputs, outputs, (1, 1, 1))
 
@@ -169,6 +253,8 @@ def residual_blocks(inputs: int, outputs: int, number: int) -> list[ResidualBloc
 class Downsample(nn.Module):
     """Halves height and width, and the frames if `temporal`: frame 0 stays, then each pair becomes one."""
 
+    after = 0
+
     def __init__(self, width: int, temporal: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
@@ -178,7 +264,7 @@ class Downsample(nn.Module):
         x = by_frame(self.resample, x)
         if self.time_conv is None:
             return x
-        before, stream[self] = stream.get(self), x[:, :, -1:].clone()
+        before, stream[self] = stream.before(self, x, 1), x[:, :, -1:].clone()
         if before is not None:
             return self.time_conv(torch.cat([before, x], dim=2))
         return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2) if x.shape[2] > 1 else x
@@ -191,6 +277,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(width, width, 3, padding=1))  # named as published
         self.time_conv = CausalConv3d(width, 2 * width, (3, 1, 1)) if temporal else None
+        if self.time_conv:
+            self.time_conv.after = 1
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None:
@@ -200,7 +288,9 @@ class Upsample(nn.Module):
                 rest = rearrange(self.time_conv(rest, stream), "b (p c) t h w -> b c (t p) h w", p=2)
             x = torch.cat([first, rest], dim=2)
         conv = self.resample[1]
-        return by_frame(lambda frames: double_and_conv(frames, conv.weight, conv.bias), x)
+        if self not in stream.kernels:
+            stream.kernels[self] = doubling_kernel(conv.weight)
+        return by_frame(lambda frames: double_and_conv(frames, stream.kernels[self], conv.bias), x)
 
 
 class DownBlock(nn.Module):
@@ -255,7 +345,7 @@ class Encoder(Layers):
         self.conv1 = CausalConv3d(3 * config.patch**2, widths[0])
         self.downsamples = Layers(*(DownBlock(*width, config.blocks, temporal) for width, temporal in levels))
         self.middle = middle(widths[-1])
-        self.head = Layers(RMSNorm(widths[-1]), nn.SiLU(), CausalConv3d(widths[-1], 2 * config.channels))
+        self.head = Layers(NormSiLU(widths[-1]), nn.Identity(), CausalConv3d(widths[-1], 2 * config.channels))
 
 
 class Decoder(Layers):
@@ -268,7 +358,7 @@ class Decoder(Layers):
         self.conv1 = CausalConv3d(config.channels, widths[0])
         self.middle = middle(widths[0])
         self.upsamples = Layers(*(UpBlock(*width, config.blocks + 1, temporal) for width, temporal in levels))
-        self.head = Layers(RMSNorm(widths[-1]), nn.SiLU(), CausalConv3d(widths[-1], 3 * config.patch**2))
+        self.head = Layers(NormSiLU(widths[-1]), nn.Identity(), CausalConv3d(widths[-1], 3 * config.patch**2))
 
 
 def middle(width: int) -> Layers:
@@ -321,7 +411,7 @@ class WanVAE(nn.Module):
     @torch.no_grad()
     def encode(self, video: Tensor, chunk: int = 1) -> Tensor:
         """Normalised latents, without sampling: [B,3,T,h,w] in [-1, 1] -> [B,C,F,h/16,w/16], `chunk` of F at once."""
-        stream, latents, side = {}, [], self.config.patch
+        stream, latents, side = Stream(), [], self.config.patch
         cuts = range(1 + self.temporal * (chunk - 1), video.shape[2], self.temporal * chunk)
         for start, end in pairwise([0, *cuts, video.shape[2]]):
             part = video[:, :, start:end].to(self.conv1.weight)  # the whole may be too large for the device
@@ -333,14 +423,19 @@ class WanVAE(nn.Module):
         return (z - mean) / std
 
     @torch.no_grad()
-    def frames(self, latents: Tensor, chunk: int = 1) -> Iterator[Tensor]:
-        """The video in pieces [B,3,t,h,w] in [-1, 1] as they are decoded, from `chunk` latent frames each."""
-        (mean, std), stream = statistics(latents), {}
-        z = (latents * std + mean).to(self.conv2.weight)
-        for part in z.split(chunk, dim=2):
-            part = self.conv2(part).to(memory_format=torch.channels_last_3d)
-            x = self.decoder(part, stream).clamp(-1, 1)
-            yield rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.config.patch, r=self.config.patch)
+    def frames(self, latents: Tensor, chunk: int = 1, procs: Processes | None = None) -> Iterator[Tensor]:
+        """The video in pieces [B,3,t,h,w] in [-1, 1] as they are decoded, from `chunk` latent frames each.
+
+        `procs`: processes that all have these latents and take the pieces in turn; each gives its own.
+        """
+        (mean, std), stream = statistics(latents), Relay(procs) if procs and procs.world > 1 else Stream()
+        parts = (latents * std + mean).to(self.conv2.weight).split(chunk, dim=2)
+        for number, part in enumerate(parts):
+            if stream.turn(number, len(parts), number * chunk):
+                part = self.conv2(part).to(memory_format=torch.channels_last_3d)
+                x = self.decoder(part, stream).clamp(-1, 1)
+                yield rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.config.patch, r=self.config.patch)
+        stream.wait()
 
     def decode(self, latents: Tensor, chunk: int = 1, tile: int = 0, overlap: int = 8) -> Tensor:
         """Decodes normalised latents: [B,C,F,H,W] -> [B,3,T,16 H,16 W] in [-1, 1] in host memory, T = 4 (F - 1) + 1.
