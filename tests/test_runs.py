@@ -217,6 +217,25 @@ def train(folder, values, writes=lambda step: None, save_every=2, **more) -> lis
     return taken
 
 
+def test_a_gpu_has_its_next_step_while_the_last_one_is_at_work(tmp_path):
+    """What a step gives is looked at a step later: until then the host makes batches and hands the GPU its work."""
+    seen, looked = [], torch.Tensor.isfinite
+
+    class Loss(torch.Tensor):
+        def isfinite(self):
+            seen.append(int(self))
+            return looked(self.as_subclass(torch.Tensor))
+
+    procs = parallel.Processes(0, 1, torch.device("cuda"), None)
+    run, before = Run(tmp_path, Options(log_every=100, save_every=6, sample_every=0), procs, part(4)), []
+    run.save = lambda *_, **__: None
+    for step in run.steps(0, lambda _: None):
+        before.append(list(seen))
+        run.log(step + 1, loss=torch.tensor(float(step)).as_subclass(Loss))
+    assert before == [[], [], [0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [*range(6)], [*range(6)], [*range(7)]]
+    assert seen == list(range(9))  # at a checkpoint, the sixth, and at the end: all
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     "step, good", [(1, "nothing"), (5, "step_00000004"), (6, "step_00000004"), (9, "step_00000008")]

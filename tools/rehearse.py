@@ -8,10 +8,15 @@ What meets a tensor of another device stops it, and so does anything that would 
 import contextlib
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -30,7 +35,7 @@ import sample
 import train_slow_adapter
 from core import parallel, runs
 from core.codec import Batch
-from core.memory import use_int8
+from core.memory import peak_memory, reset_peak, use_int8
 from model import PRESETS, VideoDiT, rotary_table
 from wan.codec import WanCodec
 from wan.vae import WanVAE
@@ -198,17 +203,23 @@ def peak(tracker) -> float:
     return sum(kinds["Total"] for device, kinds in snapshot.items() if device.type != "cpu") / 1e9
 
 
+GRID = (31, 44, 80)  # of the latents of 121 frames of 704x1280
+
+
 class Clips:
-    """In the place of prepared clips: 121 frames of 704x1280 each."""
+    """In the place of prepared clips, whose latents have this grid."""
 
     one_shape = True
 
+    def __init__(self, grid: tuple[int, int, int]):
+        self.grid = grid
+
     def batch(self, samples: list[int], kind: str | None = None, *_: object) -> Batch:
-        shape = (len(samples), 48, 31, 44, 80)
-        return Batch(torch.empty(shape), torch.empty(len(samples), 512, 4096), torch.empty(shape) if kind else None)
+        shape = (len(samples), 48, *self.grid)
+        return Batch(torch.randn(shape), torch.randn(len(samples), 512, 4096), torch.randn(shape) if kind else None)
 
     def unconditional(self) -> Tensor:
-        return torch.empty(1, 512, 4096)
+        return torch.randn(1, 512, 4096)
 
 
 def typed(network: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -227,16 +238,49 @@ def fresh():
     return tracker
 
 
+class Resident:
+    """In the place of torch's tracker, where tensors are real: the memory of this process since now."""
+
+    def __init__(self):
+        self.before = self.now()
+        self._peak_mem = self
+
+    def now(self) -> int:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    def track_external(self, *_: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        reset_peak(torch.device("cpu"))
+
+    def get_tracker_snapshot(self, _: str) -> dict:
+        most = peak_memory(torch.device("cpu")) * 2**30 - self.before
+        return {GPU: {"Total": most}}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 STAGES = {"1": train_slow_adapter, "2": distill_fast, "3": finetune_hybrid}
 
 
-def rehearse_stage(stage: str, kind: str, world: int, sequence: int, layers: int, **more: object) -> dict[str, float]:
-    """GB at the peak of each part of a stage's first cycle on rank 0, with so many blocks: step to export."""
+def rehearse_stage(
+    stage: str, kind: str, world: int, sequence: int, layers: int, grid: tuple[int, int, int] = GRID,
+    real: bool = False, **more: object,
+) -> dict[str, float]:  # fmt: skip
+    """GB at the peak of each part of a stage's first cycle on rank 0, with so many blocks: step to export.
+
+    `real`: this is one of torchrun's processes, on a CPU, and its own memory is measured.
+    """
     script, shape = STAGES[stage], replace(PRESETS["wan5b"], layers=layers)
     light = replace(adapters.PRESETS["wan5b"], layers=layers)
     judge = replace(discriminators.PRESETS["wan5b"], feature_blocks=tuple(range(layers))[-3:])
     networks, prepare, begin, schedule = [], parallel.prepare, runs.Run.__init__, flow.sigma_schedule
-    tracker, peaks = fresh(), {}
+    tracker, peaks = Resident() if real else fresh(), {}
 
     def ends(part: str) -> None:
         """The peak since the last part's end is this one's."""
@@ -244,7 +288,7 @@ def rehearse_stage(stage: str, kind: str, world: int, sequence: int, layers: int
         tracker._peak_mem.clear()
 
     def read(path: str, network: str, dtype: torch.dtype = torch.float32, *_: object, **__: object) -> VideoDiT:
-        return typed(VideoDiT(shape), dtype)
+        return typed(VideoDiT(shape), torch.float32 if more.get("dtype") == "float32" else dtype)
 
     def read_adapter(path: str, network: str, **_: object) -> adapters.Adapter:
         return adapters.ResNetAdapter(light) if kind == "resnet" else adapters.ControlNetAdapter(shape)
@@ -277,7 +321,7 @@ def rehearse_stage(stage: str, kind: str, world: int, sequence: int, layers: int
         (VideoDiT, "from_pretrained", read), (adapters, "read_adapter", read_adapter),
         (finetune_hybrid, "read_adapter", read_adapter), (parallel, "prepare", prepared),
         (discriminators, "PRESETS", {"wan5b": judge}), (adapters, "PRESETS", {"wan5b": light}),
-        (script, "training_data", lambda *_: (Clips(), Clips())), (script, "save_network", Quiet),
+        (script, "training_data", lambda *_: (Clips(grid), Clips(grid))), (script, "save_network", Quiet),
         (runs.Run, "__init__", watched), (runs.Run, "resume", lambda run: 0), (runs.Run, "check_finite", Quiet),
         (runs.Run, "save", save), (runs, "write_image", Quiet), (runs, "write_video", Quiet),
         (runs, "small_frames", lambda video: np.zeros((9, 16, 16, 3), np.uint8)), (adapters.FixedNorm, "fit", Quiet),
@@ -286,7 +330,9 @@ def rehearse_stage(stage: str, kind: str, world: int, sequence: int, layers: int
         (WanCodec, "decode_video", decode_video),
     ]  # fmt: skip
     options |= {} if stage == "1" else {"denoising_steps": 2}
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), pretended(world) as stack:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.ExitStack() as stack:
+        if not real:
+            stack.enter_context(pretended(world))
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         script.main(script.Config(**script.WAN5B | options | more))
@@ -351,6 +397,34 @@ CASES = [
 ]
 
 
+# What two processes of this machine can run, with two blocks: stage, adapter, grid.
+SMALL = (("1", "controlnet", (4, 16, 32)), ("2", "none", (2, 16, 16)))
+
+
+def resident(stage: str, kind: str, grid: tuple[int, int, int], port: int, rank: int) -> float:
+    """GB that a stage's step takes in this process, one of two on a CPU."""
+    places = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    try:
+        return rehearse_stage(stage, kind, 2, 1, 2, grid, real=True, dtype="float32", sample_every=0)["step"]
+    finally:
+        dist.destroy_process_group()
+
+
+def beside_measured() -> Iterator[dict]:
+    """Rows of steps that two processes of this machine really take, with true widths and two blocks."""
+    for stage, kind, grid in SMALL:
+        counted = rehearse_stage(stage, kind, 2, 1, 2, grid, dtype="float32", sample_every=0)["step"]
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        # What is freed goes back to the system at once, and so counts no more.
+        environment = {"MALLOC_MMAP_THRESHOLD_": "4194304", "OMP_NUM_THREADS": "1"}
+        with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(2, get_context("spawn")) as pool:
+            held = list(pool.map(partial(resident, stage, kind, grid, port), range(2)))
+        about = {"stage": f"{stage}, two blocks on CPUs", "adapter": kind, "GPUs": 0, "sequence": 1}
+        yield about | {"GB": round(counted, 2), "peak_at": "step", "measured_GB": round(max(held), 2)}
+
+
 def reckoned(few: dict[str, float], more: dict[str, float], layers: tuple[int, int]) -> dict[str, float]:
     """Peaks with all blocks, from those with two small numbers of them: memory is linear in the number."""
     steps = (PRESETS["wan5b"].layers - layers[0]) / (layers[1] - layers[0])
@@ -363,7 +437,7 @@ def table(layers: tuple[int, int] = (3, 4), cases: list = CASES) -> Iterator[dic
         peaks = reckoned(*(rehearse_stage(stage, kind, world, sequence, n) for n in layers), layers)
         most = max(peaks, key=peaks.get)
         about = {"stage": stage, "adapter": kind, "GPUs": world, "sequence": sequence}
-        yield about | {"GB": round(peaks[most], 1), "peak_at": most}
+        yield about | {"GB": round(peaks[most], 1), "peak_at": most, "measured_GB": None}
     for mode, kind in product(("low", "medium", "high"), ("resnet", "controlnet")):
         if mode == "high":
             peaks = reckoned(*(rehearse_sample(mode, kind, layers=n) for n in layers), layers)
@@ -371,4 +445,5 @@ def table(layers: tuple[int, int] = (3, 4), cases: list = CASES) -> Iterator[dic
             peaks = rehearse_sample(mode, kind)
         for part, most in peaks.items():
             about = {"stage": f"sample, {mode}", "adapter": kind, "GPUs": 1, "sequence": 1}
-            yield about | {"GB": round(most, 1), "peak_at": part}
+            yield about | {"GB": round(most, 1), "peak_at": part, "measured_GB": None}
+    yield from beside_measured()
