@@ -28,16 +28,18 @@ SHORT = {
     "make test": "--dry-run",  # this is what runs it
     "python sample.py": "--steps 2",
     "torchrun --nproc_per_node=2 sample.py": "--steps 2",
-    "python -m toy.evaluate": "--videos 2 --steps 2 --batch 2 --compile false --out runs/e/rows.json",
-    "python -m toy.train_codec": "--steps 2 --batch 2",
-    "python -m toy.train_slow_generator": "--steps 2 --batch 2 --compile false --init small",
+    "python -m toy.evaluate": "--videos 2 --steps 2 --batch 2 --compile false --out runs/e/rows.json"
+        " --slow_generator small/slow_generator.safetensors --slow_adapter small/slow_adapter.safetensors"
+        " --fast_generator small/fast_generator.safetensors --fast_adapter small/fast_adapter.safetensors",
+    "python -m toy.train_codec": "--steps 2 --batch 2 --sample_every 0",
+    "python -m toy.train_slow_generator": "--steps 2 --batch 2 --compile false --init small --sample_every 0",
     "python train_slow_adapter.py": f"--steps 2 --mask_steps 1 --batch 2 --compile false {SMALL}",
     "torchrun --nproc_per_node=2 train_slow_adapter.py":
         f"--steps 2 --mask_steps 1 --batch 2 --compile false {SMALL} --sample_every 0 --name t",
-    "python distill_fast.py": "--steps 2 --ratio 2 --batch 1 --compile false"
+    "python distill_fast.py": "--steps 2 --ratio 2 --batch 1 --compile false --sample_every 0"
         " --generator small/slow_generator.safetensors",
     "python finetune_hybrid.py": "--steps 2 --ratio 2 --diffusion_first 0 --adapter_start 0 --batch 1 --compile false"
-        " --generator small/fast_generator.safetensors --adapter small/slow_adapter.safetensors",
+        " --sample_every 0 --generator small/fast_generator.safetensors --adapter small/slow_adapter.safetensors",
 }  # fmt: skip
 
 
@@ -83,7 +85,11 @@ def clone(tmp_path):
         (folder / ".venv" / stamp).touch()
     generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16))
     adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
-    networks = {"SlowGenerator": generator, "FastGenerator": generator, "SlowAdapter": adapter}
+    networks = {
+        f"{speed}{kind}": net
+        for speed in ("Slow", "Fast")
+        for kind, net in (("Generator", generator), ("Adapter", adapter))
+    }
     for name, net in networks.items():
         path = folder / "small" / f"{re.sub('(?<!^)(?=[A-Z])', '_', name).lower()}.safetensors"
         save_network(path, name, net.config, net.state_dict())
@@ -286,6 +292,13 @@ def test_speed_is_the_committed_one_and_ahead_everywhere():
     assert error["--memory medium: error of a forward pass"] == 0  # "the same result to the bit"
     error, page = error["--memory low: error of a forward pass"], prose("docs/WAN.md")
     assert "the same result to the bit" in page and f"differs by a relative {error:.2f}" in page
+
+
+def test_compiled_steps_are_the_committed_ones():
+    rows = results("steps-cpu")
+    assert tables.markdown(rows, tables.three_digits) in text("docs/SPEED.md")
+    ratios = {row["name"][len("step of ") :][:7]: row["ratio"] for row in rows}
+    assert ratios["stage 1"] < 0.95 and ratios["stage 3"] < 0.95 and 0.9 < ratios["stage 2"] < 1.1
 
 
 def test_training_times_are_the_committed_ones():
