@@ -299,9 +299,9 @@ def test_the_networks_are_gone_when_the_video_is_decoded(monkeypatch, tmp_path, 
     monkeypatch.setattr(VideoDiT, "from_pretrained", watched(VideoDiT.from_pretrained))
     pieces = ToyCodec.pieces
 
-    def decode(codec, latents):
+    def decode(codec, latents, procs):
         alive.extend(ref() is not None for ref in held)
-        return pieces(codec, latents)
+        return pieces(codec, latents, procs)
 
     monkeypatch.setattr(ToyCodec, "pieces", decode)
     monkeypatch.chdir(ROOT)
