@@ -1,6 +1,7 @@
 """The wan5b commands at full width and 27,280 tokens, on pretended GPUs: tools/rehearse.py."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from core import parallel
 from discriminator import ClassifierConfig
 from model import DiTConfig
 from tools import gpu, rehearse
+from tools.resident import Resident
 from wan.vae import VAEConfig
 
 GIB = 2**30 / 1e9  # a GiB in GB
@@ -41,6 +43,17 @@ def test_the_table_is_what_is_rehearsed():
     again = next(rehearse.table((2, 3), [("1", "resnet", 1, 1)]))
     (row,) = (row for row in TABLE if [row[n] for n in WHERE] == ["1", "resnet", 1, 1])
     assert again["GB"] == pytest.approx(row["GB"], rel=0.03) and again["peak_at"] == row["peak_at"]
+
+
+def test_the_same_cycle_runs_on_real_tensors_and_is_measured(monkeypatch):
+    """Of a small network here, in this process alone; tools.resident does so at true widths in two."""
+    monkeypatch.setitem(rehearse.PRESETS, "wan5b", DiTConfig(64, 128, 2, 2, text_dim=4096, text_tokens=512))
+    run = partial(rehearse.rehearse_stage, "1", "controlnet", 1, 1, 2, (2, 4, 4), dtype="float32", sample_every=0)
+    assert list(run(resident=Resident())) == list(run()) == ["step", "checkpoint", "export"]
+    tracker = Resident()
+    tracker.clear()
+    taken = torch.ones(100_000_000)
+    assert rehearse.peak(tracker) == pytest.approx(taken.nbytes / 1e9, abs=0.02)
 
 
 def test_the_page_shows_the_table():

@@ -258,13 +258,13 @@ def main(cfg: Config) -> None:
         raise UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     out = output_path(cfg.out, ".json")
     if cfg.rehearse or cfg.gpu:
-        from tools import gpu, rehearse  # they import every stage
+        from tools import gpu, rehearse, resident  # they import every stage
 
         device = parallel.init_processes().device if cfg.gpu else torch.device("cpu")
         if cfg.gpu and device.type != "cuda":
             raise UserError("--gpu: there is none here; --rehearse needs none")
         origin, rows = provenance("-m tools.bench", cfg, device), []
-        for counted in gpu.measure(device) if cfg.gpu else rehearse.table():
+        for counted in gpu.measure(device) if cfg.gpu else chain(rehearse.table(), resident.rows()):
             print(counted, file=sys.stderr, flush=True)
             rows.append(counted | origin)
             write_rows(out, rows, three_digits)  # each as it comes: the machine may be taken away

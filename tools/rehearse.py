@@ -8,15 +8,10 @@ What meets a tensor of another device stops it, and so does anything that would 
 import contextlib
 import os
 import re
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import product
-from multiprocessing import get_context
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -35,7 +30,7 @@ import sample
 import train_slow_adapter
 from core import parallel, runs
 from core.codec import Batch
-from core.memory import peak_memory, reset_peak, use_int8
+from core.memory import use_int8
 from model import PRESETS, VideoDiT, rotary_table
 from wan.codec import WanCodec
 from wan.vae import WanVAE
@@ -238,49 +233,23 @@ def fresh():
     return tracker
 
 
-class Resident:
-    """In the place of torch's tracker, where tensors are real: the memory of this process since now."""
-
-    def __init__(self):
-        self.before = self.now()
-        self._peak_mem = self
-
-    def now(self) -> int:
-        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-    def track_external(self, *_: object) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        reset_peak(torch.device("cpu"))
-
-    def get_tracker_snapshot(self, _: str) -> dict:
-        most = peak_memory(torch.device("cpu")) * 2**30 - self.before
-        return {GPU: {"Total": most}}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
 STAGES = {"1": train_slow_adapter, "2": distill_fast, "3": finetune_hybrid}
 
 
 def rehearse_stage(
     stage: str, kind: str, world: int, sequence: int, layers: int, grid: tuple[int, int, int] = GRID,
-    real: bool = False, **more: object,
+    resident: object = None, **more: object,
 ) -> dict[str, float]:  # fmt: skip
     """GB at the peak of each part of a stage's first cycle on rank 0, with so many blocks: step to export.
 
-    `real`: this is one of torchrun's processes, on a CPU, and its own memory is measured.
+    `resident`: a tools.resident.Resident, which measures. This is then one of torchrun's processes on a CPU, and all of
+    it is real.
     """
     script, shape = STAGES[stage], replace(PRESETS["wan5b"], layers=layers)
     light = replace(adapters.PRESETS["wan5b"], layers=layers)
     judge = replace(discriminators.PRESETS["wan5b"], feature_blocks=tuple(range(layers))[-3:])
     networks, prepare, begin, schedule = [], parallel.prepare, runs.Run.__init__, flow.sigma_schedule
-    tracker, peaks = Resident() if real else fresh(), {}
+    tracker, peaks = resident or fresh(), {}
 
     def ends(part: str) -> None:
         """The peak since the last part's end is this one's."""
@@ -331,7 +300,7 @@ def rehearse_stage(
     ]  # fmt: skip
     options |= {} if stage == "1" else {"denoising_steps": 2}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.ExitStack() as stack:
-        if not real:
+        if resident is None:
             stack.enter_context(pretended(world))
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
@@ -397,34 +366,6 @@ CASES = [
 ]
 
 
-# What two processes of this machine can run, with two blocks: stage, adapter, grid.
-SMALL = (("1", "controlnet", (4, 16, 32)), ("2", "none", (2, 16, 16)))
-
-
-def resident(stage: str, kind: str, grid: tuple[int, int, int], port: int, rank: int) -> float:
-    """GB that a stage's step takes in this process, one of two on a CPU."""
-    places = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    try:
-        return rehearse_stage(stage, kind, 2, 1, 2, grid, real=True, dtype="float32", sample_every=0)["step"]
-    finally:
-        dist.destroy_process_group()
-
-
-def beside_measured() -> Iterator[dict]:
-    """Rows of steps that two processes of this machine really take, with true widths and two blocks."""
-    for stage, kind, grid in SMALL:
-        counted = rehearse_stage(stage, kind, 2, 1, 2, grid, dtype="float32", sample_every=0)["step"]
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        # What is freed goes back to the system at once, and so counts no more.
-        environment = {"MALLOC_MMAP_THRESHOLD_": "4194304", "OMP_NUM_THREADS": "1"}
-        with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            held = list(pool.map(partial(resident, stage, kind, grid, port), range(2)))
-        about = {"stage": f"{stage}, two blocks on CPUs", "adapter": kind, "GPUs": 0, "sequence": 1}
-        yield about | {"GB": round(counted, 2), "peak_at": "step", "measured_GB": round(max(held), 2)}
-
-
 def reckoned(few: dict[str, float], more: dict[str, float], layers: tuple[int, int]) -> dict[str, float]:
     """Peaks with all blocks, from those with two small numbers of them: memory is linear in the number."""
     steps = (PRESETS["wan5b"].layers - layers[0]) / (layers[1] - layers[0])
@@ -446,4 +387,3 @@ def table(layers: tuple[int, int] = (3, 4), cases: list = CASES) -> Iterator[dic
         for part, most in peaks.items():
             about = {"stage": f"sample, {mode}", "adapter": kind, "GPUs": 1, "sequence": 1}
             yield about | {"GB": round(most, 1), "peak_at": part, "measured_GB": None}
-    yield from beside_measured()

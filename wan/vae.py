@@ -11,7 +11,6 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from core.config import UserError
 from core.parallel import Processes
 from core.weights import load, read_checkpoint, read_config, read_folder, rename
+from wan.stream import Relay, Stream
 
 # Statistics of the latents, per channel, as published: the DiT works on (z - MEAN) / STD.
 MEAN = (
@@ -46,67 +46,6 @@ class VAEConfig:
     blocks: int = 2  # residual blocks per level of the encoder; the decoder has one more
     temporal: tuple[bool, ...] = (False, True, True)  # which of the encoder's downsamplings halve time too
     patch: int = 2  # side of the pixel squares that become channels before anything else
-
-
-class Stream(dict[nn.Module, Tensor | None]):
-    """What layers remember of a video between its chunks: layer -> its last input frames. Empty when a video starts."""
-
-    def __init__(self):
-        super().__init__()
-        self.kernels: dict[nn.Module, Tensor] = {}  # weights made from others, once a video
-
-    def turn(self, chunk: int, chunks: int, seen: int) -> bool:
-        """A chunk of so many begins, after `seen` latent frames. Whether this process has it."""
-        return True
-
-    def before(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor | None:
-        """The frames that came before the chunk x [B,C,T,H,W]; None at the start of the video."""
-        return self.get(layer)
-
-    def wait(self) -> None:
-        """Until nothing is on its way."""
-
-
-class Relay(Stream):
-    """The stream of processes that take the chunks in turn: what a layer remembers goes to the next process at once.
-
-    That one is at work on its chunk, a layer behind, before this one is done. The pixels are those of one process.
-    """
-
-    def __init__(self, procs: Processes):
-        super().__init__()
-        self.rank, self.world, self.sending, self.seen, self.last = procs.rank, procs.world, [], 0, False
-        # From the last process to the first there is another connection. With two processes and one connection, what
-        # goes there would stand in line behind what is on its way back.
-        self.groups = dist.new_group(), dist.new_group()
-
-    def turn(self, chunk: int, chunks: int, seen: int) -> bool:
-        if chunk % self.world != self.rank:
-            return False
-        self.wait()  # for the last turn's
-        self.seen, self.last = seen, chunk == chunks - 1
-        return True
-
-    def __contains__(self, layer: object) -> bool:
-        return self.seen > 0
-
-    def before(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor | None:
-        if self.seen <= layer.after:
-            return None
-        received = x.new_empty(x.shape[0], frames, *x.shape[3:], x.shape[1])
-        dist.recv(received, (self.rank - 1) % self.world, self.groups[self.rank == 0])
-        return rearrange(received, "b t h w c -> b c t h w")
-
-    def __setitem__(self, layer: nn.Module, frames: Tensor | None) -> None:
-        if frames is None or self.last:
-            return
-        to, group = (self.rank + 1) % self.world, self.groups[self.rank == self.world - 1]
-        sent = rearrange(frames, "b c t h w -> b t h w c").contiguous()
-        self.sending.append((dist.isend(sent, to, group), sent))
-
-    def wait(self) -> None:
-        while self.sending:
-            self.sending.pop()[0].wait()
 
 
 class Layers(nn.Sequential):

@@ -1,0 +1,72 @@
+"""The rehearsed memory of two small runs beside what they take: part of `python -m tools.bench --rehearse`."""
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from core.memory import peak_memory, reset_peak
+from tools.rehearse import GPU, rehearse_stage
+
+
+class Resident:
+    """In the place of torch's tracker, where tensors are real: the memory of this process since now."""
+
+    def __init__(self):
+        self.before = self.now()
+        self._peak_mem = self
+
+    def now(self) -> int:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    def track_external(self, *_: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        reset_peak(torch.device("cpu"))
+
+    def get_tracker_snapshot(self, _: str) -> dict:
+        most = peak_memory(torch.device("cpu")) * 2**30 - self.before
+        return {GPU: {"Total": most}}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+# What two processes of a machine with 24 GB can run, with two blocks: stage, adapter, grid.
+SMALL = (("1", "controlnet", (4, 16, 32)), ("2", "none", (2, 16, 16)))
+
+
+def resident(stage: str, kind: str, grid: tuple[int, int, int], port: int, rank: int) -> float:
+    """GB that a stage's step takes in this process, one of two on a CPU."""
+    places = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    try:
+        return rehearse_stage(stage, kind, 2, 1, 2, grid, Resident(), dtype="float32", sample_every=0)["step"]
+    finally:
+        dist.destroy_process_group()
+
+
+def rows() -> Iterator[dict]:
+    """Rows of steps that two processes of this machine really take, with true widths and two blocks."""
+    for stage, kind, grid in SMALL:
+        counted = rehearse_stage(stage, kind, 2, 1, 2, grid, dtype="float32", sample_every=0)["step"]
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        # What is freed goes back to the system at once, and so counts no more.
+        environment = {"MALLOC_MMAP_THRESHOLD_": "4194304", "OMP_NUM_THREADS": "1"}
+        with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(2, get_context("spawn")) as pool:
+            held = list(pool.map(partial(resident, stage, kind, grid, port), range(2)))
+        about = {"stage": f"{stage}, two blocks on CPUs", "adapter": kind, "GPUs": 0, "sequence": 1}
+        yield about | {"GB": round(counted, 2), "peak_at": "step", "measured_GB": round(max(held), 2)}
