@@ -1,5 +1,6 @@
 """The wan5b commands at full width and 27,280 tokens, on pretended GPUs: tools/rehearse.py."""
 
+import gc
 import json
 from functools import partial
 
@@ -50,10 +51,11 @@ def test_the_same_cycle_runs_on_real_tensors_and_is_measured(monkeypatch):
     monkeypatch.setitem(rehearse.PRESETS, "wan5b", DiTConfig(64, 128, 2, 2, text_dim=4096, text_tokens=512))
     run = partial(rehearse.rehearse_stage, "1", "controlnet", 1, 1, 2, (2, 4, 4), dtype="float32", sample_every=0)
     assert list(run(resident=Resident())) == list(run()) == ["step", "checkpoint", "export"]
+    gc.collect()
     tracker = Resident()
     tracker.clear()
-    taken = torch.ones(100_000_000)
-    assert rehearse.peak(tracker) == pytest.approx(taken.nbytes / 1e9, abs=0.02)
+    taken = torch.ones(250_000_000)
+    assert rehearse.peak(tracker) == pytest.approx(taken.nbytes / 1e9, rel=0.1)
 
 
 def test_the_page_shows_the_table():
