@@ -338,8 +338,7 @@ def answer(
     if not latents.isfinite().all():
         raise UserError("the networks give values that are no numbers; give other weights, or --dtype float32")
     tell(says="Decoding")
-    overlay = write(job.out, decode(codec, latents, cfg.scale, procs), trajectory, cfg.fps)
-    return [Path(job.out), overlay]
+    return [Path(job.out), write(job.out, decode(codec, latents, cfg.scale, procs), trajectory, cfg.fps)]
 
 
 def serve_page(cfg: Config, codec: Codec, procs: parallel.Processes) -> None:

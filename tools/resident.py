@@ -18,7 +18,10 @@ from tools.rehearse import GPU, rehearse_stage
 
 
 class Resident:
-    """In the place of torch's tracker, where tensors are real: the memory of this process since now."""
+    """In the place of torch's tracker, where tensors are real: the memory of this process since now.
+
+    It answers to what `rehearse_stage` asks of that one, whose `_peak_mem` is cleared between parts.
+    """
 
     def __init__(self):
         self.before = self.now()

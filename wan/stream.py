@@ -50,7 +50,7 @@ class Relay(Stream):
         return self.seen > 0
 
     def before(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor | None:
-        if self.seen <= layer.after:
+        if self.seen <= layer.skips:
             return None
         received = x.new_empty(x.shape[0], frames, *x.shape[3:], x.shape[1])
         dist.recv(received, (self.rank - 1) % self.world, self.groups[self.rank == 0])

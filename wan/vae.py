@@ -62,10 +62,11 @@ class CausalConv3d(nn.Conv3d):
 
     # On a GPU, frames in pairs would move more memory than they save in products: not until one has been measured.
     paired_on = ("cpu",)
-    after = 0  # latent frames that pass it by
 
-    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3)):
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3), skips: int = 0):
+        """`skips`: how many of a video's first latent frames go past it."""
         super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.skips = skips
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if past := self.kernel_size[0] - 1:
@@ -118,6 +119,16 @@ def double_and_conv(frames: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
+def norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """RMS norm over axis 1, the channels, scaled by gamma."""
+    size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+    return (x * (x.shape[1] ** 0.5 / size).type_as(x)).mul_(gamma)
+
+
+def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    return F.silu(norm(x, gamma), inplace=True)
+
+
 class RMSNorm(nn.Module):
     """RMS norm over the channels of every position; gamma is [C, 1, 1(, 1)], as published."""
 
@@ -126,8 +137,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
-        return (x * (x.shape[1] ** 0.5 / size).type_as(x)).mul_(self.gamma)
+        return norm(x, self.gamma)
 
 
 class NormSiLU(RMSNorm):
@@ -137,17 +147,12 @@ class NormSiLU(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused is None:
-            return F.silu(super().forward(x), inplace=True)
+            return norm_silu(x, self.gamma)
+        # As positions by channels, so that all resolutions are alike to the compiler. And not as views: it asks how a
+        # view's base lies in memory, and makes a variant for every answer.
         last = x.movedim(1, -1).contiguous()
-        # Not as views: the compiler asks how a view's base lies in memory, and makes a variant for every answer.
         flat, gamma = last.view(-1, x.shape[1]).data, self.gamma.flatten().data
         return self.fused(flat, gamma).view(last.shape).movedim(-1, 1)
-
-
-def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    """What `NormSiLU` does, of positions by channels [N, C]: to the compiler all resolutions are alike."""
-    size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
-    return F.silu(x * (x.shape[1] ** 0.5 / size).type_as(x) * gamma)
 
 
 class AttentionBlock(nn.Module):
@@ -192,7 +197,7 @@ def residual_blocks(inputs: int, outputs: int, number: int) -> list[ResidualBloc
 class Downsample(nn.Module):
     """Halves height and width, and the frames if `temporal`: frame 0 stays, then each pair becomes one."""
 
-    after = 0
+    skips = 0  # as a CausalConv3d's
 
     def __init__(self, width: int, temporal: bool):
         super().__init__()
@@ -215,9 +220,7 @@ class Upsample(nn.Module):
     def __init__(self, width: int, temporal: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(width, width, 3, padding=1))  # named as published
-        self.time_conv = CausalConv3d(width, 2 * width, (3, 1, 1)) if temporal else None
-        if self.time_conv:
-            self.time_conv.after = 1
+        self.time_conv = CausalConv3d(width, 2 * width, (3, 1, 1), skips=1) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None:
