@@ -147,6 +147,23 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to host memory. What is returned gives the copy, and waits for nothing else.
+
+    Who reads the GPU's own tensor later waits for all the work that the GPU was given in between.
+    """
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    (arrived := torch.cuda.Event()).record()
+
+    def read() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return read
+
+
 def reset_peak(device: torch.device) -> None:
     """Let `peak_memory` start again from here."""
     if device.type == "cuda":

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from core.config import UserError, reason
 from core.files import atomic, write_text
 from core.media import contact_sheet, to_uint8, write_image, write_video
+from core.memory import fetch
 from core.parallel import Processes
 from core.weights import read_config
 
@@ -62,7 +63,7 @@ class Run:
         self.folder, self.config, self.procs, self.parts = Path(folder), dataclasses.asdict(config), procs, parts
         self.writer, self.written = ThreadPoolExecutor(1), Future()
         self.written.set_result(None)
-        self.unseen: list[tuple[int, dict[str, Tensor | float]]] = []  # what the last steps gave
+        self.unseen: list[tuple[int, dict[str, Callable[[], Tensor]]]] = []  # what the last steps gave
         self.alone = procs.mesh is None
         # Checkpoint writers communicate from a thread of their own, at the same time as the training's collectives.
         self.writers = None if self.alone else dist.new_group(backend="gloo")
@@ -190,10 +191,11 @@ class Run:
         """UserError if a step gave a loss or gradient that is no finite number; nothing of it has been saved.
 
         A GPU is still at work on the last step, and would be waited for. So that one is left out, but for `all_steps`.
+        Of the steps before it copies are read: the GPU's own numbers would come after the last step.
         """
         while len(self.unseen) > (0 if all_steps else 1):
             step, values = self.unseen.pop(0)
-            wrong = [name for name, value in values.items() if not torch.as_tensor(value).isfinite().all()]
+            wrong = [name for name, read in values.items() if not read().isfinite().all()]
             if not wrong:
                 continue
             self.settle()
@@ -204,7 +206,7 @@ class Run:
 
     def log(self, step: int, always: bool = False, **values: Tensor | float) -> None:
         """What a step gave, averaged over ranks; written every `log_every` steps, or always. Every rank must call."""
-        self.unseen.append((step, values))
+        self.unseen.append((step, {name: fetch(torch.as_tensor(value).detach()) for name, value in values.items()}))
         if step % self.config["log_every"] and not always:
             return
         numbers = {n: self.procs.mean(v) if isinstance(v, Tensor) else v for n, v in values.items()}
