@@ -93,7 +93,7 @@ def peak(function: Callable, device: torch.device) -> float:
 class Config:
     preset: Literal["wide", "wan5b", "small"] = "wide"  # shapes
     parts: str = ",".join(PARTS)  # what to measure, separated by commas
-    gpu: bool = False  # what one GPU does, in eight minutes: give it --out results/bench-<gpu>.json
+    gpu: bool = False  # what one GPU does, in five minutes: give it --out results/bench-<gpu>.json
     rehearse: bool = False  # measure nothing: count the memory of every stage on pretended GPUs
     repeats: int = 3  # timed pairs
     out: str = "out/bench.json"  # rows; the table goes beside it

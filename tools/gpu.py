@@ -1,17 +1,17 @@
-"""What one GPU does at the true shapes, with random weights: `python -m tools.bench --gpu`, about eight minutes.
+"""What one GPU does at the true shapes, with random weights: `python -m tools.bench --gpu`, about five minutes.
 
 Seconds of four steps (eager by each attention backend, and compiled, with both adapters), of the VAE both ways (plain,
 by Winograd's convolutions, compiled) and of the small decoder, of a video end to end, and of training steps of stages 1
-and 3 with the share of the GPU's peak that they reach; and the real peak of memory of each. Then the peaks of
-`--memory` medium and low, beside the rehearsed ones (high is what the rows before hold). Nothing here compares with
-another project: `tools.bench` does.
+and 3 with the share of the GPU's peak that they reach; and the real peak of memory of each. And the peaks of
+`--memory` medium and low, beside the rehearsed ones (high is what the others hold). What matters most comes first, for
+the machine may be taken away. Nothing here compares with another project: `tools.bench` does.
 """
 
 import contextlib
 import gc
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
 from unittest import mock
 
 import torch
@@ -26,21 +26,13 @@ import train_slow_adapter
 from adapter import AdapterConfig, ControlNetAdapter, ResNetAdapter
 from core import attention, memory, parallel
 from core.codec import Batch
+from core.config import ROOT
 from model import PRESETS, DiTConfig, VideoDiT
-from tools.rehearse import rehearse_sample, sampling, typed
+from tools.rehearse import sampling, typed
 from wan import vae
 from wan.tiny_decoder import TinyDecoder
 
 PEAK = 989e12  # FLOP/s of an H100 or H200 in bfloat16
-
-
-def timed(name: str, call: Callable, device: torch.device, repeats: int = 2) -> dict:
-    """A row: the best seconds of a call, after one that warms up, and the most GB held."""
-    call()
-    gc.collect()
-    memory.reset_peak(device)
-    best = min(memory.seconds(call, device) for _ in range(repeats))
-    return {"name": name, "seconds": best, "GB": memory.peak_memory(device) * 2**30 / 1e9, "share_of_peak": None}
 
 
 def random(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -78,113 +70,175 @@ def learning_losses(
     }  # fmt: skip
 
 
-def measure(
-    device: torch.device, config: DiTConfig = PRESETS["wan5b"], grid: tuple[int, int, int] = (31, 44, 80),
-    vae_config: vae.VAEConfig | None = None, dtype: torch.dtype = torch.bfloat16,
-    judge_config: discriminators.ClassifierConfig | None = None,
-) -> Iterator[dict]:  # fmt: skip
-    """Rows, each when it is measured. `grid`: of the latents. Tests give small shapes."""
-    tokens = grid[0] * grid[1] * grid[2] // 4
-    first, traj = (torch.randn(1, config.channels, f, *grid[1:], device=device) for f in (1, grid[0]))
-    text = torch.randn(1, config.text_tokens, config.text_dim, device=device, dtype=dtype)
-    noise, sigmas = torch.randn(4, *traj.shape, device=device), flow.sigma_schedule(4, 5.0)
-    cast = partial(parallel.autocast, device, "bfloat16" if dtype == torch.bfloat16 else "float32")
-    with torch.device("meta"):
-        light = ResNetAdapter(AdapterConfig(config.dim, config.layers, channels=config.channels))
-        networks = {"resnet": light, "controlnet": ControlNetAdapter(config)}
-        generator = VideoDiT(config)
-    generator = random(generator, dtype, device)
+class Bench:
+    """The parts of the table; each makes its own networks. Tests give small shapes. `grid`: of the latents."""
 
-    # 1. Four steps.
+    def __init__(
+        self, device: torch.device, config: DiTConfig = PRESETS["wan5b"], grid: tuple[int, int, int] = (31, 44, 80),
+        vae_config: vae.VAEConfig | None = None, dtype: torch.dtype = torch.bfloat16,
+        judge_config: discriminators.ClassifierConfig = discriminators.PRESETS["wan5b"],
+    ):  # fmt: skip
+        self.device, self.config, self.grid, self.dtype = device, config, grid, dtype
+        self.vae_config, self.judge_config = vae_config or vae.VAEConfig(), judge_config
+        self.attention = config.heads, config.dim, grid[0] * grid[1] * grid[2] // 4, device
+        self.traj = torch.randn(1, config.channels, *grid, device=device)
+        self.noise, self.text = torch.randn(4, *self.traj.shape, device=device), self.random_text()
+        self.cast = partial(parallel.autocast, device, "bfloat16" if dtype == torch.bfloat16 else "float32")
+        self.seconds: dict[str, float] = {}  # of the rows so far
+        parallel.start_compiler(device)
+
+    def random_text(self) -> Tensor:
+        return torch.randn(1, self.config.text_tokens, self.config.text_dim, device=self.device, dtype=self.dtype)
+
+    def timed(self, name: str, call: Callable, warm: Callable | None = None, repeats: int = 1) -> dict:
+        """A row: the best seconds of a call, and the most GB held. `warm`: a shorter call, which comes first."""
+        (warm or call)()
+        gc.collect()
+        memory.reset_peak(self.device)
+        self.seconds[name] = best = min(memory.seconds(call, self.device) for _ in range(repeats))
+        most = memory.peak_memory(self.device) * 2**30 / 1e9
+        return {"name": name, "seconds": best, "GB": most, "share_of_peak": None}
+
+    def generator(self) -> VideoDiT:
+        with torch.device("meta"):
+            network = VideoDiT(self.config)
+        return random(network, self.dtype, self.device)
+
+    def adapter(self, kind: str) -> nn.Module:
+        with torch.device("meta"):
+            if kind == "controlnet":
+                network = ControlNetAdapter(self.config)
+            else:
+                network = ResNetAdapter(
+                    AdapterConfig(self.config.dim, self.config.layers, channels=self.config.channels)
+                )
+        return random(network, torch.float32 if kind == "resnet" else self.dtype, self.device)
+
     @torch.no_grad()
-    def steps(adapter: nn.Module) -> Tensor:
+    def steps(self, generator: VideoDiT, adapter: nn.Module, number: int = 4) -> Tensor:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return generator(x, t, text, adapter.residuals(traj, x, t, text))
+            return generator(x, t, self.text, adapter.residuals(self.traj, x, t, self.text))
 
-        with cast():
-            return flow.sample_fewstep(velocity, first, noise, sigmas)
+        with self.cast():
+            return flow.sample_fewstep(velocity, self.traj[:, :, :1], self.noise, flow.sigma_schedule(number, 5.0))
 
-    for kind in ("controlnet", "resnet"):
-        adapter = random(networks.pop(kind), torch.float32 if kind == "resnet" else dtype, device)
-        backends = attention.ranking(config.heads, config.dim, tokens, device) if device.type == "cuda" else []
-        for backend in backends if kind == "resnet" else backends[:1]:
-            with sdpa_kernel(backend):
-                yield timed(f"4 steps, {kind}, eager, {backend.name}", lambda: steps(adapter), device, repeats=1)
-        for block in (*generator.blocks, *adapter.blocks):
+    def compiled(self, kind: str) -> Iterator[dict]:
+        networks = self.generator(), self.adapter(kind)
+        for block in (*networks[0].blocks, *networks[1].blocks):
             block.compile()
-        with attention.fastest(config.heads, config.dim, tokens, device):
-            yield (row := timed(f"4 steps, {kind}, compiled", lambda: steps(adapter), device))
-    four = row["seconds"]
+        with attention.fastest(*self.attention):
+            four, one = partial(self.steps, *networks), partial(self.steps, *networks, 1)
+            yield self.timed(f"4 steps, {kind}, compiled", four, one, repeats=2)
 
-    # 2. Training steps without the optimizer: stage 1's; and the adapter's of stage 3, which is judged by a second
-    # copy of the generator.
-    alone = parallel.Processes(0, 1, device, None)
-    adapter = parallel.prepare(adapter.requires_grad_(True), alone, False, "full")
-    parallel.prepare(generator, alone, True, "full")
-    batch = Batch(noise[0], text, traj)
+    def eager(self, kind: str, most: int | None = None) -> Iterator[dict]:
+        """By each attention backend, or by so many, the fastest first."""
+        if self.device.type == "cuda":
+            networks = self.generator(), self.adapter(kind)
+            for backend in attention.ranking(*self.attention)[:most]:
+                with sdpa_kernel(backend):
+                    four, one = partial(self.steps, *networks), partial(self.steps, *networks, 1)
+                    yield self.timed(f"4 steps, {kind}, eager, {backend.name}", four, one)
 
-    def step(stage: str, discriminator: discriminators.DiffusionDiscriminator | None = None) -> None:
-        with cast(), attention.fastest(config.heads, config.dim, tokens, device):
-            learning_losses(generator, adapter, discriminator, batch, noise, sigmas)[stage]().backward()
+    def learn(self, stage: str, name: str, passes: int, repeats: int) -> Iterator[dict]:
+        """A training step without the optimizer, of so many passes through a generator: stage 1's; or the adapter's of
+        stage 3, which is judged by a second copy of the generator.
+        """
+        alone, discriminator = parallel.Processes(0, 1, self.device, None), None
+        generator, adapter = self.generator(), self.adapter("resnet").requires_grad_(True)
+        for network in (generator, adapter):
+            parallel.prepare(network, alone, True, "full")
+        if stage == "stage 3":
+            with torch.device("meta"):
+                judge = discriminators.Classifier(self.judge_config)
+            backbone = parallel.prepare(self.generator(), alone, True, "full")
+            discriminator = discriminators.DiffusionDiscriminator(backbone, random(judge, torch.float32, self.device))
+        batch, sigmas = Batch(self.noise[0], self.text, self.traj), flow.sigma_schedule(4, 5.0)
+        loss = learning_losses(generator, adapter, discriminator, batch, self.noise, sigmas)[stage]
 
-    d = config.dim
-    block = tokens * (12 * d * d + 4 * d * config.ffn_dim) + 4 * d * tokens * (tokens + config.text_tokens)
+        def step() -> None:
+            with self.cast(), attention.fastest(*self.attention):
+                loss().backward()
 
-    def share(row: dict, passes: int) -> dict:
-        return row | {"share_of_peak": passes * config.layers * block / row["seconds"] / PEAK}
+        row = self.timed(name, step, repeats=repeats)
+        d, tokens = self.config.dim, self.attention[2]
+        block = tokens * (12 * d * d + 4 * d * self.config.ffn_dim) + 4 * d * tokens * (tokens + len(self.text[0]))
+        yield row | {"share_of_peak": passes * self.config.layers * block / row["seconds"] / PEAK}
 
-    yield share(timed("step of stage 1, resnet", lambda: step("stage 1"), device), 3)
-    with torch.device("meta"):
-        backbone, judge = VideoDiT(config), judge_config or discriminators.PRESETS["wan5b"]
-        judge = discriminators.Classifier(judge)
-    backbone, judge = random(backbone, dtype, device), random(judge, torch.float32, device)
-    parallel.prepare(backbone, alone, True, "full")
-    discriminator = discriminators.DiffusionDiscriminator(backbone, judge)
+    def pieces(self, name: str, network: vae.WanVAE | TinyDecoder) -> dict:
+        """Decoding. What comes after the third latent frame is as that."""
+        latents = torch.randn(1, self.vae_config.channels, *self.grid, device=self.device)
+        decode = [partial(lambda z: [None for _ in network.frames(z)], z) for z in (latents, latents[:, :, :3])]
+        return self.timed(name, *decode)
 
-    # Three passes of the sampler that keep nothing; three each of its last, the true video's, the judge's.
-    row = timed("step of stage 3's adapter, resnet", lambda: step("stage 3", discriminator), device, repeats=1)
-    yield share(row, 3 + 3 * 3)
-    generator = adapter = backbone = judge = discriminator = None  # the VAE needs the room
+    def codec(self, how: str, compiled: bool = False) -> Iterator[dict]:
+        """The VAE both ways."""
+        with torch.device("meta"):
+            codec = vae.WanVAE(self.vae_config)
+        codec = random(codec, self.dtype, self.device)
+        for module in codec.modules():
+            if compiled and isinstance(module, vae.ResidualBlock):
+                module.compile()
+        yield self.pieces(f"VAE decode{how}", codec)
+        frames, *size = self.grid
+        video = torch.rand(1, 3, codec.temporal * (frames - 1) + 1, *(n * codec.spatial for n in size))
+        yield self.timed(f"VAE encode{how}", *(partial(codec.encode, video[:, :, :n]) for n in (None, 9)))
 
-    # 3. The VAE both ways, and the small decoder.
-    vae_config = vae_config or vae.VAEConfig()
-    with torch.device("meta"):
-        networks = vae.WanVAE(vae_config), TinyDecoder(vae_config.channels)
-    codec, small = (random(network, dtype, device) for network in networks)
-    video = torch.rand(1, 3, 4 * grid[0] - 3, grid[1] * codec.spatial, grid[2] * codec.spatial)
-    latents = torch.randn(1, vae_config.channels, *grid, device=device)
+    def plain(self) -> Iterator[dict]:
+        yield from self.codec("")
+        whole = [self.seconds.get(name) for name in ("VAE encode", "4 steps, resnet, compiled", "VAE decode")]
+        if None not in whole:
+            name = "encode, 4 steps with resnet, decode"
+            yield {"name": name, "seconds": sum(whole), "GB": None, "share_of_peak": None}
 
-    def both_ways(how: str) -> Iterator[dict]:
-        yield timed(f"VAE encode{how}", lambda: codec.encode(video), device, repeats=1)
-        yield timed(f"VAE decode{how}", lambda: [None for _ in codec.frames(latents)], device, repeats=1)
+    def winograd(self) -> Iterator[dict]:
+        with mock.patch.object(vae.CausalConv3d, "paired_on", ("cpu", "cuda")):
+            yield from self.codec(", Winograd")
 
-    with mock.patch.object(vae.CausalConv3d, "paired_on", ("cpu", "cuda")):
-        yield from both_ways(", Winograd")
-    plain = list(both_ways(""))
-    yield from plain
-    whole = four + sum(row["seconds"] for row in plain)
-    yield {"name": "encode, 4 steps with resnet, decode", "seconds": whole, "GB": None, "share_of_peak": None}
-    yield timed("small decoder", lambda: [None for _ in small.frames(latents)], device, repeats=1)
-    codec = small = None
+    def small(self) -> Iterator[dict]:
+        with torch.device("meta"):
+            network = TinyDecoder(self.vae_config.channels)
+        yield self.pieces("small decoder", random(network, self.dtype, self.device))
 
-    # 4. The modes of --memory, beside what was rehearsed.
-    if device.type == "cuda" and config == PRESETS["wan5b"]:
-        for mode, kind in product(("low", "medium"), ("resnet", "controlnet")):
-            peaks = rehearse_sample(mode, kind)
+    def modes(self, kind: str) -> Iterator[dict]:
+        """What the modes of --memory hold, beside what was rehearsed."""
+        if self.device.type != "cuda" or self.config != PRESETS["wan5b"]:
+            return
+        table = json.loads((ROOT / "results/rehearsed.json").read_text(encoding="utf-8"))
+        rehearsed = {(row["stage"], row["adapter"], row["peak_at"]): row["GB"] for row in table}
+        for mode in ("low", "medium"):
             with contextlib.ExitStack() as stack, torch.no_grad():
                 for part, call in sampling(stack, mode, kind, layers=4, offload=memory.offload).items():
                     gc.collect()
-                    memory.reset_peak(device)
+                    memory.reset_peak(self.device)
                     call()
-                    most = memory.peak_memory(device) * 2**30 / 1e9
-                    name = f"--memory {mode}, {kind}: {part}; rehearsed {peaks[part]:.1f} GB"
+                    most = memory.peak_memory(self.device) * 2**30 / 1e9
+                    name = f"--memory {mode}, {kind}: {part}"
+                    name += f"; rehearsed {rehearsed[f'sample, {mode}', kind, part]:.1f} GB"
                     yield {"name": name, "seconds": None, "GB": most, "share_of_peak": None}
 
-    # 5. Last, for it is the one that may fail: the VAE compiled.
-    with torch.device("meta"):
-        codec = vae.WanVAE(vae_config)
-    codec = random(codec, dtype, device)
-    for module in codec.modules():
-        if isinstance(module, vae.ResidualBlock):
-            module.compile()
-    yield from both_ways(", compiled")
+
+PARTS: dict[str, Callable[[Bench], Iterator[dict]]] = {
+    "compiled": partial(Bench.compiled, kind="resnet"),
+    "vae": Bench.plain,
+    "stage 1": partial(Bench.learn, stage="stage 1", name="step of stage 1, resnet", passes=3, repeats=2),
+    "eager": partial(Bench.eager, kind="resnet"),
+    "small decoder": Bench.small,
+    "memory": partial(Bench.modes, kind="resnet"),
+    # Three passes of the sampler that keep nothing; three each of its last, the true video's, the judge's.
+    "stage 3": partial(
+        Bench.learn, stage="stage 3", name="step of stage 3's adapter, resnet", passes=3 + 3 * 3, repeats=1
+    ),
+    "controlnet": partial(Bench.compiled, kind="controlnet"),
+    "controlnet, eager": partial(Bench.eager, kind="controlnet", most=1),
+    "controlnet, memory": partial(Bench.modes, kind="controlnet"),
+    "winograd": Bench.winograd,
+    "vae compiled": partial(Bench.codec, how=", compiled", compiled=True),  # last, for it is the one that may fail
+}
+
+
+def measure(device: torch.device, *shapes: object) -> Iterator[dict]:
+    """Rows, each when it is measured. `shapes`: a Bench's."""
+    bench = Bench(device, *shapes)
+    for part in PARTS.values():
+        gc.collect()  # compiled blocks refer to themselves
+        yield from part(bench)
