@@ -294,6 +294,25 @@ def test_speed_is_the_committed_one_and_ahead_everywhere():
     assert "the same result to the bit" in page and f"differs by a relative {error:.2f}" in page
 
 
+def test_one_gpu_is_the_committed_one():
+    rows, page = results("bench-h200"), text("docs/SPEED.md")
+    assert tables.markdown(rows, tables.three_digits) == (ROOT / "results/bench-h200.md").read_text().strip()
+    assert tables.markdown(rows, tables.three_digits) in page
+    row = {row["name"]: row for row in rows}
+    learned = row["step of stage 1, resnet"]
+    took = [row[name]["seconds"] for name in ("4 steps, resnet, compiled", "VAE encode", "VAE decode")]
+    assert row["encode, 4 steps with resnet, decode"]["seconds"] == pytest.approx(sum(took))
+    assert f"| four steps | 4.0 s | {took[0]:.2f} s |" in page and f"| decoding | 3.0 s | {took[2]:.2f} s |" in page
+    assert f"| encoding, four steps, decoding | 8 s | {sum(took):.2f} s |" in page
+    assert f"| stage 1 | 33% of the peak | {learned['share_of_peak']:.0%} |" in page
+    assert f"took {learned['GB']:.1f} GB" in prose("docs/SCALE.md")
+    for mode in ("low", "medium"):
+        parts = ("encode image and boxes", "denoise", "decode")
+        held = [next(r["GB"] for r in rows if r["name"].startswith(f"--memory {mode}, resnet: {p};")) for p in parts]
+        assert "{:.1f}, {:.1f} and {:.1f} GB with `{}`".format(*held, mode) in prose("docs/WAN.md")
+        assert max(held) < {"low": 11 * 1.074, "medium": 22 * 1.074}[mode]
+
+
 def test_compiled_steps_are_the_committed_ones():
     rows = results("steps-cpu")
     assert tables.markdown(rows, tables.three_digits) in text("docs/SPEED.md")
