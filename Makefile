@@ -26,7 +26,7 @@ test: .venv/ready-dev
 # Killed, it goes on where it was.
 ablation: .venv/ready
 	@echo "$(words $(RUNS)) runs from the shipped networks, two at a time."
-	@echo "Reckoned from a pair's six minutes: about two hours on two cores, table included."
+	@echo "Reckoned from some of them: about four and a half hours on two cores, table included."
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUNS)
 	$(BIN)/python -m toy.evaluate --ablation --out results/ablation.json
 

@@ -270,6 +270,28 @@ def test_ablation_table_is_the_committed_one_and_says_what_the_page_says():
         assert max(low for low, _ in ranges) < min(high for _, high in ranges), score
 
 
+def test_the_baselines_are_the_committed_ones_and_the_page_says_what_they_show():
+    rows, page = results("baselines"), text("docs/RESULTS.md")
+    shown = [row for row in rows if row["steps"] == 4 and not row["name"].startswith("Slow")]
+    assert tables.markdown(shown) in page and len(shown) == 4
+    assert tables.markdown(rows) == (ROOT / "results/baselines.md").read_text().strip()
+    names = [f"{kind} applied to the adapter" for kind in ("LCM", "DMD")]
+    full, as_is = "FlashMotion: hybrid, decaying scale", "FastGenerator + SlowAdapter"
+    for n in (4, 2, 1):
+        at = {row["name"]: row for row in rows if row["steps"] == n}
+        assert all(at[name]["seeds"] == 3 and at[name]["videos"] >= 256 for name in (full, *names))
+        lcm, dmd = (at[name] for name in names)
+        for other in (lcm, dmd):
+            assert at[full]["fvd_range"][1] < other["fvd_range"][0] and at[as_is]["fvd"] < other["fvd"]
+            assert at[full]["fvd"] < (0.4 if n > 1 else 0.5) * other["fvd"]
+        if n > 1:
+            assert lcm["mask_iou_range"][1] < at[as_is]["mask_iou"] < dmd["mask_iou"] < at[full]["mask_iou"]
+            assert at[full]["mask_iou"] - dmd["mask_iou"] < 0.01 and dmd["sharpness"] < 0.95
+    assert [row["fvd"] for row in rows if row["name"] == names[0]] == sorted(
+        row["fvd"] for row in rows if row["name"] == names[0]
+    )
+
+
 def test_speed_is_the_committed_one_and_ahead_everywhere():
     rows, page = results("bench-cpu"), prose("docs/SPEED.md")
     assert tables.markdown(rows, tables.three_digits) == (ROOT / "results/bench-cpu.md").read_text().strip()
