@@ -287,9 +287,8 @@ def test_the_baselines_are_the_committed_ones_and_the_page_says_what_they_show()
         if n > 1:
             assert lcm["mask_iou_range"][1] < at[as_is]["mask_iou"] < dmd["mask_iou"] < at[full]["mask_iou"]
             assert at[full]["mask_iou"] - dmd["mask_iou"] < 0.01 and dmd["sharpness"] < 0.95
-    assert [row["fvd"] for row in rows if row["name"] == names[0]] == sorted(
-        row["fvd"] for row in rows if row["name"] == names[0]
-    )
+    distances = [row["fvd"] for row in rows if row["name"] == names[0]]  # in 4, 2 and 1 steps
+    assert len(distances) == 3 and distances == sorted(distances)
 
 
 def test_speed_is_the_committed_one_and_ahead_everywhere():
@@ -332,7 +331,7 @@ def test_one_gpu_is_the_committed_one():
         parts = ("encode image and boxes", "denoise", "decode")
         held = [next(r["GB"] for r in rows if r["name"].startswith(f"--memory {mode}, resnet: {p};")) for p in parts]
         assert "{:.1f}, {:.1f} and {:.1f} GB with `{}`".format(*held, mode) in prose("docs/WAN.md")
-        assert max(held) < {"low": 11 * 1.074, "medium": 22 * 1.074}[mode]
+        assert max(held) < {"low": 11, "medium": 22}[mode] * 2**30 / 1e9
 
 
 def test_compiled_steps_are_the_committed_ones():

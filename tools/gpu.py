@@ -82,13 +82,11 @@ class Bench:
         self.vae_config, self.judge_config = vae_config or vae.VAEConfig(), judge_config
         self.attention = config.heads, config.dim, grid[0] * grid[1] * grid[2] // 4, device
         self.traj = torch.randn(1, config.channels, *grid, device=device)
-        self.noise, self.text = torch.randn(4, *self.traj.shape, device=device), self.random_text()
+        self.noise = torch.randn(4, *self.traj.shape, device=device)
+        self.text = torch.randn(1, config.text_tokens, config.text_dim, device=device, dtype=dtype)
         self.cast = partial(parallel.autocast, device, "bfloat16" if dtype == torch.bfloat16 else "float32")
         self.seconds: dict[str, float] = {}  # of the rows so far
         parallel.start_compiler(device)
-
-    def random_text(self) -> Tensor:
-        return torch.randn(1, self.config.text_tokens, self.config.text_dim, device=self.device, dtype=self.dtype)
 
     def timed(self, name: str, call: Callable, warm: Callable | None = None, repeats: int = 1) -> dict:
         """A row: the best seconds of a call, and the most GB held. `warm`: a shorter call, which comes first."""
@@ -109,9 +107,8 @@ class Bench:
             if kind == "controlnet":
                 network = ControlNetAdapter(self.config)
             else:
-                network = ResNetAdapter(
-                    AdapterConfig(self.config.dim, self.config.layers, channels=self.config.channels)
-                )
+                shape = AdapterConfig(self.config.dim, self.config.layers, channels=self.config.channels)
+                network = ResNetAdapter(shape)
         return random(network, torch.float32 if kind == "resnet" else self.dtype, self.device)
 
     @torch.no_grad()
