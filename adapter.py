@@ -33,6 +33,7 @@ class AdapterConfig:
 
 PRESETS = {
     "tiny": AdapterConfig(160, 6, hidden=96, channels=16),
+    "pictures": AdapterConfig(256, 6, hidden=128, channels=24),
     "wan5b": AdapterConfig(3072, 30, fixed_norm=True),
 }
 
@@ -137,7 +138,8 @@ class ControlNetAdapter(VideoDiT):
     def __init__(self, config: DiTConfig):
         super().__init__(config)
         del self.head
-        self.patch_embedding = PatchEmbedding(2 * config.channels, config.patch, config.dim)
+        inputs = 2 * config.channels * (1 + config.sees_first)  # latent and trajectory, and then frame 0 of both
+        self.patch_embedding = PatchEmbedding(inputs, config.patch, config.dim)
         self.project = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.layers))
         init_xavier(self.patch_embedding)
         for parameter in self.project.parameters():
@@ -148,7 +150,8 @@ class ControlNetAdapter(VideoDiT):
         """Start from a generator's weights; those for the trajectory's channels start at zero."""
         own = generator.state_dict()
         weight = own["patch_embedding.weight"]
-        own["patch_embedding.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+        parts = weight.split(self.config.channels, dim=1)  # the latent's, and perhaps frame 0's
+        own["patch_embedding.weight"] = torch.cat([w for part in parts for w in (part, torch.zeros_like(part))], dim=1)
         own = {name: value for name, value in own.items() if not name.startswith("head.")}
         self.load_state_dict(own | {n: p for n, p in self.state_dict().items() if n.startswith("project.")})
 

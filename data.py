@@ -18,7 +18,7 @@ from torch import Tensor
 from core.codec import Batch, Codec
 from core.config import UserError
 from core.weights import Stored, read_safetensors
-from toy.codec import ToyCodec
+from toy.codec import CODECS, ToyCodec
 from toy.latents import ToyLatents
 from wan.codec import WanCodec
 
@@ -110,7 +110,7 @@ def shuffled(number: int, *key: int) -> np.ndarray:
 
 def open_codec(preset: str, folder: Path | str, device: torch.device, **options) -> Codec:
     """The preset's codec; `folder`, of Wan2.2-TI2V-5B, and `options` are WanCodec's."""
-    return WanCodec(folder, device, **options) if preset == "wan5b" else ToyCodec()
+    return WanCodec(folder, device, **options) if preset == "wan5b" else CODECS[preset]()
 
 
 def training_data(
@@ -121,4 +121,4 @@ def training_data(
         return tuple(ClipLatents(folder, codec.text_tokens, split, seed, batch) for split in ("train", "validation"))
     if not isinstance(codec, ToyCodec):
         raise UserError("--data: missing; preset wan5b trains on clips that python -m tools.prepare_clips has encoded")
-    return ToyLatents(codec, seed=seed), ToyLatents(codec, "validation")
+    return ToyLatents(codec, seed=seed, **codec.learned_on), ToyLatents(codec, "validation")

@@ -35,7 +35,7 @@ EXIT_STEP = 2  # the random stream that draws where backward simulation ends
 @dataclass(frozen=True)
 class Config:
     name: str = "fast_generator"  # run folder under runs/
-    preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
+    preset: Literal["tiny", "pictures", "wan5b"] = "tiny"  # size of the networks and their world
     data: str = ""  # folder of prepared clips (tools.prepare_clips); the toy world if empty
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
     generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # the SlowGenerator that all start from
@@ -50,6 +50,7 @@ class Config:
     schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rates after it
     fake_loss: Literal["velocity", "x0"] = "velocity"  # what the fake score's loss compares
     levels: Literal["above", "all"] = "above"  # where the scores judge: above the next step's noise level, or anywhere
+    judge_sigma_max: float = 1.0  # highest noise level at which the scores judge
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.99  # decay of the averaged student, the one exported
@@ -65,6 +66,17 @@ class Config:
     sample_every: int = 500  # steps; 0 for no samples
 
 
+PICTURES = {
+    "generator": shipped("checkpoints/pictures/slow_generator.safetensors"),
+    "steps": 500,
+    "lr": 1e-4,
+    "fake_lr": 1e-3,
+    "warmup": 20,
+    "levels": "all",
+    "judge_sigma_max": 0.5,
+    "guidance": 1.0,
+    "shift": flow.FAST["pictures"].shift,
+}
 # Where each value comes from stands beside it, and in --help.
 WAN5B = {
     "generator": "Wan2.2-TI2V-5B",
@@ -78,6 +90,7 @@ WAN5B = {
     "schedule": "constant",  # (Turbo)
     "fake_loss": "x0",  # (Turbo)
     "levels": "all",  # (Turbo)
+    "judge_sigma_max": 1.0,  # (Turbo)
     "weight_decay": 0.01,  # (Turbo)
     "clip": 10.0,  # (Turbo)
     "ema": 0.99,  # (Turbo: from step 200 on)
@@ -174,7 +187,7 @@ def main(cfg: Config) -> None:
         noise = send(step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn), procs.device)
         u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), procs.device)
         u = levels_above(u, exit_step, cfg.denoising_steps) if cfg.levels == "above" else u
-        sigma = flow.shift_sigma(u, cfg.shift).clamp(0.02, 0.98)
+        sigma = (cfg.judge_sigma_max * flow.shift_sigma(u, cfg.shift)).clamp(0.02, 0.98)
         return text, Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
 
     def train_step(step: int, learner: Literal["fake", "generator"]) -> dict[str, Tensor]:
@@ -229,4 +242,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"wan5b": WAN5B})
+    run_script(main, Config, {"pictures": PICTURES, "wan5b": WAN5B})

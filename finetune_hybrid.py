@@ -37,7 +37,7 @@ DIFFUSION_STEP = 3  # the random stream that draws at which of the four noise le
 @dataclass(frozen=True)
 class Config:
     name: str = "fast_adapter"  # run folder under runs/
-    preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
+    preset: Literal["tiny", "pictures", "wan5b"] = "tiny"  # size of the networks and their world
     data: str = ""  # folder of prepared clips (tools.prepare_clips); the toy world if empty
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
     generator: str = shipped("checkpoints/tiny/fast_generator.safetensors")  # the frozen FastGenerator
@@ -81,6 +81,15 @@ class Config:
     sample_every: int = 300  # steps; 0 for no samples
 
 
+PICTURES = {
+    "generator": shipped("checkpoints/pictures/fast_generator.safetensors"),
+    "adapter": shipped("checkpoints/pictures/slow_adapter.safetensors"),
+    "backbone": shipped("checkpoints/pictures/slow_generator.safetensors"),
+    "steps": 400,
+    "diffusion_first": 100,
+    "gan_scale": 0.12,
+    "shift": flow.FAST["pictures"].shift,
+}
 # Where each value comes from stands beside it, and in --help. What stage3.yaml says is known from a third party.
 WAN5B = {
     "generator": "fast_generator.safetensors",
@@ -342,4 +351,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"wan5b": WAN5B})
+    run_script(main, Config, {"pictures": PICTURES, "wan5b": WAN5B})

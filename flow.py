@@ -28,8 +28,8 @@ class Sampling(NamedTuple):
 
 
 # By preset. The toy's long last steps leave less noise in the slow sampler's videos: docs/LOG.md.
-SLOW = {"tiny": Sampling(50, 12.0), "wan5b": Sampling(50, 5.0, 5.0)}
-FAST = {"tiny": Sampling(4, 1.0), "wan5b": Sampling(4, 5.0)}
+SLOW = {"tiny": Sampling(50, 12.0), "pictures": Sampling(50, 2.0), "wan5b": Sampling(50, 5.0, 5.0)}
+FAST = {"tiny": Sampling(4, 1.0), "pictures": Sampling(4, 1.0), "wan5b": Sampling(4, 5.0)}
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,F,H,W], t [B,F]) -> v [B,C,F,H,W]
 
@@ -65,16 +65,23 @@ def velocity_to_x0(x_t: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     return x_t - _wide(sigma) * v
 
 
-def flow_matching_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor, on: str = "velocity") -> Tensor:
+def flow_matching_loss(
+    velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor, on: str = "velocity", weight: Tensor | None = None
+) -> Tensor:
     """`|| v(x_t, t) - (noise - x0) ||^2`, averaged over every frame but the given first one.
 
     x0, noise [B,C,F,H,W]; sigma [B]. `on` "x0": the error of the clean video that v gives, sigma times the velocity's.
+    `weight` [B,1,F,H,W]: how much each place counts, in proportion to the others of its video.
     """
     level = frame_sigma(sigma, x0.shape[2])  # (B, F)
     error = velocity(add_noise(x0, noise, level), timestep(level)).float() - (noise - x0)
     if on == "x0":
         error = _wide(level) * error
-    return error[:, :, 1:].square().mean()
+    error = error[:, :, 1:].square()
+    if weight is not None:
+        weight = weight[:, :, 1:]
+        error = error * (weight / weight.mean((1, 2, 3, 4), keepdim=True))
+    return error.mean()
 
 
 def sigma_schedule(steps: int, shift: float) -> list[float]:

@@ -37,14 +37,17 @@ class DiTConfig:
     channels: int = 48  # of the latent, in and out
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, height, width of a token
     freq_dim: int = 256  # sinusoidal features of the timestep
+    sees_first: bool = False  # every frame has frame 0 beside it, as more channels (Wan2.1 image-to-video does so)
     eps: float = 1e-6
 
 
 PRESETS = {
     "tiny": DiTConfig(160, 640, 4, 6, text_dim=64, text_tokens=32, channels=16),
+    "pictures": DiTConfig(256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, sees_first=True),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
-FROZEN_DTYPE = {"tiny": torch.float32, "wan5b": torch.bfloat16}  # of the networks that do not learn
+# Of the networks that do not learn.
+FROZEN_DTYPE = {"tiny": torch.float32, "pictures": torch.float32, "wan5b": torch.bfloat16}
 
 
 @lru_cache(maxsize=8)
@@ -199,7 +202,7 @@ class VideoDiT(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.patch_embedding = PatchEmbedding(config.channels, config.patch, dim)
+        self.patch_embedding = PatchEmbedding(config.channels * (1 + config.sees_first), config.patch, dim)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -258,6 +261,8 @@ class VideoDiT(nn.Module):
         Here and in the blocks N counts this process's tokens, if several share a video.
         """
         frames, height, width = (n // p for n, p in zip(x.shape[2:], self.config.patch, strict=True))
+        if self.config.sees_first:
+            x = torch.cat([x, x[:, :, :1].expand_as(x)], dim=1)
         tables = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
         tokens, *rope = (own_tokens(y, frames, self.group) for y in (self.patch_embedding(x), *tables))
         with torch.autocast(x.device.type, enabled=False):  # as Wan: every layer hangs on these few rows

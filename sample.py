@@ -60,7 +60,7 @@ class Config:
     batch: str = ""  # CSV file of many videos, with columns image, traj, prompt and perhaps out and seed
     text: str = ""  # file of the prompt's embeddings: read if it exists, else written; spares the text encoder
     out: str = "out/sample.mp4"  # the video; <out>.boxes.mp4 is written beside it
-    preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
+    preset: Literal["tiny", "pictures", "wan5b"] = "tiny"  # size of the networks and their world
     weights: str = shipped("checkpoints/tiny")  # folder of <speed>_generator.safetensors and its adapter
     generator: str = ""  # another file or folder of the generator; file.pt:key for one network of several
     lora: str = ""  # a LoRA to merge into the generator: FILE or FILE:strength
@@ -85,6 +85,12 @@ class Config:
     port: int = 7860  # of that page; 0 is any that is free
 
 
+PICTURES = {
+    "prompt": "",
+    "weights": shipped("checkpoints/pictures"),
+    "size": "auto",
+    "scale": 4,
+}
 WAN5B = {
     "prompt": "",
     "weights": "Wan2.2-TI2V-5B",
@@ -98,6 +104,7 @@ WAN5B = {
     "fps": 24,  # (Wan)
     "scale": 1,
 }
+OPTIONS = {"pictures": PICTURES, "wan5b": WAN5B}  # what each preset has other than the Config says
 # Columns of a --batch table -> options: this project's own names, and those of MagicMotion's tables.
 COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | {
     "validation_images": "image", "validation_trajectory_maps": "traj", "validation_prompt": "prompt",
@@ -347,7 +354,7 @@ def serve_page(cfg: Config, codec: Codec, procs: parallel.Processes) -> None:
     if cfg.memory == "high":
         codec.text_encoder = cache(codec.text_encoder)  # reading it would take longer than most videos
     embed = lru_cache(16)(lambda prompt: embed_prompts(cfg, [prompt], codec, False)[prompt])
-    usual = vars(Config()) | (WAN5B if cfg.preset == "wan5b" else {})
+    usual = vars(Config()) | OPTIONS.get(cfg.preset, {})
     of_the_page = (*ASKED, "image", "traj", "out", "serve", "port")
     others = {name: value for name, value in vars(cfg).items() if value != usual[name] and name not in of_the_page}
     about = {name: getattr(cfg, name) for name in ("preset", "size", "frames", "fps")}
@@ -427,4 +434,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"wan5b": WAN5B})
+    run_script(main, Config, OPTIONS)

@@ -33,7 +33,7 @@ from model import FROZEN_DTYPE, VideoDiT
 @dataclass(frozen=True)
 class Config:
     name: str = "slow_adapter"  # run folder under runs/
-    preset: Literal["tiny", "wan5b"] = "tiny"  # size of the networks and their world
+    preset: Literal["tiny", "pictures", "wan5b"] = "tiny"  # size of the networks and their world
     data: str = ""  # folder of prepared clips (tools.prepare_clips); the toy world if empty
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
     generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # the frozen SlowGenerator
@@ -63,6 +63,9 @@ class Config:
     sample_every: int = 1000  # steps; 0 for no samples
 
 
+PICTURES = {
+    "generator": shipped("checkpoints/pictures/slow_generator.safetensors"),
+}
 # Where each value comes from stands beside it, and in --help.
 WAN5B = {
     "generator": "Wan2.2-TI2V-5B",
@@ -175,4 +178,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"wan5b": WAN5B})
+    run_script(main, Config, {"pictures": PICTURES, "wan5b": WAN5B})

@@ -61,7 +61,12 @@ def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, 
     module = inspect.getmodule(config_class)
     source = inspect.getsource(config_class)  # the comment next to a field is its help text
     comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", source, flags=re.MULTILINE))
-    origins = dict(re.findall(r'^    "(\w+)": [^#\n]*# (\(.*)$', inspect.getsource(module), flags=re.MULTILINE))
+    code = inspect.getsource(module) + "\n"
+    blocks = {name: re.findall(rf"^{name.upper()} = {{\n(.*?)^}}$", code, re.MULTILINE | re.DOTALL) for name in presets}
+    origins = {
+        name: dict(re.findall(r'^    "(\w+)": [^#\n]*# (\(.*)$', "".join(block), flags=re.MULTILINE))
+        for name, block in blocks.items()
+    }
     parser = _Parser(
         description=inspect.getdoc(module), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage=f"%(prog)s {f'{positional} ' if positional else ''}[--flag value ...]",
@@ -74,7 +79,7 @@ def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, 
         for preset, values in presets.items():
             if field.name in values:
                 value = flags({"": values[field.name]}).strip("- ") or "empty"
-                shown += f"; with {preset}: {value} {origins.get(field.name, '')}".rstrip().replace("%", "%%")
+                shown += f"; with {preset}: {value} {origins[preset].get(field.name, '')}".rstrip().replace("%", "%%")
         options = {"default": default, "help": text + shown}
         if kind is bool:
             options |= {"type": _switch, "nargs": "?", "const": True, "metavar": "true|false"}

@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 
 from core.config import UserError
-from toy.codec import TOY_WEIGHTS, ToyCodec
+from toy.codec import ToyCodec
 from toy.metrics import score
 from toy.world import ToyWorld
 
@@ -47,7 +47,7 @@ def test_words():
 
 def test_weights_of_another_network_are_refused(tmp_path):
     wrong = tmp_path / "wrong.safetensors"
-    tensors = safetensors.torch.load_file(TOY_WEIGHTS)
+    tensors = safetensors.torch.load_file(ToyCodec.weights)
     safetensors.torch.save_file(tensors, wrong, {"network": "SlowAdapter", "config": "{}"})
     with pytest.raises(UserError, match=r"wrong\.safetensors: holds a SlowAdapter, expected a ToyAutoencoder"):
         ToyCodec(wrong)

@@ -38,7 +38,7 @@ from trajectory import dark_frames, load_trajectory
 class Config:
     source: str = ""  # a CSV in MagicData's format, or a folder of mp4 files with captions and boxes
     out: str = "shards"  # folder for the shards and rejected.csv
-    preset: Literal["tiny", "wan5b"] = "tiny"  # whose codec
+    preset: Literal["tiny", "pictures", "wan5b"] = "tiny"  # whose codec
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published
     size: str = "48x48"  # height x width of the clips, or auto: each of its own shape
     frames: int = 9  # their length; longer ones are cut
@@ -47,6 +47,7 @@ class Config:
     seed: int = 0  # of which clips are sparse, and in which frames
 
 
+PICTURES = {"size": "64x64"}
 WAN5B = {
     "size": "auto",  # (Wan)
     "frames": 121,  # (Wan)
@@ -230,4 +231,4 @@ def report(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"wan5b": WAN5B})
+    run_script(main, Config, {"pictures": PICTURES, "wan5b": WAN5B})

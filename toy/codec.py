@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from core.codec import Codec
 from core.config import ROOT
 from core.parallel import Processes
 from core.weights import load, read_network
-
-TOY_WEIGHTS = ROOT / "checkpoints/tiny/codec.safetensors"
+from toy.pictures import PictureWorld
+from toy.world import ToyWorld
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,11 @@ class ToyCodec(Codec):
     """
 
     temporal, area = 1, 48 * 48
+    world, weights = ToyWorld, ROOT / "checkpoints/tiny/codec.safetensors"  # whose videos it encodes
+    learned_on: ClassVar[dict] = {}  # size and frames of the videos that stages 1 to 3 read, if not the world's own
 
-    def __init__(self, weights: Path | str = TOY_WEIGHTS, text_dim: int = 64, text_tokens: int = 32):
+    def __init__(self, weights: Path | str = "", text_dim: int = 64, text_tokens: int = 32):
+        weights = weights or self.weights
         config, tensors = read_network(weights, "ToyAutoencoder", AutoencoderConfig)
         network = load(lambda: ToyAutoencoder(config), tensors, weights)
         self.network = network.eval().requires_grad_(False)
@@ -140,6 +144,17 @@ class ToyCodec(Codec):
             if tokens:
                 row[: len(tokens)] = torch.stack(tokens)[: self.text_tokens]
         return out
+
+
+class PictureCodec(ToyCodec):
+    """The same for the world of pictures."""
+
+    area = 80 * 80
+    learned_on: ClassVar[dict] = {"size": (48, 48), "frames": 5}  # an economy
+    world, weights = PictureWorld, ROOT / "checkpoints/pictures/codec.safetensors"
+
+
+CODECS = {"tiny": ToyCodec, "pictures": PictureCodec}  # by preset
 
 
 @lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 
     python -m toy.evaluate                                  # the shipped networks, slow and fast
     python -m toy.evaluate --videos 32 --steps 10 --out runs/evaluate/quick.json
+    python -m toy.evaluate --preset pictures               # the same in the world of pictures
     python -m toy.evaluate --ablation                       # the runs of `make ablation`: what each part is for
     python -m toy.evaluate --guidance_table --videos 64     # the slow networks, guided by prompt and by trajectory
 
@@ -32,11 +33,14 @@ from core.media import contact_sheet, to_uint8, write_animation, write_image
 from core.noise import sample_noise, step_noise
 from core.tables import provenance, table, write_rows
 from model import VideoDiT
-from toy.codec import ToyCodec
-from toy.metrics import FEATURES, score, subset
-from toy.world import ToyBatch, ToyWorld
+from toy import metrics, picture_metrics
+from toy.codec import CODECS, ToyCodec
+from toy.metrics import FEATURES, subset
+from toy.pictures import PictureBatch
+from toy.world import ToyBatch
 from trajectory import draw_overlay
 
+MEASURES = ("mask_iou", "box_iou", "thing_error", "ground_psnr", "sharpness", "fvd", "prompt_accuracy")
 RUNS = Path("runs/ablation")  # <variant>_<seed>/fast_adapter.safetensors
 VARIANTS = {  # of stage 3, and the baselines, by the folder's name; the Makefile has their flags
     "no_diffusion": "hybrid without diffusion loss",
@@ -51,11 +55,13 @@ VARIANTS = {  # of stage 3, and the baselines, by the folder's name; the Makefil
     "dmd": "DMD applied to the adapter",
 }
 METHOD = "decay"  # the full method: the hybrid with the default scale
-SLOW, FAST = flow.SLOW["tiny"], flow.FAST["tiny"]
+SCORES = {"tiny": metrics.score, "pictures": picture_metrics.score}
+AnyBatch = ToyBatch | PictureBatch
 
 
 @dataclass(frozen=True)
 class Config:
+    preset: Literal["tiny", "pictures"] = "tiny"  # size of the networks and their world
     slow_generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # of stage 0
     slow_adapter: str = shipped("checkpoints/tiny/slow_adapter.safetensors")  # of stage 1
     fast_generator: str = shipped("checkpoints/tiny/fast_generator.safetensors")  # of stage 2
@@ -63,11 +69,11 @@ class Config:
     ablation: bool = False  # the runs under runs/ablation instead of the shipped FastAdapter
     guidance_table: bool = False  # the slow networks under several strengths of guidance instead
     out: str = "runs/evaluate/rows.json"  # rows; the table (.md), the contact sheet (.png) and a .gif go beside it
-    split: Literal["test", "validation"] = "test"  # of the toy world; neither is trained on
+    split: Literal["test", "validation", "photographs"] = "test"  # of the world; none is trained on
     videos: int = 256  # how many, from the first of the split
     maps: Literal["box", "mask"] = "box"  # how the trajectory is drawn
-    steps: int = SLOW.steps  # of the slow sampler
-    shift: float = SLOW.shift  # warp of the slow sampler's noise levels towards noise
+    steps: int = flow.SLOW["tiny"].steps  # of the slow sampler
+    shift: float = flow.SLOW["tiny"].shift  # warp of the slow sampler's noise levels towards noise
     guidance: float = 1.0  # of the slow sampler, by the prompt; 1 switches it off and halves the work
     batch: int = 32  # videos sampled at once
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
@@ -75,6 +81,14 @@ class Config:
     seed: int = 0  # of the noise that sampling starts from
 
 
+PICTURES = {
+    "slow_generator": shipped("checkpoints/pictures/slow_generator.safetensors"),
+    "slow_adapter": shipped("checkpoints/pictures/slow_adapter.safetensors"),
+    "fast_generator": shipped("checkpoints/pictures/fast_generator.safetensors"),
+    "fast_adapter": shipped("checkpoints/pictures/fast_adapter.safetensors"),
+    "steps": flow.SLOW["pictures"].steps,
+    "shift": flow.SLOW["pictures"].shift,
+}
 # (first-frame latents [B,C,1,H,W], text, empty text, the maps' latents [B,C,F,H,W], sample numbers) -> [B,C,F,H,W]
 Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 
@@ -104,13 +118,13 @@ def fast_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config, step
 
     def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
         noise = step_noise(steps, traj.shape[1:], samples, cfg.seed).to(first.device)
-        sigmas = flow.sigma_schedule(steps, FAST.shift)
+        sigmas = flow.sigma_schedule(steps, flow.FAST[cfg.preset].shift)
         return flow.sample_fewstep(controlled(generator, adapter, text, traj), first, noise, sigmas)
 
     return sample
 
 
-def inputs(batch: ToyBatch, samples: Sequence[int], codec: ToyCodec, cfg: Config, device: torch.device) -> list[Tensor]:
+def inputs(batch: AnyBatch, samples: Sequence[int], codec: ToyCodec, cfg: Config, device: torch.device) -> list[Tensor]:
     """What a sampler takes, for these videos of the batch."""
     maps = codec.encode_video(torch.stack([batch.trajectory(i).maps(cfg.maps) for i in samples]))
     first, captions = codec.encode_video(batch.video[samples][:, :, :1]), [batch.captions[i] for i in samples]
@@ -118,9 +132,9 @@ def inputs(batch: ToyBatch, samples: Sequence[int], codec: ToyCodec, cfg: Config
     return [x.to(device) for x in (first, text, empty, maps)]
 
 
-def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: parallel.Processes, name: str) -> Tensor:
-    """Every video of the batch, sampled from its first frame, caption and trajectory: [B,3,T,S,S]."""
-    codec, videos = ToyCodec(), []
+def generate(sample: Sampler, batch: AnyBatch, cfg: Config, procs: parallel.Processes, name: str) -> Tensor:
+    """Every video of the batch, sampled from its first frame, caption and trajectory: [B,3,T,H,W]."""
+    codec, videos = CODECS[cfg.preset](), []
     for start in tqdm(range(0, len(batch.video), cfg.batch), desc=name):
         samples = list(range(start, min(start + cfg.batch, len(batch.video))))
         with torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
@@ -132,9 +146,9 @@ def generate(sample: Sampler, batch: ToyBatch, cfg: Config, procs: parallel.Proc
     return video
 
 
-def seconds_per_video(samplers: list[Sampler], batch: ToyBatch, cfg: Config, procs: parallel.Processes) -> list[float]:
+def seconds_per_video(samplers: list[Sampler], batch: AnyBatch, cfg: Config, procs: parallel.Processes) -> list[float]:
     """Seconds to denoise one clip, samplers timed alternately: the median of five rounds."""
-    clip, rounds = inputs(batch, [0], ToyCodec(), cfg, procs.device), []
+    clip, rounds = inputs(batch, [0], CODECS[cfg.preset](), cfg, procs.device), []
     for _ in range(6):
         rounds.append([])
         for sample in samplers:
@@ -146,10 +160,10 @@ def seconds_per_video(samplers: list[Sampler], batch: ToyBatch, cfg: Config, pro
 
 
 def make_row(
-    name: str, steps: int, video: Tensor, batch: ToyBatch, seconds=math.nan, objects: str | int = "all"
+    cfg: Config, name: str, steps: int, video: Tensor, batch: AnyBatch, seconds=math.nan, objects: str | int = "all"
 ) -> dict:
     """One row of the table: measures to four decimals, None for those that no object counts for."""
-    scores = {**score(video, batch), "seconds_per_video": seconds}
+    scores = {**SCORES[cfg.preset](video, batch), "seconds_per_video": seconds}
     if objects != "all" and len(video) <= FEATURES:
         scores["fvd"] = math.nan  # the covariance of so few videos is singular
     rounded = {key: round(value, 4) if math.isfinite(value) else None for key, value in scores.items()}
@@ -159,14 +173,14 @@ def make_row(
 def over_seeds(rows: Sequence[dict]) -> dict:
     """The rows of several training seeds as one: mean and range of every measure."""
     merged = {"name": rows[0]["name"], "steps": rows[0]["steps"], "videos": rows[0]["videos"], "seeds": len(rows)}
-    for key in ("mask_iou", "box_iou", "sharpness", "fvd", "prompt_accuracy"):
+    for key in (key for key in MEASURES if key in rows[0]):
         values = [row[key] for row in rows]
         merged |= {key: round(sum(values) / len(values), 4), f"{key}_range": [min(values), max(values)]}
     return merged
 
 
-def comparison(videos: Sequence[Tensor], batch: ToyBatch, kind: str) -> np.ndarray:
-    """Maps and `videos` [B,3,T,S,S] below one another, for two clips of each number of objects: uint8 [h, w, 3]."""
+def comparison(videos: Sequence[Tensor], batch: AnyBatch, kind: str) -> np.ndarray:
+    """Maps and `videos` [B,3,T,H,W] below one another, for two clips of each number of objects: uint8 [h, w, 3]."""
     picks, sheets = [i for n in range(1, 4) for i in torch.nonzero(batch.count == n)[:2, 0].tolist()], []
     for i in picks[: len(picks) // 2 * 2]:
         clips = [batch.trajectory(i).maps(kind), *(video[i] for video in videos)]
@@ -174,9 +188,9 @@ def comparison(videos: Sequence[Tensor], batch: ToyBatch, kind: str) -> np.ndarr
     return contact_sheet([sheets[row : row + 2] for row in range(0, len(sheets), 2)], gap=12)  # two columns
 
 
-def animation(videos: Sequence[Tensor], batch: ToyBatch) -> np.ndarray:
+def animation(videos: Sequence[Tensor], batch: AnyBatch) -> np.ndarray:
     """What a user gives and gets, for one clip of each number of objects: the image with its boxes, and `videos`
-    [B,3,T,S,S] beside it. uint8 [T, h, w, 3].
+    [B,3,T,H,W] beside it. uint8 [T, h, w, 3].
     """
     rows = []
     for i in [torch.nonzero(batch.count == n)[0].item() for n in batch.count.unique()]:
@@ -196,37 +210,42 @@ def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: para
     return tuple(parallel.prepare(network, procs, cfg.compile) for network in pair)
 
 
-def compare(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
+def compare(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
     """Rows of the shipped networks, and the videos of the contact sheet."""
-    codec = ToyCodec()
+    codec, fast_steps = CODECS[cfg.preset](), flow.FAST[cfg.preset].steps
     slow, slow_adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     fast, fast_adapter = load_pair(cfg.fast_generator, cfg.fast_adapter, "Fast", cfg, procs)
     int8 = VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator", torch.int8)
     parallel.prepare(int8, procs, cfg.compile)
     coded = torch.cat([codec.decode_video(codec.encode_video(part)) for part in batch.video.split(cfg.batch)])
-    rows, videos = [make_row("true video", 0, batch.video, batch), make_row("through the codec", 0, coded, batch)], []
+    floor, videos = {"true video": batch.video, "through the codec": coded}, []
+    if cfg.preset == "pictures":
+        floor |= {"the first frame, still": picture_metrics.still(batch)}
+        floor |= {"cut out and pasted": picture_metrics.pasted(batch)}
+    rows = [make_row(cfg, name, 0, video, batch) for name, video in floor.items()]
     ways = {
         "SlowGenerator": (cfg.steps, slow_sampler(slow, None, cfg)),
         "SlowGenerator + SlowAdapter": (cfg.steps, slow_sampler(slow, slow_adapter, cfg)),
-        "FastGenerator": (FAST.steps, fast_sampler(fast, None, cfg, FAST.steps)),
-        "FastGenerator + FastAdapter": (FAST.steps, fast_sampler(fast, fast_adapter, cfg, FAST.steps)),
-        "the same in 8 bits": (FAST.steps, fast_sampler(int8, fast_adapter, cfg, FAST.steps)),
+        "FastGenerator": (fast_steps, fast_sampler(fast, None, cfg, fast_steps)),
+        "FastGenerator + FastAdapter": (fast_steps, fast_sampler(fast, fast_adapter, cfg, fast_steps)),
+        "the same in 8 bits": (fast_steps, fast_sampler(int8, fast_adapter, cfg, fast_steps)),
     }
     seconds = seconds_per_video([sample for _, sample in ways.values()], batch, cfg, procs)
     for (name, (steps, sample)), taken in zip(ways.items(), seconds, strict=True):
         videos.append(generate(sample, batch, cfg, procs, name))
-        rows.append(make_row(name, steps, videos[-1], batch, taken))
+        rows.append(make_row(cfg, name, steps, videos[-1], batch, taken))
         for n in batch.count.unique().tolist() if name.endswith("Adapter") else ():
             keep = torch.nonzero(batch.count == n)[:, 0].tolist()
-            rows.append(make_row(name, steps, videos[-1][keep], subset(batch, keep), objects=n))
+            rows.append(make_row(cfg, name, steps, videos[-1][keep], subset(batch, keep), objects=n))
     return rows, [batch.video, *videos[:-1]]  # 8 bits look the same
 
 
-def ablate(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
+def ablate(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
     """Rows of the paper's ablation from runs of stage 3, and the contact sheet's videos, of each first seed."""
     slow, adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     fast = parallel.prepare(VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator"), procs, cfg.compile)
-    few, name = replace(cfg, steps=FAST.steps, shift=FAST.shift), "SlowGenerator + SlowAdapter"
+    usual = flow.FAST[cfg.preset]
+    few, name = replace(cfg, steps=usual.steps, shift=usual.shift), "SlowGenerator + SlowAdapter"
     ways = [(name, c.steps, [slow_sampler(slow, adapter, c)]) for c in (cfg, few)]
     adapters = {"FastGenerator + SlowAdapter": [adapter]}
     for variant, label in VARIANTS.items():
@@ -240,20 +259,20 @@ def ablate(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[lis
             raise UserError(f"{absent} run `make ablation`")
         else:
             print(f"{absent} the table leaves out: {label}")
-    for steps in (FAST.steps, 2, 1):
+    for steps in (usual.steps, 2, 1):
         for name, seeds in adapters.items():
-            if steps == FAST.steps or not name.startswith("discriminator"):
+            if steps == usual.steps or not name.startswith("discriminator"):
                 ways.append((name, steps, [fast_sampler(fast, one, cfg, steps) for one in seeds]))
     rows, videos = [], []
     for name, steps, samplers in ways:
         made = [generate(sample, batch, cfg, procs, f"{name}, {steps} steps") for sample in samplers]
-        rows.append(over_seeds([make_row(name, steps, video, batch) for video in made]))
-        if steps >= FAST.steps:
+        rows.append(over_seeds([make_row(cfg, name, steps, video, batch) for video in made]))
+        if steps >= usual.steps:
             videos.append(made[0])
     return rows, [batch.video, *videos]
 
 
-def guidance_table(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
+def guidance_table(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
     """Rows of the slow networks with guidance 5: the adapter in one branch or both, and trajectory guidance."""
     slow, adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     strong = replace(cfg, guidance=5.0)
@@ -265,7 +284,7 @@ def guidance_table(cfg: Config, batch: ToyBatch, procs: parallel.Processes) -> t
     for scale in (1.5, 2.0, 3.0):
         ways[f"guidance 5, trajectory guidance {scale:g}"] = slow_sampler(slow, adapter, strong, scale)
     videos = [generate(sample, batch, cfg, procs, name) for name, sample in ways.items()]
-    rows = [make_row(name, cfg.steps, video, batch) for name, video in zip(ways, videos, strict=True)]
+    rows = [make_row(cfg, name, cfg.steps, video, batch) for name, video in zip(ways, videos, strict=True)]
     return rows, [batch.video, *videos]
 
 
@@ -273,9 +292,11 @@ def main(cfg: Config) -> None:
     for name, least in (("videos", 2), ("steps", 1), ("batch", 1), ("seed", 0), ("shift", 0.01)):
         if getattr(cfg, name) < least:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {least}")
+    if cfg.split == "photographs" and cfg.preset != "pictures":
+        raise UserError("--split photographs: needs --preset pictures")
     out = output_path(cfg.out, ".json")
     procs = parallel.init_processes()
-    batch = ToyWorld(cfg.split).batch(list(range(cfg.videos)))
+    batch = CODECS[cfg.preset].world(cfg.split).batch(list(range(cfg.videos)))
     measure = ablate if cfg.ablation else guidance_table if cfg.guidance_table else compare
     rows, videos = measure(cfg, batch, procs)
 
@@ -288,4 +309,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config)
+    run_script(main, Config, {"pictures": PICTURES})

@@ -7,19 +7,21 @@ from torch import Tensor
 from core.codec import Batch
 from core.config import UserError
 from toy.codec import ToyCodec
-from toy.world import ToyWorld
 from trajectory import dark_frames
 
 
 class ToyLatents:
-    """Seed and sample numbers fix everything. Each seed, 0 to 255, means 2^32 other videos of the split."""
+    """Seed and sample numbers fix everything. Each seed, 0 to 255, means 2^32 other videos of the split.
+
+    `shape`: size and frames, if not the world's own.
+    """
 
     one_shape = True  # all videos are of one size
 
-    def __init__(self, codec: ToyCodec, split: str = "train", seed: int = 0):
+    def __init__(self, codec: ToyCodec, split: str = "train", seed: int = 0, **shape):
         if not 0 <= seed < 256:
             raise UserError(f"--seed {seed}: use 0 to 255")
-        self.codec, self.world, self.offset = codec, ToyWorld(split), seed << 32
+        self.codec, self.world, self.offset = codec, codec.world(split, **shape), seed << 32
 
     def batch(self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0) -> Batch:
         """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).

@@ -191,4 +191,4 @@ def score(video: Tensor, batch: ToyBatch) -> dict[str, float]:
 def subset(batch: ToyBatch, keep: Sequence[int]) -> ToyBatch:
     """These videos of the batch."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return ToyBatch(**{n: [v[i] for i in keep] if n == "captions" else v[list(keep)] for n, v in values.items()})
+    return type(batch)(**{n: [v[i] for i in keep] if n == "captions" else v[list(keep)] for n, v in values.items()})

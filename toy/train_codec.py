@@ -10,6 +10,7 @@ all networks trained on its latents. To resume, run the same command again.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,15 @@ from core.config import run_script
 from core.noise import rng
 from core.runs import Run, check_counts
 from core.weights import save_network
-from toy.codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
+from model import PRESETS
+from toy.codec import CODECS, AutoencoderConfig, ToyAutoencoder, ToyCodec
 from toy.metrics import laplacian
-from toy.world import ToyWorld
 
 
 @dataclass(frozen=True)
 class Config:
     name: str = "codec"  # run folder under runs/
+    preset: Literal["tiny", "pictures"] = "tiny"  # whose world
     init: str = ""  # a codec whose decoder to train further; a new codec if empty
     fit: int = 256  # videos for the principal components
     steps: int = 1200  # optimizer steps in all
@@ -45,7 +47,7 @@ class Config:
     sample_every: int = 500  # steps; 0 for no samples
 
 
-def frames_of(world: ToyWorld, samples: list[int], number: int, seed: int) -> Tensor:
+def frames_of(world, samples: list[int], number: int, seed: int) -> Tensor:
     """`number` frames of each video, a quarter of them replaced by frames of its maps: [B * number, 3, S, S]."""
     batch, draw, frames = world.batch(samples), rng(seed, samples[0]), []
     for i, video in enumerate(batch.video):
@@ -66,11 +68,11 @@ def main(cfg: Config) -> None:
     check_counts(cfg)
     procs = parallel.Processes(0, 1, torch.device("cpu"), None)
     torch.manual_seed(cfg.seed)
-    world, held_out = ToyWorld(), ToyWorld("validation")
+    world, held_out = (CODECS[cfg.preset].world(split) for split in ("train", "validation"))
     if cfg.init:
         model = ToyCodec(cfg.init).network.train()
     else:
-        model = ToyAutoencoder(AutoencoderConfig())
+        model = ToyAutoencoder(AutoencoderConfig(channels=PRESETS[cfg.preset].channels))
         model.fit_linear(world.batch(list(range(cfg.fit))).video.transpose(1, 2).flatten(0, 1))
     decoder = model.requires_grad_(False).detail.requires_grad_(True)
     optimizers = optim.make_optimizers(decoder, decoder, weight_decay=0.01)

@@ -25,19 +25,25 @@ from core.noise import sample_noise, sample_uniform
 from core.runs import Run, check_counts
 from core.weights import save_network
 from model import PRESETS, VideoDiT
-from toy.codec import ToyCodec
+from toy.codec import CODECS
 from toy.latents import ToyLatents
 
+SHAPES = {  # of the videos: the first ones, and then these in turn
+    "tiny": [{}],
+    "pictures": [{"size": (48, 48), "frames": 5}, {}, {"size": (56, 72)}, {"size": (72, 56)}],
+}
 TOLD, PURE = 2, 3  # random streams: whose trajectory the guide tells, and which videos are pure noise
 
 
 @dataclass(frozen=True)
 class Config:
     name: str = "slow_generator"  # run folder under runs/
-    preset: Literal["tiny"] = "tiny"  # size of the network and its world
+    preset: Literal["tiny", "pictures"] = "tiny"  # size of the network and its world
     init: str = ""  # folder with slow_generator.safetensors and slow_adapter.safetensors to start from; random if empty
     guided: float = 0.7  # share of videos whose trajectory the guide tells
     sparse: float = 0.15  # share of trajectories with frames blacked out
+    small: float = 0.0  # share of the steps, the first ones, on videos of less width, height and length
+    change: float = 1.0  # how much more than the rest a place counts that differs from frame 0
     steps: int = 4000  # optimizer steps in all
     batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
@@ -57,6 +63,18 @@ class Config:
     sample_every: int = 1000  # steps; 0 for no samples
 
 
+PICTURES = {
+    "small": 0.7,
+    "change": 4.0,
+    "guided": 0.8,
+}
+
+
+def shape_number(step: int, steps: int, small: float, shapes: int) -> int:
+    """Which of the shapes a step's videos have: the first for a share `small` of the steps, then the others in turn."""
+    return 0 if step < small * steps or shapes == 1 else 1 + step % (shapes - 1)
+
+
 def main(cfg: Config) -> None:
     check_counts(cfg)
     procs = parallel.init_processes()
@@ -70,14 +88,16 @@ def main(cfg: Config) -> None:
     optimizers = optim.make_optimizers(model, model.blocks, cfg.weight_decay)
     guide_optimizers = optim.make_optimizers(guide, guide.blocks, cfg.weight_decay)
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
-    codec = ToyCodec()
-    data, held_out = ToyLatents(codec, seed=cfg.seed), ToyLatents(codec, "validation")
+    codec = CODECS[cfg.preset]()
+    sources = [ToyLatents(codec, seed=cfg.seed, **shape) for shape in SHAPES[cfg.preset]]
+    held_out = ToyLatents(codec, "validation")
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
 
     def train_step(step: int) -> tuple[Tensor, Tensor]:
         losses, shares = [], procs.share(cfg.batch, cfg.accumulate, step)
+        data = sources[shape_number(step, cfg.steps, cfg.small, len(sources))]
         for samples in shares:
             x0, text, traj = data.batch(samples, "box", cfg.sparse, cfg.drop_text).to(procs.device)
             noise = sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
@@ -87,7 +107,10 @@ def main(cfg: Config) -> None:
             told = sample_uniform(samples, 1, cfg.seed, step, TOLD).to(procs.device) < cfg.guided
             with parallel.autocast(procs.device, cfg.dtype):
                 residuals = [r * told[:, None, None] for r in guide(traj)]
-                loss = flow.flow_matching_loss(lambda x, t: model(x, t, text, residuals), x0, noise, sigma)
+                weight = 1 + (cfg.change - 1) * (x0 != x0[:, :, :1]).any(1, keepdim=True)
+                loss = flow.flow_matching_loss(
+                    lambda x, t: model(x, t, text, residuals), x0, noise, sigma, weight=weight
+                )
             (loss / len(shares)).backward()
             losses.append(loss.detach())
         optim.clip_and_step(guide, guide_optimizers, cfg.clip)
@@ -118,4 +141,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config)
+    run_script(main, Config, {"pictures": PICTURES})
