@@ -1,6 +1,7 @@
 """Before stage 0: make the toy world's codec, an autoencoder of single frames.
 
     python -m toy.train_codec                                                           # some ten minutes, two cores
+    python -m toy.train_codec --preset pictures                                         # a minute: nothing is trained
     python -m toy.train_codec --init checkpoints/tiny/codec.safetensors --name decoder  # only trains the decoder on
 
 The encoder is computed, principal components of the first videos' frames. The decoder is trained on frames of videos
@@ -10,6 +11,7 @@ all networks trained on its latents. To resume, run the same command again.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,6 +26,8 @@ from core.weights import save_network
 from model import PRESETS
 from toy.codec import CODECS, AutoencoderConfig, ToyAutoencoder, ToyCodec
 from toy.metrics import laplacian
+
+HIDDEN = {"tiny": 64, "pictures": 0}  # width of the decoder's network; pictures need none
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,15 @@ def main(cfg: Config) -> None:
     check_counts(cfg)
     procs = parallel.Processes(0, 1, torch.device("cpu"), None)
     torch.manual_seed(cfg.seed)
+    file = Path(f"runs/{cfg.name}/codec.safetensors")
     world, held_out = (CODECS[cfg.preset].world(split) for split in ("train", "validation"))
     if cfg.init:
         model = ToyCodec(cfg.init).network.train()
     else:
-        model = ToyAutoencoder(AutoencoderConfig(channels=PRESETS[cfg.preset].channels))
+        model = ToyAutoencoder(AutoencoderConfig(channels=PRESETS[cfg.preset].channels, hidden=HIDDEN[cfg.preset]))
         model.fit_linear(world.batch(list(range(cfg.fit))).video.transpose(1, 2).flatten(0, 1))
+    if model.detail is None:
+        return save_network(file, "ToyAutoencoder", model.config, model.state_dict())
     decoder = model.requires_grad_(False).detail.requires_grad_(True)
     optimizers = optim.make_optimizers(decoder, decoder, weight_decay=0.01)
     run = Run(f"runs/{cfg.name}", cfg, procs, {"codec": (model, optimizers, None)})
@@ -101,7 +108,7 @@ def main(cfg: Config) -> None:
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
         loss, norm = train_step(step)
         run.log(step + 1, loss=loss, grad_norm=norm)
-    save_network(run.folder / "codec.safetensors", "ToyAutoencoder", model.config, model.state_dict())
+    save_network(file, "ToyAutoencoder", model.config, model.state_dict())
 
 
 if __name__ == "__main__":
