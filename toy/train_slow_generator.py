@@ -64,9 +64,11 @@ class Config:
 
 
 PICTURES = {
-    "small": 0.7,
-    "change": 4.0,
     "guided": 0.8,
+    "small": 0.75,
+    "change": 4.0,
+    "steps": 3600,
+    "batch": 16,
 }
 
 
