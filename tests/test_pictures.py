@@ -16,6 +16,7 @@ from toy.codec import PictureCodec
 from toy.latents import ToyLatents
 from toy.pictures import CANVAS, FIRST, PictureBatch, PictureWorld, crop, picture_bank
 from toy.train_slow_generator import SHAPES, shape_number
+from toy.world import ToyWorld
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,16 @@ def test_things_are_many_sided(world):
     assert 0.005 < outside[used].float().mean() < 0.5  # some cross the edge
     told = torch.tensor(["spinning" in caption for caption in world.captions])
     assert not told[~world.told].any() and told[world.told & ((world.spin != 0) & used).any(1)].all()
+
+
+def test_maps_of_all_videos_at_once_are_those_that_a_trajectory_paints(world):
+    dark = torch.rand(64, 9, generator=rng(1)) < 0.3
+    for batch in (world, ToyWorld().batch(list(range(16)))):
+        for kind in ("box", "mask"):
+            maps = batch.maps(kind, dark[: len(batch.video)])
+            for i in range(len(maps)):
+                lit = torch.nonzero(~dark[i])[:, 0].tolist()
+                assert torch.equal(maps[i], batch.trajectory(i).sparse(lit).maps(kind))
 
 
 def test_other_sizes_show_the_same_kind_of_video():

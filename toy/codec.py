@@ -128,8 +128,9 @@ class ToyCodec(Codec):
             yield self.decode_video(latents)
 
     def _by_frame(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            frames = function(x.float().cpu().transpose(1, 2).flatten(0, 1))
+        device = self.network.linear[0].weight.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            frames = function(x.float().to(device).transpose(1, 2).flatten(0, 1))
         return frames.unflatten(0, (len(x), -1)).transpose(1, 2).contiguous()
 
     def text_encoder(self) -> Callable[[list[str]], Tensor]:

@@ -13,7 +13,7 @@ from trajectory import dark_frames
 class ToyLatents:
     """Seed and sample numbers fix everything. Each seed, 0 to 255, means 2^32 other videos of the split.
 
-    `shape`: size and frames, if not the world's own.
+    `shape`: size, frames and device, if not the world's own.
     """
 
     one_shape = True  # all videos are of one size
@@ -37,11 +37,8 @@ class ToyLatents:
         x0, text = self.codec.encode_video(batch.video), self.codec.encode_text(captions)
         if kind is None:
             return Batch(x0, text, None)
-        maps = []
-        for i, u in enumerate(chance):
-            lit = np.nonzero(~dark_frames(u[1:], sparse))[0]
-            maps.append(batch.trajectory(i).sparse(lit).maps(kind))
-        return Batch(x0, text, self.codec.encode_video(torch.stack(maps)))
+        dark = torch.from_numpy(np.stack([dark_frames(u[1:], sparse) for u in chance]))
+        return Batch(x0, text, self.codec.encode_video(batch.maps(kind, dark)))
 
     def unconditional(self) -> Tensor:
         """Embeddings [1, L, text_dim] of the empty prompt, which guidance goes away from."""

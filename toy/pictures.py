@@ -21,8 +21,7 @@ from torch import Tensor
 
 from core.config import UserError
 from core.media import fit_frames, read_picture
-from toy.world import MOST, SPLITS, _Draws
-from trajectory import PALETTE, Trajectory
+from toy.world import MOST, SPLITS, Drawn, _Draws
 
 CANVAS = 192  # side of a dead-leaves picture, of which videos show parts
 BANK = {"train": 512, "validation": 128, "test": 128}  # pictures of each split
@@ -38,7 +37,7 @@ COLORS = {
 
 
 @dataclass(frozen=True)
-class PictureBatch:
+class PictureBatch(Drawn):
     """B videos and their truth. Of K = 3 slots `count` hold things; later things pass in front."""
 
     video: Tensor  # [B, 3, T, height, width] in [-1, 1]
@@ -51,16 +50,6 @@ class PictureBatch:
     captions: list[str]
     told: Tensor  # [B] bool: the caption says the direction
 
-    def trajectory(self, i: int) -> Trajectory:
-        """What the user of video i would have drawn."""
-        n = int(self.count[i])
-        return Trajectory(
-            boxes=self.boxes[i, :n].double().numpy(),
-            masks=self.masks[i, :n].numpy(),
-            colors=np.array(PALETTE[:n], dtype=np.uint8),
-            names=[caption.split(" spinning")[0] for caption in self.captions[i].split(", ")],
-        )
-
 
 class PictureWorld:
     """`PictureWorld("train").batch([0, 1, 2])` renders videos 0, 1 and 2 of the split.
@@ -68,13 +57,24 @@ class PictureWorld:
     The split "photographs" has scikit-image's photographs instead of dead leaves, which nothing is trained on.
     """
 
-    def __init__(self, split: str = "train", size: tuple[int, int] = (64, 64), frames: int = 9):
-        self.split, self.first, self.size, self.frames = split, FIRST[split], size, frames
+    def __init__(
+        self,
+        split: str = "train",
+        size: tuple[int, int] = (64, 64),
+        frames: int = 9,
+        device: torch.device | str = "cpu",
+    ):
+        self.split, self.first, self.size, self.frames, self.device = split, FIRST[split], size, frames, device
 
     def batch(self, indices: list[int]) -> PictureBatch:
+        """Rendered on `device`."""
+        with torch.device(self.device):
+            return self.render(indices)
+
+    def render(self, indices: list[int]) -> PictureBatch:
         # Each video has draws of its own: it is the same in any batch.
         u = np.stack([np.random.default_rng([5, self.first + int(i)]).random(320) for i in indices])
-        draw, bank = _Draws(torch.from_numpy(u)), picture_bank(self.split)
+        draw, bank = _Draws(torch.from_numpy(u).to(self.device)), picture_bank(self.split, self.device)
         B, K, T, (height, width) = len(indices), MOST, self.frames, self.size
         short, extent = min(self.size), torch.tensor([width, height]).double()
 
@@ -168,14 +168,12 @@ class PictureWorld:
         palette = torch.tensor(list(COLORS.values()))
         middle = texture.unflatten(0, (B, K))[..., side // 4 : -side // 4, side // 4 : -side // 4].mean((-1, -2))
         nearest = (middle[:, :, None] - palette).square().sum(-1).argmin(-1).tolist()
+        ways = {1: " spinning clockwise", -1: " spinning counterclockwise", 0: ""}
+        kinds, signs, says = shape.tolist(), spin.sign().tolist(), told.tolist()
         captions = []
-        for b in range(B):
-            clauses = []
-            for k in range(int(count[b])):
-                clause = f"a {list(COLORS)[nearest[b][k]]} {SHAPES[shape[b, k]]}"
-                turning = {1: " spinning clockwise", -1: " spinning counterclockwise", 0: ""}[int(spin[b, k].sign())]
-                clauses.append(clause + turning * bool(told[b]))
-            captions.append(", ".join(clauses))
+        for b, n in enumerate(count.tolist()):
+            names = [f"a {list(COLORS)[nearest[b][k]]} {SHAPES[kinds[b][k]]}" for k in range(n)]
+            captions.append(", ".join(name + ways[signs[b][k]] * says[b] for k, name in enumerate(names)))
         return PictureBatch(video * 2 - 1, plate * 2 - 1, masks, boxes, center.float(), count, spin, captions, told)
 
 
@@ -197,12 +195,12 @@ def crop(pictures: Tensor, zoom: Tensor, place: Tensor, flip: Tensor, size: tupl
 
 
 @lru_cache
-def picture_bank(split: str) -> Tensor:
+def picture_bank(split: str, device: torch.device | str = "cpu") -> Tensor:
     """The pictures of a split, uint8 [N, 3, CANVAS, CANVAS]. Dead leaves are made once a process, in some seconds."""
     if split == "photographs":
-        return photographs()
+        return photographs().to(device)
     pictures = np.stack([dead_leaves(SPLITS[split] + i) for i in range(BANK[split])])
-    return torch.from_numpy((pictures * 255).round().astype(np.uint8))
+    return torch.from_numpy((pictures * 255).round().astype(np.uint8)).to(device)
 
 
 def photographs() -> Tensor:

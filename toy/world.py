@@ -33,8 +33,48 @@ MOST = 3  # objects in one video
 RAMP = 3  # pixels from one sector's colour to the next: as sharp as a lens would show it
 
 
+class Drawn:
+    """What a user would have drawn for B videos, from their `masks`, `boxes`, `count` and `captions`."""
+
+    def trajectory(self, i: int) -> Trajectory:
+        """Of video i."""
+        n = int(self.count[i])
+        return Trajectory(
+            boxes=self.boxes[i, :n].double().cpu().numpy(),
+            masks=self.masks[i, :n].cpu().numpy(),
+            colors=np.array(PALETTE[:n], dtype=np.uint8),
+            names=[caption.split(" spinning")[0] for caption in self.captions[i].split(", ")],
+        )
+
+    def maps(self, kind: Literal["box", "mask"], dark: Tensor) -> Tensor:
+        """What `Trajectory.maps` paints, of all videos at once: float32 [B, 3, T, height, width] in [-1, 1].
+
+        dark [B, T] bool: in which frames nothing is drawn. Frame 0 always is.
+        """
+        masks, device = self.masks, self.masks.device
+        height, width = masks.shape[-2:]
+        x, y = torch.arange(width, device=device), torch.arange(height, device=device)
+        x0, y0, x1, y1 = (side[..., None] for side in self.boxes.unbind(-1))  # (B, K, T, 1)
+        x0, x1, y0, y1 = x0.clamp(0, width), x1.clamp(0, width), y0.clamp(0, height), y1.clamp(0, height)
+        thick = max(1, min(height, width) // 100)
+        columns, rows = (x >= x0) & (x < x1), (y >= y0) & (y < y1)  # (B, K, T, W) and (B, K, T, H)
+        sides, ends = (x < x0 + thick) | (x >= x1 - thick), (y < y0 + thick) | (y >= y1 - thick)
+        drawn = columns[..., None, :] & rows[..., None] & (sides[..., None, :] | ends[..., None])
+        if kind == "mask":
+            drawn = masks.clone()
+        drawn[:, :, 0] = masks[:, :, 0]
+        used = torch.arange(masks.shape[1], device=device) < self.count[:, None]
+        lit = ~dark.to(device) | (torch.arange(masks.shape[2], device=device) == 0)  # (B, T)
+        drawn = drawn & used[:, :, None, None, None] & lit[:, None, :, None, None]
+        canvas = torch.full((len(masks), 3, *masks.shape[2:]), -1.0, device=device)
+        colors = torch.tensor(PALETTE[: masks.shape[1]], device=device).float() / 127.5 - 1
+        for k, color in enumerate(colors):
+            canvas = torch.where(drawn[:, k, None], color[:, None, None, None], canvas)
+        return canvas
+
+
 @dataclass(frozen=True)
-class ToyBatch:
+class ToyBatch(Drawn):
     """B toy videos and their truth. Of K = 3 object slots `count` are in use; later objects pass in front."""
 
     video: Tensor  # [B, 3, T, S, S] in [-1, 1]
@@ -46,16 +86,6 @@ class ToyBatch:
     spin: Tensor  # [B, K] radians per frame; positive turns clockwise on the screen
     captions: list[str]
     told: Tensor  # [B] bool: the caption says the direction
-
-    def trajectory(self, i: int) -> Trajectory:
-        """What the user of video i would have drawn."""
-        n = int(self.count[i])
-        return Trajectory(
-            boxes=self.boxes[i, :n].double().numpy(),
-            masks=self.masks[i, :n].numpy(),
-            colors=np.array(PALETTE[:n], dtype=np.uint8),
-            names=[caption.split(" spinning")[0] for caption in self.captions[i].split(", ")],
-        )
 
 
 class ToyWorld:
