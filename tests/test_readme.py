@@ -20,7 +20,7 @@ from core.weights import save_network
 from model import DiTConfig, VideoDiT
 
 PAGES = ("README.md", "docs/RESULTS.md", "docs/SPEED.md", "docs/WAN.md", "docs/SCALE.md", "docs/FORMATS.md",
-         "checkpoints/tiny/README.md")  # fmt: skip
+         "docs/PICTURES.md", "checkpoints/tiny/README.md", "checkpoints/pictures/README.md")  # fmt: skip
 # Small networks are trained instead of the shipped ones, which sample.py and evaluate read; stage 3 keeps its backbone.
 SMALL = "--generator small/slow_generator.safetensors --init small/slow_adapter.safetensors"
 # What makes a command short, by how it begins. Later flags win.
@@ -154,7 +154,7 @@ def parsed(command: str) -> bool:
     if name.startswith("tests/"):
         return (ROOT / f"{name}.py").is_file()
     script = importlib.import_module(name)
-    presets = {"wan5b": script.WAN5B} if hasattr(script, "WAN5B") else {}
+    presets = {n: getattr(script, n.upper()) for n in ("pictures", "wan5b") if hasattr(script, n.upper())}
     positional = re.findall(r'run_script\(.*positional="(\w+)"', Path(script.__file__).read_text(encoding="utf-8"))
     if "--help" not in flags:
         assert isinstance(parse_config(script.Config, flags, presets, "".join(positional)), script.Config)
@@ -186,6 +186,15 @@ def test_code_on_the_pages_is_code():
 
 def results(name: str) -> list[dict]:
     return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["pictures", "pictures-photographs"])
+def test_the_tables_of_pictures_are_the_results(name):
+    assert tables.markdown(results(name)) in text("docs/PICTURES.md")
+    rows = {row["name"]: row for row in results(name) if row["objects"] == "all"}
+    still, fast = rows["the first frame, still"], rows["FastGenerator + FastAdapter"]
+    assert fast["thing_error"] < still["thing_error"] / 3 and fast["mask_iou"] > 0.63 * rows["true video"]["mask_iou"]
+    assert fast["thing_error"] > rows["cut out and pasted"]["thing_error"] and fast["sharpness"] < 0.6
 
 
 def test_the_readme_is_short_and_its_table_is_the_committed_one():
