@@ -1,8 +1,8 @@
-"""Measure the networks on held-out toy videos. metrics.py says what the measures mean.
+"""Measure the networks on held-out toy videos. metrics.py and picture_metrics.py say what the measures mean.
 
     python -m toy.evaluate                                  # the shipped networks, slow and fast
     python -m toy.evaluate --videos 32 --steps 10 --out runs/evaluate/quick.json
-    python -m toy.evaluate --preset pictures               # the same in the world of pictures
+    python -m toy.evaluate --preset pictures                # the same in the world of pictures
     python -m toy.evaluate --ablation                       # the runs of `make ablation`: what each part is for
     python -m toy.evaluate --guidance_table --videos 64     # the slow networks, guided by prompt and by trajectory
 

@@ -1,6 +1,7 @@
 """Stage 0: train the SlowGenerator, an image-to-video VideoDiT, with the flow-matching loss.
 
     python -m toy.train_slow_generator                            # preset tiny on this machine
+    python -m toy.train_slow_generator --preset pictures          # its world is rendered on the device that trains
     torchrun --nproc_per_node=8 -m toy.train_slow_generator
 
 The paper starts from Wan2.2-TI2V-5B; the toy world has no published generator, so we train one. An adapter on a frozen
