@@ -1,9 +1,9 @@
 """VideoDiT: the diffusion transformer of Wan2.2-TI2V, with its parameter names, in plain PyTorch.
 
 One class serves all presets: `wan5b` is Wan2.2-TI2V-5B, `tiny` and `pictures` train on a laptop. A video latent is cut
-into patches, each a token; text enters by cross-attention; the noise level enters as a shift, scale and gate of every layer, one row
-per latent frame, because image-to-video gives frame 0 another timestep than the rest. Shapes: B batch, C latent
-channels, F latent frames, H W latent size, N = F*h*w tokens, D width, L text tokens.
+into patches, each a token; text enters by cross-attention; the noise level enters as a shift, scale and gate of every
+layer, one row per latent frame, because image-to-video gives frame 0 another timestep than the rest. Shapes: B batch, C
+latent channels, F latent frames, H W latent size, N = F*h*w tokens, D width, L text tokens.
 """
 
 from collections.abc import Iterable
