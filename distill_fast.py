@@ -19,7 +19,7 @@ from torch import Tensor
 
 import flow
 from core import optim, parallel
-from core.config import run_script, shipped
+from core.config import UserError, run_script, shipped
 from core.memory import send
 from core.noise import rng, sample_uniform, step_noise
 from core.parallel import Recompute
@@ -159,6 +159,8 @@ def student_learns(step: int, ratio: int) -> bool:
 
 def main(cfg: Config) -> None:
     check_counts(cfg)
+    if not 0 < cfg.judge_sigma_max <= 1:
+        raise UserError(f"--judge_sigma_max {cfg.judge_sigma_max}: greater than 0, and 1 at most")
     procs = parallel.init_processes(cfg.sequence)
 
     # 1. Three copies of the SlowGenerator, one after the other: rank 0 reads the weights, and hands them on.

@@ -127,8 +127,8 @@ def test_wan5b_has_the_values_of_its_sources():
     assert (toy.clip, toy.guidance, toy.fake_loss, toy.levels, toy.schedule) == (1, 6, "velocity", "above", "cosine")
 
 
-@pytest.mark.parametrize("levels", ["above", "all"])
-def test_a_run_judges_where_its_options_say_at_the_rates_they_say(levels, here, monkeypatch):
+@pytest.mark.parametrize(("levels", "most"), [("above", 1.0), ("all", 1.0), ("all", 0.5)])
+def test_a_run_judges_where_its_options_say_at_the_rates_they_say(levels, most, here, monkeypatch):
     """Where "above" leaves the levels alone that the sampler does not noise to."""
     torch.manual_seed(0)
     network = VideoDiT(DiTConfig(32, 64, 2, 1, text_dim=64, text_tokens=32, channels=16))
@@ -162,12 +162,14 @@ def test_a_run_judges_where_its_options_say_at_the_rates_they_say(levels, here, 
         Config(
             generator="slow.safetensors", steps=6, batch=4, clip=10.0, guidance=7.0, fake_loss="x0", levels=levels,
             schedule="constant", warmup=0, lr=1e-5, fake_lr=2e-5, compile=False, dtype="float32", ratio=3,
+            judge_sigma_max=most,
         )
     )  # fmt: skip
     assert len(seen) == 6 and {on for *_, on in seen} == {"x0"} and len({step for step, *_ in seen}) > 1
     for exit_step, sigma, _ in seen:
         lowest = 1 - (exit_step + 1) / 4 if levels == "above" else 0  # preset tiny warps by 1: not at all
-        assert max(lowest, 0.02) <= sigma.min() < lowest + 0.26 and 0.74 < sigma.max() <= 0.98  # stratified
+        assert max(lowest, 0.02) <= sigma.min() < most * (lowest + 0.26)  # stratified
+        assert 0.74 * most < sigma.max() <= min(0.98, most)
     assert set(clips) == {10.0} and rates == [1e-5, 2e-5] * 6
     assert [scale for _, scale in texts] == [7.0, 7.0] and all((text == 0.5).all() for text, _ in texts)
 

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import adapter as adapters
+import distill_fast
 import flow
+from core.config import UserError
 from core.noise import rng
 from model import PRESETS, VideoDiT
-from toy import metrics
+from toy import metrics, train_slow_generator
 from toy import picture_metrics as measures
 from toy.codec import PictureCodec
 from toy.latents import ToyLatents
@@ -104,7 +106,6 @@ def test_a_crop_of_the_whole_is_the_picture():
 
 
 def test_photographs_move_too():
-    pytest.importorskip("skimage")
     batch = PictureWorld("photographs").batch([0, 1])
     assert batch.video.std() > 0.2 and len(picture_bank("photographs")) == 6
 
@@ -116,6 +117,18 @@ def test_training_sees_small_videos_first_and_then_all_shapes_in_turn():
     for shape in SHAPES["pictures"]:
         x0, _, traj = ToyLatents(PictureCodec(), "validation", **shape).batch([0], "box")
         assert x0.shape == traj.shape and x0.shape[2] == shape.get("frames", 9)
+
+
+@pytest.mark.parametrize("wrong", [{"small": 1.5}, {"small": -0.1}, {"change": 0.0}])
+def test_a_share_is_a_share(wrong):
+    with pytest.raises(UserError, match=f"--{next(iter(wrong))} {next(iter(wrong.values()))}"):
+        train_slow_generator.main(train_slow_generator.Config(preset="pictures", **wrong))
+
+
+@pytest.mark.parametrize("most", [0.0, 1.5])
+def test_scores_judge_between_no_noise_and_all(most):
+    with pytest.raises(UserError, match="--judge_sigma_max"):
+        distill_fast.main(distill_fast.Config(judge_sigma_max=most))
 
 
 # --- its codec and networks -------------------------------------------------------------------------------------------

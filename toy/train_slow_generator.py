@@ -21,7 +21,7 @@ from torch import Tensor
 import adapter as adapters
 import flow
 from core import optim, parallel
-from core.config import run_script
+from core.config import UserError, run_script
 from core.noise import sample_noise, sample_uniform
 from core.runs import Run, check_counts
 from core.weights import save_network
@@ -80,6 +80,8 @@ def shape_number(step: int, steps: int, small: float, shapes: int) -> int:
 
 def main(cfg: Config) -> None:
     check_counts(cfg)
+    if not 0 <= cfg.small <= 1 or cfg.change <= 0:
+        raise UserError(f"--small {cfg.small} --change {cfg.change}: a share from 0 to 1, and a number above 0")
     procs = parallel.init_processes()
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     if cfg.init:
