@@ -3,7 +3,6 @@
     python sample.py                                                       # the shipped example
     python sample.py --image x.png --traj boxes.json --prompt "a red and blue disc spinning clockwise"
     python sample.py --speed slow
-    python sample.py --preset pictures --image photo.jpg --traj boxes.json # networks that know parts of pictures
     python sample.py --batch jobs.csv                                      # a table of videos
     python sample.py --serve                                               # draw, generate and watch in a page
     python sample.py --preset wan5b --weights Wan2.2-TI2V-5B --image x.png --traj boxes.json --prompt "a cat jumps"
@@ -86,14 +85,8 @@ class Config:
     port: int = 7860  # of that page; 0 is any that is free
 
 
-PICTURES = {
-    "image": shipped("examples/balloons.png"),
-    "traj": shipped("examples/balloons.json"),
-    "prompt": "",
-    "weights": shipped("checkpoints/pictures"),
-    "size": "auto",
-    "scale": 4,
-}
+PICTURES = {"prompt": "", "weights": shipped("checkpoints/pictures"), "size": "auto", "scale": 4}
+PICTURES |= {"image": shipped("examples/balloons.png"), "traj": shipped("examples/balloons.json")}
 WAN5B = {
     "prompt": "",
     "weights": "Wan2.2-TI2V-5B",

@@ -67,11 +67,11 @@ class PictureWorld:
         self.split, self.first, self.size, self.frames, self.device = split, FIRST[split], size, frames, device
 
     def batch(self, indices: list[int]) -> PictureBatch:
-        """Rendered on `device`."""
-        with torch.device(self.device):
-            return self.render(indices)
+        """These videos of the split."""
+        with torch.device(self.device):  # all tensors that are made here lie there
+            return self._render(indices)
 
-    def render(self, indices: list[int]) -> PictureBatch:
+    def _render(self, indices: list[int]) -> PictureBatch:
         # Each video has draws of its own: it is the same in any batch.
         u = np.stack([np.random.default_rng([5, self.first + int(i)]).random(320) for i in indices])
         draw, bank = _Draws(torch.from_numpy(u).to(self.device)), picture_bank(self.split, self.device)
