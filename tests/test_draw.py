@@ -474,7 +474,7 @@ def test_a_motion_is_recorded_with_its_timing_and_thinned(hands, photo):
     hands.page.mouse.down()
     for x in range(15, 80, 4):
         hands.page.mouse.move(*hands.spot(x, 15 + (x % 20)))
-        hands.page.wait_for_timeout(60)
+        hands.page.wait_for_timeout(600 if x == 47 else 60)  # a rest, of which two keyframes are enough
     hands.page.mouse.up()
     raw = hands.read("recorded")
     hands.page.keyboard.up("r")
