@@ -20,6 +20,8 @@ from toy.pictures import CANVAS, FIRST, PictureBatch, PictureWorld, crop, pictur
 from toy.train_slow_generator import SHAPES, shape_number
 from toy.world import ToyWorld
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="module")
 def world() -> PictureBatch:
@@ -47,7 +49,7 @@ def test_a_video_is_the_same_in_any_batch_and_another_in_every_split(world):
     again = PictureWorld("validation").batch([7, 3])
     assert torch.equal(again.video, world.video[[7, 3]]) and again.captions == [world.captions[i] for i in (7, 3)]
     assert len({*FIRST.values()}) == 4 and not torch.equal(PictureWorld("test").batch([7]).video, again.video[:1])
-    shared = (picture_bank("validation")[:, None] == picture_bank("test")).flatten(2).all(2)
+    shared = (picture_bank("validation", CPU)[:, None] == picture_bank("test", CPU)).flatten(2).all(2)
     assert not shared.any()
 
 
@@ -107,7 +109,7 @@ def test_a_crop_of_the_whole_is_the_picture():
 
 def test_photographs_move_too():
     batch = PictureWorld("photographs").batch([0, 1])
-    assert batch.video.std() > 0.2 and len(picture_bank("photographs")) == 6
+    assert batch.video.std() > 0.2 and len(picture_bank("photographs", CPU)) == 6
 
 
 def test_training_sees_small_videos_first_and_then_all_shapes_in_turn():

@@ -13,15 +13,17 @@ from trajectory import dark_frames
 class ToyLatents:
     """Seed and sample numbers fix everything. Each seed, 0 to 255, means 2^32 other videos of the split.
 
-    `shape`: size, frames and device, if not the world's own.
+    `shape`: size and frames, if not the world's own. Videos and maps are rendered on `device`.
     """
 
     one_shape = True  # all videos are of one size
 
-    def __init__(self, codec: ToyCodec, split: str = "train", seed: int = 0, **shape):
+    def __init__(
+        self, codec: ToyCodec, split: str = "train", seed: int = 0, device: torch.device | str = "cpu", **shape
+    ):
         if not 0 <= seed < 256:
             raise UserError(f"--seed {seed}: use 0 to 255")
-        self.codec, self.world, self.offset = codec, codec.world(split, **shape), seed << 32
+        self.codec, self.world, self.offset, self.device = codec, codec.world(split, **shape), seed << 32, device
 
     def batch(self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0) -> Batch:
         """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
@@ -30,7 +32,8 @@ class ToyLatents:
         captions is empty, to train the unconditional branch of guidance.
         """
         samples = [self.offset + s for s in samples]
-        batch = self.world.batch(samples)
+        with torch.device(self.device):  # tensors that are made here lie there
+            batch = self.world.batch(samples)
         seeds = ([self.world.first, s, 1] for s in samples)
         chance = np.stack([np.random.default_rng(seed).random(2 + self.world.frames) for seed in seeds])
         captions = ["" if u < drop_text else c for u, c in zip(chance[:, 0], batch.captions, strict=True)]

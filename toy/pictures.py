@@ -21,7 +21,7 @@ from torch import Tensor
 
 from core.config import UserError
 from core.media import fit_frames, read_picture
-from toy.world import MOST, SPLITS, Drawn, _Draws
+from toy.world import MOST, SPLITS, Drawn, Draws
 
 CANVAS = 192  # side of a dead-leaves picture, of which videos show parts
 BANK = {"train": 512, "validation": 128, "test": 128}  # pictures of each split
@@ -57,24 +57,13 @@ class PictureWorld:
     The split "photographs" has scikit-image's photographs instead of dead leaves, which nothing is trained on.
     """
 
-    def __init__(
-        self,
-        split: str = "train",
-        size: tuple[int, int] = (64, 64),
-        frames: int = 9,
-        device: torch.device | str = "cpu",
-    ):
-        self.split, self.first, self.size, self.frames, self.device = split, FIRST[split], size, frames, device
+    def __init__(self, split: str = "train", size: tuple[int, int] = (64, 64), frames: int = 9):
+        self.split, self.first, self.size, self.frames = split, FIRST[split], size, frames
 
     def batch(self, indices: list[int]) -> PictureBatch:
-        """These videos of the split."""
-        with torch.device(self.device):  # all tensors that are made here lie there
-            return self._render(indices)
-
-    def _render(self, indices: list[int]) -> PictureBatch:
         # Each video has draws of its own: it is the same in any batch.
         u = np.stack([np.random.default_rng([5, self.first + int(i)]).random(320) for i in indices])
-        draw, bank = _Draws(torch.from_numpy(u).to(self.device)), picture_bank(self.split, self.device)
+        draw, bank = Draws(u), picture_bank(self.split, torch.get_default_device())
         B, K, T, (height, width) = len(indices), MOST, self.frames, self.size
         short, extent = min(self.size), torch.tensor([width, height]).double()
 
@@ -137,8 +126,8 @@ class PictureWorld:
 
         # Boxes, from points on the silhouettes.
         stretch = torch.stack([aspect.rsqrt(), aspect.sqrt()], -1)  # (B, K, 2)
-        round_ = torch.linspace(0, 2 * math.pi, CORNERS + 1, dtype=torch.float64)[:-1].expand(B, K, -1)
-        points = edge(round_)[..., None] * torch.stack([round_.cos(), round_.sin()], -1) * stretch[:, :, None]
+        around = torch.linspace(0, 2 * math.pi, CORNERS + 1, dtype=torch.float64)[:-1].expand(B, K, -1)
+        points = edge(around)[..., None] * torch.stack([around.cos(), around.sin()], -1) * stretch[:, :, None]
         cos, sin = angle.cos()[..., None], angle.sin()[..., None]  # (B, K, T, 1)
         x, y = (points[:, :, None, :, i] for i in range(2))  # (B, K, 1, CORNERS)
         turned = radius[..., None, None] * torch.stack([cos * x - sin * y, sin * x + cos * y], -1)
@@ -195,7 +184,7 @@ def crop(pictures: Tensor, zoom: Tensor, place: Tensor, flip: Tensor, size: tupl
 
 
 @lru_cache
-def picture_bank(split: str, device: torch.device | str = "cpu") -> Tensor:
+def picture_bank(split: str, device: torch.device) -> Tensor:
     """The pictures of a split, uint8 [N, 3, CANVAS, CANVAS]. Dead leaves are made once a process, in some seconds."""
     if split == "photographs":
         return photographs().to(device)

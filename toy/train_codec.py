@@ -26,6 +26,8 @@ from core.weights import save_network
 from model import PRESETS
 from toy.codec import CODECS, AutoencoderConfig, ToyAutoencoder, ToyCodec
 from toy.metrics import laplacian
+from toy.pictures import PictureWorld
+from toy.world import ToyWorld
 
 HIDDEN = {"tiny": 64, "pictures": 0}  # width of the decoder's network; pictures need none
 
@@ -51,7 +53,7 @@ class Config:
     sample_every: int = 500  # steps; 0 for no samples
 
 
-def frames_of(world, samples: list[int], number: int, seed: int) -> Tensor:
+def frames_of(world: ToyWorld | PictureWorld, samples: list[int], number: int, seed: int) -> Tensor:
     """`number` frames of each video, a quarter of them replaced by frames of its maps: [B * number, 3, S, S]."""
     batch, draw, frames = world.batch(samples), rng(seed, samples[0]), []
     for i, video in enumerate(batch.video):

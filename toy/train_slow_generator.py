@@ -94,9 +94,8 @@ def main(cfg: Config) -> None:
     guide_optimizers = optim.make_optimizers(guide, guide.blocks, cfg.weight_decay)
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
     codec = CODECS[cfg.preset]()
-    shapes = [shape | ({"device": procs.device} if cfg.preset == "pictures" else {}) for shape in SHAPES[cfg.preset]]
     codec.network.to(procs.device)
-    sources = [ToyLatents(codec, seed=cfg.seed, **shape) for shape in shapes]
+    sources = [ToyLatents(codec, seed=cfg.seed, device=procs.device, **shape) for shape in SHAPES[cfg.preset]]
     held_out = ToyLatents(codec, "validation")
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)

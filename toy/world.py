@@ -97,7 +97,7 @@ class ToyWorld:
     def batch(self, indices: list[int]) -> ToyBatch:
         # Each video has draws of its own: it is the same in any batch.
         u = np.stack([np.random.default_rng(self.first + int(i)).random(256) for i in indices])
-        draw = _Draws(torch.from_numpy(u))
+        draw = Draws(u)
         size, B, K, T = self.size, len(indices), MOST, self.frames
 
         count = draw.integer((), 1, MOST)
@@ -174,11 +174,11 @@ class ToyWorld:
         return ToyBatch(video * 2 - 1, masks, boxes.long(), count, colors, sectors, spin, captions, told)
 
 
-class _Draws:
-    """Hands out a batch's uniform numbers [B, n] in order."""
+class Draws:
+    """Hands out a batch's uniform numbers [B, n] in order, on the device where tensors are made."""
 
-    def __init__(self, u: Tensor):
-        self.u, self.at = u, 0
+    def __init__(self, u: np.ndarray):
+        self.u, self.at = torch.from_numpy(u).to(torch.get_default_device()), 0
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         n = math.prod(shape)
