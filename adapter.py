@@ -69,13 +69,14 @@ class ResNetBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.GroupNorm(8, hidden) for _ in range(3))
         self.space = nn.Conv3d(hidden, hidden, (1, 3, 3), padding=(0, 1, 1))
-        self.time = nn.Conv3d(hidden, hidden, (3, 1, 1), padding=(1, 0, 0))
+        self.time = nn.Conv3d(hidden, hidden, (3, 1, 1))
         self.project = nn.Linear(hidden, dim)  # the zero-initialised 1x1 convolution, on tokens
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h [B, hidden, F, h, w] -> the next h, and this block's residual [B, N, dim]."""
         y = self.space(F.silu(self.norm1(h)))
-        h = h + self.time(F.silu(self.norm2(y)))
+        # Where Conv3d itself pads two frames in bfloat16, oneDNN leaves a part of the weight's gradient unwritten.
+        h = h + self.time(F.pad(F.silu(self.norm2(y)), (0, 0, 0, 0, 1, 1)))
         tokens = F.silu(self.norm3(h)).flatten(2).transpose(1, 2)
         return h, self.project(own_tokens(tokens, h.shape[2], self.group))
 
