@@ -66,7 +66,10 @@ def test_boxes_are_those_of_the_silhouettes(world):
     boxes, seen = world.boxes[alone, 0], metrics.bounding_boxes(world.masks[alone, 0])
     height, width = world.video.shape[-2:]
     clipped = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-    assert (clipped - seen).abs().max() <= 2 and (clipped - seen).abs().float().mean() < 0.6
+    whole, off = (clipped == boxes).all(-1), (clipped - seen).abs()
+    assert off[whole].max() <= 2 and off[whole].float().mean() < 0.6
+    assert whole.float().mean() > 0.5
+    assert (seen[..., :2] >= clipped[..., :2] - 2).all() and (seen[..., 2:] <= clipped[..., 2:] + 2).all()
     assert (boxes[..., 2:] > boxes[..., :2]).all()
 
 
@@ -78,7 +81,9 @@ def test_things_are_many_sided(world):
     assert all(kind in words for kind in ("blob", "polygon", "rectangle", "spinning clockwise", "counterclockwise"))
     height, width = world.video.shape[-2:]
     outside = (world.boxes[..., :2] < 0).any(-1) | (world.boxes[..., 2:] > torch.tensor([width, height])).any(-1)
-    assert 0.005 < outside[used].float().mean() < 0.5  # some cross the edge
+    assert 0.05 < outside[used].float().mean() < 0.25  # some cross the edge
+    entering, leaving = outside[..., 0] & ~outside[..., -1], outside[..., -1] & ~outside[..., 0]
+    assert entering[used].any() and leaving[used].float().mean() > 0.1
     told = torch.tensor(["spinning" in caption for caption in world.captions])
     assert not told[~world.told].any() and told[world.told & ((world.spin != 0) & used).any(1)].all()
 

@@ -62,7 +62,7 @@ class PictureWorld:
 
     def batch(self, indices: list[int]) -> PictureBatch:
         # Each video has draws of its own: it is the same in any batch.
-        u = np.stack([np.random.default_rng([5, self.first + int(i)]).random(320) for i in indices])
+        u = np.stack([np.random.default_rng([5, self.first + int(i)]).random(328) for i in indices])
         draw, bank = Draws(u), picture_bank(self.split, torch.get_default_device())
         B, K, T, (height, width) = len(indices), MOST, self.frames, self.size
         short, extent = min(self.size), torch.tensor([width, height]).double()
@@ -109,12 +109,12 @@ class PictureWorld:
         radius = short * torch.lerp(first[..., None], last[..., None], time)  # (B, K, T)
 
         # Cubic Bezier paths. Of eight sets of paths, take the one whose closest pair stays furthest apart, frame 0
-        # counting most: the image shows every thing whole, and they still cross and leave later.
-        control = draw((8, K, 4, 2))
+        # counting most: the image shows nearly every thing whole, and they still cross, enter and leave later.
+        control, drift = draw((8, K, 4, 2)), draw.between((8, K, 1, 2), -0.5, 0.5) * time[:, None]
         bernstein = torch.stack([(1 - time) ** 3, 3 * time * (1 - time) ** 2, 3 * time**2 * (1 - time), time**3])
         path = torch.einsum("bnkcx,ct->bnktx", control, bernstein)  # (B, 8, K, T, 2)
-        start = (1.4 * path[..., :1, :] - 0.2).clamp(0, 1)
-        path = (start + 0.7 * (path - path[..., :1, :])).clamp(-0.15, 1.15)
+        start = 1.1 * path[..., :1, :] - 0.05
+        path = (start + 0.5 * (path - path[..., :1, :]) + drift).clamp(-0.4, 1.4)  # 0 to 1 lies within the picture
         wide = 2 * radius[:, None, ..., None]
         at = path * (extent - wide) + wide / 2
         gap = (at[:, :, :, None] - at[:, :, None]).abs().amax(-1).clamp(max=short / 2)  # (B, 8, K, K, T)
