@@ -21,7 +21,7 @@ from torch import Tensor
 
 from core.config import UserError
 from core.media import fit_frames, read_picture
-from toy.world import MOST, SPLITS, Drawn, Draws
+from toy.world import MOST, SPLITS, Drawn, Draws, bezier, furthest_apart
 
 CANVAS = 192  # side of a dead-leaves picture, of which videos show parts
 BANK = {"train": 512, "validation": 128, "test": 128}  # pictures of each split
@@ -108,21 +108,15 @@ class PictureWorld:
         last = (first * ratio).clamp(0.11, 0.24)
         radius = short * torch.lerp(first[..., None], last[..., None], time)  # (B, K, T)
 
-        # Cubic Bezier paths. Of eight sets of paths, take the one whose closest pair stays furthest apart, frame 0
-        # counting most: the image shows nearly every thing whole, and they still cross, enter and leave later.
-        control, drift = draw((8, K, 4, 2)), draw.between((8, K, 1, 2), -0.5, 0.5) * time[:, None]
-        bernstein = torch.stack([(1 - time) ** 3, 3 * time * (1 - time) ** 2, 3 * time**2 * (1 - time), time**3])
-        path = torch.einsum("bnkcx,ct->bnktx", control, bernstein)  # (B, 8, K, T, 2)
+        # The image shows nearly every thing whole, and they still cross, enter and leave later.
+        path = bezier(draw((8, K, 4, 2)), time)  # (B, 8, K, T, 2)
+        drift = draw.between((8, K, 1, 2), -0.5, 0.5) * time[:, None]
         start = 1.1 * path[..., :1, :] - 0.05
         path = (start + 0.5 * (path - path[..., :1, :]) + drift).clamp(-0.4, 1.4)  # 0 to 1 lies within the picture
         wide = 2 * radius[:, None, ..., None]
         at = path * (extent - wide) + wide / 2
-        gap = (at[:, :, :, None] - at[:, :, None]).abs().amax(-1).clamp(max=short / 2)  # (B, 8, K, K, T)
-        gap = gap[..., 0] + 0.3 * gap.mean(-1)
         used = torch.arange(K) < count[:, None]  # (B, K)
-        pair = used[:, None, :, None] & used[:, None, None, :] & ~torch.eye(K, dtype=torch.bool)
-        best = gap.masked_fill(~pair, 2 * short).amin((2, 3)).argmax(1)
-        center = at[torch.arange(B), best]  # (B, K, T, 2)
+        center = at[torch.arange(B), furthest_apart(at, used, enough=short / 2, later=0.3)]  # (B, K, T, 2)
 
         # Boxes, from points on the silhouettes.
         stretch = torch.stack([aspect.rsqrt(), aspect.sqrt()], -1)  # (B, K, 2)

@@ -111,21 +111,13 @@ class ToyWorld:
         first, last = draw.between((2, K, 1), 14, 23).unbind(1)
         diameter = torch.lerp(first, last, torch.linspace(0, 1, T).double())  # (B, K, T)
 
-        # Cubic Bezier paths that keep the whole object inside. Of eight sets of paths, take the one whose closest pair
-        # stays furthest apart, frame 0 counting most: the image shows every object, and they still cross later.
-        control = draw((8, K, 4, 2))
-        s = torch.linspace(0, 1, T).double()
-        bernstein = torch.stack([(1 - s) ** 3, 3 * s * (1 - s) ** 2, 3 * s**2 * (1 - s), s**3])  # (4, T)
-        path = torch.einsum("bnkcx,ct->bnktx", control, bernstein)  # (B, 8, K, T, 2)
+        # Paths that keep the whole object inside. The image shows every object, and they still cross later.
+        path = bezier(draw((8, K, 4, 2)), torch.linspace(0, 1, T).double())  # (B, 8, K, T, 2)
         start = (1.4 * path[..., :1, :] - 0.2).clamp(0, 1)
         path = (start + 0.65 * (path - path[..., :1, :])).clamp(0, 1)
         at = path * (size - diameter)[:, None, ..., None]
-        gap = (at[:, :, :, None] - at[:, :, None]).abs().amax(-1).clamp(max=23)  # (B, 8, K, K, T)
-        gap = gap[..., 0] + gap.mean(-1)
         used = torch.arange(K) < count[:, None]  # (B, K)
-        pair = used[:, None, :, None] & used[:, None, None, :] & ~torch.eye(K, dtype=torch.bool)
-        best = gap.masked_fill(~pair, 2 * size).amin((2, 3)).argmax(1)
-        path = path[torch.arange(B), best]  # (B, K, T, 2)
+        path = path[torch.arange(B), furthest_apart(at, used, enough=23, later=1)]  # (B, K, T, 2)
 
         side = diameter.round()
         corner = (path * (size - side)[..., None]).round()
@@ -172,6 +164,23 @@ class ToyWorld:
                 clauses.append(f"{clause} spinning {turning}" if told[b] else clause)
             captions.append(", ".join(clauses))
         return ToyBatch(video * 2 - 1, masks, boxes.long(), count, colors, sectors, spin, captions, told)
+
+
+def bezier(control: Tensor, time: Tensor) -> Tensor:
+    """Cubic Bezier paths: control points [..., 4, 2], times [T] from 0 to 1 -> [..., T, 2]."""
+    weights = torch.stack([(1 - time) ** 3, 3 * time * (1 - time) ** 2, 3 * time**2 * (1 - time), time**3])  # (4, T)
+    return torch.einsum("...cx,ct->...tx", control, weights)
+
+
+def furthest_apart(at: Tensor, used: Tensor, enough: float, later: float) -> Tensor:
+    """Which of n sets of paths keeps its closest pair furthest apart: [B, n, K, T, 2], used [B, K] bool -> [B].
+
+    Frame 0 counts once, all frames together `later` times. A gap of `enough` pixels is as good as any larger one.
+    """
+    gap = (at[:, :, :, None] - at[:, :, None]).abs().amax(-1).clamp(max=enough)  # (B, n, K, K, T)
+    gap = gap[..., 0] + later * gap.mean(-1)
+    pair = used[:, None, :, None] & used[:, None, None, :] & ~torch.eye(used.shape[1], dtype=torch.bool)
+    return gap.masked_fill(~pair, torch.inf).amin((2, 3)).argmax(1)
 
 
 class Draws:
