@@ -120,7 +120,7 @@ def two(run, tmp_path):
 ULYSSES = """
 def main(cfg):
     procs = parallel.init_processes(sequence=2)
-    shape, hidden = DiTConfig(64, 128, 4, 2, text_dim=16, text_tokens=8, channels=16), 32
+    shape, hidden = DiTConfig(64, 128, 4, 2, text_dim=16, text_tokens=8, channels=16, image_blocks=(1,)), 32
     torch.manual_seed(0)
     for kind in ("resnet", "controlnet"):
         model = VideoDiT(shape)

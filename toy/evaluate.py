@@ -221,6 +221,7 @@ def compare(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[li
     floor, videos = {"true video": batch.video, "through the codec": coded}, []
     if cfg.preset == "pictures":
         floor |= {"the first frame, still": picture_metrics.still(batch)}
+        floor |= {"true things, holes filled by blur": picture_metrics.holes_filled(batch)}
         floor |= {"cut out and pasted": picture_metrics.pasted(batch)}
     rows = [make_row(cfg, name, 0, video, batch) for name, video in floor.items()]
     ways = {

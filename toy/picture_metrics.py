@@ -136,6 +136,17 @@ def pasted(batch: PictureBatch) -> Tensor:
     return video
 
 
+def holes_filled(batch: PictureBatch) -> Tensor:
+    """The true videos, but what frame 0 hides is filled as in `pasted`: how good a video that only moves things right
+    can be. [B,3,T,H,W].
+    """
+    first, plate = batch.video[:, :, 0], batch.plate
+    filled = fill(first, (first != plate).any(1, keepdim=True))[:, :, None]
+    video = torch.where((batch.video == plate[:, :, None]).all(1, keepdim=True), filled, batch.video)
+    video[:, :, 0] = first
+    return video
+
+
 def fill(pictures: Tensor, hole: Tensor) -> Tensor:
     """The hole gets the mean of what is around, in ever wider windows. [B,3,H,W], bool [B,1,H,W] -> [B,3,H,W]."""
     out, left = pictures.clone(), hole.clone()
