@@ -38,20 +38,19 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, height, width of a token
     freq_dim: int = 256  # sinusoidal features of the timestep
     sees_first: bool = False  # every frame has frame 0 beside it, as more channels (Wan2.1 image-to-video does so)
-    image_blocks: tuple[int, ...] = ()  # numbers of the blocks that look at frame 0 in a finer grid, too
+    image_blocks: tuple[int, ...] = ()  # numbers of the blocks that also look at frame 0, at every latent position
     eps: float = 1e-6
 
 
 PRESETS = {
     "tiny": DiTConfig(160, 640, 4, 6, text_dim=64, text_tokens=32, channels=16),
     "pictures": DiTConfig(
-        256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, sees_first=True, image_blocks=(2, 3, 4)
+        256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, sees_first=True, image_blocks=(1, 2, 3, 4, 5)
     ),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
 # Of the networks that do not learn.
 FROZEN_DTYPE = {"tiny": torch.float32, "pictures": torch.float32, "wan5b": torch.bfloat16}
-FINE = 4  # places of the finer grid along a token, each way
 
 
 @lru_cache(maxsize=8)
@@ -61,7 +60,7 @@ def rotary_table(
     """Cosine and sine of 3D rotary position embedding, float32, [N, head_dim / 2] each.
 
     The pairs of a head are shared out over time, height and width as 22/21/21 of 64 (Wan's split), theta 10000. Angles
-    are computed in float64 once per grid and cached. `step`: places of a finer grid, in which positions are counted,
+    are computed in float64 once per grid and cached. `step`: positions of a finer grid, in which places are counted,
     along one of this grid; 1 for a grid that stands alone.
     """
     per_axis = (head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6)
@@ -168,19 +167,20 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class FineImage:
-    """Frame 0 in a grid finer than the tokens', for attention to copy from: a part of a token's place must be found."""
+    """Frame 0, every latent position a token: attention copies from there. Things move by parts of a video's token."""
 
-    tokens: Tensor  # [B, FINE*h * FINE*w, D]
-    grid: tuple[int, int]  # h and w
+    tokens: Tensor  # [B, H*W, D]
+    grid: tuple[int, int]  # h and w, of the video's tokens
+    size: tuple[int, int]  # H and W
     rope: tuple[Tensor, Tensor]  # rotary table of these tokens
-    query_rope: tuple[Tensor, Tensor]  # and of the video's, counted in the finer grid
+    query_rope: tuple[Tensor, Tensor]  # and of the video's, counted in latent positions
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention to text, feed-forward; the first and last modulated by the timestep.
 
-    `sees_image`: before the feed-forward every token also attends to frame 0 in a finer grid. There each place has the
-    picture's detail, and what this network knows so far of its surroundings, the trajectory too.
+    `sees_image`: before the feed-forward every token also attends to frame 0, at every latent position. There it finds
+    the picture's detail and what frame 0's tokens know so far, interpolated: the trajectory, for one.
     """
 
     group = None  # processes that share a video's tokens
@@ -203,7 +203,7 @@ class Block(nn.Module):
         """What x [B,N,D] finds in the image: [B,N,D]."""
         height, width = image.grid
         first = all_tokens(x, frames, self.group)[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
-        known = F.interpolate(first.float(), scale_factor=FINE, mode="bilinear").flatten(2).transpose(1, 2)
+        known = F.interpolate(first.float(), image.size, mode="bilinear").flatten(2).transpose(1, 2)
         context = self.norm_image(image.tokens + known).type_as(x)
         return self.image_attn(self.norm_image(x).type_as(x), context, image.query_rope, image.rope)
 
@@ -252,10 +252,7 @@ class VideoDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config, i in config.image_blocks) for i in range(config.layers))
         if config.image_blocks:
-            per_latent = FINE // config.patch[1]
-            self.image_embedding = nn.Sequential(
-                nn.Conv2d(config.channels, dim * per_latent**2, 3, padding=1), nn.PixelShuffle(per_latent)
-            )
+            self.image_embedding = nn.Conv2d(config.channels, dim, 3, padding=1)
         self.head = Head(config)
         if not self.head.head.weight.is_meta:  # there, weights are about to be read
             self.init_weights()
@@ -322,12 +319,11 @@ class VideoDiT(nn.Module):
         frames, height, width = (n // p for n, p in zip(x.shape[2:], self.config.patch, strict=True))
         head_dim, image = self.config.dim // self.config.heads, None
         if self.config.image_blocks:
-            first = x[:, : self.config.channels, 0].to(self.image_embedding[0].weight.dtype)
-            fine = self.image_embedding(first).flatten(2).transpose(1, 2)
-            rope = rotary_table(1, FINE * height, FINE * width, head_dim, x.device)
-            query_rope = rotary_table(frames, height, width, head_dim, x.device, FINE)
+            fine = self.image_embedding(x[:, : self.config.channels, 0].to(self.image_embedding.weight.dtype))
+            rope = rotary_table(1, *x.shape[3:], head_dim, x.device)
+            query_rope = rotary_table(frames, height, width, head_dim, x.device, self.config.patch[1])
             query_rope = tuple(own_tokens(y, frames, self.group) for y in query_rope)
-            image = FineImage(fine, (height, width), rope, query_rope)
+            image = FineImage(fine.flatten(2).transpose(1, 2), (height, width), x.shape[3:], rope, query_rope)
         if self.config.sees_first:
             x = torch.cat([x, x[:, :, :1].expand_as(x)], dim=1)
         tables = rotary_table(frames, height, width, head_dim, x.device)

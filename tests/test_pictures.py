@@ -199,19 +199,18 @@ def test_looking_at_the_image_against_plain_loops():
     image = generator.embed(x, torch.zeros(1, 2), torch.randn(1, 3, 4))[5]
     tokens, block, own = torch.randn(1, 12, 16), generator.blocks[1], generator.state_dict()
 
-    # Embedding: a 3x3 window of latents, and from each 2x2 places; channel 4 * d + 2 * i + j is place (i, j)'s d.
-    weight, bias = own["image_embedding.0.weight"], own["image_embedding.0.bias"]
-    padded, fine = torch.zeros(3, 6, 8), torch.zeros(8, 12, 16)
+    # Embedding: a 3x3 window of latents.
+    weight, bias = own["image_embedding.weight"], own["image_embedding.bias"]
+    padded, fine = torch.zeros(3, 6, 8), torch.zeros(4, 6, 16)
     padded[:, 1:5, 1:7] = x[0, :, 0]
     for row in range(4):
         for column in range(6):
-            out = (weight * padded[:, row : row + 3, column : column + 3]).sum((1, 2, 3)) + bias
-            fine[2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = out.view(16, 2, 2).permute(1, 2, 0)
-    torch.testing.assert_close(image.tokens, fine.view(1, 96, 16))
+            fine[row, column] = (weight * padded[:, row : row + 3, column : column + 3]).sum((1, 2, 3)) + bias
+    torch.testing.assert_close(image.tokens, fine.view(1, 24, 16))
 
     def known(row: int, column: int) -> torch.Tensor:
         """Frame 0's tokens at a place of the fine grid, by distance from the two middles around, each way."""
-        y, x = ((n + 0.5) / 4 - 0.5 for n in (row, column))
+        y, x = ((n + 0.5) / 2 - 0.5 for n in (row, column))
         total = 0
         for i in range(height):
             for j in range(width):
@@ -237,14 +236,14 @@ def test_looking_at_the_image_against_plain_loops():
             vector = vector / (vector.square().mean() + 1e-6).sqrt() * own[f"{part}norm_{name}.weight"]
         return vector
 
-    places = [(row, column) for row in range(8) for column in range(12)]
+    places = [(row, column) for row in range(4) for column in range(6)]
     context = [norm(fine[place] + known(*place)) for place in places]
     keys = torch.stack([turned(project("k", c), (0, *place)) for c, place in zip(context, places, strict=True)], 1)
-    values = torch.stack([project("v", c).view(2, 8) for c in context], 1)  # (2, 96, 8)
+    values = torch.stack([project("v", c).view(2, 8) for c in context], 1)  # (2, 24, 8)
     expected = []
     for number in range(12):
         frame, row, column = number // 6, number % 6 // 3, number % 3
-        query = turned(project("q", norm(tokens[0, number])), (frame, 4 * row + 1.5, 4 * column + 1.5))
+        query = turned(project("q", norm(tokens[0, number])), (frame, 2 * row + 0.5, 2 * column + 0.5))
         found = ((keys @ query[..., None])[..., 0] / 8**0.5).softmax(-1)[:, None] @ values  # (2, 1, 8)
         expected.append(project("o", found.flatten()))
     with torch.no_grad():
