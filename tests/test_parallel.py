@@ -124,7 +124,8 @@ def main(cfg):
     torch.manual_seed(0)
     for kind in ("resnet", "controlnet"):
         model = VideoDiT(shape)
-        torch.nn.init.normal_(model.head.head.weight, std=0.1)
+        for weight in (model.head.head.weight, model.blocks[1].image_attn.o.weight):
+            torch.nn.init.normal_(weight, std=0.1)
         adapter = (adapters.ResNetAdapter(adapters.AdapterConfig(64, 2, hidden, 16)) if kind == "resnet"
                    else adapters.ControlNetAdapter(shape))
         for p in adapter.parameters():
