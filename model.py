@@ -201,8 +201,7 @@ class Block(nn.Module):
 
     def look(self, x: Tensor, frames: int, image: FineImage) -> Tensor:
         """What x [B,N,D] finds in the image: [B,N,D]."""
-        height, width = image.grid
-        first = all_tokens(x, frames, self.group)[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+        first = all_tokens(x[:, : x.shape[1] // frames], 1, self.group).transpose(1, 2).unflatten(2, image.grid)
         known = F.interpolate(first.float(), image.size, mode="bilinear").flatten(2).transpose(1, 2)
         context = self.norm_image(image.tokens + known).type_as(x)
         return self.image_attn(self.norm_image(x).type_as(x), context, image.query_rope, image.rope)

@@ -220,9 +220,11 @@ def compare(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[li
     coded = torch.cat([codec.decode_video(codec.encode_video(part)) for part in batch.video.split(cfg.batch)])
     floor, videos = {"true video": batch.video, "through the codec": coded}, []
     if cfg.preset == "pictures":
-        floor |= {"the first frame, still": picture_metrics.still(batch)}
-        floor |= {"true things, holes filled by blur": picture_metrics.holes_filled(batch)}
-        floor |= {"cut out and pasted": picture_metrics.pasted(batch)}
+        floor |= {
+            "the first frame, still": picture_metrics.still(batch),
+            "true things, holes filled by blur": picture_metrics.holes_filled(batch),
+            "cut out and pasted": picture_metrics.pasted(batch),
+        }
     rows = [make_row(cfg, name, 0, video, batch) for name, video in floor.items()]
     ways = {
         "SlowGenerator": (cfg.steps, slow_sampler(slow, None, cfg)),

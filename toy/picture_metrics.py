@@ -137,9 +137,7 @@ def pasted(batch: PictureBatch) -> Tensor:
 
 
 def holes_filled(batch: PictureBatch) -> Tensor:
-    """The true videos, but what frame 0 hides is filled as in `pasted`: how good a video that only moves things right
-    can be. [B,3,T,H,W].
-    """
+    """The true videos, but what frame 0 hides is filled as in `pasted`: every thing is right. [B,3,T,H,W]."""
     first, plate = batch.video[:, :, 0], batch.plate
     filled = fill(first, (first != plate).any(1, keepdim=True))[:, :, None]
     video = torch.where((batch.video == plate[:, :, None]).all(1, keepdim=True), filled, batch.video)
