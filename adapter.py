@@ -162,9 +162,9 @@ class ControlNetAdapter(VideoDiT):
 
     def residuals(self, traj: Tensor, x: Tensor, t: Tensor, text: Tensor) -> Iterator[Tensor]:
         """The same, each made when it is asked for: then the generator needs no memory for all of them."""
-        tokens, _, e, text, rope, image = self.embed(torch.cat([x, traj.to(x)], dim=1), t, text)
+        tokens, _, e, text, rope = self.embed(torch.cat([x, traj.to(x)], dim=1), t, text)
         for block, project in zip(self.blocks, self.project, strict=True):
-            tokens = block(tokens, e, text, rope, image)
+            tokens = block(tokens, e, text, rope)
             yield project(tokens)
 
 

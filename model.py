@@ -38,15 +38,12 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, height, width of a token
     freq_dim: int = 256  # sinusoidal features of the timestep
     sees_first: bool = False  # every frame has frame 0 beside it, as more channels (Wan2.1 image-to-video does so)
-    image_blocks: tuple[int, ...] = ()  # numbers of the blocks that also look at frame 0, at every latent position
     eps: float = 1e-6
 
 
 PRESETS = {
     "tiny": DiTConfig(160, 640, 4, 6, text_dim=64, text_tokens=32, channels=16),
-    "pictures": DiTConfig(
-        256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, sees_first=True, image_blocks=(1, 2, 3, 4, 5)
-    ),
+    "pictures": DiTConfig(256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, sees_first=True),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
 # Of the networks that do not learn.
@@ -54,18 +51,14 @@ FROZEN_DTYPE = {"tiny": torch.float32, "pictures": torch.float32, "wan5b": torch
 
 
 @lru_cache(maxsize=8)
-def rotary_table(
-    frames: int, height: int, width: int, head_dim: int, device: torch.device, step: int = 1
-) -> tuple[Tensor, Tensor]:
+def rotary_table(frames: int, height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of 3D rotary position embedding, float32, [N, head_dim / 2] each.
 
     The pairs of a head are shared out over time, height and width as 22/21/21 of 64 (Wan's split), theta 10000. Angles
-    are computed in float64 once per grid and cached. `step`: positions of a finer grid, in which places are counted,
-    along one of this grid; 1 for a grid that stands alone.
+    are computed in float64 once per grid and cached.
     """
     per_axis = (head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6)
-    time, *space = (torch.arange(n, dtype=torch.float64) for n in (frames, height, width))
-    grid = torch.meshgrid(time, *((x + 0.5) * step - 0.5 for x in space), indexing="ij")  # middles
+    grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (frames, height, width)), indexing="ij")
     angles = [
         position.flatten()[:, None] * 10000.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
         for position, pairs in zip(grid, per_axis, strict=True)
@@ -146,46 +139,25 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = (FloatRMSNorm(dim, eps=eps) for _ in range(2))
 
-    def forward(
-        self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None = None,
-        context_rope: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """x [B, N, dim] attends to a context [B, L, dim]; with `rope` alone to itself."""
+    def forward(self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [B, N, dim] attends to a context [B, L, dim]; with `rope` to itself."""
         k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))
         v = self.v(context).unflatten(-1, (self.heads, -1))
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *(context_rope or rope))
+            q, k = rotate(q, *rope), rotate(k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        itself = rope is not None and context_rope is None
-        shared = self.group is not None and itself  # other processes hold the rest of the video's tokens
+        shared = self.group is not None and rope is not None  # other processes hold the rest of the video's tokens
         if shared:
             q, k, v = tokens_to_heads(torch.cat([q, k, v]), self.group).chunk(3)
         out = attend(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
         return self.o((heads_to_tokens(out, self.group) if shared else out).flatten(-2))
 
 
-@dataclass(frozen=True)
-class FineImage:
-    """Frame 0, every latent position a token: attention copies from there. Things move by parts of a video's token."""
-
-    tokens: Tensor  # [B, H*W, D]
-    grid: tuple[int, int]  # h and w, of the video's tokens
-    size: tuple[int, int]  # H and W
-    rope: tuple[Tensor, Tensor]  # rotary table of these tokens
-    query_rope: tuple[Tensor, Tensor]  # and of the video's, counted in latent positions
-
-
 class Block(nn.Module):
-    """Self-attention, cross-attention to text, feed-forward; the first and last modulated by the timestep.
+    """Self-attention, cross-attention to text, feed-forward; the first and last modulated by the timestep."""
 
-    `sees_image`: before the feed-forward every token also attends to frame 0, at every latent position. There it finds
-    the picture's detail and what frame 0's tokens know so far, interpolated: the trajectory, for one.
-    """
-
-    group = None  # processes that share a video's tokens
-
-    def __init__(self, config: DiTConfig, sees_image: bool = False):
+    def __init__(self, config: DiTConfig):
         super().__init__()
         dim = config.dim
         self.norm1, self.norm2 = (FloatLayerNorm(dim, config.eps, elementwise_affine=False) for _ in range(2))
@@ -194,28 +166,13 @@ class Block(nn.Module):
         self.cross_attn = Attention(dim, config.heads, config.eps)
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
-        self.sees_image = sees_image
-        if sees_image:
-            self.norm_image = FloatLayerNorm(dim, config.eps)
-            self.image_attn = Attention(dim, config.heads, config.eps)
 
-    def look(self, x: Tensor, frames: int, image: FineImage) -> Tensor:
-        """What x [B,N,D] finds in the image: [B,N,D]."""
-        first = all_tokens(x[:, : x.shape[1] // frames], 1, self.group).transpose(1, 2).unflatten(2, image.grid)
-        known = F.interpolate(first.float(), image.size, mode="bilinear").flatten(2).transpose(1, 2)
-        context = self.norm_image(image.tokens + known).type_as(x)
-        return self.image_attn(self.norm_image(x).type_as(x), context, image.query_rope, image.rope)
-
-    def forward(
-        self, x: Tensor, e: Tensor, text: Tensor, rope: tuple[Tensor, Tensor], image: FineImage | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """x [B,N,D], e [B,F,6,D] float32, text [B,L,D] -> [B,N,D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).unbind(2)  # (B, F, D) each
         y = modulate(self.norm1(x), shift1, scale1).type_as(x)
         x = add_gated(x, self.self_attn(y, y, rope), gate1)
         x = x + self.cross_attn(self.norm3(x).type_as(x), text)
-        if self.sees_image:
-            x = x + self.look(x, e.shape[1], image)
         y = modulate(self.norm2(x), shift2, scale2).type_as(x)
         return add_gated(x, self.ffn(y), gate2)
 
@@ -249,18 +206,13 @@ class VideoDiT(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config, i in config.image_blocks) for i in range(config.layers))
-        if config.image_blocks:
-            self.image_embedding = nn.Conv2d(config.channels, dim, 3, padding=1)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
         if not self.head.head.weight.is_meta:  # there, weights are about to be read
             self.init_weights()
 
     def init_weights(self) -> None:
-        """All initialisation in one place: Xavier matrices, small embeddings, a head that starts at zero.
-
-        A token looks at its own place in the image first, and what it finds starts at zero.
-        """
+        """All initialisation in one place: Xavier matrices, small embeddings, a head that starts at zero."""
         init_xavier(self)
         for layer in (self.time_embedding[0], self.time_embedding[2]):
             nn.init.normal_(layer.weight, std=0.02)
@@ -269,11 +221,6 @@ class VideoDiT(nn.Module):
         for part in (*self.blocks, self.head):
             nn.init.normal_(part.modulation, std=self.config.dim**-0.5)
         nn.init.zeros_(self.head.head.weight)
-        for block in self.blocks:
-            if block.sees_image:
-                nn.init.ones_(block.image_attn.q.bias)
-                nn.init.ones_(block.image_attn.k.bias)
-                nn.init.zeros_(block.image_attn.o.weight)
 
     @classmethod
     def from_pretrained(
@@ -308,30 +255,21 @@ class VideoDiT(nn.Module):
         angle = t.double()[..., None] * rate
         return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
-    def embed(
-        self, x: Tensor, t: Tensor, text: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor], FineImage | None]:
-        """What the blocks work on: tokens [B,N,D], timestep [B,F,D] and [B,F,6,D], text [B,L,D], rotary tables, image.
+    def embed(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """What the blocks work on: tokens [B,N,D], timestep [B,F,D] and [B,F,6,D], text [B,L,D], rotary tables.
 
         Here and in the blocks N counts this process's tokens, if several share a video.
         """
         frames, height, width = (n // p for n, p in zip(x.shape[2:], self.config.patch, strict=True))
-        head_dim, image = self.config.dim // self.config.heads, None
-        if self.config.image_blocks:
-            fine = self.image_embedding(x[:, : self.config.channels, 0].to(self.image_embedding.weight.dtype))
-            rope = rotary_table(1, *x.shape[3:], head_dim, x.device)
-            query_rope = rotary_table(frames, height, width, head_dim, x.device, self.config.patch[1])
-            query_rope = tuple(own_tokens(y, frames, self.group) for y in query_rope)
-            image = FineImage(fine.flatten(2).transpose(1, 2), (height, width), x.shape[3:], rope, query_rope)
         if self.config.sees_first:
             x = torch.cat([x, x[:, :, :1].expand_as(x)], dim=1)
-        tables = rotary_table(frames, height, width, head_dim, x.device)
+        tables = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
         tokens, *rope = (own_tokens(y, frames, self.group) for y in (self.patch_embedding(x), *tables))
         with torch.autocast(x.device.type, enabled=False):  # as Wan: every layer hangs on these few rows
             e = self.time_embedding(self.time_features(t).to(self.time_embedding[0].weight.dtype))
             e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
         text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
-        return tokens, e, e6, text, tuple(rope), image
+        return tokens, e, e6, text, tuple(rope)
 
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, residuals: Iterable[Tensor] | None = None,
@@ -342,10 +280,10 @@ class VideoDiT(nn.Module):
         `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output; taken one by one.
         `feature_blocks`: numbers of the blocks whose outputs [B,N,D] are returned too, as a list beside the velocity.
         """
-        tokens, e, e6, text, rope, image = self.embed(x, t, text)
+        tokens, e, e6, text, rope = self.embed(x, t, text)
         features, added = [], repeat(None, len(self.blocks)) if residuals is None else residuals
         for i, (block, residual) in enumerate(zip(self.blocks, added, strict=True)):
-            tokens = block(tokens, e6, text, rope, image)
+            tokens = block(tokens, e6, text, rope)
             if residual is not None:
                 tokens = tokens + residual.type_as(tokens)
             if i in feature_blocks:

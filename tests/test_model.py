@@ -85,7 +85,7 @@ def small(batch: int) -> tuple[VideoDiT, torch.Tensor, torch.Tensor, torch.Tenso
 def test_every_video_reads_its_own_text():
     model, x, t, text = small(2)
     with torch.no_grad():
-        tokens, _, _, seen, *_ = model.embed(x, t, text)
+        tokens, _, _, seen, _ = model.embed(x, t, text)
         assert seen.shape == (2, 7, 128) and tokens.shape == (2, 8, 128)
         torch.testing.assert_close(model(x[1:], t[1:], text[1:]), model(x, t, text)[1:], rtol=1e-4, atol=1e-5)
         assert not torch.allclose(model(x, t, text + 1), model(x, t, text))
