@@ -246,8 +246,7 @@ def load(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tup
     """Generator and adapter, ready to work. UserError if they don't fit the preset or one another."""
     name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg)
     generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype, cfg.lora)
-    shapes = [(c.channels, c.patch, c.text_dim, c.text_tokens) for c in (generator.config, PRESETS[cfg.preset])]
-    if shapes[0] != shapes[1]:  # width and depth are the network's own affair
+    if generator.config != PRESETS[cfg.preset]:
         raise UserError(f"{files[0]}: is no network of preset {cfg.preset}")
     adapter = read_adapter(files[1], f"{name}Adapter", dtype)
     if not fits(adapter, generator):
