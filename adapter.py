@@ -33,7 +33,7 @@ class AdapterConfig:
 
 PRESETS = {
     "tiny": AdapterConfig(160, 6, hidden=96, channels=16),
-    "pictures": AdapterConfig(256, 6, hidden=128, channels=24),
+    "pictures": AdapterConfig(256, 6, hidden=128, channels=24, patch=(1, 1, 1)),
     "wan5b": AdapterConfig(3072, 30, fixed_norm=True),
 }
 

@@ -43,7 +43,7 @@ class DiTConfig:
 
 PRESETS = {
     "tiny": DiTConfig(160, 640, 4, 6, text_dim=64, text_tokens=32, channels=16),
-    "pictures": DiTConfig(256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, sees_first=True),
+    "pictures": DiTConfig(256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, patch=(1, 1, 1), sees_first=True),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
 # Of the networks that do not learn.

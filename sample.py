@@ -264,7 +264,7 @@ def load(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tup
 
 def encode(codec: Codec, image: Tensor, trajectory: Trajectory, device: torch.device) -> tuple[Tensor, Tensor]:
     """Latents of the first frame [1,C,1,H,W] and of the trajectory's maps [1,C,F,H,W]."""
-    maps = trajectory.maps("box")[None]
+    maps = trajectory.maps("box", codec.places)[None]
     return codec.encode_video(image).to(device), codec.encode_video(maps).to(device)
 
 

@@ -33,6 +33,7 @@ PALETTE = [
     (128, 80, 16), (80, 128, 80), (80, 96, 128), (128, 32, 96), (128, 112, 128), (16, 96, 80), (64, 16, 80),
     (80, 80, 16), (16, 16, 128), (16, 80, 16), (80, 16, 16), (16, 32, 80), (64, 80, 64),
 ]  # fmt: skip
+NUMBERS = (-0.2, 0.4, 1.0)  # the third colour of a map of places, by object
 TOP_FIELDS = ("num_frames", "width", "height", "objects")
 OBJECT_FIELDS = ("name", "mask", "color", "interpolate", "boxes", "visible")
 MOST_BYTES, MOST_SIDE = 16 << 20, 65536
@@ -57,19 +58,22 @@ class Trajectory:
     def size(self) -> Size:
         return self.masks.shape[-2:]
 
-    def maps(self, kind: str = "box") -> Tensor:
+    def maps(self, kind: str = "box", places: bool = False) -> Tensor:
         """The condition video, float32 [3, T, height, width] in [-1, 1]: colour / 127.5 - 1, black is -1.
 
         Frame 0 holds the filled masks. Later frames hold, for "box", outlines `min(height, width) // 100` pixels thick
         (at least 1), and for "mask" the masks. A trajectory that was given as maps returns those, whatever the kind.
+        With `places` boxes are filled, and colours tell where in its box a pixel lies: `paint_places`.
         Raises ValueError for another kind, or for "mask" where only first-frame masks exist.
         """
-        if self.maps_given is not None:
+        if self.maps_given is not None and not places:
             return self.maps_given
         if kind not in ("box", "mask"):
             raise ValueError(f"kind of map is {kind!r}; use 'box' or 'mask'")
         if kind == "mask" and self.masks.ndim != 4:
             raise ValueError("mask maps need the masks of every frame, and this trajectory has those of frame 0 only")
+        if places:
+            return self._places(kind)
         canvas = np.full((3, self.num_frames, *self.size), -1, dtype=np.float32)
         thickness = max(1, min(self.size) // 100)
         values = self.colors.astype(np.float32) / 127.5 - 1
@@ -84,6 +88,21 @@ class Trajectory:
                 _outline(canvas[:, t], corners[k][t], thickness, value)
         return torch.from_numpy(canvas)
 
+    def _places(self, kind: str) -> Tensor:
+        """The maps of places, from the masks and the filled boxes."""
+        masks = torch.from_numpy(self.masks)
+        masks = masks if masks.ndim == 4 else masks[:, None].expand(-1, self.num_frames, -1, -1)
+        boxes = torch.from_numpy(_rounded(self.boxes))
+        x0, y0, x1, y1 = boxes[..., None].unbind(-2)
+        y, x = (torch.arange(n) for n in self.size)
+        drawn = ((x >= x0) & (x < x1))[..., None, :] & ((y >= y0) & (y < y1))[..., None]
+        drawn = masks.clone() if kind == "mask" else drawn
+        drawn[:, 0] = masks[:, 0]
+        for k, t in (drawn.any((-1, -2)) & boxes.isnan().any(-1)).nonzero().tolist():  # a mask without a box
+            rows, columns = drawn[k, t].nonzero(as_tuple=True)
+            boxes[k, t] = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        return paint_places(boxes[None], drawn[None])[0]
+
     def sparse(self, keep: Sequence[int]) -> "Trajectory":
         """The same trajectory told only in frames `keep` and in frame 0; the other frames' maps are black."""
         dropped = np.ones(self.num_frames, dtype=bool)
@@ -95,6 +114,25 @@ class Trajectory:
         if maps is not None:
             maps = maps.masked_fill(torch.from_numpy(dropped)[:, None, None], -1)
         return replace(self, boxes=boxes, masks=masks, maps_given=maps)
+
+
+def paint_places(boxes: Tensor, drawn: Tensor) -> Tensor:
+    """Maps whose red tells the place across a box, green the place down, and blue which of three objects it is.
+
+    They are not the paper's maps, but from outlines a small network hardly learns which part of a large thing goes
+    where. boxes [B, K, T, 4] in whole pixels, drawn [B, K, T, height, width] bool -> [B, 3, T, height, width].
+    """
+    sides = [side[..., None] for side in boxes.float().unbind(-1)]  # x0, y0, x1, y1, each (B, K, T, 1)
+    across, down = (
+        -0.6 + 1.6 * ((torch.arange(n, device=boxes.device) + 0.5 - low) / (high - low).clamp(min=1)).clamp(0, 1)
+        for n, low, high in zip(drawn.shape[:-3:-1], sides[:2], sides[2:], strict=True)
+    )  # (B, K, T, W) and (B, K, T, H), from -0.6 to 1, for black is -1
+    canvas = across.new_full((len(drawn), 3, *drawn.shape[2:]), -1.0)
+    for k in range(drawn.shape[1]):
+        number = across.new_tensor(NUMBERS[k % len(NUMBERS)])
+        colors = torch.broadcast_tensors(across[:, k, :, None], down[:, k, ..., None], number)
+        canvas = torch.where(drawn[:, k, None], torch.stack(colors, 1), canvas)
+    return canvas
 
 
 def dark_frames(u: np.ndarray, share: float) -> np.ndarray:
@@ -135,12 +173,16 @@ def draw_overlay(frames: np.ndarray, trajectory: Trajectory) -> np.ndarray:
 
 def _pixels(boxes: np.ndarray, size: Size) -> list[list[list[int]]]:
     """Boxes [K, T, 4] to whole pixels inside the image. NaN becomes an empty box, any other keeps a pixel or more."""
+    return np.nan_to_num(_rounded(boxes)).clip(0, (size[1], size[0], size[1], size[0])).astype(int).tolist()
+
+
+def _rounded(boxes: np.ndarray) -> np.ndarray:
+    """Boxes [..., 4] to whole pixels, one at least each way, which may lie outside the image. NaN stays."""
     middle = np.floor((boxes[..., :2] + boxes[..., 2:]) / 2)
     low, high = np.floor(boxes[..., :2] + 0.5), np.floor(boxes[..., 2:] + 0.5)
     thin = high <= low  # in x, in y
     low, high = np.where(thin, middle, low), np.where(thin, middle + 1, high)
-    corners = np.nan_to_num(np.concatenate([low, high], axis=-1))
-    return corners.clip(0, (size[1], size[0], size[1], size[0])).astype(int).tolist()
+    return np.concatenate([low, high], axis=-1)
 
 
 def _outline(image: np.ndarray, box: list[int], thickness: int, value: np.ndarray) -> None:

@@ -91,11 +91,11 @@ def test_things_are_many_sided(world):
 def test_maps_of_all_videos_at_once_are_those_that_a_trajectory_paints(world):
     dark = torch.rand(64, 9, generator=rng(1)) < 0.3
     for batch in (world, ToyWorld().batch(list(range(16)))):
-        for kind in ("box", "mask"):
-            maps = batch.maps(kind, dark[: len(batch.video)])
+        for kind, places in ((kind, places) for kind in ("box", "mask") for places in (False, True)):
+            maps = batch.maps(kind, dark[: len(batch.video)], places)
             for i in range(len(maps)):
                 lit = torch.nonzero(~dark[i])[:, 0].tolist()
-                assert torch.equal(maps[i], batch.trajectory(i).sparse(lit).maps(kind))
+                assert torch.equal(maps[i], batch.trajectory(i).sparse(lit).maps(kind, places))
 
 
 def test_other_sizes_show_the_same_kind_of_video():
@@ -121,7 +121,7 @@ def test_training_sees_small_videos_first_and_then_all_shapes_in_turn():
     numbers = [shape_number(step, 10, 0.4, 4) for step in range(10)]
     assert numbers == [0, 0, 0, 0, 2, 3, 1, 2, 3, 1]
     assert [shape_number(step, 3, 0.0, 1) for step in range(3)] == [0, 0, 0]
-    for shape in SHAPES["pictures"]:
+    for _, shape in SHAPES["pictures"]:
         x0, _, traj = ToyLatents(PictureCodec(), "validation", **shape).batch([0], "box")
         assert x0.shape == traj.shape and x0.shape[2] == shape.get("frames", 9)
 

@@ -20,6 +20,7 @@ from tools import prepare_clips
 from tools.prepare_clips import Config
 from toy.codec import ToyCodec
 from toy.world import ToyWorld
+from trajectory import load_trajectory
 
 FRAMES = 9
 
@@ -153,6 +154,8 @@ def test_the_authors_own_columns_name_maps_and_their_frames(tmp_path):
     parts = prepare_clips.read_clip(good, lambda _: (48, 48), 9)
     assert (parts["video"] - batch.video[0]).abs().mean() < 0.1  # three black frames are passed over
     assert torch.equal(parts["mask"], trajectory.maps("mask"))
+    with pytest.raises(UserError, match="painted maps, of which preset pictures reads none"):
+        prepare_clips.read_clip(good, lambda _: (48, 48), 9, places=True)
     with pytest.raises(UserError, match="8 frames of 9"):
         prepare_clips.read_clip(short, lambda _: (48, 48), 9)
 
@@ -172,6 +175,8 @@ def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path):
     x0, y0, x1, y1 = batch.boxes[0, 0, 4].tolist()
     lit = (parts["box"][0, 4] > -1).nonzero()
     assert lit.amin(0).tolist() == [y0, x0] and lit.amax(0).tolist() == [y1 - 1, x1 - 1]
+    told = prepare_clips.read_clip(first, lambda _: (48, 48), 9, places=True)["box"]
+    assert torch.equal(told, load_trajectory(first.boxes, (48, 48), 9).maps(places=True))
     for clip, reason in ((second, "b.json: objects"), (third, "no caption")):
         with pytest.raises(UserError, match=reason):
             prepare_clips.read_clip(clip, lambda _: (48, 48), 9)

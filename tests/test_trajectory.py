@@ -81,6 +81,26 @@ def test_first_frame_masks_serve_box_maps_only():
         full.maps("boxes")
 
 
+def test_a_map_of_places_pixel_by_pixel():
+    boxes = np.array([[[0, 0, 2, 2], [4, 1, 8, 3], [-4, 0, 4, 8], [np.nan] * 4, [0, 0, 2, 2]]] * 4)
+    boxes[1:3], boxes[3, :4] = np.nan, np.nan
+    masks = np.zeros((4, 5, 8), bool)
+    masks[0, :2, :3] = masks[2, 3:, 4:] = True  # the first is wider than its box; the third has no box
+    trajectory = Trajectory(boxes, masks, np.array(PALETTE[:4], np.uint8), [*"abcd"])
+    maps = trajectory.maps(places=True)
+    red, green, blue = maps
+    assert maps.dtype == torch.float32 and maps.shape == (3, 5, 5, 8)
+    assert red[0, 0, :4].tolist() == pytest.approx([-0.2, 0.6, 1, -1])  # 1/4, 3/4 and beyond the box
+    assert green[0, :3, 0].tolist() == pytest.approx([-0.2, 0.6, -1]) and blue[0, 0, 0] == pytest.approx(-0.2)
+    assert red[0, 4, 3:].tolist() == pytest.approx([-1, -0.4, 0, 0.4, 0.8]) and blue[0, 4, 5] == 1  # by its mask
+    assert red[1, 1].tolist() == pytest.approx([-1] * 4 + [-0.4, 0, 0.4, 0.8])
+    assert green[1, :4, 5].tolist() == pytest.approx([-1, -0.2, 0.6, -1])
+    assert red[2, 0, :5].tolist() == pytest.approx([0.3, 0.5, 0.7, 0.9, -1])  # half of the box is outside
+    assert (maps[:, 3] == -1).all() and torch.equal(maps[:, 4, :2, :2], maps[:, 0, :2, :2])  # a fourth counts as first
+    given = Trajectory(boxes, masks, trajectory.colors, trajectory.names, trajectory.maps())
+    assert torch.equal(given.maps(places=True), maps)
+
+
 @pytest.mark.parametrize("size, thickness", [((48, 48), 1), ((704, 1280), 7), ((480, 720), 4)])
 def test_outline_thickness(size, thickness):
     boxes = np.array([[[10, 10, 40, 40]] * 2], dtype=float)

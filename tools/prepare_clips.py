@@ -15,6 +15,7 @@ import csv
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -110,10 +111,10 @@ def require(fine: bool, what: str, reason: str) -> None:
         raise UserError(f"{what}: {reason}" if what else reason)
 
 
-def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int) -> dict[str, Tensor]:
+def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, places: bool = False) -> dict[str, Tensor]:
     """Video and maps, [3, T, height, width] in [-1, 1] each: "video", "box", and "mask" if every frame has masks.
 
-    `fit`: the (height, width) of the file's pictures to those of the clip.
+    `fit`: the (height, width) of the file's pictures to those of the clip. `places`: as of `Trajectory.maps`.
 
     Raises UserError with the reason why a clip can't be used.
     """
@@ -131,7 +132,9 @@ def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int) -> dict[str,
     require(height >= size[0] and width >= size[1], "", f"{width}x{height} is smaller than {size[1]}x{size[0]}")
     video = fit_frames(np.stack(stack), size) / 127.5 - 1
     if clip.boxes.suffix == ".json":
-        return {"video": video, "box": load_trajectory(clip.boxes, size, frames, (height, width)).maps("box")}
+        trajectory = load_trajectory(clip.boxes, size, frames, (height, width))
+        return {"video": video, "box": trajectory.maps("box", places)}
+    require(not places, "", "painted maps, of which preset pictures reads none; give a boxes.json")
     paths = {"mask": clip.masks, "box": clip.boxes}
     mask, box = (read_maps(f"{kind} maps", path, (height, width), size, frames) for kind, path in paths.items())
     box[:, 0] = mask[:, 0]  # frame 0 of every condition is the segmentation mask
@@ -194,7 +197,8 @@ def main(cfg: Config) -> None:
         tensors, rejected = {}, []
         for number, clip in enumerate(clips[start : start + cfg.shard], start):
             try:
-                parts = read_clip(clip, lambda picture: codec.check_size(cfg.size, cfg.frames, picture), cfg.frames)
+                fit = partial(codec.check_size, cfg.size, cfg.frames)
+                parts = read_clip(clip, fit, cfg.frames, codec.places)
             except UserError as reason:
                 rejected.append((str(clip.video), str(reason)))
                 continue

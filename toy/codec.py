@@ -154,7 +154,7 @@ class ToyCodec(Codec):
 class PictureCodec(ToyCodec):
     """The same for the world of pictures."""
 
-    area = 80 * 80
+    area, places = 64 * 64, True
     learned_on: ClassVar[dict] = {"size": (48, 48), "frames": 5}  # an economy
     world, weights = PictureWorld, ROOT / "checkpoints/pictures/codec.safetensors"
 

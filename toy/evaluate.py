@@ -126,7 +126,7 @@ def fast_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config, step
 
 def inputs(batch: AnyBatch, samples: Sequence[int], codec: ToyCodec, cfg: Config, device: torch.device) -> list[Tensor]:
     """What a sampler takes, for these videos of the batch."""
-    maps = codec.encode_video(torch.stack([batch.trajectory(i).maps(cfg.maps) for i in samples]))
+    maps = codec.encode_video(torch.stack([batch.trajectory(i).maps(cfg.maps, codec.places) for i in samples]))
     first, captions = codec.encode_video(batch.video[samples][:, :, :1]), [batch.captions[i] for i in samples]
     text, empty = codec.encode_text(captions), codec.encode_text([""] * len(samples))
     return [x.to(device) for x in (first, text, empty, maps)]

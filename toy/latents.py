@@ -41,7 +41,7 @@ class ToyLatents:
         if kind is None:
             return Batch(x0, text, None)
         dark = torch.from_numpy(np.stack([dark_frames(u[1:], sparse) for u in chance]))
-        return Batch(x0, text, self.codec.encode_video(batch.maps(kind, dark)))
+        return Batch(x0, text, self.codec.encode_video(batch.maps(kind, dark, self.codec.places)))
 
     def unconditional(self) -> Tensor:
         """Embeddings [1, L, text_dim] of the empty prompt, which guidance goes away from."""

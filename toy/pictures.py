@@ -74,7 +74,7 @@ class PictureWorld:
         plate = plate * draw.between((3,), 0.85, 1.15).float()[..., None, None]
         other = draw.integer((K,), 0, len(bank) - 1)
         source = torch.where(draw((K,)) < 1 / 3, behind[:, None], other).flatten()
-        side = 2 * int(0.24 * short)
+        side = 2 * int(0.3 * short)
         texture = crop(bank[source], *(draw.between((K,), 0.1, 0.35).flatten(), draw((K, 2)).flatten(0, 1)),
                        draw((K,)).flatten() < 0.5, (side, side))  # fmt: skip
         texture = texture * draw.between((K, 3), 0.75, 1.25).float().flatten(0, 1)[..., None, None]
@@ -103,9 +103,10 @@ class PictureWorld:
         spin = (draw((K,)) * 2 - 1).sign() * torch.deg2rad(draw.between((K,), 5, 15)) * turns
         phase = draw.between((K,), 0, 2 * math.pi) * ~upright
         angle = phase[:, :, None] + spin[:, :, None] * torch.arange(T)  # (B, K, T)
-        first, ratio = draw.between((K,), 0.12, 0.23), draw.between((K,), 0.7, 1.4)
+        most = torch.tensor([0.45, 0.33, 0.25])[count - 1].double()[:, None]  # the fewer things, the larger they can be
+        first, ratio = 0.12 * (most / 0.12) ** draw((K,)), draw.between((K,), 0.7, 1.4)
         time = torch.linspace(0, 1, T).double()
-        last = (first * ratio).clamp(0.11, 0.24)
+        last = torch.minimum((first * ratio).clamp(min=0.11), most)
         radius = short * torch.lerp(first[..., None], last[..., None], time)  # (B, K, T)
 
         # The image shows nearly every thing whole, and they still cross, enter and leave later.
@@ -114,7 +115,7 @@ class PictureWorld:
         start = 1.1 * path[..., :1, :] - 0.05
         path = (start + 0.5 * (path - path[..., :1, :]) + drift).clamp(-0.4, 1.4)  # 0 to 1 lies within the picture
         wide = 2 * radius[:, None, ..., None]
-        at = path * (extent - wide) + wide / 2
+        at = extent / 2 + (path - 0.5) * torch.maximum(extent - wide, extent / 2)
         used = torch.arange(K) < count[:, None]  # (B, K)
         center = at[torch.arange(B), furthest_apart(at, used, enough=short / 2, later=0.3)]  # (B, K, T, 2)
 

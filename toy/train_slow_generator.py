@@ -29,9 +29,9 @@ from model import PRESETS, VideoDiT
 from toy.codec import CODECS
 from toy.latents import ToyLatents
 
-SHAPES = {  # of the videos: the first ones, and then these in turn
-    "tiny": [{}],
-    "pictures": [{"size": (48, 48), "frames": 5}, {}, {"size": (56, 72)}, {"size": (72, 56)}],
+SHAPES = {  # of the videos, each after what divides --batch: the first ones, and then the others in turn
+    "tiny": [(1, {})],
+    "pictures": [(1, {"size": (32, 32), "frames": 5}), (2, {}), (2, {"size": (56, 72)}), (2, {"size": (72, 56)})],
 }
 TOLD, PURE = 2, 3  # random streams: whose trajectory the guide tells, and which videos are pure noise
 
@@ -66,10 +66,10 @@ class Config:
 
 PICTURES = {
     "guided": 0.8,
-    "small": 0.75,
+    "small": 0.227,
     "change": 4.0,
-    "steps": 3600,
-    "batch": 16,
+    "steps": 3514,
+    "batch": 128,
 }
 
 
@@ -95,19 +95,22 @@ def main(cfg: Config) -> None:
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
     codec = CODECS[cfg.preset]()
     codec.network.to(procs.device)
-    sources = [ToyLatents(codec, seed=cfg.seed, device=procs.device, **shape) for shape in SHAPES[cfg.preset]]
+    sources = [
+        (max(1, cfg.batch // part), ToyLatents(codec, seed=cfg.seed, device=procs.device, **shape))
+        for part, shape in SHAPES[cfg.preset]
+    ]
     held_out = ToyLatents(codec, "validation")
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
 
     def train_step(step: int) -> tuple[Tensor, Tensor]:
-        losses, shares = [], procs.share(cfg.batch, cfg.accumulate, step)
-        data = sources[shape_number(step, cfg.steps, cfg.small, len(sources))]
+        batch, data = sources[shape_number(step, cfg.steps, cfg.small, len(sources))]
+        losses, shares = [], procs.share(batch, cfg.accumulate, step)
         for samples in shares:
             x0, text, traj = data.batch(samples, "box", cfg.sparse, cfg.drop_text).to(procs.device)
             noise = sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
-            sigma = flow.shift_sigma(sample_uniform(samples, cfg.batch, cfg.seed, step).to(procs.device), cfg.shift)
+            sigma = flow.shift_sigma(sample_uniform(samples, batch, cfg.seed, step).to(procs.device), cfg.shift)
             pure = cfg.pure_noise * (1 - step / cfg.steps)
             sigma[sample_uniform(samples, 1, cfg.seed, step, PURE).to(procs.device) < pure] = 1
             told = sample_uniform(samples, 1, cfg.seed, step, TOLD).to(procs.device) < cfg.guided

@@ -21,7 +21,7 @@ from torch import Tensor
 from core.config import UserError, run_script
 from core.files import write_text
 from core.media import to_uint8, write_image, write_video
-from trajectory import PALETTE, Trajectory
+from trajectory import PALETTE, Trajectory, paint_places
 
 SPLITS = {"train": 0, "validation": 1 << 40, "test": 2 << 40}  # first seed of each split
 COLORS = {  # by hue: a mixture of two neighbours is as saturated as they are
@@ -46,7 +46,7 @@ class Drawn:
             names=[caption.split(" spinning")[0] for caption in self.captions[i].split(", ")],
         )
 
-    def maps(self, kind: Literal["box", "mask"], dark: Tensor) -> Tensor:
+    def maps(self, kind: Literal["box", "mask"], dark: Tensor, places: bool = False) -> Tensor:
         """What `Trajectory.maps` paints, of all videos at once: float32 [B, 3, T, height, width] in [-1, 1].
 
         dark [B, T] bool: in which frames nothing is drawn. Frame 0 always is.
@@ -56,16 +56,20 @@ class Drawn:
         x, y = torch.arange(width, device=device), torch.arange(height, device=device)
         x0, y0, x1, y1 = (side[..., None] for side in self.boxes.unbind(-1))  # (B, K, T, 1)
         x0, x1, y0, y1 = x0.clamp(0, width), x1.clamp(0, width), y0.clamp(0, height), y1.clamp(0, height)
-        thick = max(1, min(height, width) // 100)
         columns, rows = (x >= x0) & (x < x1), (y >= y0) & (y < y1)  # (B, K, T, W) and (B, K, T, H)
-        sides, ends = (x < x0 + thick) | (x >= x1 - thick), (y < y0 + thick) | (y >= y1 - thick)
-        drawn = columns[..., None, :] & rows[..., None] & (sides[..., None, :] | ends[..., None])
+        drawn = columns[..., None, :] & rows[..., None]
+        if not places:
+            thick = max(1, min(height, width) // 100)
+            sides, ends = (x < x0 + thick) | (x >= x1 - thick), (y < y0 + thick) | (y >= y1 - thick)
+            drawn &= sides[..., None, :] | ends[..., None]
         if kind == "mask":
             drawn = masks.clone()
         drawn[:, :, 0] = masks[:, :, 0]
         used = torch.arange(masks.shape[1], device=device) < self.count[:, None]
         lit = ~dark.to(device) | (torch.arange(masks.shape[2], device=device) == 0)  # (B, T)
         drawn = drawn & used[:, :, None, None, None] & lit[:, None, :, None, None]
+        if places:
+            return paint_places(self.boxes, drawn)
         canvas = torch.full((len(masks), 3, *masks.shape[2:]), -1.0, device=device)
         colors = torch.tensor(PALETTE[: masks.shape[1]], device=device).float() / 127.5 - 1
         for k, color in enumerate(colors):
