@@ -1,7 +1,7 @@
 """Make a video from one image, a prompt and boxes drawn over time.
 
     python sample.py                                                       # the shipped example
-    python sample.py --image x.png --traj boxes.json --prompt "a red and blue disc spinning clockwise"
+    python sample.py --image x.png --traj boxes.json                       # any picture, a photograph too
     python sample.py --speed slow
     python sample.py --batch jobs.csv                                      # a table of videos
     python sample.py --serve                                               # draw, generate and watch in a page
@@ -49,19 +49,19 @@ from wan.codec import NEGATIVE_PROMPT
 from wan.umt5 import read_text, save_text
 
 SAMPLING = {"fast": flow.FAST, "slow": flow.SLOW}
-EXAMPLE = "a yellow and red disc spinning clockwise, a cyan and green diamond spinning counterclockwise"
+PINWHEELS = "a yellow and red disc spinning clockwise, a cyan and green diamond spinning counterclockwise"
 
 
 @dataclass(frozen=True)
 class Config:
-    image: str = shipped("examples/image.png")  # the first frame
-    traj: str = shipped("examples/boxes.json")  # boxes.json, a map video, or a folder of PNG maps
-    prompt: str = EXAMPLE  # what the video shows
+    image: str = shipped("examples/balloons.jpg")  # the first frame
+    traj: str = shipped("examples/balloons.json")  # boxes.json, a map video, or a folder of PNG maps
+    prompt: str = ""  # what the video shows
     batch: str = ""  # CSV file of many videos, with columns image, traj, prompt and perhaps out and seed
     text: str = ""  # file of the prompt's embeddings: read if it exists, else written; spares the text encoder
     out: str = "out/sample.mp4"  # the video; <out>.boxes.mp4 is written beside it
-    preset: Literal["tiny", "pictures", "wan5b"] = "tiny"  # size of the networks and their world
-    weights: str = shipped("checkpoints/tiny")  # folder of <speed>_generator.safetensors and its adapter
+    preset: Literal["pictures", "tiny", "wan5b"] = "pictures"  # size of the networks and their world
+    weights: str = shipped("checkpoints/pictures")  # folder of <speed>_generator.safetensors and its adapter
     generator: str = ""  # another file or folder of the generator; file.pt:key for one network of several
     lora: str = ""  # a LoRA to merge into the generator: FILE or FILE:strength
     adapter: str = ""  # another file of the adapter
@@ -72,10 +72,10 @@ class Config:
     trajectory_guidance: float = 1.0  # slow only: strength of the trajectory; any but 1 costs a forward pass more
     shift: float = 0.0  # warp of the noise levels towards noise; 0 is the sampler's own
     seed: int = 0  # another seed, another video
-    size: str = "48x48"  # height x width of the video, or auto: the image's own shape
+    size: str = "auto"  # height x width of the video, or auto: the image's own shape
     frames: int = 9  # length of the video
     fps: int = 8  # frames a second
-    scale: int = 8  # enlarge the written video so many times
+    scale: int = 4  # enlarge the written video so many times
     memory: Literal["high", "medium", "low"] = "high"  # of a GPU that is to do: above 24 GB, 24, or 12; see docs/WAN.md
     decoder: str = ""  # preset wan5b: file of the small decoder taew2_2, fast and a little softer, instead of the VAE's
     tile: int = 0  # decode the video in squares of so many latent positions; 0 is all at once, 32 with low memory
@@ -85,10 +85,9 @@ class Config:
     port: int = 7860  # of that page; 0 is any that is free
 
 
-PICTURES = {"prompt": "", "weights": shipped("checkpoints/pictures"), "size": "auto", "scale": 4}
-PICTURES |= {"image": shipped("examples/balloons.png"), "traj": shipped("examples/balloons.json")}
+TINY = {"weights": shipped("checkpoints/tiny"), "prompt": PINWHEELS, "size": "48x48", "scale": 8}
+TINY |= {"image": shipped("examples/image.png"), "traj": shipped("examples/boxes.json")}
 WAN5B = {
-    "prompt": "",
     "weights": "Wan2.2-TI2V-5B",
     "steps": 0,  # (4 fast: paper; 50 slow: Wan)
     "guidance": 0.0,  # (5: Wan)
@@ -100,7 +99,7 @@ WAN5B = {
     "fps": 24,  # (Wan)
     "scale": 1,
 }
-OPTIONS = {"pictures": PICTURES, "wan5b": WAN5B}  # what each preset has other than the Config says
+OPTIONS = {"tiny": TINY, "wan5b": WAN5B}  # what each preset has other than the Config says
 # Columns of a --batch table -> options: this project's own names, and those of MagicMotion's tables.
 COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | {
     "validation_images": "image", "validation_trajectory_maps": "traj", "validation_prompt": "prompt",

@@ -85,7 +85,7 @@ def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here):
     iio.imwrite("x.png", pixels)
     box = [left, top, left + side, top + side]
     (here / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": box, "8": box}}]}))
-    job = sample.Config(image="x.png", traj="b.json", size="auto", steps=1, scale=2)
+    job = sample.Config(preset="tiny", weights="checkpoints/tiny", image="x.png", traj="b.json", steps=1, scale=2)
     image, trajectory = sample.read_inputs(job, ToyCodec())
     size = best_size((height, width), 48 * 48, 8)
     assert image.shape == (1, 3, 1, *size) and trajectory.size == size

@@ -181,7 +181,11 @@ CASES = [
     ("convert.py", ["noise.pt"], "noise.pt: "),
     ("convert.py", ["nul.txt"], "nul.txt: can't be read as point tracks"),
     # sizes and lengths
-    ("sample.py", [*PNG, *JSON, "--frames", "864001"], "--size 48x48 --frames 864001: 1990658304 pixels; 1073741824"),
+    (
+        "sample.py",
+        [*PNG, *JSON, "--size", "48x48", "--frames", "864001"],
+        "--size 48x48 --frames 864001: 1990658304 pixels; 1073741824",
+    ),
     ("sample.py", [*PNG, *JSON, "--size", "80000x80000"], "--size 80000x80000 --frames 9: 57600000000 pixels"),
     ("sample.py", [*PNG, *JSON, "--size=-48x48"], "--size -48x48: takes auto, or height x width"),
     ("sample.py", [*PNG, *JSON, "--seed", "-1"], "--seed -1: a whole number"),

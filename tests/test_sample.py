@@ -40,16 +40,18 @@ def test_shipped_example(run, tmp_path):
     assert int(job.stdout.split()[-1]) < 2 << 20  # KiB
     assert "denoise" in job.stdout and "out/sample.mp4" in job.stdout
     video, overlay = (iio.imread(tmp_path / "out" / name) for name in ("sample.mp4", "sample.boxes.mp4"))
-    assert video.shape == overlay.shape == (9, 384, 384, 3)
-    image = iio.imread(ROOT / "examples/image.png").repeat(8, 0).repeat(8, 1).astype(float)
-    assert np.abs(video[0] - image).mean() < 4  # it starts from the image, as the codec has it
+    assert video.shape == overlay.shape == (9, 4 * 56, 4 * 72, 3)
+    picture = fit_frames(read_picture(ROOT / "examples/balloons.jpg")[None], (56, 72))[:, 0].permute(1, 2, 0).numpy()
+    assert (
+        np.abs(video[0] - picture.repeat(4, 0).repeat(4, 1)).mean() < 4
+    )  # it starts from the image, as the codec has it
     assert np.abs(video[8].astype(float) - video[0]).mean() > 4  # and moves
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sample.boxes.mp4", "sample.mp4"]
 
 
 def test_seed_and_prompt_matter_and_runs_repeat(run, tmp_path):
     def pixels(*flags):
-        job = run("sample.py", "--steps", 2, "--scale", 2, *flags)
+        job = run("sample.py", "--preset", "tiny", "--steps", 2, "--scale", 2, *flags)
         assert job.returncode == 0, job.stderr
         return iio.imread(tmp_path / "out/sample.mp4")
 
@@ -62,7 +64,8 @@ def test_seed_and_prompt_matter_and_runs_repeat(run, tmp_path):
 
 def test_two_processes_and_compiled_blocks_give_the_same_video_and_8_bits_nearly(run, tmp_path):
     def pixels(*flags, processes=1):
-        job = run("sample.py", "--scale", 1, "--dtype", "float32", *flags, processes=processes)
+        options = ("--preset", "tiny", "--scale", 1, "--dtype", "float32")
+        job = run("sample.py", *options, *flags, processes=processes)
         assert job.returncode == 0 and job.stdout.count("4 steps on cpu") == 1, job.stderr  # one of them speaks
         return iio.imread(tmp_path / "out/sample.mp4").astype(float)
 
@@ -131,14 +134,18 @@ BAD = {
         "--trajectory_guidance 2.0: the fast networks have none; add --speed slow",
     ),
     "negative shift": (GOOD, ["--shift", "-1"], "--shift -1.0: greater than 0, or 0 for the sampler's own"),
-    "a decoder of another preset": (GOOD, ["--decoder", "t.pth"], "--decoder t.pth: preset tiny has one of its own"),
+    "a decoder of another preset": (
+        GOOD,
+        ["--decoder", "t.pth"],
+        "--decoder t.pth: preset pictures has one of its own",
+    ),
     "no such LoRA": (GOOD, ["--lora", "l.safetensors:0.5"], "--lora l.safetensors:0.5: no such file"),
     "not an mp4": (GOOD, ["--out", "out/x.avi"], "--out out/x.avi: the name must end in .mp4"),
     "no weights": (GOOD, ["--weights", "nowhere"], "nowhere/fast_generator.safetensors: no such file"),
     "another preset": (
         GOOD,
         ["--generator", "other/fast_generator.safetensors"],
-        "other/fast_generator.safetensors: is no network of preset tiny",
+        "other/fast_generator.safetensors: is no network of preset pictures",
     ),
     "wrong network": (
         GOOD,

@@ -274,7 +274,7 @@ class Served:
     """sample.py --serve in a process of its own."""
 
     def __init__(self, folder: Path, *flags: object):
-        self.job = start_in(folder)("sample.py", "--serve", "--port", 0, *flags, wait=False)
+        self.job = start_in(folder)("sample.py", "--preset", "tiny", "--serve", "--port", 0, *flags, wait=False)
         deadline = time.monotonic() + 120
         while not (found := re.search(r"Open (http://(127.0.0.1:(\d+))/#(\S+))", self.job.read("out"))):
             assert self.job.poll() is None and time.monotonic() < deadline, self.job.read("err")
@@ -299,7 +299,7 @@ def served(tmp_path_factory):
 def request(**changes) -> dict:
     image, *masks = (base64.b64encode((ROOT / "examples" / name).read_bytes()).decode()
                      for name in ("image.png", "mask_0.png", "mask_1.png"))  # fmt: skip
-    usual = {"image": image, "boxes": EXAMPLE, "masks": masks, "prompt": sample.EXAMPLE, "seed": 0, "steps": 0}
+    usual = {"image": image, "boxes": EXAMPLE, "masks": masks, "prompt": sample.PINWHEELS, "seed": 0, "steps": 0}
     return {**usual, "size": "48x48", "frames": 9, **changes}
 
 
@@ -311,7 +311,7 @@ def test_the_video_is_that_of_the_command_line(served, run, tmp_path):
     assert (name, other) == ("video.mp4", "video.boxes.mp4")
     start = len(data) - sum(size for _, size in lines[-1]["files"])
     (tmp_path / "got.mp4").write_bytes(data[start : start + size])
-    assert run("sample.py", "--seed", 3, "--out", "want.mp4").returncode == 0
+    assert run("sample.py", "--preset", "tiny", "--seed", 3, "--out", "want.mp4").returncode == 0
     got, want = (np.stack(list(read_video(tmp_path / f"{name}.mp4"))) for name in ("got", "want"))
     assert got.shape == (9, 384, 384, 3) and np.array_equal(got, want)
 
@@ -474,7 +474,7 @@ def test_the_walk(browser, served, tmp_path):
 def test_two_tabs_wait_for_one_another_and_cancel_or_close(browser, served):
     hands = Hands(browser, served.address)
     hands.page.click("#exampleFirst")
-    hands.wait("state.prompt")
+    hands.wait("state.objects.length === 2")
     hands.page.fill("#steps", "1000")
     first = hands.page
     hands.page.click("#generate")
