@@ -6,7 +6,7 @@
 A map video is black, with one constant colour per object. Frame 0 always holds the filled segmentation masks; later
 frames hold outlines of boxes, or masks, or nothing where the trajectory is sparse. Input is a boxes.json, a map video
 or a folder of PNG maps, the last two as MagicMotion has them. A box is x0, y0, x1, y1 in pixels, x1 and y1 exclusive.
-K objects, T frames.
+K objects, T frames. Maps of preset `pictures` are of another kind: `paint_places`.
 """
 
 import json
@@ -33,7 +33,6 @@ PALETTE = [
     (128, 80, 16), (80, 128, 80), (80, 96, 128), (128, 32, 96), (128, 112, 128), (16, 96, 80), (64, 16, 80),
     (80, 80, 16), (16, 16, 128), (16, 80, 16), (80, 16, 16), (16, 32, 80), (64, 80, 64),
 ]  # fmt: skip
-NUMBERS = (-0.2, 0.4, 1.0)  # the third colour of a map of places, by object
 TOP_FIELDS = ("num_frames", "width", "height", "objects")
 OBJECT_FIELDS = ("name", "mask", "color", "interpolate", "boxes", "visible")
 MOST_BYTES, MOST_SIDE = 16 << 20, 65536
@@ -129,8 +128,8 @@ def paint_places(boxes: Tensor, drawn: Tensor) -> Tensor:
     )  # (B, K, T, W) and (B, K, T, H), from -0.6 to 1, for black is -1
     canvas = across.new_full((len(drawn), 3, *drawn.shape[2:]), -1.0)
     for k in range(drawn.shape[1]):
-        number = across.new_tensor(NUMBERS[k % len(NUMBERS)])
-        colors = torch.broadcast_tensors(across[:, k, :, None], down[:, k, ..., None], number)
+        blue = across.new_tensor((-0.2, 0.4, 1.0)[k % 3])
+        colors = torch.broadcast_tensors(across[:, k, :, None], down[:, k, ..., None], blue)
         canvas = torch.where(drawn[:, k, None], torch.stack(colors, 1), canvas)
     return canvas
 

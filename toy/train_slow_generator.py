@@ -96,8 +96,8 @@ def main(cfg: Config) -> None:
     codec = CODECS[cfg.preset]()
     codec.network.to(procs.device)
     sources = [
-        (max(1, cfg.batch // part), ToyLatents(codec, seed=cfg.seed, device=procs.device, **shape))
-        for part, shape in SHAPES[cfg.preset]
+        (max(1, cfg.batch // divisor), ToyLatents(codec, seed=cfg.seed, device=procs.device, **shape))
+        for divisor, shape in SHAPES[cfg.preset]
     ]
     held_out = ToyLatents(codec, "validation")
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
