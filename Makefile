@@ -1,9 +1,10 @@
 PYTHON ?= python3
 BIN = .venv/bin
+PRESET = pictures
 SEEDS = 0 1 2
 BASELINES = lcm dmd
 VARIANTS = decay no_gan no_diffusion constant grow no_semantic no_trajectory no_video $(BASELINES)
-RUNS = $(foreach v,$(VARIANTS),$(foreach s,$(SEEDS),runs/ablation/$v_$s/fast_adapter.safetensors))
+RUNS = $(foreach s,$(SEEDS),$(foreach v,$(VARIANTS),runs/ablation/$v_$s/fast_adapter.safetensors))
 
 no_diffusion = --use_diffusion false --diffusion_first 0 --steps 300
 no_gan = --use_gan false
@@ -28,14 +29,14 @@ ablation: .venv/ready
 	@echo "$(words $(RUNS)) runs from the shipped networks, two at a time."
 	@echo "Reckoned from some of them: about four and a half hours on two cores, table included."
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUNS)
-	$(BIN)/python -m toy.evaluate --ablation --out results/ablation.json
+	$(BIN)/python -m toy.evaluate --preset $(PRESET) --ablation --steps 6 --videos 64 --out results/$(PRESET)-ablation.json
 
 runs/ablation/%/fast_adapter.safetensors: | .venv/ready
-	$(BIN)/python finetune_hybrid.py --name ablation/$* --seed $(lastword $(subst _, ,$*)) \
+	$(BIN)/python finetune_hybrid.py --preset $(PRESET) --name ablation/$* --seed $(lastword $(subst _, ,$*)) \
 		$($(patsubst %_$(lastword $(subst _, ,$*)),%,$*))
 
 runs/ablation/lcm_%/fast_adapter.safetensors runs/ablation/dmd_%/fast_adapter.safetensors: | .venv/ready
-	$(BIN)/python -m tools.train_baseline --loss $(firstword $(subst _, ,$(notdir $(@D)))) \
+	$(BIN)/python -m tools.train_baseline --preset $(PRESET) --loss $(firstword $(subst _, ,$(notdir $(@D)))) \
 		--name ablation/$(notdir $(@D)) --seed $*
 
 .venv/ready: requirements.txt

@@ -87,7 +87,7 @@ PICTURES = {
     "backbone": shipped("checkpoints/pictures/slow_generator.safetensors"),
     "steps": 400,
     "diffusion_first": 100,
-    "gan_scale": 0.12,
+    "gan_scale": 0.25,
     "shift": flow.FAST["pictures"].shift,
 }
 # Where each value comes from stands beside it, and in --help. What stage3.yaml says is known from a third party.

@@ -197,8 +197,14 @@ def test_the_tables_of_pictures_are_the_results(name):
     true = rows["true video"]
     assert fast["mask_iou"] > 0.78 * true["mask_iou"] and fast["box_iou"] > 0.75 * true["box_iou"]
     assert fast["thing_error"] < min(still["thing_error"] / 4, pasted["thing_error"])
-    assert fast["mask_iou"] > slow["mask_iou"] and pasted["fvd"] < fast["fvd"] < slow["fvd"] and fast["sharpness"] < 0.9
-    assert fast["prompt_accuracy"] == true["prompt_accuracy"]
+    assert fast["mask_iou"] > slow["mask_iou"] and fast["fvd"] < slow["fvd"]
+    assert fast["prompt_accuracy"] > 0.9 * true["prompt_accuracy"]
+    if name == "pictures":  # "nearer to the true videos than pasting", "as sharp as they should be"
+        assert fast["videos"] >= 256 and fast["fvd"] < pasted["fvd"] and 0.9 <= fast["sharpness"] <= 1.1
+    else:  # "pasting is still a little nearer", and within a fifth of the world of dead leaves
+        assert pasted["fvd"] < fast["fvd"] < 1.1 * pasted["fvd"]
+        world = next(row for row in results("pictures") if row["name"] == fast["name"])
+        assert all(fast[key] > 0.8 * world[key] for key in ("mask_iou", "box_iou", "ground_psnr", "sharpness"))
     a_step = slow["seconds_per_video"] / slow["steps"]
     assert fast["seconds_per_video"] < 50 * a_step / 10
 

@@ -31,7 +31,7 @@ from model import VideoDiT
 @dataclass(frozen=True)
 class Config:
     name: str = "baseline"  # run folder under runs/
-    preset: Literal["tiny"] = "tiny"  # size of the networks and their world
+    preset: Literal["tiny", "pictures"] = "tiny"  # size of the networks and their world
     loss: Literal["dmd", "lcm"] = "dmd"  # distribution matching, or consistency
     slow_generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # of stage 0
     slow_adapter: str = shipped("checkpoints/tiny/slow_adapter.safetensors")  # of stage 1, where training starts
@@ -56,6 +56,15 @@ class Config:
     log_every: int = 20  # steps
     save_every: int = 50  # steps
     sample_every: int = 300  # steps; 0 for no samples
+
+
+PICTURES = {
+    "slow_generator": shipped("checkpoints/pictures/slow_generator.safetensors"),
+    "slow_adapter": shipped("checkpoints/pictures/slow_adapter.safetensors"),
+    "fast_generator": shipped("checkpoints/pictures/fast_generator.safetensors"),
+    "steps": 400,
+    "shift": flow.FAST["pictures"].shift,
+}
 
 
 class Controlled(nn.Module):
@@ -192,4 +201,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config)
+    run_script(main, Config, {"pictures": PICTURES})
