@@ -1,10 +1,11 @@
 PYTHON ?= python3
 BIN = .venv/bin
 PRESET = pictures
+FOLDER = ablation/$(PRESET)
 SEEDS = 0 1 2
 BASELINES = lcm dmd
 VARIANTS = decay no_gan no_diffusion constant grow no_semantic no_trajectory no_video $(BASELINES)
-RUNS = $(foreach s,$(SEEDS),$(foreach v,$(VARIANTS),runs/ablation/$v_$s/fast_adapter.safetensors))
+RUNS = $(foreach s,$(SEEDS),$(foreach v,$(VARIANTS),runs/$(FOLDER)/$v_$s/fast_adapter.safetensors))
 
 no_diffusion = --use_diffusion false --diffusion_first 0 --steps 300
 no_gan = --use_gan false
@@ -14,6 +15,9 @@ grow = --diffusion_scale grow
 no_semantic = --semantic false
 no_trajectory = --trajectory false
 no_video = --video false
+
+# Of the table, for a video of this world takes ten times as long.
+pictures = --steps 6 --videos 64
 
 .PHONY: demo test ablation
 
@@ -27,17 +31,17 @@ test: .venv/ready-dev
 # Killed, it goes on where it was.
 ablation: .venv/ready
 	@echo "$(words $(RUNS)) runs from the shipped networks, two at a time."
-	@echo "Reckoned from some of them: about four and a half hours on two cores, table included."
+	@echo "Reckoned from some of them: six hours on two cores, table included; with PRESET=tiny four and a half."
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUNS)
-	$(BIN)/python -m toy.evaluate --preset $(PRESET) --ablation --steps 6 --videos 64 --out results/$(PRESET)-ablation.json
+	$(BIN)/python -m toy.evaluate --preset $(PRESET) --ablation $($(PRESET)) --out results/$(PRESET)-ablation.json
 
-runs/ablation/%/fast_adapter.safetensors: | .venv/ready
-	$(BIN)/python finetune_hybrid.py --preset $(PRESET) --name ablation/$* --seed $(lastword $(subst _, ,$*)) \
+runs/$(FOLDER)/%/fast_adapter.safetensors: | .venv/ready
+	$(BIN)/python finetune_hybrid.py --preset $(PRESET) --name $(FOLDER)/$* --seed $(lastword $(subst _, ,$*)) \
 		$($(patsubst %_$(lastword $(subst _, ,$*)),%,$*))
 
-runs/ablation/lcm_%/fast_adapter.safetensors runs/ablation/dmd_%/fast_adapter.safetensors: | .venv/ready
+runs/$(FOLDER)/lcm_%/fast_adapter.safetensors runs/$(FOLDER)/dmd_%/fast_adapter.safetensors: | .venv/ready
 	$(BIN)/python -m tools.train_baseline --preset $(PRESET) --loss $(firstword $(subst _, ,$(notdir $(@D)))) \
-		--name ablation/$(notdir $(@D)) --seed $*
+		--name $(FOLDER)/$(notdir $(@D)) --seed $*
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -199,14 +199,14 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
     """Every variant's runs are found, each with its own adapter; a row holds mean and range over them."""
     monkeypatch.chdir(tmp_path)
     cfg = evaluate.Config(**weights, out="rows.json", ablation=True, videos=2, batch=2, steps=5, compile=False)
-    with pytest.raises(UserError, match=rf"{evaluate.METHOD}_0.*: no such run"):
+    with pytest.raises(UserError, match=rf"tiny/{evaluate.METHOD}_0.*: no such run"):
         evaluate.main(cfg)
     assert not Path("rows.json").exists()
     for i, variant in enumerate(evaluate.VARIANTS):
         for seed in range(2):
             net = networks(10 + 2 * i + seed)[1]
             save_network(
-                evaluate.RUNS / f"{variant}_{seed}/fast_adapter.safetensors",
+                evaluate.RUNS / f"tiny/{variant}_{seed}/fast_adapter.safetensors",
                 "FastAdapter",
                 net.config,
                 net.state_dict(),
@@ -230,7 +230,7 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
     assert f"({rows[3]['fvd_range'][0]} to " in Path("rows.md").read_text()
     sheet = iio.imread("rows.png")
     assert sheet.shape[0] % ((2 + 3 + 10) * 98 + 12) == 0
-    for folder in evaluate.RUNS.glob("no_video_*"):
+    for folder in evaluate.RUNS.glob("tiny/no_video_*"):
         shutil.rmtree(folder)
     capsys.readouterr()
     few = {name: evaluate.VARIANTS[name] for name in (evaluate.METHOD, "no_video")}

@@ -41,7 +41,7 @@ from toy.world import ToyBatch
 from trajectory import draw_overlay
 
 MEASURES = ("mask_iou", "box_iou", "thing_error", "ground_psnr", "sharpness", "fvd", "prompt_accuracy")
-RUNS = Path("runs/ablation")  # <variant>_<seed>/fast_adapter.safetensors
+RUNS = Path("runs/ablation")  # <preset>/<variant>_<seed>/fast_adapter.safetensors
 VARIANTS = {  # of stage 3, and the baselines, by the folder's name; the Makefile has their flags
     "no_diffusion": "hybrid without diffusion loss",
     "no_gan": "hybrid without GAN loss",
@@ -66,7 +66,7 @@ class Config:
     slow_adapter: str = shipped("checkpoints/tiny/slow_adapter.safetensors")  # of stage 1
     fast_generator: str = shipped("checkpoints/tiny/fast_generator.safetensors")  # of stage 2
     fast_adapter: str = shipped("checkpoints/tiny/fast_adapter.safetensors")  # of stage 3
-    ablation: bool = False  # the runs under runs/ablation instead of the shipped FastAdapter
+    ablation: bool = False  # the runs under runs/ablation/<preset> instead of the shipped FastAdapter
     guidance_table: bool = False  # the slow networks under several strengths of guidance instead
     out: str = "runs/evaluate/rows.json"  # rows; the table (.md), the contact sheet (.png) and a .gif go beside it
     split: Literal["test", "validation", "photographs"] = "test"  # of the world; none is trained on
@@ -249,11 +249,12 @@ def ablate(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[lis
     fast = parallel.prepare(VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator"), procs, cfg.compile)
     usual = flow.FAST[cfg.preset]
     few, name = replace(cfg, steps=usual.steps, shift=usual.shift), "SlowGenerator + SlowAdapter"
+    folder = RUNS / cfg.preset
     ways = [(name, c.steps, [slow_sampler(slow, adapter, c)]) for c in (cfg, few)]
     adapters = {"FastGenerator + SlowAdapter": [adapter]}
     for variant, label in VARIANTS.items():
-        files = sorted(RUNS.glob(f"{variant}_*/fast_adapter.safetensors"))
-        absent = f"{RUNS / variant}_0/fast_adapter.safetensors: no such run;"
+        files = sorted(folder.glob(f"{variant}_*/fast_adapter.safetensors"))
+        absent = f"{folder / variant}_0/fast_adapter.safetensors: no such run;"
         if files:
             label = f"FlashMotion: {label}" if variant == METHOD else label
             loaded = [read_adapter(file, "FastAdapter") for file in files]
