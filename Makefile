@@ -39,9 +39,11 @@ runs/$(FOLDER)/%/fast_adapter.safetensors: | .venv/ready
 	$(BIN)/python finetune_hybrid.py --preset $(PRESET) --name $(FOLDER)/$* --seed $(lastword $(subst _, ,$*)) \
 		$($(patsubst %_$(lastword $(subst _, ,$*)),%,$*))
 
-runs/$(FOLDER)/lcm_%/fast_adapter.safetensors runs/$(FOLDER)/dmd_%/fast_adapter.safetensors: | .venv/ready
-	$(BIN)/python -m tools.train_baseline --preset $(PRESET) --loss $(firstword $(subst _, ,$(notdir $(@D)))) \
-		--name $(FOLDER)/$(notdir $(@D)) --seed $*
+runs/$(FOLDER)/lcm_%/fast_adapter.safetensors: | .venv/ready
+	$(BIN)/python -m tools.train_baseline --preset $(PRESET) --loss lcm --name $(FOLDER)/lcm_$* --seed $*
+
+runs/$(FOLDER)/dmd_%/fast_adapter.safetensors: | .venv/ready
+	$(BIN)/python -m tools.train_baseline --preset $(PRESET) --loss dmd --name $(FOLDER)/dmd_$* --seed $*
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -18,6 +18,7 @@ from core import tables
 from core.config import parse_config
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
+from toy.evaluate import VARIANTS
 
 PAGES = ("README.md", "docs/RESULTS.md", "docs/SPEED.md", "docs/WAN.md", "docs/SCALE.md", "docs/FORMATS.md",
          "docs/PICTURES.md", "checkpoints/tiny/README.md", "checkpoints/pictures/README.md")  # fmt: skip
@@ -166,6 +167,18 @@ def test_commands_that_need_more_than_a_test_has_are_well_formed(page):
     """They need published weights or GPUs: each is one that its script takes."""
     foreign = [command for command in (*commands(page, "bash"), *quoted(page)) if not parsed(command)]
     assert all(command.startswith(("pip install ", "hf download ", "export ", "srun ")) for command in foreign), foreign
+
+
+@pytest.mark.parametrize("preset", ["pictures", "tiny"])
+def test_make_ablation_makes_every_run_of_its_table(preset):
+    command = ["make", "--dry-run", "--always-make", "ablation", f"PRESET={preset}"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = re.sub(r"\\\n\s*", "", shown)
+    steps = re.findall(r"^\S+(python .* --preset .*)", shown, flags=re.MULTILINE)
+    assert all(parsed(step) for step in steps)
+    made = sorted(re.findall(r"--name (\S+)", " ".join(steps)))
+    assert made == sorted(f"ablation/{preset}/{variant}_{seed}" for variant in VARIANTS for seed in range(3))
+    assert f"--out results/{preset}-ablation.json" in steps[-1]
 
 
 def test_commands_in_slurm_files_are_well_formed():
