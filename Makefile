@@ -5,7 +5,8 @@ FOLDER = ablation/$(PRESET)
 SEEDS = 0 1 2
 BASELINES = lcm dmd
 VARIANTS = decay no_gan no_diffusion constant grow no_semantic no_trajectory no_video $(BASELINES)
-RUNS = $(foreach s,$(SEEDS),$(foreach v,$(VARIANTS),runs/$(FOLDER)/$v_$s/fast_adapter.safetensors))
+files = $(foreach s,$(SEEDS),$(foreach v,$1,runs/$(FOLDER)/$v_$s/fast_adapter.safetensors))
+RUNS = $(call files,$(VARIANTS))
 
 no_diffusion = --use_diffusion false --diffusion_first 0 --steps 300
 no_gan = --use_gan false
@@ -16,8 +17,8 @@ no_semantic = --semantic false
 no_trajectory = --trajectory false
 no_video = --video false
 
-# Of the table, for a video of this world takes ten times as long.
-pictures = --steps 6 --videos 64
+# A video of this world takes ten times as long.
+table_pictures = --steps 6 --videos 64
 
 .PHONY: demo test ablation
 
@@ -33,17 +34,15 @@ ablation: .venv/ready
 	@echo "$(words $(RUNS)) runs from the shipped networks, two at a time."
 	@echo "Reckoned from some of them: six hours on two cores, table included; with PRESET=tiny four and a half."
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUNS)
-	$(BIN)/python -m toy.evaluate --preset $(PRESET) --ablation $($(PRESET)) --out results/$(PRESET)-ablation.json
+	$(BIN)/python -m toy.evaluate --preset $(PRESET) --ablation $(table_$(PRESET)) --out results/$(PRESET)-ablation.json
 
 runs/$(FOLDER)/%/fast_adapter.safetensors: | .venv/ready
 	$(BIN)/python finetune_hybrid.py --preset $(PRESET) --name $(FOLDER)/$* --seed $(lastword $(subst _, ,$*)) \
 		$($(patsubst %_$(lastword $(subst _, ,$*)),%,$*))
 
-runs/$(FOLDER)/lcm_%/fast_adapter.safetensors: | .venv/ready
-	$(BIN)/python -m tools.train_baseline --preset $(PRESET) --loss lcm --name $(FOLDER)/lcm_$* --seed $*
-
-runs/$(FOLDER)/dmd_%/fast_adapter.safetensors: | .venv/ready
-	$(BIN)/python -m tools.train_baseline --preset $(PRESET) --loss dmd --name $(FOLDER)/dmd_$* --seed $*
+$(call files,$(BASELINES)): runs/$(FOLDER)/%/fast_adapter.safetensors: | .venv/ready
+	$(BIN)/python -m tools.train_baseline --preset $(PRESET) --loss $(firstword $(subst _, ,$*)) \
+		--name $(FOLDER)/$* --seed $(lastword $(subst _, ,$*))
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
