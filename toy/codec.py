@@ -25,7 +25,7 @@ class AutoencoderConfig:
 
     spatial: int = 4  # pixels per latent position, each way
     channels: int = 16  # of the latent
-    hidden: int = 64  # width of the decoder; 0 for none beside the linear one
+    hidden: int = 64  # width of the decoder
     depth: int = 3  # residual blocks of the decoder
     fine: int = 24  # width of the decoder at full resolution
 
@@ -43,7 +43,7 @@ class ResidualBlock(nn.Module):
 
 class ToyAutoencoder(nn.Module):
     """Frames to latents and back. The encoder is linear, principal components of patches, so that latents change as
-    smoothly as pixels do. The decoder is its linear inverse plus, if asked for, a network for what was lost.
+    smoothly as pixels do. The decoder is its linear inverse plus a network for what was lost.
     """
 
     def __init__(self, config: AutoencoderConfig):
@@ -52,9 +52,6 @@ class ToyAutoencoder(nn.Module):
         width, values = config.hidden, 3 * config.spatial**2
         self.encoder = nn.Sequential(nn.PixelUnshuffle(config.spatial), nn.Conv2d(values, config.channels, 1))
         self.linear = nn.Sequential(nn.Conv2d(config.channels, values, 1), nn.PixelShuffle(config.spatial))
-        self.detail = None
-        if not width:
-            return
         self.detail = nn.Sequential(
             nn.Conv2d(config.channels, width, 3, padding=1),
             *(ResidualBlock(width) for _ in range(config.depth)),
@@ -92,8 +89,7 @@ class ToyAutoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, channels, H, W] -> [B, 3, spatial * H, spatial * W], not clamped."""
-        out = self.linear(latents)
-        return out if self.detail is None else out + self.detail(latents)
+        return self.linear(latents) + self.detail(latents)
 
 
 class ToyCodec(Codec):

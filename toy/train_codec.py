@@ -1,7 +1,7 @@
 """Before stage 0: make the toy world's codec, an autoencoder of single frames.
 
     python -m toy.train_codec                                                           # some ten minutes, two cores
-    python -m toy.train_codec --preset pictures                                         # a minute: nothing is trained
+    python -m toy.train_codec --preset pictures --steps 2400                            # half an hour or more
     python -m toy.train_codec --init checkpoints/tiny/codec.safetensors --name decoder  # only trains the decoder on
 
 The encoder is computed, principal components of the first videos' frames. The decoder is trained on frames of videos
@@ -28,8 +28,6 @@ from toy.codec import CODECS, AutoencoderConfig, ToyAutoencoder, ToyCodec
 from toy.metrics import laplacian
 from toy.pictures import PictureWorld
 from toy.world import ToyWorld
-
-HIDDEN = {"tiny": 64, "pictures": 0}  # width of the decoder's network; pictures need none
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,12 @@ def main(cfg: Config) -> None:
     check_counts(cfg)
     procs = parallel.Processes(0, 1, torch.device("cpu"), None)
     torch.manual_seed(cfg.seed)
-    file = Path(f"runs/{cfg.name}/codec.safetensors")
     world, held_out = (CODECS[cfg.preset].world(split) for split in ("train", "validation"))
     if cfg.init:
         model = ToyCodec(cfg.init).network.train()
     else:
-        model = ToyAutoencoder(AutoencoderConfig(channels=PRESETS[cfg.preset].channels, hidden=HIDDEN[cfg.preset]))
+        model = ToyAutoencoder(AutoencoderConfig(channels=PRESETS[cfg.preset].channels))
         model.fit_linear(world.batch(list(range(cfg.fit))).video.transpose(1, 2).flatten(0, 1))
-    if model.detail is None:
-        return save_network(file, "ToyAutoencoder", model.config, model.state_dict())
     decoder = model.requires_grad_(False).detail.requires_grad_(True)
     optimizers = optim.make_optimizers(decoder, decoder, weight_decay=0.01)
     run = Run(f"runs/{cfg.name}", cfg, procs, {"codec": (model, optimizers, None)})
@@ -110,7 +105,7 @@ def main(cfg: Config) -> None:
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
         loss, norm = train_step(step)
         run.log(step + 1, loss=loss, grad_norm=norm)
-    save_network(file, "ToyAutoencoder", model.config, model.state_dict())
+    save_network(Path(f"runs/{cfg.name}/codec.safetensors"), "ToyAutoencoder", model.config, model.state_dict())
 
 
 if __name__ == "__main__":
