@@ -208,14 +208,15 @@ def test_the_tables_of_pictures_are_the_results(name):
     still, fast = rows["the first frame, still"], rows["FastGenerator + FastAdapter"]
     pasted, slow = rows["cut out and pasted"], rows["SlowGenerator + SlowAdapter"]
     true = rows["true video"]
-    assert fast["mask_iou"] > 0.78 * true["mask_iou"] and fast["box_iou"] > 0.75 * true["box_iou"]
+    assert fast["mask_iou"] > 0.8 * true["mask_iou"] and fast["box_iou"] > 0.77 * true["box_iou"]
     assert fast["thing_error"] < min(still["thing_error"] / 4, pasted["thing_error"])
     assert fast["mask_iou"] > slow["mask_iou"] and fast["fvd"] < slow["fvd"]
     assert fast["prompt_accuracy"] > 0.9 * true["prompt_accuracy"]
-    if name == "pictures":  # "nearer to the true videos than pasting", "as sharp as they should be"
-        assert fast["videos"] >= 256 and fast["fvd"] < pasted["fvd"] and 0.9 <= fast["sharpness"] <= 1.1
-    else:  # "pasting is still a little nearer", and within a fifth of the world of dead leaves
-        assert pasted["fvd"] < fast["fvd"] < 1.1 * pasted["fvd"]
+    assert fast["fvd"] < pasted["fvd"]  # "nearer to the true videos than pasting"
+    if name == "pictures":  # "as sharp as they should be", and "in box IoU the full method reaches as far"
+        assert fast["videos"] >= 256 and 0.9 <= fast["sharpness"] <= 1.1
+        assert fast["box_iou"] > rows["true things, holes filled by blur"]["box_iou"] - 0.005
+    else:  # within a fifth of the world of dead leaves
         world = next(row for row in results("pictures") if row["name"] == fast["name"])
         assert all(fast[key] > 0.8 * world[key] for key in ("mask_iou", "box_iou", "ground_psnr", "sharpness"))
     a_step = slow["seconds_per_video"] / slow["steps"]
