@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 
 from core.config import UserError
-from toy.codec import ToyCodec
+from toy.codec import CODECS, ToyCodec
 from toy.metrics import score
 from toy.world import ToyWorld
 
@@ -20,6 +20,16 @@ def test_videos_survive():
     scores = score(codec.decode_video(latents), batch)
     assert scores["mask_iou"] > 0.97 and scores["box_iou"] > 0.97 and scores["prompt_accuracy"] > 0.97
     assert 0.85 < scores["sharpness"] < 1.1  # trained to bear errors in latents, it softens those that have none
+
+
+@pytest.mark.parametrize("preset", CODECS)
+def test_the_decoder_guesses_what_its_linear_part_loses(preset):
+    codec = CODECS[preset]()
+    video = codec.world("test").batch(list(range(8))).video
+    latents = codec.encode_video(video)
+    linear = codec._by_frame(codec.network.linear, latents).clamp(-1, 1)
+    lost, left = ((out - video).square().mean() for out in (linear, codec.decode_video(latents)))
+    assert left < 0.6 * lost
 
 
 def test_maps_survive():
