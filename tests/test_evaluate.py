@@ -195,8 +195,14 @@ def test_guidance_table_compares_strengths(tmp_path, weights):
     assert len({row["fvd"] for row in rows}) == len(rows) == 6  # each another way
 
 
+def save_run(variant: str, seed: int, weights_seed: int) -> None:
+    net = networks(weights_seed)[1]
+    file = evaluate.RUNS / f"tiny/{variant}_{seed}/fast_adapter.safetensors"
+    save_network(file, "FastAdapter", net.config, net.state_dict())
+
+
 def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
-    """Every variant's runs are found, each with its own adapter; a row holds mean and range over them."""
+    """Every variant's runs are found, each with its own adapter; the table has mean and range over them."""
     monkeypatch.chdir(tmp_path)
     cfg = evaluate.Config(**weights, out="rows.json", ablation=True, videos=2, batch=2, steps=5, compile=False)
     with pytest.raises(UserError, match=rf"tiny/{evaluate.METHOD}_0.*: no such run"):
@@ -204,15 +210,12 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
     assert not Path("rows.json").exists()
     for i, variant in enumerate(evaluate.VARIANTS):
         for seed in range(2):
-            net = networks(10 + 2 * i + seed)[1]
-            save_network(
-                evaluate.RUNS / f"tiny/{variant}_{seed}/fast_adapter.safetensors",
-                "FastAdapter",
-                net.config,
-                net.state_dict(),
-            )
+            save_run(variant, seed, 10 + 2 * i + seed)
     evaluate.main(cfg)
-    rows = json.loads(Path("rows.json").read_text())
+    raw = json.loads(Path("rows.json").read_text())
+    assert len({row["fvd"] for row in raw}) == len(raw) == 2 + 1 + 10 * 2 + 2 * (1 + 7 * 2)  # each its own way
+    assert [row["run"] for row in raw[:7]] == ["", "", "", "no_diffusion_0", "no_diffusion_1", "no_gan_0", "no_gan_1"]
+    rows = evaluate.over_seeds(raw)
     slow, both, method = "SlowGenerator + SlowAdapter", "FastGenerator + SlowAdapter", "FlashMotion: "
     assert [(row["name"], row["steps"], row["seeds"]) for row in rows[:3]] == [(slow, 5, 1), (slow, 4, 1), (both, 4, 1)]
     assert [row["steps"] for row in rows[3:]] == [4] * 10 + [2] * 8 + [1] * 8
@@ -226,7 +229,6 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
             low, high = row[f"{key}_range"]
             assert row[key] == pytest.approx((low + high) / 2, abs=1e-4)
         assert row["mask_iou_range"][0] < row["mask_iou_range"][1]
-    assert len({row["fvd"] for row in rows}) == len(rows)  # each its own adapter and steps
     assert f"({rows[3]['fvd_range'][0]} to " in Path("rows.md").read_text()
     sheet = iio.imread("rows.png")
     assert sheet.shape[0] % ((2 + 3 + 10) * 98 + 12) == 0
@@ -238,7 +240,55 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
     evaluate.main(cfg)
     assert "no_video_0/fast_adapter.safetensors: no such run; the table leaves out: disc" in capsys.readouterr().out
     left = json.loads(Path("rows.json").read_text())
-    assert left == [row for row in rows if row["name"] in (slow, both, method + few[evaluate.METHOD])]
+    assert left == [row for row in raw if row["name"] in (slow, both, method + few[evaluate.METHOD])]
+
+
+def test_a_killed_ablation_goes_on_where_it_was(tmp_path, weights, monkeypatch, capsys):
+    """Only what is new is measured: runs added or trained anew, or everything with other settings or networks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "VARIANTS", {evaluate.METHOD: "hybrid"})
+    cfg = evaluate.Config(**weights, out="rows.json", ablation=True, videos=2, batch=2, steps=2, compile=False)
+    made, generate = [], evaluate.generate
+
+    def counted(*args):
+        made.append(args[-1].split(",")[0])
+        if len(made) == stop:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    monkeypatch.setattr(evaluate, "generate", counted)
+    save_run(evaluate.METHOD, 0, 10)
+    run, stop = f"{evaluate.METHOD}_0", 5
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(cfg)
+    assert len(json.loads(Path("rows.json").read_text())) == 4
+    made, stop = [], None
+    evaluate.main(cfg)
+    assert made == ["FastGenerator + SlowAdapter", run, "FastGenerator + SlowAdapter", run]
+    assert "rows.png: not written" in capsys.readouterr().out and not Path("rows.png").exists()
+    rows, made = json.loads(Path("rows.json").read_text()), []
+    Path("rows.json").unlink()
+    evaluate.main(cfg)
+    assert json.loads(Path("rows.json").read_text()) == rows and len(made) == 8  # at once as with a break
+    assert Path("rows.png").exists() and "not written" not in capsys.readouterr().out
+
+    def measured_by(cfg: evaluate.Config) -> list[str]:
+        made.clear()
+        evaluate.main(cfg)
+        return made
+
+    save_run(evaluate.METHOD, 1, 11)
+    assert measured_by(cfg) == [f"{evaluate.METHOD}_1"] * 3
+    save_run(evaluate.METHOD, 0, 12)  # trained anew
+    assert measured_by(cfg) == [run] * 3 and measured_by(cfg) == []
+    cfg = dataclasses.replace(cfg, seed=1)
+    assert len(measured_by(cfg)) == 11
+    net = networks(13)[0]
+    save_network(weights["fast_generator"], "FastGenerator", net.config, net.state_dict())
+    assert len(measured_by(cfg)) == 11
+    for text in ("no rows", "3", '{"a": 1}', "[1]", '[{"name": "a"}]'):
+        Path("rows.json").write_text(text)
+        assert evaluate.measured(Path("rows.json"), {"command": "", "networks": ""}, {"": ""}) == []
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,19 @@
 
 Prints a table and writes its rows as JSON, the same in Markdown, and a contact sheet: trajectory maps, the truth, and
 what each network makes of it. The first rows score the true videos and what the codec leaves of them: no generator does
-better. The ablation's rows are means over training seeds; `<measure>_range` holds the lowest and the highest.
+better. The ablation's file has a row for each run, its table the mean over training seeds, with the lowest and the
+highest. To resume it, run the same command again.
 """
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -28,10 +33,10 @@ import flow
 from adapter import Adapter, fits, read_adapter
 from core import parallel
 from core.config import UserError, run_script, shipped
-from core.files import output_path
+from core.files import output_path, write_text
 from core.media import contact_sheet, to_uint8, write_animation, write_image
 from core.noise import sample_noise, step_noise
-from core.tables import provenance, table, write_rows
+from core.tables import markdown, provenance, table
 from model import VideoDiT
 from toy import metrics, picture_metrics
 from toy.codec import CODECS, ToyCodec
@@ -170,12 +175,15 @@ def make_row(
     return {"name": name, "steps": steps, "videos": len(video), "objects": objects, **rounded}
 
 
-def over_seeds(rows: Sequence[dict]) -> dict:
-    """The rows of several training seeds as one: mean and range of every measure."""
-    merged = {"name": rows[0]["name"], "steps": rows[0]["steps"], "videos": rows[0]["videos"], "seeds": len(rows)}
-    for key in (key for key in MEASURES if key in rows[0]):
-        values = [row[key] for row in rows]
-        merged |= {key: round(sum(values) / len(values), 4), f"{key}_range": [min(values), max(values)]}
+def over_seeds(rows: Sequence[dict]) -> list[dict]:
+    """The rows of several training seeds as one each: mean and range of every measure, and the number of seeds."""
+    merged = []
+    for (name, steps), group in groupby(rows, key=itemgetter("name", "steps")):
+        seeds = list(group)
+        merged.append({"name": name, "steps": steps, "videos": seeds[0]["videos"], "seeds": len(seeds)})
+        for key in (key for key in MEASURES if key in seeds[0]):
+            values = [row[key] for row in seeds]
+            merged[-1] |= {key: round(sum(values) / len(values), 4), f"{key}_range": [min(values), max(values)]}
     return merged
 
 
@@ -243,37 +251,64 @@ def compare(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[li
     return rows, [batch.video, *videos[:-1]]  # 8 bits look the same
 
 
-def ablate(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
-    """Rows of the paper's ablation from runs of stage 3, and the contact sheet's videos, of each first seed."""
+def checksum(*files: Path | str) -> str:
+    """Twelve digits that tell whether the files hold what they held."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
+
+
+def measured(out: Path, about: dict[str, str], weights: dict[str, str]) -> list[dict]:
+    """The rows of `out` that this command would make again from these weights of the runs."""
+    same = {(about["command"], about["networks"], run, file) for run, file in weights.items()}
+    try:
+        rows = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
+        return [row for row in rows if tuple(map(row.get, ("command", "networks", "run", "weights"))) in same]
+    except (ValueError, TypeError, AttributeError):
+        return []  # another kind of file, to be overwritten like any other
+
+
+def ablate(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor | None]]:
+    """Rows of the paper's ablation, one for each run of stage 3 and number of steps, and the contact sheet's videos, of
+    each first seed. What `--out` holds already is not measured again, and None stands for its videos.
+    """
     slow, adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     fast = parallel.prepare(VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator"), procs, cfg.compile)
-    usual = flow.FAST[cfg.preset]
-    few, name = replace(cfg, steps=usual.steps, shift=usual.shift), "SlowGenerator + SlowAdapter"
-    folder = RUNS / cfg.preset
-    ways = [(name, c.steps, [slow_sampler(slow, adapter, c)]) for c in (cfg, few)]
-    adapters = {"FastGenerator + SlowAdapter": [adapter]}
+    adapters, weights, runs = {"": adapter}, {"": ""}, {"FastGenerator + SlowAdapter": [""]}
     for variant, label in VARIANTS.items():
-        files = sorted(folder.glob(f"{variant}_*/fast_adapter.safetensors"))
-        absent = f"{folder / variant}_0/fast_adapter.safetensors: no such run;"
+        files = sorted((RUNS / cfg.preset).glob(f"{variant}_*/fast_adapter.safetensors"))
+        absent = f"{RUNS / cfg.preset / variant}_0/fast_adapter.safetensors: no such run;"
+        for file in files:
+            name = file.parent.name
+            adapters[name] = parallel.prepare(read_adapter(file, "FastAdapter"), procs, cfg.compile)
+            weights[name] = checksum(file)
         if files:
-            label = f"FlashMotion: {label}" if variant == METHOD else label
-            loaded = [read_adapter(file, "FastAdapter") for file in files]
-            adapters[label] = [parallel.prepare(one, procs, cfg.compile) for one in loaded]
+            runs[f"FlashMotion: {label}" if variant == METHOD else label] = [file.parent.name for file in files]
         elif variant == METHOD:
             raise UserError(f"{absent} run `make ablation`")
         else:
             print(f"{absent} the table leaves out: {label}")
+
+    usual, name = flow.FAST[cfg.preset], "SlowGenerator + SlowAdapter"
+    few = replace(cfg, steps=usual.steps, shift=usual.shift)
+    ways = [(name, c.steps, "", slow_sampler(slow, adapter, c)) for c in (cfg, few)]
     for steps in (usual.steps, 2, 1):
-        for name, seeds in adapters.items():
+        for name, some in runs.items():
             if steps == usual.steps or not name.startswith("discriminator"):
-                ways.append((name, steps, [fast_sampler(fast, one, cfg, steps) for one in seeds]))
-    rows, videos = [], []
-    for name, steps, samplers in ways:
-        made = [generate(sample, batch, cfg, procs, f"{name}, {steps} steps") for sample in samplers]
-        rows.append(over_seeds([make_row(cfg, name, steps, video, batch) for video in made]))
+                ways += [(name, steps, run, fast_sampler(fast, adapters[run], cfg, steps)) for run in some]
+
+    networks = checksum(CODECS[cfg.preset].weights, cfg.slow_generator, cfg.slow_adapter, cfg.fast_generator)
+    about = provenance("-m toy.evaluate", cfg, procs.device) | {"networks": networks}
+    rows, videos = measured(Path(cfg.out), about, weights), {}
+    for name, steps, run, sample in ways:
+        video = None
+        if not any((name, steps, run) == (row["name"], row["steps"], row["run"]) for row in rows):
+            video = generate(sample, batch, cfg, procs, f"{run or name}, {steps} steps")
+            rows.append(make_row(cfg, name, steps, video, batch) | {"run": run, "weights": weights[run]} | about)
+            write_text(cfg.out, json.dumps(rows, indent=1))
         if steps >= usual.steps:
-            videos.append(made[0])
-    return rows, [batch.video, *videos]
+            videos.setdefault((name, steps), video)
+    order = [way[:3] for way in ways]
+    rows.sort(key=lambda row: order.index((row["name"], row["steps"], row["run"])))
+    return rows, [batch.video, *videos.values()]
 
 
 def guidance_table(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
@@ -304,10 +339,15 @@ def main(cfg: Config) -> None:
     measure = ablate if cfg.ablation else guidance_table if cfg.guidance_table else compare
     rows, videos = measure(cfg, batch, procs)
 
-    print(table(rows))
+    shown = over_seeds(rows) if cfg.ablation else rows
+    print(table(shown))
     about = provenance("-m toy.evaluate", cfg, procs.device)
-    write_rows(out, [row | about for row in rows])
-    write_image(out.with_suffix(".png"), comparison(videos, batch, cfg.maps))
+    write_text(out, json.dumps([about | row for row in rows], indent=1))
+    write_text(out.with_suffix(".md"), markdown(shown))
+    if any(video is None for video in videos):
+        print(f"{out.with_suffix('.png')}: not written; it needs videos that an earlier call made")
+    else:
+        write_image(out.with_suffix(".png"), comparison(videos, batch, cfg.maps))
     if measure is compare:
         write_animation(out.with_suffix(".gif"), animation([videos[2], videos[4]], batch), fps=6)
 
