@@ -56,7 +56,7 @@ class Config:
     ema: float = 0.99  # decay of the averaged student, the one exported
     guidance: float = 6.0  # of the real score; the fake score has none
     shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
     sequence: int = 1  # neighbouring processes that share one video

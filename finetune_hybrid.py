@@ -71,7 +71,7 @@ class Config:
     shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
     judge_sigma_min: float = 0.05  # least noise level at which videos are judged
     judge_sigma_max: float = 0.5  # most
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
     sequence: int = 1  # neighbouring processes that share one video

@@ -79,7 +79,7 @@ class Config:
     memory: Literal["high", "medium", "low"] = "high"  # of a GPU that is to do: above 24 GB, 24, or 12; see docs/WAN.md
     decoder: str = ""  # preset wan5b: file of the small decoder taew2_2, fast and a little softer, instead of the VAE's
     tile: int = 0  # decode the video in squares of so many latent positions; 0 is all at once, 32 with low memory
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = torch.cuda.is_available()  # torch.compile each block: a minute at first, then faster; so on a GPU
     serve: bool = False  # draw, generate and watch in a page on 127.0.0.1 instead
     port: int = 7860  # of that page; 0 is any that is free

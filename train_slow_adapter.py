@@ -53,7 +53,7 @@ class Config:
     ema: float = 0.995  # decay of the averaged weights, the ones exported
     shift: float = 3.0  # warp of training noise levels towards noise
     drop_text: float = 0.1  # share of empty captions, for guidance
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
     sequence: int = 1  # neighbouring processes that share one video

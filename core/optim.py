@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from core.parallel import full, has_bfloat16
+from core.parallel import fast_bfloat16, full
 
 
 class Muon(Optimizer):
@@ -58,7 +58,7 @@ def batches(groups: Iterable[list[nn.Parameter]], most: int) -> Iterator[list[nn
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     """Moves singular values close to 1 (0.7 to 1.2), keeps singular vectors: [n, rows, columns] -> the same shape."""
-    x = matrices.to(torch.bfloat16 if has_bfloat16(matrices.device) else torch.float32)
+    x = matrices.to(torch.bfloat16 if fast_bfloat16(matrices.device) else torch.float32)
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)

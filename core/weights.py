@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from core.config import UserError, reason
 from core.files import atomic
 from core.memory import Int8Linear, use_int8
-from core.parallel import has_bfloat16
+from core.parallel import fast_bfloat16
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,8 @@ def load(
     """Build a network on the meta device and fill it tensor by tensor. UserError if a name or shape doesn't match.
 
     Parameters get `dtype`, except that names matching the network's regex `float32` stay in float32. With int8, only
-    the linear layers inside the blocks are quantised; other parameters get bfloat16, or float32 where that would be
-    emulated. `shapes_only`: it stays on the meta device; another process reads the weights and hands them on.
+    the linear layers inside the blocks are quantised; other parameters get bfloat16, or float32 where that is
+    faster. `shapes_only`: it stays on the meta device; another process reads the weights and hands them on.
     """
     with torch.device("meta"):
         network = build()
@@ -206,8 +206,8 @@ def load(
     kept = re.compile(getattr(network, "float32", "$^"))
     if dtype == torch.int8:
         use_int8(network.blocks)
-        native = torch.cuda.is_available() or has_bfloat16(torch.device("cpu"))
-        dtype = torch.bfloat16 if native else torch.float32
+        fast = torch.cuda.is_available() or fast_bfloat16(torch.device("cpu"))
+        dtype = torch.bfloat16 if fast else torch.float32
     for name in own:
         path_to, _, leaf = name.rpartition(".")
         module, kind = network.get_submodule(path_to), torch.float32 if kept.search(name) else dtype

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core.config import UserError
-from core.parallel import has_bfloat16
+from core.parallel import fast_bfloat16
 from tools import bench
 
 pytest.importorskip("diffusers", reason="the reference needs requirements-dev.txt")
@@ -19,7 +19,7 @@ def test_every_part_gives_rows_with_ratios(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *_, **__: compiled.append(module))
     bench.main(bench.Config(preset="small", repeats=1, out=str(tmp_path / "b.json")))
     rows = json.loads((tmp_path / "b.json").read_text())
-    native = "bfloat16" if has_bfloat16(torch.device("cpu")) else "float32"
+    native = "bfloat16" if fast_bfloat16(torch.device("cpu")) else "float32"
     paired = [row for row in rows if row["unit"] == "s" and row["reference"]]
     assert {(r["name"], r["dtype"], r["compiled"]) for r in paired} == {
         *((f"DiT forward{fused}", dtype, compiled) for fused in ("", ", reference fused")
@@ -36,7 +36,7 @@ def test_every_part_gives_rows_with_ratios(tmp_path, capsys, monkeypatch):
     assert all(row["share_of_limit"] > 0 for row in paired if row["name"].startswith("DiT"))
     assert by_name["VAE decode"]["shape"] == by_name["VAE encode"]["shape"] == "5 frames of 32x32"
     assert {row["unit"] for row in rows} <= {"s", "GiB"} and all(row["reference"] > 0 for row in rows)
-    most = 1.5 if has_bfloat16(torch.device("cpu")) else math.inf  # emulated products have no one rate
+    most = 1.5 if fast_bfloat16(torch.device("cpu")) else math.inf  # elsewhere its products have no one rate
     assert all(row["share_of_limit"] < most for row in paired if row["name"].startswith("DiT"))
     assert all("python -m tools.bench --preset small" in row["command"] for row in rows)
     assert capsys.readouterr().out == (tmp_path / "b.md").read_text()

@@ -9,7 +9,7 @@ from torch import nn
 
 from core import memory
 from core.memory import Int8Linear, Offload, offload, use_int8
-from core.parallel import has_bfloat16
+from core.parallel import fast_bfloat16
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
 
@@ -47,7 +47,7 @@ def test_a_network_read_in_8_bits_is_smaller_and_nearly_the_same(tmp_path):
     short = VideoDiT.from_pretrained(tmp_path / "g.safetensors", "SlowGenerator", torch.int8)
     linears = [m for m in short.blocks.modules() if isinstance(m, nn.Linear | Int8Linear)]
     assert len(linears) == 30 and all(isinstance(m, Int8Linear) for m in linears)
-    other = torch.bfloat16 if has_bfloat16(torch.device("cpu")) else torch.float32  # not what would be emulated
+    other = torch.bfloat16 if fast_bfloat16(torch.device("cpu")) else torch.float32  # the faster
     assert short.head.head.weight.dtype == other and short.blocks[0].norm3.weight.dtype == torch.float32
 
     def size(network):

@@ -1,11 +1,13 @@
 """Many devices: shares of a batch, recomputed activations, sequences split among processes, nodes."""
 
 import re
+import timeit
 from contextlib import nullcontext
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -193,6 +195,27 @@ def test_processes_that_take_turns_decode_what_one_does(two, processes):
     """To the bit, though each hands on what its layers remember while the next is at work already."""
     job = two(RELAY, processes)
     assert job.returncode == 0 and job.stdout.count("all agree") == processes, job.stderr[-3000:]
+
+
+def test_auto_takes_the_type_in_which_this_machine_is_faster(monkeypatch):
+    cpu = torch.device("cpu")
+    taken = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.ones(1024, 256, dtype=dtype)
+        taken[dtype] = min(timeit.repeat(partial(F.linear, x, x), number=4, repeat=9))
+    ratio = taken[torch.bfloat16] / taken[torch.float32]
+    parallel.fast_bfloat16.cache_clear()
+    fast = parallel.fast_bfloat16(cpu)
+    assert fast == (ratio < 1) or 0.7 < ratio < 1.4  # too near to tell
+    for dtype, wanted in (("auto", fast), ("bfloat16", True), ("float32", False)):
+        with parallel.autocast(cpu, dtype):
+            x = torch.ones(2, 2)
+            assert (x @ x).dtype == (torch.bfloat16 if wanted else torch.float32)
+    assert parallel.fast_bfloat16(torch.device("cuda"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    parallel.fast_bfloat16.cache_clear()
+    assert not parallel.fast_bfloat16(cpu)
+    parallel.fast_bfloat16.cache_clear()
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

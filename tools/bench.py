@@ -53,8 +53,8 @@ def pairs(ours: Callable, theirs: Callable, repeats: int, device: torch.device) 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The FLOP per second of one large matrix product: the most that this machine gives."""
-    native = dtype != torch.bfloat16 or parallel.has_bfloat16(device)  # emulation is slow at any size
-    n = 8192 if device.type == "cuda" else 2048 if native else 512
+    slow = dtype == torch.bfloat16 and not parallel.fast_bfloat16(device)  # at any size
+    n = 8192 if device.type == "cuda" else 512 if slow else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
 
@@ -219,7 +219,7 @@ def bench_steps(cfg: Config, device: torch.device) -> Iterator[dict]:
     config, grid, _ = SHAPES[cfg.preset]
     config = replace(config, layers=min(config.layers, 4))  # with all of wan5b's, three networks would be too large
     grid = (8, 32, 32) if cfg.preset == "wide" else grid
-    tokens, dtype = math.prod(grid) // 4, torch.bfloat16 if parallel.has_bfloat16(device) else torch.float32
+    tokens, dtype = math.prod(grid) // 4, torch.bfloat16 if parallel.fast_bfloat16(device) else torch.float32
     about = (f"{config.layers} blocks of {config.dim}, {tokens} tokens", str(dtype).removeprefix("torch."), True)
     torch.manual_seed(0)
     judge = ClassifierConfig(config.dim, config.text_dim, tuple(range(config.layers))[-3:], channels=config.channels)

@@ -50,7 +50,7 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.95  # decay of the averaged adapter: the one exported, and the target of the consistency loss
     shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of data order and noise
     log_every: int = 20  # steps

@@ -81,7 +81,7 @@ class Config:
     shift: float = flow.SLOW["tiny"].shift  # warp of the slow sampler's noise levels towards noise
     guidance: float = 1.0  # of the slow sampler, by the prompt; 1 switches it off and halves the work
     batch: int = 32  # videos sampled at once
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of the noise that sampling starts from
 

@@ -56,7 +56,7 @@ class Config:
     shift: float = 2.5  # warp of training noise levels towards noise
     pure_noise: float = 1.0  # share of videos at noise level 1, where the prompt counts most; falls linearly to none
     drop_text: float = 0.1  # share of empty captions, for guidance
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is bfloat16 unless emulated
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of weights, data order and noise
     log_every: int = 20  # steps
