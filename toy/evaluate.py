@@ -342,7 +342,7 @@ def main(cfg: Config) -> None:
     shown = over_seeds(rows) if cfg.ablation else rows
     print(table(shown))
     about = provenance("-m toy.evaluate", cfg, procs.device)
-    write_text(out, json.dumps([about | row for row in rows], indent=1))
+    write_text(out, json.dumps([row | about | row for row in rows], indent=1))
     write_text(out.with_suffix(".md"), markdown(shown))
     if any(video is None for video in videos):
         print(f"{out.with_suffix('.png')}: not written; it needs videos that an earlier call made")
