@@ -19,14 +19,14 @@ def test_every_part_gives_rows_with_ratios(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *_, **__: compiled.append(module))
     bench.main(bench.Config(preset="small", repeats=1, out=str(tmp_path / "b.json")))
     rows = json.loads((tmp_path / "b.json").read_text())
-    native = "bfloat16" if fast_bfloat16(torch.device("cpu")) else "float32"
+    faster = "bfloat16" if fast_bfloat16(torch.device("cpu")) else "float32"
     paired = [row for row in rows if row["unit"] == "s" and row["reference"]]
     assert {(r["name"], r["dtype"], r["compiled"]) for r in paired} == {
         *((f"DiT forward{fused}", dtype, compiled) for fused in ("", ", reference fused")
           for dtype in ("float32", "bfloat16") for compiled in (False, True)),
         ("4 steps with adapter", "bfloat16", True),
         *((f"VAE {way}", "bfloat16", False) for way in ("decode", "encode")),
-        *((f"step of stage {n}, reference not compiled", native, True) for n in (1, 2, 3)),
+        *((f"step of stage {n}, reference not compiled", faster, True) for n in (1, 2, 3)),
     }  # fmt: skip
     # Both transformers, of two blocks each, in both types; then what stage 3 has of them.
     assert len(compiled) == 2 * 2 * 2 + 4 * 2

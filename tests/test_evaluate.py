@@ -229,6 +229,7 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
             low, high = row[f"{key}_range"]
             assert row[key] == pytest.approx((low + high) / 2, abs=1e-4)
         assert row["mask_iou_range"][0] < row["mask_iou_range"][1]
+    assert len({row["fvd"] for row in rows}) == len(rows)  # each its own adapter and steps
     assert f"({rows[3]['fvd_range'][0]} to " in Path("rows.md").read_text()
     sheet = iio.imread("rows.png")
     assert sheet.shape[0] % ((2 + 3 + 10) * 98 + 12) == 0

@@ -341,7 +341,7 @@ def main(cfg: Config) -> None:
 
     shown = over_seeds(rows) if cfg.ablation else rows
     print(table(shown))
-    about = provenance("-m toy.evaluate", cfg, procs.device)
+    about = provenance("-m toy.evaluate", cfg, procs.device)  # an earlier call's rows keep their own machine
     write_text(out, json.dumps([row | about | row for row in rows], indent=1))
     write_text(out.with_suffix(".md"), markdown(shown))
     if any(video is None for video in videos):
