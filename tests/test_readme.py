@@ -18,7 +18,7 @@ from core import tables
 from core.config import parse_config
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
-from toy.evaluate import VARIANTS
+from toy.evaluate import VARIANTS, over_seeds
 
 PAGES = ("README.md", "docs/RESULTS.md", "docs/SPEED.md", "docs/WAN.md", "docs/SCALE.md", "docs/FORMATS.md",
          "docs/PICTURES.md", "checkpoints/tiny/README.md", "checkpoints/pictures/README.md")  # fmt: skip
@@ -303,6 +303,38 @@ def test_ablation_table_is_the_committed_one_and_says_what_the_page_says():
             assert low < at[4][full][f"{score}_range"][1] and high > at[4][full][f"{score}_range"][0], (part, score)
         ranges = [at[4][name][f"{score}_range"] for name in (no_video, no_gan)]
         assert max(low for low, _ in ranges) < min(high for _, high in ranges), score
+
+
+def test_the_ablation_of_the_pictures_is_the_committed_one_and_says_what_the_page_says():
+    runs = results("pictures-ablation")
+    rows, page = over_seeds(runs), text("docs/PICTURES.md")
+    assert tables.markdown([row for row in rows if row["steps"] >= 4]) in page
+    assert tables.markdown(rows) == (ROOT / "results/pictures-ablation.md").read_text().strip()
+    assert len({(row["command"], row["networks"]) for row in runs}) == 1 and all(row["videos"] >= 64 for row in rows)
+    at = {n: {row["name"]: row for row in rows if row["steps"] == n} for n in (4, 2, 1)}
+    full, no_gan = at[4]["FlashMotion: hybrid, decaying scale"], at[4]["hybrid without GAN loss"]
+    no_diffusion, as_is = at[4]["hybrid without diffusion loss"], at[4]["FastGenerator + SlowAdapter"]
+    assert full["seeds"] == no_gan["seeds"] == no_diffusion["seeds"] == 3
+    assert no_diffusion["mask_iou_range"][1] < full["mask_iou_range"][0] - 0.05  # all outside the range of seeds
+    assert no_diffusion["box_iou_range"][1] < full["box_iou_range"][0] - 0.03
+    assert no_gan["sharpness_range"][1] < full["sharpness_range"][0] / 2
+    assert no_gan["fvd_range"][0] > 3 * full["fvd_range"][1]
+    assert as_is["mask_iou"] < full["mask_iou_range"][0] - 0.03 and as_is["fvd"] > 4 * full["fvd_range"][1]
+    for part in ("semantic", "trajectory", "video"):  # no better than the full discriminator
+        without = at[4][f"discriminator without {part} attention"]
+        assert without["mask_iou_range"][0] <= full["mask_iou_range"][1], part
+        assert without["fvd_range"][1] >= full["fvd_range"][0], part
+    no_video = at[4]["discriminator without video attention"]
+    assert no_video["sharpness"] < full["sharpness_range"][0] / 2 and no_video["fvd"] > 2.9 * full["fvd"]
+    assert min(at[4].values(), key=lambda row: row["fvd"]) is full
+    said = prose("docs/PICTURES.md")
+    assert f"mask IoU falls from {full['mask_iou']:.2f} to {no_diffusion['mask_iou']:.2f}" in said
+    assert f"sharpness falls from {full['sharpness']:.2f} to {no_gan['sharpness']:.2f}" in said
+    assert f"the distance grows from {full['fvd']:.2f} to {no_gan['fvd']:.2f}" in said
+    assert f"mask IoU {as_is['mask_iou']:.2f}, distance {as_is['fvd']:.2f}" in said
+    few = [[at[n][name]["fvd"] for n in (2, 1)] for name in (as_is["name"], full["name"])]
+    assert "({:.2f} and {:.2f}; the full method {:.2f} and {:.2f})".format(*few[0], *few[1]) in said
+    assert all(at[n][as_is["name"]] == min(at[n].values(), key=lambda row: row["fvd"]) for n in (2, 1))
 
 
 def test_the_baselines_are_the_committed_ones_and_the_page_says_what_they_show():
