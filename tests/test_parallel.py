@@ -204,7 +204,6 @@ def test_auto_takes_the_type_in_which_this_machine_is_faster(monkeypatch):
         x = torch.ones(1024, 256, dtype=dtype)
         taken[dtype] = min(timeit.repeat(partial(F.linear, x, x), number=4, repeat=9))
     ratio = taken[torch.bfloat16] / taken[torch.float32]
-    parallel.fast_bfloat16.cache_clear()
     fast = parallel.fast_bfloat16(cpu)
     assert fast == (ratio < 1) or 0.7 < ratio < 1.4  # too near to tell
     for dtype, wanted in (("auto", fast), ("bfloat16", True), ("float32", False)):
@@ -212,10 +211,10 @@ def test_auto_takes_the_type_in_which_this_machine_is_faster(monkeypatch):
             x = torch.ones(2, 2)
             assert (x @ x).dtype == (torch.bfloat16 if wanted else torch.float32)
     assert parallel.fast_bfloat16(torch.device("cuda"))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
-    parallel.fast_bfloat16.cache_clear()
-    assert not parallel.fast_bfloat16(cpu)
-    parallel.fast_bfloat16.cache_clear()
+    intel, amd = {"avx512_bf16": True, "cpu_name": "Intel Xeon"}, {"avx512_bf16": True, "cpu_name": "AMD EPYC 9R14"}
+    for can, wanted in ((amd, True), (intel, False), (intel | {"amx_bf16": True}, True), ({"avx512_f": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: can)
+        assert parallel.fast_bfloat16(cpu) == wanted
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

@@ -5,6 +5,7 @@ or as under torchrun: with the same variables in its environment.
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -31,6 +32,7 @@ def work(script: str, flags: list[str], folder: str, environment: dict[str, str]
     for number, name in ((1, "out"), (2, "err")):
         with open(f"{output}.{name}", "w") as file:
             os.dup2(file.fileno(), number)
+    faulthandler.enable(2)  # a crash says where
     os.chdir(folder)
     os.environ.update(environment)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
