@@ -46,7 +46,7 @@ class Config:
     steps: int = 600  # of training; the adapter learns in every `ratio`-th
     ratio: int = 5  # discriminator updates for one of the adapter
     diffusion_first: int = 300  # steps of the diffusion loss alone, before the discriminator begins
-    adapter_start: int = 60  # steps after those in which the discriminator alone learns: it has nothing to say yet
+    adapter_start: int = 60  # steps after those in which the discriminator learns alone: at first it has nothing to say
     denoising_steps: int = flow.FAST["tiny"].steps  # of the generator
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss

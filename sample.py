@@ -234,7 +234,11 @@ def read_inputs(job: Config, codec: Codec) -> tuple[Tensor, Trajectory]:
     pixels = load_image(job.image)
     size = codec.check_size(job.size, job.frames, pixels.shape[:2])
     image = fit_frames(pixels[None], size)[None] / 127.5 - 1
-    return image, load_trajectory(job.traj, size, job.frames, pixels.shape[:2])
+    trajectory = load_trajectory(job.traj, size, job.frames, pixels.shape[:2])
+    if codec.places and len(trajectory.names) > 3:
+        says = f"{job.traj}: holds {len(trajectory.names)} objects, and preset {job.preset} tells only three apart;"
+        print(says, "draw three at most, or some may take another's place", file=sys.stderr)
+    return image, trajectory
 
 
 def frozen_dtype(cfg: Config) -> torch.dtype:
@@ -245,11 +249,12 @@ def load(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tup
     """Generator and adapter, ready to work. UserError if they don't fit the preset or one another."""
     name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg)
     generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype, cfg.lora)
+    mend = "give the --preset that it was trained with, or another file"
     if generator.config != PRESETS[cfg.preset]:
-        raise UserError(f"{files[0]}: is no network of preset {cfg.preset}")
+        raise UserError(f"{files[0]}: is no network of preset {cfg.preset}; {mend}")
     adapter = read_adapter(files[1], f"{name}Adapter", dtype)
     if not fits(adapter, generator):
-        raise UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}")
+        raise UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}; {mend}")
     for network in (generator, adapter):
         parallel.split_sequence(network, procs.group)
         for block in network.blocks if cfg.compile else ():

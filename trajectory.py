@@ -207,24 +207,10 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
         return _load_maps(path, image_size, num_frames, check)
 
-    check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; is this a boxes.json?")
-    try:
-        top = json.loads(path.read_bytes(), object_pairs_hook=partial(_once, check))
-    except json.JSONDecodeError as error:
-        check(False, f"line {error.lineno}", f"not valid JSON ({error.msg}); correct this line")
-    except (ValueError, RecursionError, OSError):  # not text, numbers or nesting beyond reason, unreadable
-        check(False, "", "can't be read as JSON; give a boxes.json, a map video or a folder of PNG maps")
-    taken = "boxes.json is an object; point tracks are .npy, .npz, .txt, .pt or .pth, for python -m tools.convert"
-    check(not isinstance(top, list), "", f"holds a list, of spline points perhaps, which is not read; {taken}")
-    _check_fields(check, "", top, TOP_FIELDS)
-    for name in ("num_frames", "width", "height"):
-        whole = _whole(top.get(name, 1), 1, MOST_SIDE)
-        check(whole, name, f"{_show(top.get(name))} is not a whole number from 1 to {MOST_SIDE}; correct it")
+    top = read_top(path)
     asked = top.get("num_frames", num_frames)
     mend = f"change it or pass --frames {asked}"
     check(asked == num_frames, "", f"num_frames is {asked} but the video has {num_frames} frames; {mend}")
-    lone = "width" if "width" in top else "height"
-    check(("width" in top) == ("height" in top), lone, "given alone; give both width and height, or neither")
     size = (top["height"], top["width"]) if "width" in top else tuple(source_size or image_size)
     objects = top.get("objects")
     fine = isinstance(objects, list) and 1 <= len(objects) <= MOST_OBJECTS
@@ -276,6 +262,30 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
 Check = Callable[[bool, str, str], None]  # (fine, field, problem and mend), raises for the file at hand
 
 
+def read_top(path: Path) -> dict:
+    """The fields at the top of a boxes.json, checked but for its objects. UserError if they can't be used."""
+    check = partial(check_input, path)
+    check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; is this a boxes.json?")
+    tracks = "point tracks (.npy, .npz, .txt, .pt, .pth) are for python -m tools.convert"
+    try:
+        top = json.loads(path.read_bytes(), object_pairs_hook=partial(_once, check))
+    except json.JSONDecodeError as error:
+        check(path.suffix.lower() != ".txt", "", f"is no boxes.json; {tracks}")
+        check(False, f"line {error.lineno}", f"not valid JSON ({error.msg}); correct this line")
+    except (ValueError, RecursionError, OSError):  # not text, numbers or nesting beyond reason, unreadable
+        mend = "give a boxes.json, a map video or a folder of PNG maps"
+        check(False, "", f"can't be read as JSON; {mend}; {tracks}")
+    says = "holds a list, of spline points perhaps, which is not read; boxes.json is an object"
+    check(not isinstance(top, list), "", f"{says}; {tracks}")
+    _check_fields(check, "", top, TOP_FIELDS)
+    for name in ("num_frames", "width", "height"):
+        whole = _whole(top.get(name, 1), 1, MOST_SIDE)
+        check(whole, name, f"{_show(top.get(name))} is not a whole number from 1 to {MOST_SIDE}; correct it")
+    lone = "width" if "width" in top else "height"
+    check(("width" in top) == ("height" in top), lone, "given alone; give both width and height, or neither")
+    return top
+
+
 def _once(check: Check, pairs: list[tuple[str, object]]) -> dict:
     """A JSON object, none of whose names may stand in it twice: which of the two counts would be a guess."""
     record = {}
@@ -322,7 +332,7 @@ def _read_keyframes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `boxes` field -> frames [n], in order of time, and boxes [n, 4] in the source's pixels."""
     form = '{"0": [x0, y0, x1, y1], ...}'
-    check(isinstance(boxes, dict | list) and len(boxes) > 0, field, f"missing or empty; give {form}")
+    check(isinstance(boxes, dict | list) and len(boxes) > 0, field, f"missing, empty or no boxes; give {form}")
     if isinstance(boxes, list):
         mend = f"give one per frame, or keyframes {form}"
         check(len(boxes) == num_frames, field, f"a list of {len(boxes)} boxes for {num_frames} frames; {mend}")

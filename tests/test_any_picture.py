@@ -12,7 +12,7 @@ import sample
 from core.codec import best_size
 from core.config import UserError
 from core.media import MOST_VIDEO, cover
-from toy.codec import ToyCodec
+from toy.codec import PictureCodec, ToyCodec
 from trajectory import load_trajectory
 from wan.codec import WanCodec
 
@@ -94,6 +94,17 @@ def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here):
     assert np.abs(trajectory.boxes[0][0] - [x0, y0, x1, y1]).max() <= 1
     sample.main(job)
     assert iio.imread("out/sample.mp4").shape == (9, 2 * size[0], 2 * size[1], 3)
+
+
+@pytest.mark.parametrize("codec, told", [(PictureCodec(), True), (ToyCodec(), False)])
+def test_more_objects_than_the_pictures_tell_apart_are_said(codec, told, here, capsys):
+    iio.imwrite("x.png", np.full((64, 64, 3), 60, np.uint8))
+    boxes = [{"boxes": {"0": [16 * k, 4, 16 * k + 12, 20]}} for k in range(4)]
+    for count in (3, 4):
+        (here / "b.json").write_text(json.dumps({"objects": boxes[:count]}))
+        sample.read_inputs(sample.Config(image="x.png", traj="b.json"), codec)
+        note = capsys.readouterr().err
+        assert ("holds 4 objects" in note and "draw three at most" in note) == (told and count == 4)
 
 
 @pytest.mark.parametrize("size, frames, message", [

@@ -166,6 +166,25 @@ def test_the_script_takes_its_source_first(run, tmp_path):
     assert job.returncode == 2 and len(job.stderr.splitlines()) == 1 and "no.json: no such file" in job.stderr
 
 
+def test_without_a_size_maps_have_that_of_the_source(run, tmp_path):
+    truth = load_trajectory(ROOT / "examples/balloons.json", (192, 240), 9)
+    for source, to in ((ROOT / "examples/balloons.json", "maps"), ("maps", "maps.mp4"), ("maps.mp4", "back.json")):
+        job = run("tools.convert", source, "--to", to)
+        assert job.returncode == 0, job.stderr
+    assert iio.imread(tmp_path / "maps/00000.png").shape == iio.imread(tmp_path / "maps.mp4").shape[1:] == (192, 240, 3)
+    top = json.loads((tmp_path / "back.json").read_text())
+    assert (top["height"], top["width"]) == (192, 240) and len(top["objects"]) == len(truth.names)
+    np.save(tmp_path / "points.npy", POINTS)
+    boxes_json(tmp_path)
+    (tmp_path / "empty").mkdir()
+    refused = {"points.npy": "doesn't say how large its frame is; give --size", "boxes.json": "give --size",
+               "empty": "a folder without PNG files", "no.json": "no such file"}  # fmt: skip
+    for source, message in refused.items():
+        job = run("tools.convert", source, "--to", "other")
+        assert job.returncode == 2 and len(job.stderr.splitlines()) == 1, job.stderr
+        assert source in job.stderr and message in job.stderr and not (tmp_path / "other").exists()
+
+
 def test_points_and_preview_are_cut_as_the_image_is(tmp_path):
     """A wide source: the middle is kept, as sample.py keeps it."""
     track = np.full((9, 1, 2), [60.0, 20.0])

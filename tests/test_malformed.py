@@ -154,7 +154,9 @@ CASES = [
     ("sample.py", [*PNG, "--traj", "nested.json"], "nested.json: can't be read as JSON"),
     ("sample.py", [*PNG, "--traj", "digits.json"], "digits.json: can't be read as JSON"),
     ("sample.py", [*PNG, "--traj", "bomb.png"], "bomb.png: can't be read as JSON"),
-    ("convert.py", ["keyframes.json"], 'objects[0].boxes["9"]: frame 9 is beyond'),
+    ("sample.py", [*PNG, "--traj", "nul.txt"], "point tracks (.npy, .npz, .txt, .pt, .pth) are for python -m tools"),
+    ("sample.py", [*PNG, "--traj", "cut.npy"], "point tracks (.npy, .npz, .txt, .pt, .pth) are for python -m tools"),
+    ("convert.py", ["keyframes.json", "--size", "48x48"], 'objects[0].boxes["9"]: frame 9 is beyond'),
     # pictures
     ("sample.py", [*PNG, "--traj", "bomb_mask.json"], "bomb_mask.json: objects[0].mask: bomb.png is not an image"),
     ("sample.py", ["--image", "bomb.png", *JSON], "bomb.png: not a readable image (Image size (3600000000 pixels)"),
@@ -163,7 +165,7 @@ CASES = [
     ("sample.py", ["--image", "ten_hours.mp4", *JSON], "ten_hours.mp4: not a readable image"),
     ("sample.py", ["--image", "good.json", *JSON], "good.json: not a readable image"),
     ("sample.py", ["--image", ".", *JSON], ".: no such image"),
-    ("convert.py", ["good.json", "--image", "bomb.png"], "--image bomb.png: not a readable image"),
+    ("convert.py", ["good.json", "--size", "48x48", "--image", "bomb.png"], "--image bomb.png: not a readable image"),
     # maps and videos
     ("sample.py", [*PNG, "--traj", "bomb_maps"], "bomb_maps: can't be decoded (Image size (3600000000 pixels)"),
     ("sample.py", [*PNG, "--traj", "no_maps"], "no_maps: a folder without PNG files"),
@@ -190,9 +192,9 @@ CASES = [
     ("sample.py", [*PNG, *JSON, "--size=-48x48"], "--size -48x48: takes auto, or height x width"),
     ("sample.py", [*PNG, *JSON, "--seed", "-1"], "--seed -1: a whole number"),
     ("sample.py", [*PNG, *JSON, "--out", "good.png/x.mp4"], "--out good.png/x.mp4: "),
-    ("convert.py", ["good.json", "--frames", "1000000000"], "--frames 1000000000: at least 1, and"),
+    ("convert.py", ["good.json", "--size", "48x48", "--frames", "1000000000"], "--frames 1000000000: at least 1, and"),
     ("convert.py", ["good.json", "--size", "99998x99998"], "--frames 9: at least 1, and"),
-    ("convert.py", ["good.json", "--to", "checkpoints"], "--to checkpoints: exists"),
+    ("convert.py", ["good.json", "--size", "48x48", "--to", "checkpoints"], "--to checkpoints: exists"),
     ("prepare_clips.py", ["--source", "rows.csv", "--frames", "999999999"], "--size 48x48 --frames 999999999: "),
     # tables
     ("prepare_clips.py", ["--source", "none.csv"], "none.csv: not a readable CSV file"),

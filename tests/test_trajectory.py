@@ -259,6 +259,7 @@ TURNS = {"0": [0, 0, 12, 9], "2": [10, 0, 12, 9], "6": [30, 0, 32, 9], "8": [30,
 
 ERRORS = {  # name: (what boxes.json holds, the field the message must name, a part of the mend or problem)
     "not JSON": ('{"objects":\n [}', "line 2", "not valid JSON"),
+    "boxes no boxes": (one(boxes="x"), "objects[0].boxes", 'no boxes; give {"0"'),
     "not text": (b"\x89PNG\r\n\xff\xfe\x00", "boxes.json", "a map video"),
     "nested without end": ("[" * 200_000, "boxes.json", "can't be read as JSON"),
     "top level": ([1], "holds a list", "boxes.json is an object"),

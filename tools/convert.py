@@ -1,8 +1,8 @@
 """Convert trajectories: boxes.json, map videos, folders of PNG maps and point tracks, into any of the first three.
 
-    python -m tools.convert maps.mp4 --to boxes.json --size 704x1280 --frames 121
+    python -m tools.convert maps.mp4 --to boxes.json --frames 121
     python -m tools.convert boxes.json --to maps --preview out/look.mp4              # a folder of PNG maps
-    python -m tools.convert tracks.npy --to boxes.json --box 80x60 --pick 0,4,7      # points become boxes of this size
+    python -m tools.convert tracks.npy --to boxes.json --size 704x1280 --box 80x60 --pick 0,4,7  # a box around a point
 
 Point tracks are x and y in pixels for every frame: `.npy` of [T, K, 2], or of [T, K, 3] with visibility (above 0.5)
 last; `.npz` with `tracks` and optionally `visibility` [T, K]; `.pt` or `.pth` of a tensor, or of a dict with these
@@ -24,11 +24,23 @@ import torch
 
 from core.config import UserError, reason, run_script, shipped
 from core.files import output_path, write_text
-from core.media import BROKEN, MOST_VIDEO, Size, fit_nearest, read_picture, to_uint8, write_image, write_video
+from core.media import (
+    BROKEN,
+    MOST_VIDEO,
+    VIDEO_SUFFIXES,
+    Size,
+    fit_nearest,
+    read_frames,
+    read_picture,
+    to_uint8,
+    write_image,
+    write_video,
+)
 from core.weights import unpickle
-from trajectory import PALETTE, Trajectory, check_input, draw_overlay, load_trajectory, place
+from trajectory import PALETTE, Trajectory, check_input, draw_overlay, load_trajectory, place, read_top
 
 MOST_FRAMES, MOST_BYTES = 10_000, 1 << 30
+POINTS = (".npy", ".npz", ".txt", ".pt", ".pth")  # endings of point tracks
 # Arrays of point tracks by the names that CoTracker, TAPIR, TAP-Vid, SpatialTracker and others give them.
 TRACKS = ("tracks", "pred_tracks", "target_points", "trajs", "trajectories")
 VISIBLE = ("visibility", "visibilities", "pred_visibility", "visible", "visibles", "vis")
@@ -43,7 +55,7 @@ class Config:
     to: str = "out/maps.mp4"  # what to write: a .json, an .mp4 of maps, or a folder of PNG maps
     preview: str = ""  # an .mp4 that shows the trajectory over the image
     image: str = ""  # behind the preview; gray if empty
-    size: str = "48x48"  # height x width of the video, in whose pixels everything is written
+    size: str = ""  # height x width of the video, in whose pixels everything is written; the source's own if empty
     frames: int = 9  # length of the video
     source_size: str = ""  # height x width in whose pixels the points are, and boxes that don't say; size if empty
     box: str = "16x16"  # height x width of a point's box, in pixels of the video
@@ -116,6 +128,24 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return points, (shown > 0.5) & np.isfinite(points).all(-1)
 
 
+def own_size(cfg: Config) -> Size:
+    """Height and width of the frame in whose pixels the source is. UserError if nothing tells."""
+    path = Path(cfg.source)
+    check = partial(check_input, path)
+    if cfg.source_size:
+        return read_size("source_size", cfg.source_size)
+    check(path.exists(), "", "no such file; correct the path")
+    if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
+        first = next(read_frames(path, check), None)
+        check(first is not None, "", "a folder without PNG files; put one PNG map per frame in it")
+        return first.shape[:2]
+    if path.suffix in POINTS:
+        read_points(path)  # if it can't be read, that comes first
+    elif "width" in (top := read_top(path)):
+        return top["height"], top["width"]
+    raise UserError(f"{path}: doesn't say how large its frame is; give --size, height x width as in 704x1280")
+
+
 def from_points(cfg: Config, size: Size, source_size: Size) -> Trajectory:
     """A box of one size around every point, cut at the video's edge."""
     check = partial(check_input, Path(cfg.source))
@@ -161,7 +191,7 @@ def write_boxes(path: Path, trajectory: Trajectory) -> None:
 
 
 def main(cfg: Config) -> None:
-    size, out = read_size("size", cfg.size), Path(cfg.to)
+    size, out = read_size("size", cfg.size) if cfg.size else own_size(cfg), Path(cfg.to)
     source_size = read_size("source_size", cfg.source_size) if cfg.source_size else size
     if out.suffix not in (".json", ".mp4", ""):
         raise UserError(f"--to {out}: give a .json, an .mp4, or a folder")
@@ -171,10 +201,10 @@ def main(cfg: Config) -> None:
     if cfg.preview:
         output_path(cfg.preview, ".mp4", "preview")
     if ".mp4" in (out.suffix, Path(cfg.preview).suffix) and (size[0] % 2 or size[1] % 2):
-        raise UserError(f"--size {cfg.size}: an mp4 takes an even height and width")
+        raise UserError(f"--size {size[0]}x{size[1]}: an mp4 takes an even height and width")
     if not 0 < cfg.frames <= MOST_VIDEO // (size[0] * size[1]):
         raise UserError(f"--frames {cfg.frames}: at least 1, and with --size {MOST_VIDEO} pixels at most")
-    if Path(cfg.source).suffix in (".npy", ".npz", ".txt", ".pt", ".pth"):
+    if Path(cfg.source).suffix in POINTS:
         trajectory = from_points(cfg, size, source_size)
     else:
         trajectory = load_trajectory(cfg.source, size, cfg.frames, source_size)
