@@ -223,6 +223,18 @@ def test_the_tables_of_pictures_are_the_results(name):
     assert fast["seconds_per_video"] < 50 * a_step / 10
 
 
+def test_four_steps_stand_beside_fifty():
+    at = {row["name"]: row for row in results("pictures-slow") if row["objects"] == "all"}
+    slow, fast = at["SlowGenerator + SlowAdapter"], at["FastGenerator + FastAdapter"]
+    shown = [at[name] for name in ("true video", "cut out and pasted", slow["name"], fast["name"])]
+    assert tables.markdown(shown) in text("docs/PICTURES.md")
+    assert (slow["steps"], fast["steps"]) == (50, 4) and 11.5 < slow["seconds_per_video"] / fast[
+        "seconds_per_video"
+    ] < 12.5
+    assert fast["mask_iou"] > slow["mask_iou"] and fast["box_iou"] > slow["box_iou"] and fast["fvd"] < slow["fvd"]
+    assert round(100 * fast["thing_error"] / slow["thing_error"]) == 104
+
+
 def test_the_readme_is_short_and_its_table_is_the_committed_one():
     assert len((ROOT / "README.md").read_bytes()) <= 8192
     rows = {row["name"]: row for row in results("pictures") if row["objects"] == "all"}
