@@ -266,7 +266,7 @@ def read_top(path: Path) -> dict:
     """The fields at the top of a boxes.json, checked but for its objects. UserError if they can't be used."""
     check = partial(check_input, path)
     check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; is this a boxes.json?")
-    tracks = "point tracks (.npy, .npz, .txt, .pt, .pth) are for python -m tools.convert"
+    tracks = "point tracks are .npy, .npz, .txt, .pt or .pth, for python -m tools.convert"
     try:
         top = json.loads(path.read_bytes(), object_pairs_hook=partial(_once, check))
     except json.JSONDecodeError as error:

@@ -154,8 +154,8 @@ CASES = [
     ("sample.py", [*PNG, "--traj", "nested.json"], "nested.json: can't be read as JSON"),
     ("sample.py", [*PNG, "--traj", "digits.json"], "digits.json: can't be read as JSON"),
     ("sample.py", [*PNG, "--traj", "bomb.png"], "bomb.png: can't be read as JSON"),
-    ("sample.py", [*PNG, "--traj", "nul.txt"], "point tracks (.npy, .npz, .txt, .pt, .pth) are for python -m tools"),
-    ("sample.py", [*PNG, "--traj", "cut.npy"], "point tracks (.npy, .npz, .txt, .pt, .pth) are for python -m tools"),
+    ("sample.py", [*PNG, "--traj", "nul.txt"], "nul.txt: is no boxes.json; point tracks are .npy, .npz, .txt"),
+    ("sample.py", [*PNG, "--traj", "cut.npy"], "point tracks are .npy, .npz, .txt, .pt or .pth, for python -m tools"),
     ("convert.py", ["keyframes.json", "--size", "48x48"], 'objects[0].boxes["9"]: frame 9 is beyond'),
     # pictures
     ("sample.py", [*PNG, "--traj", "bomb_mask.json"], "bomb_mask.json: objects[0].mask: bomb.png is not an image"),
