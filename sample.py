@@ -44,7 +44,7 @@ from core.tables import read_table
 from core.weights import split_key
 from data import open_codec
 from model import FROZEN_DTYPE, PRESETS, VideoDiT
-from trajectory import Trajectory, draw_overlay, load_trajectory
+from trajectory import PLACES_BLUE, Trajectory, draw_overlay, load_trajectory
 from wan.codec import NEGATIVE_PROMPT
 from wan.umt5 import read_text, save_text
 
@@ -235,8 +235,8 @@ def read_inputs(job: Config, codec: Codec) -> tuple[Tensor, Trajectory]:
     size = codec.check_size(job.size, job.frames, pixels.shape[:2])
     image = fit_frames(pixels[None], size)[None] / 127.5 - 1
     trajectory = load_trajectory(job.traj, size, job.frames, pixels.shape[:2])
-    if codec.places and len(trajectory.names) > 3:
-        says = f"{job.traj}: holds {len(trajectory.names)} objects, and preset {job.preset} tells only three apart;"
+    if codec.places and (count := len(trajectory.names)) > len(PLACES_BLUE):
+        says = f"{job.traj}: holds {count} objects, and preset {job.preset} tells only three apart;"
         print(says, "draw three at most, or some may take another's place", file=sys.stderr)
     return image, trajectory
 

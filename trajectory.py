@@ -35,6 +35,8 @@ PALETTE = [
 ]  # fmt: skip
 TOP_FIELDS = ("num_frames", "width", "height", "objects")
 OBJECT_FIELDS = ("name", "mask", "color", "interpolate", "boxes", "visible")
+POINTS = (".npy", ".npz", ".txt", ".pt", ".pth")  # endings of point tracks, which tools/convert.py reads
+PLACES_BLUE = (-0.2, 0.4, 1.0)  # which object it is, in maps of places
 MOST_BYTES, MOST_SIDE = 16 << 20, 65536
 MOST_COUNTED = 1000  # maps beyond those asked for, to say how many there are
 
@@ -128,7 +130,7 @@ def paint_places(boxes: Tensor, drawn: Tensor) -> Tensor:
     )  # (B, K, T, W) and (B, K, T, H), from -0.6 to 1, for black is -1
     canvas = across.new_full((len(drawn), 3, *drawn.shape[2:]), -1.0)
     for k in range(drawn.shape[1]):
-        blue = across.new_tensor((-0.2, 0.4, 1.0)[k % 3])
+        blue = across.new_tensor(PLACES_BLUE[k % len(PLACES_BLUE)])
         colors = torch.broadcast_tensors(across[:, k, :, None], down[:, k, ..., None], blue)
         canvas = torch.where(drawn[:, k, None], torch.stack(colors, 1), canvas)
     return canvas
@@ -207,7 +209,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
         return _load_maps(path, image_size, num_frames, check)
 
-    top = read_top(path)
+    top = read_boxes_json(path)
     asked = top.get("num_frames", num_frames)
     mend = f"change it or pass --frames {asked}"
     check(asked == num_frames, "", f"num_frames is {asked} but the video has {num_frames} frames; {mend}")
@@ -262,11 +264,11 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
 Check = Callable[[bool, str, str], None]  # (fine, field, problem and mend), raises for the file at hand
 
 
-def read_top(path: Path) -> dict:
-    """The fields at the top of a boxes.json, checked but for its objects. UserError if they can't be used."""
+def read_boxes_json(path: Path) -> dict:
+    """What a boxes.json holds, checked but for its objects. UserError if it can't be used."""
     check = partial(check_input, path)
     check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; is this a boxes.json?")
-    tracks = "point tracks are .npy, .npz, .txt, .pt or .pth, for python -m tools.convert"
+    tracks = f"point tracks are {', '.join(POINTS[:-1])} or {POINTS[-1]}, for python -m tools.convert"
     try:
         top = json.loads(path.read_bytes(), object_pairs_hook=partial(_once, check))
     except json.JSONDecodeError as error:
@@ -443,7 +445,6 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check) -> T
             check(masks.any((1, 2)).all(), "frame 0", f"an object {mend}")
         maps[count - 1] = fit_nearest(frame, image_size)
         boxes.append(extents(label, len(colors)))
-    check(count > 0, "", "a folder without PNG files; put one PNG map per frame in it")
     check(count == num_frames, "", f"{count} maps but the video has {num_frames} frames; pass --frames {count}")
     given = rearrange(torch.from_numpy(maps), "t h w c -> c t h w").float() / 127.5 - 1
     names = [f"object {k}" for k in range(len(colors))]

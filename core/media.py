@@ -159,6 +159,7 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
     matrix = [] if told or height < HD or "rgb" in about or "gbr" in about else ["-vf", "scale=in_color_matrix=bt709"]
     command = ffmpeg("-v", "error", "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough", *matrix,
                      "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-")  # fmt: skip
+    pixels = None
     with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as job:
         try:
             while head := job.stdout.readline():
@@ -173,6 +174,8 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
             if job.wait():
                 errors.seek(0)
                 raise RuntimeError(reason(RuntimeError(errors.read().decode(errors="replace").strip())))
+            if pixels is None:
+                raise ValueError("holds no picture that can be decoded")
         finally:
             job.kill()  # whoever has read enough leaves the rest
 
@@ -182,6 +185,7 @@ def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator
     try:
         if path.is_dir():
             files = [file for file in path.iterdir() if file.suffix.lower() == ".png"]
+            check(len(files) > 0, "", "a folder without PNG files; put one PNG map per frame in it")
             files.sort(key=lambda file: [int(s) if s.isdigit() else s for s in re.split("([0-9]+)", file.name)])
             numbers = [int(found[-1]) for file in files if (found := re.findall("[0-9]+", file.stem))]
             if len(numbers) == len(files) and len({after - before for before, after in pairwise(numbers)}) > 1:

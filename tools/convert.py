@@ -37,10 +37,9 @@ from core.media import (
     write_video,
 )
 from core.weights import unpickle
-from trajectory import PALETTE, Trajectory, check_input, draw_overlay, load_trajectory, place, read_top
+from trajectory import PALETTE, POINTS, Trajectory, check_input, draw_overlay, load_trajectory, place, read_boxes_json
 
 MOST_FRAMES, MOST_BYTES = 10_000, 1 << 30
-POINTS = (".npy", ".npz", ".txt", ".pt", ".pth")  # endings of point tracks
 # Arrays of point tracks by the names that CoTracker, TAPIR, TAP-Vid, SpatialTracker and others give them.
 TRACKS = ("tracks", "pred_tracks", "target_points", "trajs", "trajectories")
 VISIBLE = ("visibility", "visibilities", "pred_visibility", "visible", "visibles", "vis")
@@ -128,20 +127,15 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return points, (shown > 0.5) & np.isfinite(points).all(-1)
 
 
-def own_size(cfg: Config) -> Size:
-    """Height and width of the frame in whose pixels the source is. UserError if nothing tells."""
-    path = Path(cfg.source)
+def own_size(path: Path) -> Size:
+    """Height and width of the frame in whose pixels the source is. UserError if it doesn't say."""
     check = partial(check_input, path)
-    if cfg.source_size:
-        return read_size("source_size", cfg.source_size)
     check(path.exists(), "", "no such file; correct the path")
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
-        first = next(read_frames(path, check), None)
-        check(first is not None, "", "a folder without PNG files; put one PNG map per frame in it")
-        return first.shape[:2]
+        return next(read_frames(path, check)).shape[:2]
     if path.suffix in POINTS:
         read_points(path)  # if it can't be read, that comes first
-    elif "width" in (top := read_top(path)):
+    elif "width" in (top := read_boxes_json(path)):
         return top["height"], top["width"]
     raise UserError(f"{path}: doesn't say how large its frame is; give --size, height x width as in 704x1280")
 
@@ -191,8 +185,9 @@ def write_boxes(path: Path, trajectory: Trajectory) -> None:
 
 
 def main(cfg: Config) -> None:
-    size, out = read_size("size", cfg.size) if cfg.size else own_size(cfg), Path(cfg.to)
-    source_size = read_size("source_size", cfg.source_size) if cfg.source_size else size
+    source_size, out = read_size("source_size", cfg.source_size) if cfg.source_size else None, Path(cfg.to)
+    size = read_size("size", cfg.size) if cfg.size else source_size or own_size(Path(cfg.source))
+    source_size = source_size or size
     if out.suffix not in (".json", ".mp4", ""):
         raise UserError(f"--to {out}: give a .json, an .mp4, or a folder")
     if not out.suffix and out.exists() and (out.is_file() or any(out.iterdir())):

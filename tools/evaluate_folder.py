@@ -120,7 +120,6 @@ def read_labels(path: Path, colors: np.ndarray | None = None) -> tuple[list[np.n
         colors = flat_colors(frame) if colors is None else colors
         check(len(colors) > 0, "frame 0", "shows no object; paint each in a colour of its own")
         labels.append(label_pixels(frame, colors))
-    check(len(labels) > 0, "", "holds no frames; give a PNG or video frame each")
     return labels, colors
 
 
