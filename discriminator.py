@@ -39,7 +39,7 @@ PRESETS = {
 
 
 class ClassifierBlock(nn.Module):
-    """Judges one block's features: a query goes through three attentions. At first it is a plain mean over tokens."""
+    """Judges one block's features: a query goes through three attentions."""
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()

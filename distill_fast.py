@@ -27,7 +27,7 @@ from core.runs import Run, check_counts
 from core.weights import save_network
 from data import open_codec, training_data
 from flow import Velocity
-from model import FROZEN_DTYPE, VideoDiT
+from model import PRESETS, VideoDiT, frozen_dtype
 
 EXIT_STEP = 2  # the random stream that draws where backward simulation ends
 
@@ -161,14 +161,15 @@ def main(cfg: Config) -> None:
     check_counts(cfg)
     if not 0 < cfg.judge_sigma_max <= 1:
         raise UserError(f"--judge_sigma_max {cfg.judge_sigma_max}: greater than 0, and 1 at most")
-    procs = parallel.init_processes(cfg.sequence)
+    procs = parallel.init_processes(cfg.sequence, PRESETS[cfg.preset].heads)
+    procs.share(cfg.batch, cfg.accumulate, 0)  # a batch that doesn't divide is refused before weights are read
 
     # 1. Three copies of the SlowGenerator, one after the other: rank 0 reads the weights, and hands them on.
     def copy(dtype: torch.dtype, learns: bool) -> VideoDiT:
         network = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=procs.rank > 0)
         return parallel.prepare(network.requires_grad_(learns), procs, cfg.compile, cfg.recompute, cfg.dtype)
 
-    frozen = FROZEN_DTYPE[cfg.preset]
+    frozen = frozen_dtype(cfg.preset, cfg.dtype)
     student, fake_score, real_score = copy(torch.float32, True), copy(torch.float32, True), copy(frozen, False)
     optimizers = [optim.adamw(student, cfg.weight_decay)]
     fake_optimizers = [optim.adamw(fake_score, cfg.weight_decay)]

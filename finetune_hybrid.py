@@ -3,8 +3,8 @@
     python finetune_hybrid.py                                  # preset tiny on this machine, from the shipped networks
     torchrun --nproc_per_node=8 finetune_hybrid.py
 
-The diffusion loss alone keeps to the trajectory and blurs; the adversarial loss alone is sharp and drifts. The adapter
-gets both, weighed `loss = adversarial + lambda(step) * diffusion` (paper, stage 3). The discriminator judges what all
+The diffusion loss alone keeps to the trajectory and blurs; the adversarial loss alone drifts. The adapter gets both,
+weighed `loss = gan_scale * adversarial + lambda(step) * diffusion` (paper, stage 3). The discriminator judges what all
 four steps together make. It learns at every step and the adapter at every fifth; all else is frozen. On the toy the
 diffusion loss has the first steps to itself. To resume, run the same command again.
 """
@@ -29,7 +29,7 @@ from core.weights import save_network
 from data import open_codec, training_data
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
 from flow import Velocity
-from model import FROZEN_DTYPE, VideoDiT
+from model import PRESETS, VideoDiT, frozen_dtype
 
 DIFFUSION_STEP = 3  # the random stream that draws at which of the four noise levels the diffusion loss looks
 
@@ -46,7 +46,7 @@ class Config:
     steps: int = 600  # of training; the adapter learns in every `ratio`-th
     ratio: int = 5  # discriminator updates for one of the adapter
     diffusion_first: int = 300  # steps of the diffusion loss alone, before the discriminator begins
-    adapter_start: int = 60  # steps after those in which the discriminator learns alone: at first it has nothing to say
+    adapter_start: int = 60  # further steps in which only the discriminator learns, before it teaches the adapter
     denoising_steps: int = flow.FAST["tiny"].steps  # of the generator
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss
@@ -55,7 +55,7 @@ class Config:
     semantic: bool = True  # the discriminator's attention to first frame and text
     trajectory: bool = True  # the discriminator's attention to the trajectory
     video: bool = True  # the discriminator's attention to the video
-    sparse: float = 0.15  # share of trajectories with frames blacked out
+    sparse: float = 0.15  # share of trajectories with frames blacked out; of clips, tools.prepare_clips chose them
     batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-4  # peak learning rate of the adapter
@@ -70,7 +70,7 @@ class Config:
     ema: float = 0.95  # decay of the averaged adapter, the one exported
     shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
     judge_sigma_min: float = 0.05  # least noise level at which videos are judged
-    judge_sigma_max: float = 0.5  # most
+    judge_sigma_max: float = 0.5  # greatest; levels are spread between the two
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
@@ -100,16 +100,15 @@ WAN5B = {
     "diffusion_first": 0,  # (paper)
     "adapter_start": 0,  # (paper)
     "denoising_steps": flow.FAST["wan5b"].steps,  # (paper)
-    "gan_scale": 0.01,  # (paper: its stage3.yaml)
+    "gan_scale": 0.01,  # (paper: its stage3.yaml; there the discriminator's loss too, which Adam hardly sees)
     "diffusion_scale": "decay",  # (paper: one of two readings; grow is the other)
-    "sparse": 0.15,  # (guess)
     "batch": 4,  # (paper: its 4 GPUs, one video on each)
     "lr": 2e-6,  # (paper: its stage3.yaml)
     "classifier_lr": 2e-6,  # (paper: its stage3.yaml)
     "cautious": False,  # (guess)
     "reuse_fakes": False,  # (Turbo)
     "classifier_muon": False,  # (paper: its stage3.yaml)
-    "warmup": 20,  # (guess)
+    "warmup": 20,  # (guess, as the cosine after it is)
     "momentum": 0.0,  # (paper: its stage3.yaml)
     "weight_decay": 0.01,  # (Turbo)
     "clip": 1.0,  # (guess)
@@ -190,12 +189,14 @@ def check(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     check(cfg)
-    procs = parallel.init_processes(cfg.sequence)
+    procs = parallel.init_processes(cfg.sequence, PRESETS[cfg.preset].heads)
+    procs.share(cfg.batch, cfg.accumulate, 0)  # a batch that doesn't divide is refused before weights are read
     torch.manual_seed(cfg.seed)  # the same initial classifier on every rank
 
     # 1. The frozen FastGenerator, the adapter that learns, and the discriminator: a frozen SlowGenerator and a
     # classifier on top, which learns too.
-    dtype, elsewhere = FROZEN_DTYPE[cfg.preset], procs.rank > 0  # rank 0 reads the weights, and hands them on
+    dtype = frozen_dtype(cfg.preset, cfg.dtype)
+    elsewhere = procs.rank > 0  # rank 0 reads the weights, and hands them on
     generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", dtype, shapes_only=elsewhere)
     backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", dtype, shapes_only=elsewhere)
     adapter = read_adapter(cfg.adapter, "SlowAdapter", shapes_only=elsewhere)

@@ -1,6 +1,6 @@
 """VideoDiT: the diffusion transformer of Wan2.2-TI2V, with its parameter names, in plain PyTorch.
 
-One class serves all presets: `wan5b` is Wan2.2-TI2V-5B, `tiny` and `pictures` train on a laptop. A video latent is cut
+One class serves all presets: `wan5b` is Wan2.2-TI2V-5B, `tiny` and `pictures` run on a laptop. A video latent is cut
 into patches, each a token; text enters by cross-attention; the noise level enters as a shift, scale and gate of every
 layer, one row per latent frame, because image-to-video gives frame 0 another timestep than the rest. Shapes: B batch, C
 latent channels, F latent frames, H W latent size, N = F*h*w tokens, D width, L text tokens.
@@ -8,9 +8,10 @@ latent channels, F latent frames, H W latent size, N = F*h*w tokens, D width, L 
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.attention import attend
-from core.parallel import all_tokens, heads_to_tokens, own_tokens, tokens_to_heads
+from core.config import UserError
+from core.parallel import all_tokens, heads_to_tokens, own_tokens, tokens_to_heads, true_tokens
 from core.weights import load, read_network, read_safetensors, split_key
 from wan.lora import merge
 from wan.published import read_generator
@@ -46,8 +48,12 @@ PRESETS = {
     "pictures": DiTConfig(256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, patch=(1, 1, 1), sees_first=True),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
-# Of the networks that do not learn.
 FROZEN_DTYPE = {"tiny": torch.float32, "pictures": torch.float32, "wan5b": torch.bfloat16}
+
+
+def frozen_dtype(preset: str, dtype: str) -> torch.dtype:
+    """Of the weights of networks that do not learn. The option `--dtype float32` means theirs too."""
+    return torch.float32 if dtype == "float32" else FROZEN_DTYPE[preset]
 
 
 @lru_cache(maxsize=8)
@@ -65,6 +71,14 @@ def rotary_table(frames: int, height: int, width: int, head_dim: int, device: to
     ]
     angle = torch.cat(angles, dim=1)  # (N, head_dim / 2)
     return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+class Rope(NamedTuple):
+    """Rotary tables of this process's tokens, and which of all processes' tokens attention may look at."""
+
+    cos: Tensor  # [N, head_dim / 2]
+    sin: Tensor
+    true: Tensor | None  # their places, where others were added so that several processes get equally many
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -139,17 +153,19 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = (FloatRMSNorm(dim, eps=eps) for _ in range(2))
 
-    def forward(self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, rope: Rope | None = None) -> Tensor:
         """x [B, N, dim] attends to a context [B, L, dim]; with `rope` to itself."""
         k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))
         v = self.v(context).unflatten(-1, (self.heads, -1))
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = (rotate(y, rope.cos, rope.sin) for y in (q, k))
         q, k = q.to(v.dtype), k.to(v.dtype)
         shared = self.group is not None and rope is not None  # other processes hold the rest of the video's tokens
         if shared:
             q, k, v = tokens_to_heads(torch.cat([q, k, v]), self.group).chunk(3)
+            if rope.true is not None:
+                k, v = k[:, rope.true], v[:, rope.true]
         out = attend(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
         return self.o((heads_to_tokens(out, self.group) if shared else out).flatten(-2))
 
@@ -167,7 +183,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
-    def forward(self, x: Tensor, e: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, text: Tensor, rope: Rope) -> Tensor:
         """x [B,N,D], e [B,F,6,D] float32, text [B,L,D] -> [B,N,D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).unbind(2)  # (B, F, D) each
         y = modulate(self.norm1(x), shift1, scale1).type_as(x)
@@ -240,6 +256,8 @@ class VideoDiT(nn.Module):
         path, key = split_key(path)
         own = path.suffix == ".safetensors" and "network" in read_safetensors(path)[0]
         if own:
+            if key:
+                raise UserError(f"{path}:{key}: this file holds one network; leave out :{key}")
             config, tensors = read_network(path, network, DiTConfig)
         else:
             shapes, tensors = read_generator(path, key)
@@ -248,6 +266,10 @@ class VideoDiT(nn.Module):
             tensors = merge(tensors, lora)
         return load(lambda: cls(config), tensors, path, dtype, shapes_only)
 
+    def grid(self, x: Tensor) -> tuple[int, ...]:
+        """How many tokens a latent [B,C,F,H,W] has in time, height and width."""
+        return tuple(n // p for n, p in zip(x.shape[2:], self.config.patch, strict=True))
+
     def time_features(self, t: Tensor) -> Tensor:
         """Sinusoids of the timestep, float32: [B, F] -> [B, F, freq_dim], cosines first."""
         half = self.config.freq_dim // 2
@@ -255,21 +277,22 @@ class VideoDiT(nn.Module):
         angle = t.double()[..., None] * rate
         return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
-    def embed(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def embed(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Rope]:
         """What the blocks work on: tokens [B,N,D], timestep [B,F,D] and [B,F,6,D], text [B,L,D], rotary tables.
 
         Here and in the blocks N counts this process's tokens, if several share a video.
         """
-        frames, height, width = (n // p for n, p in zip(x.shape[2:], self.config.patch, strict=True))
+        frames, height, width = self.grid(x)
         if self.config.sees_first:
             x = torch.cat([x, x[:, :, :1].expand_as(x)], dim=1)
         tables = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
-        tokens, *rope = (own_tokens(y, frames, self.group) for y in (self.patch_embedding(x), *tables))
+        tokens, *tables = (own_tokens(y, frames, self.group) for y in (self.patch_embedding(x), *tables))
+        rope = Rope(*tables, true_tokens(frames, height * width, self.group, x.device))
         with torch.autocast(x.device.type, enabled=False):  # as Wan: every layer hangs on these few rows
             e = self.time_embedding(self.time_features(t).to(self.time_embedding[0].weight.dtype))
             e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
         text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
-        return tokens, e, e6, text, tuple(rope)
+        return tokens, e, e6, text, rope
 
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, residuals: Iterable[Tensor] | None = None,
@@ -281,17 +304,17 @@ class VideoDiT(nn.Module):
         `feature_blocks`: numbers of the blocks whose outputs [B,N,D] are returned too, as a list beside the velocity.
         """
         tokens, e, e6, text, rope = self.embed(x, t, text)
+        (frames, height, width), (p, q, r) = self.grid(x), self.config.patch
+        gathered = partial(all_tokens, frames=frames, count=height * width, group=self.group)
         features, added = [], repeat(None, len(self.blocks)) if residuals is None else residuals
         for i, (block, residual) in enumerate(zip(self.blocks, added, strict=True)):
             tokens = block(tokens, e6, text, rope)
             if residual is not None:
                 tokens = tokens + residual.type_as(tokens)
             if i in feature_blocks:
-                features.append(all_tokens(tokens, e.shape[1], self.group))
-        p, q, r = self.config.patch
+                features.append(gathered(tokens))
         out = rearrange(
-            all_tokens(self.head(tokens, e.float()), e.shape[1], self.group),
-            "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
-            f=x.shape[2] // p, h=x.shape[3] // q, p=p, q=q, r=r,
+            gathered(self.head(tokens, e.float())), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
+            f=frames, h=height, p=p, q=q, r=r,
         )  # fmt: skip
         return (out, features) if feature_blocks else out

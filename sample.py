@@ -36,14 +36,14 @@ from core import memory, parallel
 from core.attention import fastest
 from core.codec import Codec
 from core.config import ROOT, UserError, flags, reason, run_script, shipped
-from core.files import output_path
-from core.media import BROKEN, fit_frames, pictures, read_picture, to_uint8, write_video
+from core.files import keep_inputs, output_path
+from core.media import BROKEN, MOST_PICTURE, fit_frames, pictures, read_picture, to_uint8, write_video
 from core.noise import sample_noise, step_noise
 from core.serve import ASKED, serve, unpack
 from core.tables import read_table
 from core.weights import split_key
 from data import open_codec
-from model import FROZEN_DTYPE, PRESETS, VideoDiT
+from model import PRESETS, VideoDiT, frozen_dtype
 from trajectory import PLACES_BLUE, Trajectory, draw_overlay, load_trajectory
 from wan.codec import NEGATIVE_PROMPT
 from wan.umt5 import read_text, save_text
@@ -76,11 +76,11 @@ class Config:
     frames: int = 9  # length of the video
     fps: int = 8  # frames a second
     scale: int = 4  # enlarge the written video so many times
-    memory: Literal["high", "medium", "low"] = "high"  # of a GPU that is to do: above 24 GB, 24, or 12; see docs/WAN.md
+    memory: Literal["high", "medium", "low"] = "high"  # for a GPU of more than 24 GB, of 24, or of 12; see docs/WAN.md
     decoder: str = ""  # preset wan5b: file of the small decoder taew2_2, fast and a little softer, instead of the VAE's
-    tile: int = 0  # decode the video in squares of so many latent positions; 0 is all at once, 32 with low memory
+    tile: int = 0  # preset wan5b: decode in squares of so many latent positions; 0 is all at once, 32 with low memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
-    compile: bool = torch.cuda.is_available()  # torch.compile each block: a minute at first, then faster; so on a GPU
+    compile: bool = torch.cuda.is_available()  # torch.compile each block: takes a minute, then is faster; on for GPUs
     serve: bool = False  # draw, generate and watch in a page on 127.0.0.1 instead
     port: int = 7860  # of that page; 0 is any that is free
 
@@ -119,7 +119,8 @@ def load_image(path: str) -> np.ndarray:
             print(f"{path}: holds {count} pictures; the first is taken", file=sys.stderr)
         return read_picture(path)
     except BROKEN as error:
-        raise UserError(f"{path}: not a readable image ({reason(error)}); give a PNG or JPEG") from None
+        mend = f"give a PNG or JPEG of at most {MOST_PICTURE // 10**6} million pixels"
+        raise UserError(f"{path}: not a readable image ({reason(error)}); {mend}") from None
 
 
 def check(cfg: Config) -> None:
@@ -143,6 +144,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"--decoder {cfg.decoder}: preset {cfg.preset} has one of its own; leave it out")
     if cfg.tile < 0 or cfg.tile == 1:
         raise UserError(f"--tile {cfg.tile}: at least 2, or 0 for no tiles")
+    if cfg.tile and cfg.preset != "wan5b":
+        raise UserError(f"--tile {cfg.tile}: preset {cfg.preset} decodes whole; leave it out")
 
 
 def find_networks(cfg: Config) -> tuple[str, Path]:
@@ -168,6 +171,8 @@ def find_networks(cfg: Config) -> tuple[str, Path]:
     for path in (split_key(generator)[0], adapter):
         if not path.exists():
             raise UserError(f"{path}: no such file; {mend}")
+    if adapter.is_dir():
+        raise UserError(f"--adapter {adapter}: is a folder; give the file in it")
     return generator, adapter
 
 
@@ -195,12 +200,14 @@ def read_jobs(path: Path) -> list[dict]:
         values["out"] = values.get("out") or f"{path.stem}_{number:05d}.mp4"
         if not values.get("seed"):
             values.pop("seed", None)
-        elif values["seed"].isdecimal():
-            values["seed"] = int(values["seed"])
+        elif re.fullmatch(r"\d+(\.0*)?", values["seed"]):  # 3.0: as a table has it whose column has gaps
+            values["seed"] = int(values["seed"].split(".")[0])
         jobs.append(values | {name: os.path.normpath(path.parent / values[name]) for name in PATHS if values[name]})
     written = [path for job in jobs for path in (job["out"], str(overlay_path(job["out"])))]
     if len(set(written)) < len(written):
         raise UserError(f"{path}: two rows write the same file; give each another in the column out")
+    if lost := sorted({job.get(name) for job in jobs for name in ("image", "traj")} & set(written)):
+        raise UserError(f"{path}: {lost[0]} is read by one row and written by another; change the column out")
     return jobs
 
 
@@ -229,10 +236,10 @@ def read_inputs(job: Config, codec: Codec) -> tuple[Tensor, Trajectory]:
     for name in ("image", "traj"):
         if not getattr(job, name):
             raise UserError(f"--{name}: empty; name a file")
-    output_path(job.out, ".mp4")
-    output_path(str(overlay_path(job.out)), ".mp4")
+    for written in (output_path(job.out, ".mp4"), output_path(str(overlay_path(job.out)), ".mp4")):
+        keep_inputs(written, "out", image=job.image, traj=job.traj)
     pixels = load_image(job.image)
-    size = codec.check_size(job.size, job.frames, pixels.shape[:2])
+    size = codec.check_size(job.size, job.frames, pixels.shape[:2], job.scale)
     image = fit_frames(pixels[None], size)[None] / 127.5 - 1
     trajectory = load_trajectory(job.traj, size, job.frames, pixels.shape[:2])
     if codec.places and (count := len(trajectory.names)) > len(PLACES_BLUE):
@@ -241,13 +248,9 @@ def read_inputs(job: Config, codec: Codec) -> tuple[Tensor, Trajectory]:
     return image, trajectory
 
 
-def frozen_dtype(cfg: Config) -> torch.dtype:
-    return torch.float32 if cfg.dtype == "float32" else FROZEN_DTYPE[cfg.preset]
-
-
 def load(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:
     """Generator and adapter, ready to work. UserError if they don't fit the preset or one another."""
-    name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg)
+    name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg.preset, cfg.dtype)
     generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype, cfg.lora)
     mend = "give the --preset that it was trained with, or another file"
     if generator.config != PRESETS[cfg.preset]:
@@ -366,24 +369,28 @@ def serve_page(cfg: Config, codec: Codec, procs: parallel.Processes) -> None:
 
 def main(cfg: Config) -> None:
     check(cfg)
-    procs = parallel.init_processes(sequence=1 if cfg.batch else 0)  # a video for each, or one for all
+    sequence = 1 if cfg.batch else 0  # a video for each process, or one for all
+    procs = parallel.init_processes(sequence, PRESETS[cfg.preset].heads)
     device, team = procs.device, replace(procs, rank=0, world=1, mesh=None) if cfg.batch else procs  # who share a video
     if cfg.compile:
         parallel.start_compiler(device)
     tile, offload = cfg.tile or (32 if cfg.memory == "low" else 0), cfg.memory != "high" and device.type == "cuda"
     codec = open_codec(
-        cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg), tile=tile, offload=offload, decoder=cfg.decoder,
-        compile=cfg.compile,
+        cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg.preset, cfg.dtype), tile=tile, offload=offload,
+        decoder=cfg.decoder, compile=cfg.compile,
     )  # fmt: skip
     codec.check_size(cfg.size, cfg.frames)
     if cfg.serve:
         return serve_page(cfg, codec, procs)
     clock, failed = memory.Clock(device), []
     jobs = [replace(cfg, **row) for row in (read_jobs(Path(cfg.batch)) if cfg.batch else [{}])]
-    left = [job for job in jobs if not os.path.exists(job.out)] if cfg.batch else jobs
-    if procs.rank == 0 and (done := len(jobs) - len(left)):
-        print(f"{done} of {len(jobs)} videos stand already, and are not made again; to make one anew, delete it")
-    left = left[procs.rank :: procs.world] if cfg.batch else left
+    left = jobs
+    if cfg.batch:  # rank 0 looks for all: another might look when the first new ones stand already
+        stand = set(procs.gather([job.out for job in jobs if procs.rank == 0 and os.path.exists(job.out)]))
+        if procs.rank == 0 and stand:
+            says = f"{len(stand)} of {len(jobs)} videos stand already, and are not made again"
+            print(f"{says}; to make one anew, delete it")
+        left = [job for job in jobs if job.out not in stand][procs.rank :: procs.world]
     with clock("read inputs"):
         files = find_networks(cfg)
         early = None if cfg.batch else read_inputs(cfg, codec)  # before anything large is read

@@ -27,7 +27,7 @@ from core.parallel import Recompute
 from core.runs import Run, check_counts
 from core.weights import save_network
 from data import open_codec, training_data
-from model import FROZEN_DTYPE, VideoDiT
+from model import PRESETS, VideoDiT, frozen_dtype
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Config:
     init: str = ""  # a SlowAdapter to go on from, such as stage 0's guide; random weights if empty
     steps: int = 2400  # optimizer steps in all
     mask_steps: int = 480  # first steps with dense masks; boxes from then on
-    sparse: float = 0.15  # share of trajectories with frames blacked out, once boxes have begun
+    sparse: float = 0.15  # share of boxes with frames blacked out; of clips, tools.prepare_clips chose them
     batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-3  # peak learning rate
@@ -71,12 +71,11 @@ WAN5B = {
     "generator": "Wan2.2-TI2V-5B",
     "steps": 10000,  # (paper)
     "mask_steps": 4600,  # (paper)
-    "sparse": 0.15,  # (guess)
     "batch": 16,  # (paper: its 16 GPUs, one video on each)
     "lr": 1e-4,  # (guess)
     "muon": False,  # (guess)
     "copied_rate": 0.1,  # (guess)
-    "warmup": 200,  # (guess)
+    "warmup": 200,  # (guess, as the cosine after it is)
     "weight_decay": 0.01,  # (guess)
     "clip": 1.0,  # (guess)
     "ema": 0.999,  # (guess)
@@ -100,11 +99,13 @@ def trajectory_kind(step: int, mask_steps: int, sparse: float) -> tuple[Literal[
 
 def main(cfg: Config) -> None:
     check_counts(cfg)
-    procs = parallel.init_processes(cfg.sequence)
+    procs = parallel.init_processes(cfg.sequence, PRESETS[cfg.preset].heads)
+    procs.share(cfg.batch, cfg.accumulate, 0)  # a batch that doesn't divide is refused before weights are read
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
 
     # 1. The frozen generator, and the adapter that learns.
-    dtype, elsewhere = FROZEN_DTYPE[cfg.preset], procs.rank > 0  # rank 0 reads the weights, and hands them on
+    dtype = frozen_dtype(cfg.preset, cfg.dtype)
+    elsewhere = procs.rank > 0  # rank 0 reads the weights, and hands them on
     generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=elsewhere)
     generator.requires_grad_(False)
     if cfg.init:

@@ -173,8 +173,13 @@ def draw_overlay(frames: np.ndarray, trajectory: Trajectory) -> np.ndarray:
 
 
 def _pixels(boxes: np.ndarray, size: Size) -> list[list[list[int]]]:
-    """Boxes [K, T, 4] to whole pixels inside the image. NaN becomes an empty box, any other keeps a pixel or more."""
-    return np.nan_to_num(_rounded(boxes)).clip(0, (size[1], size[0], size[1], size[0])).astype(int).tolist()
+    """Boxes [K, T, 4] to whole pixels inside the image: one or more, of however little a box shows there.
+
+    NaN and what lies outside become empty boxes.
+    """
+    edges = size[1], size[0]
+    shows = ((boxes[..., :2] < edges) & (boxes[..., 2:] > 0)).all(-1, keepdims=True)  # false for NaN
+    return np.where(shows, _rounded(boxes.clip(0, edges * 2)), 0).astype(int).tolist()
 
 
 def _rounded(boxes: np.ndarray) -> np.ndarray:
@@ -216,7 +221,8 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
     size = (top["height"], top["width"]) if "width" in top else tuple(source_size or image_size)
     objects = top.get("objects")
     fine = isinstance(objects, list) and 1 <= len(objects) <= MOST_OBJECTS
-    check(fine, "objects", f"must be a list of 1 to {MOST_OBJECTS} objects; draw at least one")
+    mend = "delete some" if isinstance(objects, list) and objects else "draw at least one"
+    check(fine, "objects", f"must be a list of 1 to {MOST_OBJECTS} objects; {mend}")
 
     boxes, masks, colors, names, notes = [], [], [], [], []
     for k, item in enumerate(objects):
@@ -257,7 +263,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
             masks[-1][y0:y1, x0:x1] = True
         boxes.append(np.where(shown[:, None], track, np.nan))
     if notes:
-        print(f"{path}: boxes cross the picture's edge and are cut there: {'; '.join(notes)}", file=sys.stderr)
+        print(f"{path}: boxes cross the video's edge and are cut there: {'; '.join(notes)}", file=sys.stderr)
     return Trajectory(np.stack(boxes), np.stack(masks), np.array(colors, dtype=np.uint8), names)
 
 
@@ -272,7 +278,7 @@ def read_boxes_json(path: Path) -> dict:
     try:
         top = json.loads(path.read_bytes(), object_pairs_hook=partial(_once, check))
     except json.JSONDecodeError as error:
-        check(path.suffix.lower() != ".txt", "", f"is no boxes.json; {tracks}")
+        check(path.suffix.lower() not in (".txt", ".csv"), "", f"is no boxes.json; {tracks}")
         check(False, f"line {error.lineno}", f"not valid JSON ({error.msg}); correct this line")
     except (ValueError, RecursionError, OSError):  # not text, numbers or nesting beyond reason, unreadable
         mend = "give a boxes.json, a map video or a folder of PNG maps"
@@ -354,6 +360,9 @@ def _read_keyframes(
         mend = f"use 0 to {size[1]} for x and 0 to {size[0]} for y"
         check(fine, where, f"{_show(box)} lies outside the image; {mend}")
         keys[t] = box
+    sides = [v for box in keys.values() for v in box]
+    part = all(abs(v) <= 1 for v in sides) and any(v % 1 for v in sides) and max(size) > 1
+    check(not part, field, "all boxes lie within 1 pixel; if they are parts of the picture, multiply by its size")
     frames = sorted(keys)
     return np.array(frames), np.array([keys[t] for t in frames], dtype=float)
 

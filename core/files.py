@@ -31,6 +31,13 @@ def output_path(text: str, suffix: str, flag: str = "out") -> Path:
     return Path(text)
 
 
+def keep_inputs(out: Path, flag: str, **inputs: Path | str) -> None:
+    """UserError if writing `out`, which the flag names, would overwrite an input. `inputs`: their paths by flag."""
+    for name, path in inputs.items():
+        if path and Path(path).exists() and out.exists() and out.samefile(path):
+            raise UserError(f"--{flag}: would overwrite {path}, which --{name} reads; give another name")
+
+
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path next to `path`; renames it when all is on disk, removes it on any failure.

@@ -22,6 +22,7 @@ from core.config import reason
 from core.files import atomic
 
 Size = tuple[int, int]  # height, width in pixels
+MOST_VIDEO_SIDE = 16384  # x264 takes no more
 MOST_PICTURE, MOST_VIDEO = 1 << 26, 1 << 30  # pixels of one picture; of all frames of a video that is held in memory
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's modes of one channel of more than 8 bits
 HD = 720  # lines: players take an untagged video of so many for BT.709, and a smaller one for BT.601

@@ -1,6 +1,7 @@
 """Stateless random numbers: a key of integers gives the same numbers on any device, rank and resumed run.
 
-A key is (seed, step or turn, stream). Streams separate draws that share a seed and a step; scripts name theirs.
+A key is a seed, then a step or turn, a sample where each has its own, and a stream. Streams separate draws that share
+the rest; scripts name theirs. Zeros at a key's end don't count: (3,) and (3, 0) are the same.
 """
 
 from collections.abc import Sequence
@@ -31,4 +32,5 @@ def step_noise(steps: int, shape: Sequence[int], samples: Sequence[int], *key: i
 def sample_uniform(samples: Sequence[int], batch: int, *key: int) -> Tensor:
     """One number in [0, 1) per sample, stratified: the i-th in a batch of n falls in [i/n, (i+1)/n)."""
     u = torch.cat([torch.rand(1, generator=rng(*key, sample, LEVEL)) for sample in samples])
-    return (torch.tensor([sample % batch for sample in samples]) + u) / batch
+    u = (torch.tensor([sample % batch for sample in samples]) + u) / batch
+    return u.clamp(max=1 - 2**-24)  # in float32 the sum can round up to `batch`

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -88,14 +89,19 @@ class Processes:
             store.set(what, "done") if self.rank == 0 else store.wait([what], PATIENCE)
 
 
-def init_processes(sequence: int = 1) -> Processes:
-    """Start torchrun's processes: nccl on GPUs, gloo on CPUs. `sequence`: how many ranks share a video; 0 for all."""
+def init_processes(sequence: int = 1, heads: int = 0) -> Processes:
+    """Start torchrun's processes: nccl on GPUs, gloo on CPUs. `sequence`: how many ranks share a video; 0 for all.
+
+    `heads`: of attention, which must divide among those.
+    """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # so that float32 means float32 on GPUs too
     world = int(os.environ.get("WORLD_SIZE", 1))
     sequence = sequence or world
     if sequence < 0 or world % sequence:
         raise UserError(f"--sequence {sequence}: must divide the number of processes, {world}")
+    if heads % sequence:
+        raise UserError(f"{heads} attention heads do not divide among {sequence} processes; start fewer")
     if "RANK" not in os.environ:
         return Processes(0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind), None)
     rank, local, local_world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
@@ -240,27 +246,35 @@ def split_sequence(model: nn.Module, group: dist.ProcessGroup | None) -> None:
 
 
 def own_tokens(x: Tensor, frames: int, group: dist.ProcessGroup | None) -> Tensor:
-    """This process's part of every frame's tokens: [..., F*n, D] -> [..., F*n/P, D]."""
+    """This process's part of every frame's tokens: [..., F*n, D] -> [..., F*n/P, D].
+
+    Where the n tokens of a frame don't divide among the P processes, zeros are added to them.
+    """
     if group is None:
         return x
     by_frame = x.unflatten(-2, (frames, -1))
-    if (count := by_frame.shape[-2]) % group.size():
-        raise UserError(f"{count} tokens a frame do not divide among {group.size()} processes; start fewer")
+    by_frame = F.pad(by_frame, (0, 0, 0, -by_frame.shape[-2] % group.size()))
     return by_frame.chunk(group.size(), dim=-2)[group.rank()].flatten(-3, -2)
 
 
-def all_tokens(x: Tensor, frames: int, group: dist.ProcessGroup | None) -> Tensor:
-    """The inverse of `own_tokens`: [B, F*n/P, D] -> [B, F*n, D]."""
+def all_tokens(x: Tensor, frames: int, count: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The inverse of `own_tokens`: [B, F*n/P, D] -> [B, F*n, D], `count` being n, without what was added."""
     if group is None:
         return x
     parts = collectives.all_gather_single_autograd(x.contiguous(), 0, group)
-    return rearrange(parts, "(p b) (f n) d -> b (f p n) d", p=group.size(), f=frames)
+    return rearrange(parts, "(p b) (f n) d -> b f (p n) d", p=group.size(), f=frames)[:, :, :count].flatten(1, 2)
+
+
+def true_tokens(frames: int, count: int, group: dist.ProcessGroup | None, device: torch.device) -> Tensor | None:
+    """The places, among all that `tokens_to_heads` returns, of tokens that `own_tokens` hasn't added. None: all are."""
+    if group is None or count % group.size() == 0:
+        return None
+    places = torch.arange(count + -count % group.size()).view(group.size(), 1, -1)  # in a frame, by process
+    return (places < count).expand(-1, frames, -1).flatten().nonzero()[:, 0].to(device)
 
 
 def tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """From this process's tokens of all heads to all tokens of its heads: [B, n, heads, d] -> [B, P*n, heads/P, d]."""
-    if x.shape[2] % group.size():
-        raise UserError(f"{x.shape[2]} attention heads do not divide among {group.size()} processes; start fewer")
     return exchange(x, "b n (p h) d", "b (p n) h d", group)  # in another order, which attention doesn't see
 
 

@@ -36,7 +36,7 @@ Part = tuple[nn.Module, Sequence, Stateful | None]  # a network, its optimizers,
 KEEP = 2  # how many checkpoints
 COUNTS = ("steps", "batch", "accumulate", "ratio", "denoising_steps", "log_every", "save_every", "sample_every")
 MAY_BE_0 = ("accumulate", "sample_every")
-# Options that may change when a run resumes: they affect how it is computed and shown, not its result.
+# Options that may change when a run resumes: how it is computed and shown. Its result changes by rounding at most.
 FREE = ("dtype", "compile", "recompute", "sequence", "accumulate", "log_every", "save_every", "sample_every")
 
 

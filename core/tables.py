@@ -22,11 +22,15 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="", strict=True)
-            rows, columns = list(islice(reader, MOST_ROWS + 1)), list(reader.fieldnames or [])
+            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
+            filled = (row for row in reader if any("".join(cell).strip() for cell in row.values()))
+            rows = list(islice(filled, MOST_ROWS + 1))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; correct the path") from None
     except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(f"{path}: not a readable CSV file ({error}); save it as UTF-8 text with commas") from None
+    if len(columns) == 1 and (other := re.search("[;\t]", columns[0])):
+        raise UserError(f"{path}: columns are separated by {other[0]!r}; save it as UTF-8 text with commas")
     if not 0 < len(rows) <= MOST_ROWS:
         raise UserError(f"{path}: {'no' if not rows else 'too many'} rows; give 1 to {MOST_ROWS}")
     if twice := next((name for name in columns if columns.count(name) > 1), None):

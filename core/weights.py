@@ -83,7 +83,7 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             header = file.metadata() or {}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file; correct the path") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); get it again") from None
     return header, {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
@@ -140,9 +140,10 @@ def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -
                     f"{path}: holds {', '.join(held)}; {key} is taken ({path}:{held[1]} for another)", file=sys.stderr
                 )
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file; correct the path") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: holds more than tensors, code perhaps, or is garbled; it is not opened") from None
+        says = "holds more than tensors, code perhaps, or is garbled, so it is not opened"
+        raise UserError(f"{path}: {says}; give another file") from None
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({reason(error)}); get it again") from None
     fine = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())

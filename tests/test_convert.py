@@ -72,6 +72,9 @@ def files(folder):
     np.save(folder / "last.npy", np.concatenate([POINTS, SHOWN[..., None]], -1).astype(np.float32))
     np.savez(folder / "named.npz", tracks=POINTS, visibility=SHOWN)
     torch.save(torch.tensor(POINTS), folder / "tensor.pt")
+    learned = torch.tensor(POINTS, dtype=torch.bfloat16, requires_grad=True)  # these numbers are exact in it
+    torch.save((learned[None], torch.tensor(SHOWN)[None]), folder / "pair.pt")
+    torch.save({"tracks": torch.tensor(POINTS), "visibility": None}, folder / "none.PT")
     torch.save(
         {"pred_tracks": torch.tensor(POINTS)[None], "pred_visibility": torch.tensor(SHOWN)[None]}, folder / "c.pth"
     )
@@ -83,7 +86,8 @@ def files(folder):
 
 
 @pytest.mark.parametrize("name, hides", [("plain.npy", False), ("last.npy", True), ("named.npz", True),
-                                         ("tensor.pt", False), ("c.pth", True), ("lines.txt", True)])  # fmt: skip
+                                         ("tensor.pt", False), ("c.pth", True), ("lines.txt", True),
+                                         ("pair.pt", True), ("none.PT", False)])  # fmt: skip
 def test_point_tracks_of_every_kind(tmp_path, name, hides):
     files(tmp_path)
     points, shown = read_points(tmp_path / name)
@@ -116,6 +120,18 @@ BAD = {
     "pickled": ("object.npy", {}, "object.npy: can't be read as point tracks"),
     "code": ("evil.pth", {}, "evil.pth: holds more than tensors"),
     "no names": ("other.npz", {}, "other.npz: holds points; name the tracks tracks or pred_tracks or"),
+    "depth": ("depth.npy", {}, "depth.npy: the third number of a point is visibility, 0 to 1; leave it out"),
+    "nowhere": ("nan.npy", {}, "nan.npy: no point has a place in any frame"),
+    "a list": ("list.pt", {}, "list.pt: holds a list, neither an array nor a dict of them; give"),
+    "a broken header": ("header.npy", {}, "header.npy: can't be read as point tracks"),
+    "its own source": ("maps.json", {"to": "maps.json"}, "--to: would overwrite maps.json, which --source reads"),
+    "its own picture": (
+        "plain.npy",
+        {"preview": "p.mp4", "image": "p.mp4"},
+        "--preview: would overwrite p.mp4, which --image",
+    ),
+    "one file twice": ("plain.npy", {"to": "x.mp4", "preview": "./x.mp4"}, "--preview ./x.mp4: is what --to writes"),
+    "no frames": ("plain.npy", {"frames": 0}, "--frames 0: at least 1, and at most 466033 of 48x48"),
     "words": ("words.txt", {}, "words.txt: can't be read as point tracks"),
     "uneven": ("uneven.txt", {}, "uneven.txt: can't be read as point tracks"),
     "visibility": ("short.npz", {}, r"short.npz: visibility: is \[8, 2\]; give \[9, 2\]"),
@@ -150,6 +166,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     (tmp_path / "text.npy").write_text("no array")
     (tmp_path / "words.txt").write_text("one two\n")
     (tmp_path / "uneven.txt").write_text("1 2 3 4\n1 2\n")
+    np.save("depth.npy", np.concatenate([POINTS, np.full((9, 2, 1), 3.5)], -1))
+    np.save("nan.npy", POINTS * np.nan)
+    torch.save([torch.tensor(POINTS)], "list.pt")
+    (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + b"((((".ljust(118))
+    (tmp_path / "maps.json").write_text((ROOT / "examples/boxes.json").read_text())
+    (tmp_path / "p.mp4").write_text("")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     source, flags, message = BAD[name]
     with pytest.raises((UserError, UserError), match=message) as caught:

@@ -71,6 +71,14 @@ def test_cells_without_content_change_nothing(tmp_path):
     assert [Path(job["image"]).name for job in read_jobs(path)] == ["a.png", "d.png"]
 
 
+def test_tables_as_spreadsheets_write_them(tmp_path):
+    """A space after each comma, rows of commas alone at the end, and whole numbers as fractions."""
+    path = tmp_path / "jobs.csv"
+    path.write_text("image, traj, prompt, seed\na.png, b, c, 7.0\nd.png,b,c,\n,,,\n,,,,\n")
+    first, second = read_jobs(path)
+    assert first["seed"] == 7 and Path(first["traj"]).name == "b" and "seed" not in second
+
+
 def test_an_empty_cell_is_not_the_example(run, table):
     path = table([{**GOOD, "image": ""}, {**GOOD, "traj": ""}, {**GOOD, "prompt": ""}])
     assert read_jobs(path)[2]["prompt"] == ""
@@ -128,6 +136,10 @@ def test_tables_of_magicmotion(table):
         ("image,traj,prompt,out\na,b,c,x.mp4\na,b,d,x.boxes.mp4\n", "two rows write the same file"),
         ("image,traj,prompt,prompt\na,b,c,d\n", "two columns are called 'prompt'"),
         ("image,traj,validation_images,prompt\na,b,,d\na,b,c,d\n", "row 2: two columns say its image; empty one"),
+        ("image,traj,prompt,out\na,b.mp4,c,x.mp4\na,b,d,b.mp4\n", "b.mp4 is read by one row and written by another"),
+        ("image,traj,prompt,out\na,x.boxes.mp4,c,x.mp4\n", "x.boxes.mp4 is read by one row and written by another"),
+        ("image;traj;prompt\na;b;c\n", "columns are separated by ';'; save it as UTF-8 text with commas"),
+        ("image\ttraj\tprompt\na\tb\tc\n", r"columns are separated by '\\t'"),
         ('image,traj,prompt\na,b,"c\n', "not a readable CSV file"),
         (b"\xff\xfe\x00", "not a readable CSV file"),
         ("image,traj,prompt\na,b,c\na,b,a disc, a square\n", "row 2 has more cells than columns; put texts"),

@@ -15,6 +15,12 @@ def test_randomness_depends_on_its_key_alone():
     assert torch.equal(u[4:6], sample_uniform([36, 37], 16, 0))
 
 
+def test_a_uniform_number_stays_below_1(monkeypatch):
+    greatest = 1 - torch.tensor([2.0**-24])
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: greatest)
+    assert (sample_uniform(list(range(16)), 16, 0) < 1).all()
+
+
 def test_every_step_has_noise_of_its_own():
     steps = step_noise(4, (3, 2), [5, 9], 0, 7)
     assert steps.shape == (4, 2, 3, 2) and len(steps.flatten().unique()) == 48

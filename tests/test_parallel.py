@@ -121,7 +121,7 @@ def two(run, tmp_path):
 
 ULYSSES = """
 def main(cfg):
-    procs = parallel.init_processes(sequence=2)
+    procs = parallel.init_processes(sequence=0)
     shape, hidden = DiTConfig(64, 128, 4, 2, text_dim=16, text_tokens=8, channels=16), 32
     torch.manual_seed(0)
     for kind in ("resnet", "controlnet"):
@@ -131,7 +131,7 @@ def main(cfg):
                    else adapters.ControlNetAdapter(shape))
         for p in adapter.parameters():
             torch.nn.init.normal_(p, std=0.05)
-        x, traj = torch.randn(2, 2, 16, 3, 8, 12)
+        x, traj = torch.randn(2, 2, 16, 3, *{size})
         t, text = torch.tensor([[0.0, 700.0, 700.0]]).expand(2, 3), torch.randn(2, 8, 16)
         networks = torch.nn.ModuleList([model, adapter])
 
@@ -163,10 +163,14 @@ def main(cfg):
 """
 
 
-def test_two_processes_that_share_a_video_equal_one(two):
-    """Outputs, features and gradients, with either adapter, eager and compiled."""
-    job = two(ULYSSES)
-    assert job.returncode == 0 and job.stdout.count("all agree") == 2, job.stderr[-3000:]
+@pytest.mark.parametrize(("processes", "size"), [(2, (8, 12)), (2, (6, 10)), (4, (2, 10))])
+def test_processes_that_share_a_video_equal_one(two, processes, size):
+    """Outputs, features and gradients, with either adapter, eager and compiled.
+
+    A frame has 24, 15 or 5 tokens: the second doesn't divide, and of the third one process of four gets none.
+    """
+    job = two(ULYSSES.replace("{size}", str(size)), processes)
+    assert job.returncode == 0 and job.stdout.count("all agree") == processes, job.stderr[-3000:]
 
 
 RELAY = """
@@ -226,7 +230,9 @@ def test_a_missing_compiler_is_named(monkeypatch):
 def test_what_does_not_divide_is_refused(run):
     one = torch.randn(1, 3 * 9, 4)
     assert parallel.own_tokens(one, 3, None) is one
-    flags = ("--steps", 1, "--batch", 3, "--compile", "false")
+    flags = ("--steps", 1, "--batch", 3, "--compile", "false", "--generator", "none")  # before anything is read
+    job = run("train_slow_adapter.py", *flags, processes=2)
+    assert job.returncode != 0 and "--batch 3 does not divide into 2 processes x 1 micro-batches" in job.stderr
     job = run("train_slow_adapter.py", *flags, "--sequence", 3, processes=2)
     assert job.returncode != 0 and "--sequence 3: must divide the number of processes, 2" in job.stderr
     job = run("train_slow_adapter.py", *flags, "--sequence", 3, processes=3)

@@ -98,6 +98,20 @@ BAD = {
     ),
     "memory of a GPU that is not there": (GOOD, ["--memory", "medium"], "--memory medium: keeps weights off a GPU"),
     "a tile without a neighbour": (GOOD, ["--tile", "1"], "--tile 1: at least 2"),
+    "a tile of another preset": (GOOD, ["--tile", "8"], "--tile 8: preset pictures decodes whole; leave it out"),
+    "too large a scale": (GOOD, ["--scale", "1000"], "--scale 1000: 9 frames of 64000x64000 pixels; 16384 a side"),
+    "a folder for an adapter": (GOOD, ["--adapter", "."], "--adapter .: is a folder; give the file in it"),
+    "a key of a file that has none": (
+        GOOD,
+        ["--generator", f"{ROOT}/checkpoints/pictures/fast_generator.safetensors:ema"],
+        "fast_generator.safetensors:ema: this file holds one network; leave out :ema",
+    ),
+    "its own trajectory": (GOOD, ["--traj", "b.mp4", "--out", "b.mp4"], "--out: would overwrite b.mp4, which --traj"),
+    "its own trajectory, with boxes": (
+        GOOD,
+        ["--traj", "b.boxes.mp4", "--out", "./b.mp4"],
+        "--out: would overwrite b.boxes.mp4, which --traj reads; give another name",
+    ),
     "half a size": (GOOD, ["--size", "48"], "--size 48: takes auto, or height x width, both multiples of 8, as 32x48"),
     "frames of wan5b": (GOOD, ["--preset", "wan5b", "--frames", "9", "--size", "64x50"], "--size 64x50"),
     "more frames of wan5b": (
@@ -175,6 +189,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     if name == "broken weights":
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken/fast_generator.safetensors").write_bytes(os.urandom(4096))
+    for video in ("b.mp4", "b.boxes.mp4"):
+        (tmp_path / video).write_text("maps")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["sample.py", "--image", "x.png", "--traj", "boxes.json", *flags])
     with pytest.raises(SystemExit) as caught:

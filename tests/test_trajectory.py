@@ -121,6 +121,13 @@ def test_edges_round_to_the_nearest_pixel_and_stay_inside():
     assert torch.equal(maps[:, 4], drawn(empty))
 
 
+@pytest.mark.parametrize("box, drawn", [([-10, 5, 0.3, 20], [0, 5, 1, 20]), ([47.8, 47.6, 60, 90], [47, 47, 48, 48])])
+def test_a_box_that_shows_by_less_than_half_a_pixel_has_one(tmp_path, box, drawn):
+    trajectory = load_trajectory(write(tmp_path, objects=[{"boxes": {"0": box, "8": [4, 4, 20, 20]}}]), (48, 48), 9)
+    ys, xs = trajectory.masks[0].nonzero()
+    assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == drawn
+
+
 def test_palette_colors_are_far_apart():
     pairs = itertools.combinations(np.array(PALETTE, dtype=float), 2)
     assert len(PALETTE) >= 12
@@ -269,7 +276,7 @@ ERRORS = {  # name: (what boxes.json holds, the field the message must name, a p
     "objects missing": ({}, "objects", "list of 1 to 64"),
     "objects empty": ({"objects": []}, "objects", "at least one"),
     "objects no list": ({"objects": GOOD}, "objects", "list"),
-    "too many objects": ({"objects": [GOOD] * 65}, "objects", "1 to 64"),
+    "too many objects": ({"objects": [GOOD] * 65}, "objects", "1 to 64 objects; delete some"),
     "object no object": ({"objects": [GOOD, 3]}, "objects[1]", "boxes"),
     "name": (one(name=3), "objects[0].name", "quotes"),
     "other num_frames": ({"num_frames": 121, "objects": [GOOD]}, "num_frames", "change it or pass --frames 121"),
@@ -296,6 +303,11 @@ ERRORS = {  # name: (what boxes.json holds, the field the message must name, a p
     "outside right": (at_zero(48.5, 2, 60, 4), 'objects[0].boxes["0"]', "0 to 48"),
     "outside left": (at_zero(-8, 2, -1, 4), 'objects[0].boxes["0"]', "0 to 48"),
     "outside by far": (at_zero(1, 2, 10**400, 4), 'objects[0].boxes["0"]', "outside"),
+    "parts of the picture": (
+        one(boxes={"0": [0.1, 0.2, 0.4, 0.5], "8": [0, 0, 1, 1]}),
+        "objects[0].boxes",
+        "by its size",
+    ),
     "keyframe beyond": (one(boxes={**BOX, "9": BOX["0"]}), 'objects[0].boxes["9"]', "beyond num_frames 9; use 0 to 8"),
     "keyframe negative": (one(boxes={"-1": BOX["0"]}), 'objects[0].boxes["-1"]', "negative"),
     "keyframe text": (one(boxes={"first": BOX["0"]}), 'objects[0].boxes["first"]', "frame number"),

@@ -464,7 +464,7 @@ def trajectory(tmp_path: Path, **item) -> object:
 def test_a_box_that_crosses_the_edge_is_cut_there_with_a_note(box, tmp_path, capsys):
     maps = trajectory(tmp_path, boxes={"0": [4, 4, 20, 20], "8": box}).maps("box")
     note = capsys.readouterr().err
-    assert note.count("\n") == 1 and "boxes cross the picture's edge and are cut there: cat in frame 8" in note
+    assert note.count("\n") == 1 and "boxes cross the video's edge and are cut there: cat in frame 8" in note
     ys, xs = np.nonzero((maps[:, 8] > -1).any(0).numpy())
     inside = np.clip(box, 0, 48)
     assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == tuple(np.floor(inside + 0.5))

@@ -213,8 +213,11 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     prepare_clips.main(prepare_clips.Config(out="shards", **clips))
     data = ClipLatents("shards", 32, batch=2)
     assert len(data.shapes) == 2 and data.unconditional().any()
-    saves, judged = [], []
+    saves, judged, read = [], [], []
     monkeypatch.setattr(Run, "save", lambda run, step, wait=False: saves.append(step))  # a gigabyte to disk, else
+    load = model.load
+    monkeypatch.setattr(model, "load", lambda *args: read.append(args[3]) or load(*args))
+    monkeypatch.setitem(model.FROZEN_DTYPE, "wan5b", torch.bfloat16)  # but --dtype float32 is for all networks
     loss = distill_fast.student_loss
 
     def student_loss(student, real_score, fake_score, draw):
@@ -223,7 +226,7 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
 
     monkeypatch.setattr(distill_fast, "student_loss", student_loss)
     options = {"preset": "wan5b", "data": "shards", "weights": str(small), "steps": 1, "batch": 2, "log_every": 1}
-    options |= {"compile": False}
+    options |= {"compile": False, "dtype": "float32"}
 
     def run(script, **more):
         script.main(script.Config(**script.WAN5B | options | more))
@@ -253,8 +256,9 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     assert read_safetensors("runs/fast_adapter/classifier.safetensors")[0]["network"] == "Classifier"
 
     networks = {"generator": str(out["fast_generator"]), "adapter": str(out["fast_adapter"])}
-    sample.main(job(small, **networks, out="fast.mp4", steps=0))
-    sample.main(job(small, adapter=str(out["slow_adapter"]), speed="slow", out="slow.mp4"))
+    sample.main(job(small, **networks, out="fast.mp4", steps=0, dtype="float32"))
+    sample.main(job(small, adapter=str(out["slow_adapter"]), speed="slow", out="slow.mp4", dtype="float32"))
+    assert set(read) == {torch.float32} and len(read) > 7
     fast, slow = iio.imread("fast.mp4"), iio.imread("slow.mp4")
     assert fast.shape == slow.shape == (5, 32, 64, 3) and not np.array_equal(fast, slow)
 

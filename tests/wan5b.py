@@ -2,7 +2,7 @@
 
     python tests/wan5b.py out/Wan2.2-TI2V-5B           # 35 GB on disk
     python sample.py --preset wan5b --weights out/Wan2.2-TI2V-5B --generator out/Wan2.2-TI2V-5B \\
-        --size 256x256 --frames 5
+        --size 256x256 --frames 9
 
 The transformer in float32 shards with their index, the VAE and UMT5-XXL as .pth files, a tokenizer of letters, and an
 adapter for the few-step sampler in this project's own format. The video is noise; the path to it is the real one.
@@ -88,4 +88,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(f"{__doc__}\nGive the folder to write, which must not exist yet.")
     main(Path(sys.argv[1]))

@@ -267,7 +267,7 @@ def main(cfg: Config) -> None:
         for counted in gpu.measure(device) if cfg.gpu else chain(rehearse.table(), resident.rows()):
             print(counted, file=sys.stderr, flush=True)
             rows.append(counted | origin)
-            write_rows(out, rows, three_digits)  # each as it comes: the machine may be taken away
+            write_rows(out, rows, three_digits)  # each as it comes: the run may be cut short
         print(markdown(rows, three_digits))
         return
     try:

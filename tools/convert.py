@@ -6,15 +6,18 @@
 
 Point tracks are x and y in pixels for every frame: `.npy` of [T, K, 2], or of [T, K, 3] with visibility (above 0.5)
 last; `.npz` with `tracks` and optionally `visibility` [T, K]; `.pt` or `.pth` of a tensor, or of a dict with these
-names or CoTracker's `pred_tracks` and `pred_visibility` (a first axis of 1 is dropped); `.txt` with one line per frame,
-`x y` of every point, `- -` if it is hidden. Nothing is unpickled.
+names or CoTracker's `pred_tracks` and `pred_visibility`, or of these two as a pair (a first axis of 1 is dropped);
+`.txt` with one line per frame, `x y` of every point, `- -` if it is hidden. Nothing is unpickled but tensors and plain
+containers.
 """
 
 import io
 import json
 import pickle
 import re
+import tokenize
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +26,7 @@ import numpy as np
 import torch
 
 from core.config import UserError, reason, run_script, shipped
-from core.files import output_path, write_text
+from core.files import keep_inputs, output_path, write_text
 from core.media import (
     BROKEN,
     MOST_VIDEO,
@@ -69,6 +72,11 @@ def read_size(name: str, text: str) -> Size:
     return int(sides[1]), int(sides[2])
 
 
+def numbers(array: np.ndarray | torch.Tensor) -> np.ndarray:
+    """As float64. Tensors may be of any type, and parts of a graph."""
+    return np.asarray(array.detach().double() if isinstance(array, torch.Tensor) else array, dtype=float)
+
+
 def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A file of point tracks: positions [T, K, 2], and which are visible [T, K]. UserError if it is none.
 
@@ -83,32 +91,38 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(member.file_size for member in archive.infolist())
             check(unpacked <= MOST_BYTES, "", f"unpacks to more than {MOST_BYTES >> 20} MiB; are these point tracks?")
-        if path.suffix == ".txt":
+        if path.suffix.lower() == ".txt":
             text = path.read_text(encoding="utf-8-sig")
             lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
             points = np.array([[np.nan if v == "-" else float(v) for v in line] for line in lines])
             points = points.reshape(len(lines), -1, 2)
-        elif path.suffix in (".pt", ".pth"):
+        elif path.suffix.lower() in (".pt", ".pth"):
             points = unpickle(path)
         else:
             points = np.load(path, allow_pickle=False)
         if isinstance(points, bytes):  # as ATI writes them: a packed array [K, T, 1, 3], in eighths of a pixel
             points = np.load(io.BytesIO(points), allow_pickle=False)["array"]
             points = np.asarray(points, dtype=float)[:, :, 0].swapaxes(0, 1) / [8, 8, 1]
+        if isinstance(points, tuple | list) and len(points) == 2:  # as CoTracker returns them
+            points = dict(zip(("pred_tracks", "pred_visibility"), points, strict=True))
         if not isinstance(points, np.ndarray | torch.Tensor):
-            held = list(points)
+            says = f"holds a {type(points).__name__}, neither an array nor a dict of them; {form}"
+            check(isinstance(points, Mapping), "", says)
+            if isinstance(points, dict):
+                points = {name: part for name, part in points.items() if part is not None}
+            held = [str(name) for name in points]
             names, flags = ([name for name in known if name in held] for known in (TRACKS, (*VISIBLE, *HIDDEN)))
             check(len(names) == 1, "", f"holds {', '.join(held)}; name the tracks {' or '.join(TRACKS)}")
             unknown = [name for name in held if name not in (*names, *flags, *ASIDE)]
             check(not unknown, "", f"{', '.join(unknown)}: not understood; {FLAGS}")
             check(len(flags) < 2, "", f"holds {' and '.join(flags)}; leave one out")
-            shown = np.asarray(points[flags[0]], dtype=float) if flags else None
+            shown = numbers(points[flags[0]]) if flags else None
             shown = 1 - shown if flags and flags[0] in HIDDEN else shown
             points = points[names[0]]
-        points = np.asarray(points, dtype=float)
+        points = numbers(points)
     except pickle.UnpicklingError:
-        check(False, "", "holds more than tensors, code perhaps, or is garbled; it is not opened")
-    except (*BROKEN, TypeError, MemoryError, zipfile.BadZipFile) as error:
+        check(False, "", f"holds more than tensors, code perhaps, or is garbled, so it is not opened; {form}")
+    except (*BROKEN, TypeError, MemoryError, zipfile.BadZipFile, tokenize.TokenError) as error:
         check(False, "", f"can't be read as point tracks ({reason(error)}); {form}")
     points = points[0] if points.ndim == 4 and len(points) == 1 else points
     shown = shown if shown is None or shown.ndim < 3 else shown.reshape([n for n in shown.shape if n > 1] or [1])
@@ -119,6 +133,9 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     check(len(points) <= MOST_FRAMES, "", f"has {len(points)} frames; {MOST_FRAMES} is the most")
     if points.shape[2] == 3:
         points, shown = points[..., :2], points[..., 2]
+        flags = not ((shown < 0) | (shown > 1)).any()
+        check(flags, "", "the third number of a point is visibility, 0 to 1; leave it out if it is something else")
+    check(np.isfinite(points).any(), "", "no point has a place in any frame; give other tracks")
     part = np.nanmax(np.abs(points), initial=0) <= 1 < points.size
     check(not part, "", "all coordinates lie within 1 pixel; if they are parts of the picture, multiply by its size")
     shown = np.ones(points.shape[:2]) if shown is None else shown
@@ -133,7 +150,7 @@ def own_size(path: Path) -> Size:
     check(path.exists(), "", "no such file; correct the path")
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
         return next(read_frames(path, check)).shape[:2]
-    if path.suffix in POINTS:
+    if path.suffix.lower() in POINTS:
         read_points(path)  # if it can't be read, that comes first
     elif "width" in (top := read_boxes_json(path)):
         return top["height"], top["width"]
@@ -156,7 +173,8 @@ def from_points(cfg: Config, size: Size, source_size: Size) -> Trajectory:
     half = np.array(read_size("box", cfg.box)[::-1]) / 2
     boxes = np.concatenate([centers - half, centers + half], axis=-1).clip(0, (*size[::-1], *size[::-1]))
     inside = shown & (boxes[..., 0] < boxes[..., 2]) & (boxes[..., 1] < boxes[..., 3])
-    check(inside[0].all(), "", f"point {inside[0].argmin()} is not to be seen in frame 0; leave it out with --pick")
+    mend = "leave it out with --pick, or correct --size or --source_size"
+    check(inside[0].all(), "", f"point {inside[0].argmin()} is not to be seen in frame 0; {mend}")
     boxes[~inside] = np.nan
     masks = np.zeros((count, *size), dtype=bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes[0].round().astype(int), strict=True):
@@ -192,14 +210,17 @@ def main(cfg: Config) -> None:
         raise UserError(f"--to {out}: give a .json, an .mp4, or a folder")
     if not out.suffix and out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"--to {out}: exists and is no empty folder; give another")
-    output_path(cfg.to, out.suffix, "to")
+    keep_inputs(output_path(cfg.to, out.suffix, "to"), "to", source=cfg.source, image=cfg.image)
     if cfg.preview:
-        output_path(cfg.preview, ".mp4", "preview")
+        keep_inputs(output_path(cfg.preview, ".mp4", "preview"), "preview", source=cfg.source, image=cfg.image)
+        if Path(cfg.preview).resolve() == out.resolve():
+            raise UserError(f"--preview {cfg.preview}: is what --to writes; give another name")
     if ".mp4" in (out.suffix, Path(cfg.preview).suffix) and (size[0] % 2 or size[1] % 2):
         raise UserError(f"--size {size[0]}x{size[1]}: an mp4 takes an even height and width")
-    if not 0 < cfg.frames <= MOST_VIDEO // (size[0] * size[1]):
-        raise UserError(f"--frames {cfg.frames}: at least 1, and with --size {MOST_VIDEO} pixels at most")
-    if Path(cfg.source).suffix in POINTS:
+    most = MOST_VIDEO // (size[0] * size[1])
+    if not 0 < cfg.frames <= most:
+        raise UserError(f"--frames {cfg.frames}: at least 1, and at most {most} of {size[0]}x{size[1]}")
+    if Path(cfg.source).suffix.lower() in POINTS:
         trajectory = from_points(cfg, size, source_size)
     else:
         trajectory = load_trajectory(cfg.source, size, cfg.frames, source_size)
@@ -208,7 +229,8 @@ def main(cfg: Config) -> None:
         try:
             background = fit_nearest(read_picture(cfg.image), size)
         except BROKEN as error:
-            raise UserError(f"--image {cfg.image}: not a readable image ({error})") from None
+            mend = "give a PNG or JPEG"
+            raise UserError(f"--image {cfg.image}: not a readable image ({reason(error)}); {mend}") from None
     if out.suffix == ".json":
         write_boxes(out, trajectory)
     elif out.suffix == ".mp4":

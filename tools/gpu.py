@@ -4,7 +4,7 @@ Seconds of four steps (eager by each attention backend, and compiled, with both 
 by Winograd's convolutions, compiled) and of the small decoder, of a video end to end, and of training steps of stages 1
 and 3 with the share of the GPU's peak that they reach; and the real peak of memory of each. And the peaks of
 `--memory` medium and low, beside the rehearsed ones (high is what the others hold). What matters most comes first, for
-the machine may be taken away. Nothing here compares with another project: `tools.bench` does.
+a run may be cut short. Nothing here compares with another project: `tools.bench` does.
 """
 
 import contextlib

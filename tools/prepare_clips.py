@@ -5,7 +5,7 @@
 
 `--source` is MagicData's CSV (columns path, num_frames, text), with mask maps in masks/<id>/ and box maps in boxs/<id>/
 beside videos/<id>.mp4, one PNG per frame. Or the CSV of MagicMotion's authors, which names the maps and the frames that
-have them: trajectory_maps_path, box_path, mask_start_index, mask_end_index. Or a folder of <name>.mp4, each with
+have them: trajectory_maps_path, box_path, mask_start_index, mask_end_index. Or a folder of videos, each with
 <name>.txt, its caption, and <name>.json, its boxes (trajectory.py).
 
 A clip that can't be used is left out, and rejected.csv says why. If the command is killed, run it again: it continues.
@@ -37,7 +37,7 @@ from trajectory import dark_frames, load_trajectory
 
 @dataclass(frozen=True)
 class Config:
-    source: str = ""  # a CSV in MagicData's format, or a folder of mp4 files with captions and boxes
+    source: str = ""  # a CSV in MagicData's format, or a folder of videos with captions and boxes
     out: str = "shards"  # folder for the shards and rejected.csv
     preset: Literal["tiny", "pictures", "wan5b"] = "tiny"  # whose codec
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published

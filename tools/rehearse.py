@@ -154,7 +154,7 @@ def pretended(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
     init, new_group, begin = dist.init_process_group, dist.new_group, parallel.init_processes
     casts = Autocast()
 
-    def init_processes(sequence: int = 1) -> parallel.Processes:
+    def init_processes(sequence: int = 1, heads: int = 0) -> parallel.Processes:
         with _disable_current_modes():  # the mesh looks at its own numbers
             return begin(sequence)
 

@@ -2,10 +2,10 @@
 
 The pictures are dead leaves: random shapes that cover one another, of power-law sizes, shaded, with gratings and grain,
 mostly in dull colours as photographs are. One to three things (blobs, polygons, rectangles) with a texture of their own
-move on cubic Bezier paths, change size, pass in front of one another, cross the picture's edge, and half of them spin.
-Half the captions tell the direction of the spins. A video follows from one integer; the splits use disjoint seeds, and
-pictures of their own. Dead leaves carry over to photographs in low-level tasks (Baradad et al. 2021, "Learning to see
-by looking at noise"; Achddou et al. 2021, "Synthetic images as a regularity prior").
+move on cubic Bezier paths, change size, pass in front of one another and cross the picture's edge. Half of the blobs
+and polygons spin, and half the captions tell the direction. A video follows from one integer; the splits use disjoint
+seeds, and pictures of their own. Dead leaves carry over to photographs in low-level tasks (Baradad et al. 2021,
+"Learning to see by looking at noise"; Achddou et al. 2021, "Synthetic images as a regularity prior").
 """
 
 import math
