@@ -102,6 +102,7 @@ WAN5B = {
     "denoising_steps": flow.FAST["wan5b"].steps,  # (paper)
     "gan_scale": 0.01,  # (paper: its stage3.yaml; there the discriminator's loss too, which Adam hardly sees)
     "diffusion_scale": "decay",  # (paper: one of two readings; grow is the other)
+    "sparse": 0.15,  # (guess; tools.prepare_clips has applied it)
     "batch": 4,  # (paper: its 4 GPUs, one video on each)
     "lr": 2e-6,  # (paper: its stage3.yaml)
     "classifier_lr": 2e-6,  # (paper: its stage3.yaml)

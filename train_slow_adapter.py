@@ -71,6 +71,7 @@ WAN5B = {
     "generator": "Wan2.2-TI2V-5B",
     "steps": 10000,  # (paper)
     "mask_steps": 4600,  # (paper)
+    "sparse": 0.15,  # (guess; tools.prepare_clips has applied it)
     "batch": 16,  # (paper: its 16 GPUs, one video on each)
     "lr": 1e-4,  # (guess)
     "muon": False,  # (guess)
