@@ -173,6 +173,56 @@ def test_processes_that_share_a_video_equal_one(two, processes, size):
     assert job.returncode == 0 and job.stdout.count("all agree") == processes, job.stderr[-3000:]
 
 
+BOTH_LOSSES = """
+from discriminator import DiffusionDiscriminator, adversarial_loss
+from finetune_hybrid import diffusion_loss
+
+def main(cfg):
+    procs = parallel.init_processes()
+    shape = DiTConfig(32, 64, 2, 2, text_dim=16, text_tokens=8, channels=16)
+    judge = ClassifierConfig(32, 16, feature_blocks=(0, 1), channels=16, hidden=32, position_dim=16)
+    torch.manual_seed(1)
+    x0, traj = torch.randn(2, 2, 16, 3, 4, 4)
+    noise, text = torch.randn(5, 2, 16, 3, 4, 4), torch.randn(2, 8, 16)
+    sigmas = flow.sigma_schedule(4, 1.0)
+
+    def gradients(samples, prepare):
+        torch.manual_seed(0)
+        generator, backbone, adapter = VideoDiT(shape), VideoDiT(shape), adapters.ControlNetAdapter(shape)
+        adapter.copy_generator(generator)
+        for p in (generator.head.head.weight, *adapter.project.parameters()):
+            torch.nn.init.normal_(p, std=0.05)
+        networks = generator.requires_grad_(False), backbone.requires_grad_(False), adapter, Classifier(judge, False)
+        generator, backbone, adapter, classifier = map(prepare, networks)
+        true, maps, words, noises = x0[samples], traj[samples], text[samples], noise[:, samples]
+
+        def velocity(x, t):
+            return generator(x, t, words, adapter(maps, x, t, words))
+
+        diffusion = diffusion_loss(velocity, true, noises[0], torch.full((len(true),), sigmas[1]))
+        fake = flow.backward_simulation(velocity, true[:, :, :1], noises[:4], sigmas, 3)
+        level = flow.frame_sigma(torch.full((len(true),), 0.4), 3)
+        verdict = DiffusionDiscriminator(backbone, classifier)(
+            flow.add_noise(fake, noises[4], level), flow.timestep(level), words, maps
+        )
+        (diffusion + adversarial_loss(verdict)).backward()
+        return [parallel.full(p.grad) for p in adapter.parameters()]
+
+    whole = gradients(slice(0, 2), lambda network: network)
+    for recompute in ("none", "full"):
+        own = gradients(slice(procs.rank, procs.rank + 1), lambda n: parallel.prepare(n, procs, False, recompute))
+        for a, b in zip(whole, own, strict=True):
+            assert (a - b).norm() < 1e-4 * a.norm(), (recompute, a.shape)
+    print("all agree")
+"""
+
+
+def test_a_sharded_controlnet_that_runs_five_times_before_a_backward_pass_has_the_gradient_of_one(two):
+    """Stage 3's losses: twice the adapter runs with a gradient, three times without."""
+    job = two(BOTH_LOSSES)
+    assert job.returncode == 0 and job.stdout.count("all agree") == 2, job.stderr[-3000:]
+
+
 RELAY = """
 import sample
 from wan.codec import WanCodec
