@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from core.config import UserError
 from core.parallel import own_tokens
 from core.weights import load, read_network
 from model import DiTConfig, PatchEmbedding, VideoDiT, init_xavier
@@ -176,6 +177,13 @@ def fits(adapter: Adapter, generator: VideoDiT) -> bool:
     return all(
         getattr(adapter.config, n) == getattr(generator.config, n) for n in ("dim", "layers", "channels", "patch")
     )
+
+
+def check_fit(adapter: Adapter, path: Path | str, generator: VideoDiT, generator_path: Path | str) -> None:
+    """UserError, which names their files, if they don't fit."""
+    if not fits(adapter, generator):
+        mend = "give the --preset that it was trained with, or another file"
+        raise UserError(f"{path}: was made for a generator of other shape than {generator_path}; {mend}")
 
 
 def read_adapter(

@@ -45,12 +45,15 @@ class ClipLatents:
         numbers = sorted({int(name.split(".")[0]) for name in self.latents})
         if len(numbers) <= self.held_out:
             raise UserError(f"{folder}: holds {len(numbers)} clips; training needs over {self.held_out}")
+        self.channels = self.latents[f"{numbers[0]}.video"].shape[0]
         shapes: dict[tuple[int, ...], list[int]] = {}
         for number in numbers:
             shapes.setdefault(self.latents[f"{number}.video"].shape, []).append(number)
         held = max(shapes.values(), key=len)[: self.held_out]
         if len(held) < self.held_out:
             raise UserError(f"{folder}: no shape has {self.held_out} clips, which are held out; prepare more clips")
+        if lacking := [number for number in numbers if str(number) not in self.texts]:
+            raise UserError(f"{folder}: clip {lacking[0]} has no caption; run python -m tools.prepare_clips again")
         if split == "validation":
             shapes = {(): held}
         self.shapes = [
@@ -118,7 +121,10 @@ def training_data(
 ) -> tuple[ToyLatents | ClipLatents, ToyLatents | ClipLatents]:
     """What to train on and what is held out: of prepared clips in `folder`, or of the toy world if that is empty."""
     if folder:
-        return tuple(ClipLatents(folder, codec.text_tokens, split, seed, batch) for split in ("train", "validation"))
+        both = tuple(ClipLatents(folder, codec.text_tokens, split, seed, batch) for split in ("train", "validation"))
+        if both[0].channels != codec.channels:
+            raise UserError(f"{folder}: was prepared with another preset; pass it with --preset, or prepare clips anew")
+        return both
     if not isinstance(codec, ToyCodec):
         raise UserError("--data: missing; preset wan5b trains on clips that python -m tools.prepare_clips has encoded")
     return ToyLatents(codec, seed=seed, **codec.learned_on), ToyLatents(codec, "validation")

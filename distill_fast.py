@@ -177,6 +177,7 @@ def main(cfg: Config) -> None:
 
     # 2. What they learn from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=frozen)
+    codec.check_network(cfg.generator, student)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
     negative = send(data.unconditional(), procs.device)
     sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import discriminator as discriminators
 import flow
-from adapter import read_adapter
+from adapter import check_fit, read_adapter
 from core import optim, parallel
 from core.codec import Batch
 from core.config import UserError, run_script, shipped
@@ -217,6 +217,9 @@ def main(cfg: Config) -> None:
 
     # 2. What they learn from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
+    for path, network in ((cfg.generator, generator), (cfg.backbone, backbone)):
+        codec.check_network(path, network)
+    check_fit(adapter, cfg.adapter, generator, cfg.generator)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
     if cfg.reuse_fakes and not data.one_shape:
         raise UserError("--reuse_fakes true: needs clips that all have one shape; pass --reuse_fakes false")

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import flow
-from adapter import Adapter, fits, read_adapter
+from adapter import Adapter, check_fit, read_adapter
 from core import memory, parallel
 from core.attention import fastest
 from core.codec import Codec
@@ -252,12 +252,11 @@ def load(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tup
     """Generator and adapter, ready to work. UserError if they don't fit the preset or one another."""
     name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg.preset, cfg.dtype)
     generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype, cfg.lora)
-    mend = "give the --preset that it was trained with, or another file"
     if generator.config != PRESETS[cfg.preset]:
+        mend = "give the --preset that it was trained with, or another file"
         raise UserError(f"{files[0]}: is no network of preset {cfg.preset}; {mend}")
     adapter = read_adapter(files[1], f"{name}Adapter", dtype)
-    if not fits(adapter, generator):
-        raise UserError(f"{files[1]}: was made for a generator of other shape than {files[0]}; {mend}")
+    check_fit(adapter, files[1], generator, files[0])
     for network in (generator, adapter):
         parallel.split_sequence(network, procs.group)
         for block in network.blocks if cfg.compile else ():

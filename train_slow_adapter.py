@@ -128,6 +128,8 @@ def main(cfg: Config) -> None:
 
     # 2. What it learns from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
+    codec.check_network(cfg.generator, generator)
+    adapters.check_fit(adapter, cfg.init, generator, cfg.generator)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
     run = Run(f"runs/{cfg.name}", cfg, procs, {"adapter": (adapter, optimizers, ema)})
     start = run.resume()

@@ -73,7 +73,7 @@ def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, 
     )  # fmt: skip
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        kind, default, text = types[field.name], field.default, comments[field.name].replace("%", "%%")
+        kind, default, text = types[field.name], field.default, comments.get(field.name, "").replace("%", "%%")
         shown = flags({"": default}).strip("- ").replace("%", "%%")
         shown = f" (default: {shown})" if shown else ""
         for preset, values in presets.items():
@@ -118,6 +118,9 @@ def run_script(main: Callable, config_class: type, presets: Mapping[str, dict] =
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        status = 130
     except OSError as error:  # what a disk or a file system says of a file, wherever it was touched
         if error.filename is None:
             raise

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.stateful import Stateful
 from tqdm import tqdm
 
-from core.config import UserError, reason
+from core.config import ROOT, UserError, reason
 from core.files import atomic, write_text
 from core.media import contact_sheet, to_uint8, write_image, write_video
 from core.memory import fetch
@@ -40,8 +40,23 @@ MAY_BE_0 = ("accumulate", "sample_every")
 FREE = ("dtype", "compile", "recompute", "sequence", "accumulate", "log_every", "save_every", "sample_every")
 
 
+# What other numbers may be, ends included.
+RANGES = {
+    **dict.fromkeys(("sparse", "drop_text", "ema", "judge_sigma_min", "judge_sigma_max"), (0, 1)),
+    **dict.fromkeys(("lr", "fake_lr", "classifier_lr", "warmup", "mask_steps", "weight_decay"), (0, math.inf)),
+    "shift": (0.01, math.inf),
+}
+
+
 def check_counts(config) -> None:
-    """UserError if an option that must be at least 1 (or 0) isn't."""
+    """UserError if the run's name can't be one, or if a number is out of range."""
+    name = getattr(config, "name", "run")
+    if {"", ".", ".."} & set(name.split("/")):
+        raise UserError(f"--name {name}: is a folder under runs/; give a name, or several with / between them")
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(config, name, low) <= high:
+            within = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise UserError(f"--{name} {getattr(config, name)}: {within}")
     for name in COUNTS:
         least = 0 if name in MAY_BE_0 else 1
         if getattr(config, name, 1) < least:
@@ -60,7 +75,11 @@ class Run:
     """A training run's folder. Every rank must call; rank 0 writes everything but the other ranks' shards."""
 
     def __init__(self, folder: Path | str, config, procs: Processes, parts: dict[str, Part]):
-        self.folder, self.config, self.procs, self.parts = Path(folder), dataclasses.asdict(config), procs, parts
+        self.folder, self.procs, self.parts = Path(folder), procs, parts
+        self.config = {  # files that come with the project have one name, wherever the command is run
+            name: value.removeprefix(f"{ROOT}{os.sep}") if isinstance(value, str) else value
+            for name, value in dataclasses.asdict(config).items()
+        }
         self.writer, self.written = ThreadPoolExecutor(1), Future()
         self.written.set_result(None)
         self.unseen: list[tuple[int, dict[str, Callable[[], Tensor]]]] = []  # what the last steps gave
@@ -150,9 +169,12 @@ class Run:
             for name, now in self.config.items():
                 if name not in FREE and before.get(name, now) != now:
                     fix = f"with {now} give the run another --name (or, if it is a file that moved, correct this one)"
-                    raise UserError(f"{options}: the run began with --{name} {before[name]}; {fix}")
-            state = self.state()
+                    began = f"without --{name}" if before[name] == "" else f"with --{name} {before[name]}"
+                    raise UserError(f"{options}: the run began {began}; {fix}")
+            state, index = self.state(), found[-1] / ".metadata"
             try:
+                if not index.exists() or not index.stat().st_size:
+                    raise ValueError(f"{index}: missing or empty")
                 dcp.load(state, checkpoint_id=found[-1], no_dist=self.alone)
             except (ValueError, RuntimeError, CheckpointException):  # wrong shapes, missing names or files
                 fix = "delete it, or give the run another --name"
@@ -167,11 +189,12 @@ class Run:
         if self.procs.rank == 0:
             write_text(options, json.dumps(self.config, indent=1))
         if self.procs.rank == 0 and log.exists():
-            lines = [
-                line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-            ]  # a kill may truncate one
+            kind = {"encoding": "utf-8", "errors": "surrogateescape"}  # whatever somebody else wrote there stays
+            lines = log.read_text(**kind).splitlines(keepends=True)
+            if lines and not lines[-1].endswith("\n"):  # cut by a kill
+                del lines[-1]
             with atomic(log) as temporary:  # without the steps that will be repeated
-                temporary.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+                temporary.write_text("".join(line for line in lines if logged_step(line) <= step), **kind)
         return step
 
     def samples(self, step: int, videos: Iterable[Tensor]) -> None:
@@ -216,6 +239,14 @@ class Run:
                     file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
             except OSError as error:
                 raise UserError(f"{self.folder / 'log.jsonl'}: can't be written ({reason(error)}); make room") from None
+
+
+def logged_step(line: str) -> int:
+    """The step of a line of log.jsonl; 0 of a line that is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return 0
 
 
 def small_frames(video: Tensor) -> np.ndarray:

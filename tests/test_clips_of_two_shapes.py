@@ -12,9 +12,9 @@ from core.config import UserError
 from core.media import write_video
 from core.parallel import Processes
 from core.weights import read_safetensors, write_safetensors
-from data import ClipLatents
+from data import ClipLatents, training_data
 from tools import prepare_clips
-from toy.codec import ToyCodec
+from toy.codec import CODECS, ToyCodec
 
 SIZES = {"square": (48, 48), "wide": (32, 64)}  # height, width
 LATENTS = {"square": (16, 9, 12, 12), "wide": (16, 9, 8, 16)}
@@ -148,6 +148,15 @@ def test_too_few_clips_of_a_shape_are_one_line(tmp_path):
     (few / "rejected.csv").write_text("")
     with pytest.raises(UserError, match="few: no shape has 4 clips, which are held out; prepare more clips"):
         ClipLatents(few, 32)
+
+
+def test_shards_of_another_preset_and_a_lost_caption_are_one_line(both, tmp_path):
+    with pytest.raises(UserError, match="both shards: was prepared with another preset; pass it with --preset"):
+        training_data(str(both), CODECS["pictures"](), 0, 2)
+    shutil.copytree(both, tmp_path / "lost")
+    (tmp_path / "lost/text-00001.safetensors").unlink()
+    with pytest.raises(UserError, match="lost: clip 8 has no caption; run python -m"):
+        training_data(str(tmp_path / "lost"), ToyCodec(), 0, 2)
 
 
 def test_fakes_of_another_step_need_clips_of_one_shape(both, here):

@@ -163,6 +163,27 @@ def test_help_prints_every_field_with_default_and_comment(capsys):
     assert "the rate, 100% of it (default: 0.001)" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_field_without_a_comment_has_no_help_and_works(capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Forked(Options):
+        my_weight: float = 0.5
+
+    assert parse_config(Forked, ["--my-weight", "0.7"]).my_weight == 0.7
+    with pytest.raises(SystemExit):
+        parse_config(Forked, ["--help"])
+    assert re.search(r"--my_weight float\s+\(default: 0\.5\)", capsys.readouterr().out)
+
+
+def test_a_command_that_is_interrupted_says_so_in_one_line(monkeypatch, capsys):
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as caught:
+        run_script(interrupted, Options)
+    assert caught.value.code == 130 and capsys.readouterr().err == "x.py: stopped\n"
+
+
 def test_shipped_files_are_found_from_any_folder(run, tmp_path, monkeypatch):
     """By name where the user stands in the project, else by their whole path: no links are needed."""
     monkeypatch.chdir(ROOT)

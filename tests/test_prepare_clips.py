@@ -185,6 +185,47 @@ def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path):
         prepare_clips.read_clip(prepare_clips.find_clips(tmp_path)[0], lambda _: (48, 48), 9)
 
 
+def test_boxes_for_a_whole_video_are_cut_as_it_is(tmp_path):
+    write_video(tmp_path / "a.mp4", np.full((12, 48, 48, 3), 90, np.uint8), fps=8)
+    (tmp_path / "a.txt").write_text("a square")
+    boxes = {"0": [4, 4, 16, 16], "11": [26, 4, 38, 16]}
+    told = {"num_frames": 12, "objects": [{"boxes": boxes, "interpolate": "linear"}]}
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    (clip,) = prepare_clips.find_clips(tmp_path)
+    box = prepare_clips.read_clip(clip, lambda _: (48, 48), 9)["box"]
+    assert box.shape[1] == 9 and (box[:, 8] > -1).any(0).any(0).nonzero()[0].item() == 4 + 2 * 8
+    (tmp_path / "a.json").write_text(
+        json.dumps(told | {"num_frames": 5, "objects": [{"boxes": {"0": [4, 4, 16, 16]}}]})
+    )
+    with pytest.raises(UserError, match="num_frames is 5 but the video has 9 frames"):
+        prepare_clips.read_clip(clip, lambda _: (48, 48), 9)
+
+
+def test_other_clips_of_the_same_number_are_not_taken_for_those_before(tmp_path):
+    for name in ("b", "c"):
+        write_video(tmp_path / f"{name}.mp4", np.full((9, 48, 48, 3), 90, np.uint8), fps=8)
+        (tmp_path / f"{name}.txt").write_text(f"a square, {name}")
+        (tmp_path / f"{name}.json").write_text(json.dumps({"objects": [{"boxes": {"0": [4, 4, 16, 16]}}]}))
+    (tmp_path / "._b.mp4").write_bytes(b"what macOS leaves on other disks")
+    cfg = Config(source=str(tmp_path), out=str(tmp_path / "out"))
+    prepare_clips.main(cfg)
+    prepare_clips.main(cfg)
+    assert (tmp_path / "out/rejected.csv").read_text() == "path,reason\n"
+    for suffix in (".mp4", ".txt", ".json"):
+        (tmp_path / f"c{suffix}").rename(tmp_path / f"a{suffix}")
+    with pytest.raises(UserError, match=r"shards of other clips lie here \(other captions or videos\); give another"):
+        prepare_clips.main(cfg)
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"seed": -1}, "--seed -1: at least 0"), ({"sparse": 7.0}, "--sparse 7.0: from 0 to 1")]
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_written(options, message, tmp_path, magic):
+    with pytest.raises(UserError, match=message):
+        prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(tmp_path / "out"), **options))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_torn_config_and_a_negative_frame_are_named(tmp_path, magic):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not JSON"):

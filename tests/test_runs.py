@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
+import re
 import resource
 import shutil
 import weakref
@@ -48,6 +49,17 @@ def test_log_rewinds_to_the_checkpoint_and_survives_a_cut_line(tmp_path):
     lines = (tmp_path / "r" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
     assert json.loads((tmp_path / "r" / "config.json").read_text()) == dataclasses.asdict(Options())
+
+
+def test_lines_of_the_log_that_somebody_else_wrote_stay(tmp_path):
+    run = Run(tmp_path, Options(), ALONE, part(4))
+    run.save(2, wait=True)
+    for step in (1, 3):
+        run.log(step, loss=step / 2)
+    own = b'{bad}\n{"loss": 3}\n\xff\xfe\n[1]\nmy own note\n'
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(own)
+    assert run.resume() == 2 and (tmp_path / "log.jsonl").read_bytes() == b'{"step": 1, "loss": 0.5}\n' + own
 
 
 def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path):
@@ -196,6 +208,21 @@ def test_nothing_that_is_counted_may_be_none(name):
         options = dataclasses.make_dataclass("Counted", [(name, int, -1)], frozen=True)
     with pytest.raises(UserError, match=f"--{name} (0: at least 1|-1: at least 0)$"):
         check_counts(options())
+
+
+@pytest.mark.parametrize(
+    "name, value, within",
+    [
+        ("sparse", 3.0, "from 0 to 1"), ("drop_text", -0.1, "from 0 to 1"), ("ema", 2.0, "from 0 to 1"),
+        ("judge_sigma_max", 7.0, "from 0 to 1"), ("lr", -1.0, "at least 0"), ("warmup", -3, "at least 0"),
+        ("shift", 0.0, "at least 0.01"), ("lr", float("nan"), "at least 0"), ("name", "../x", "a folder under runs/"),
+        ("name", "", "a folder under runs/"), ("name", "/x", "a folder under runs/"),
+    ],
+)  # fmt: skip
+def test_a_number_out_of_range_or_a_name_outside_of_runs_is_refused(name, value, within):
+    with pytest.raises(UserError, match=rf"--{name} {re.escape(str(value))}: .*{within}"):
+        check_counts(SimpleNamespace(**{name: value}))
+    check_counts(SimpleNamespace(name="a/b", sparse=0.0, ema=1.0, lr=0.0, shift=0.3))
 
 
 def test_what_is_due_and_when():

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 import adapter as adapters
+import distill_fast
+import finetune_hybrid
 import flow
 import train_slow_adapter
 from adapter import AdapterConfig, ControlNetAdapter, FixedNorm, ResNetAdapter, read_adapter
 from core import optim
 from core.codec import Batch
-from core.config import parse_config
+from core.config import ROOT, UserError, parse_config
 from core.weights import save_network
 from model import PRESETS, DiTConfig, VideoDiT
 from toy.latents import ToyLatents
@@ -91,6 +93,33 @@ def stage_1(here, monkeypatch):
         return made
 
     return run
+
+
+WEIGHTS = {preset: {name: str(ROOT / f"checkpoints/{preset}/{name}.safetensors") for name in (
+    "slow_generator", "slow_adapter", "fast_generator")} for preset in ("tiny", "pictures")}  # fmt: skip
+PICTURES = WEIGHTS["pictures"]
+
+
+@pytest.mark.parametrize(
+    "script, options, path",
+    [
+        (train_slow_adapter, {"generator": PICTURES["slow_generator"]}, PICTURES["slow_generator"]),
+        (train_slow_adapter, {"init": PICTURES["slow_adapter"]}, PICTURES["slow_adapter"]),
+        (train_slow_adapter, {"preset": "pictures"}, WEIGHTS["tiny"]["slow_generator"]),
+        (distill_fast, {"generator": PICTURES["slow_generator"]}, PICTURES["slow_generator"]),
+        (finetune_hybrid, {"generator": PICTURES["fast_generator"]}, PICTURES["fast_generator"]),
+        (finetune_hybrid, {"backbone": PICTURES["slow_generator"]}, PICTURES["slow_generator"]),
+        (finetune_hybrid, {"adapter": PICTURES["slow_adapter"]}, PICTURES["slow_adapter"]),
+    ],
+)
+def test_weights_of_another_preset_are_refused_before_there_is_a_run(script, options, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {name: WEIGHTS["tiny"][f"{kind}_{name.replace('backbone', 'generator')}"] for name, kind in (
+        ("generator", "fast" if script is finetune_hybrid else "slow"), ("backbone", "slow"), ("adapter", "slow"))
+        if name in script.Config.__dataclass_fields__}  # fmt: skip
+    with pytest.raises(UserError, match="give the --preset that it was trained with") as caught:
+        script.main(script.Config(**given | {"compile": False} | options))
+    assert str(caught.value).startswith(path) and not (tmp_path / "runs").exists()
 
 
 def test_a_run_without_muon_moves_copied_layers_ten_times_slower(stage_1):

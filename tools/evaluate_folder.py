@@ -167,6 +167,9 @@ def main(cfg: Config) -> None:
         raise UserError("--masks, --found: mask IoU compares both; give both or neither")
     if cfg.boxes and not cfg.masks:
         raise UserError(f"--boxes {cfg.boxes}: are compared with masks; give --masks and --found too")
+    for flag in ("generated", "true"):
+        if not Path(getattr(cfg, flag)).is_dir():
+            raise UserError(f"--{flag} {getattr(cfg, flag)}: no such folder; correct the path")
     made_of, true_of = videos(cfg.generated), videos(cfg.true)
     if not made_of:
         raise UserError(f"--generated {cfg.generated}: holds no .mp4 files")

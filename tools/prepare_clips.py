@@ -13,8 +13,9 @@ A clip that can't be used is left out, and rejected.csv says why. If the command
 
 import csv
 import json
+import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,7 +33,7 @@ from core.media import BROKEN, VIDEO_SUFFIXES, Size, fit_frames, fit_nearest, re
 from core.tables import read_table
 from core.weights import read_config, read_safetensors, write_safetensors
 from data import open_codec
-from trajectory import dark_frames, load_trajectory
+from trajectory import dark_frames, load_trajectory, read_boxes_json
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Clip:
 def find_clips(source: Path) -> list[Clip]:
     """The clips of a CSV in its order, or of a folder by name. UserError if there are none."""
     if source.is_dir():
-        files = sorted(file for file in source.iterdir() if file.is_file())
+        files = sorted(file for file in source.iterdir() if file.is_file() and not file.name.startswith("."))
         videos = {file.stem for file in files if file.suffix.lower() in VIDEO_SUFFIXES}
         files = [file for file in files if file.suffix not in (".txt", ".json") or file.stem not in videos]
         clips = [Clip(f, read_caption(f.with_suffix(".txt")), f.with_suffix(".json")) for f in files]  # others: listed
@@ -132,7 +133,9 @@ def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, places: bool
     require(height >= size[0] and width >= size[1], "", f"{width}x{height} is smaller than {size[1]}x{size[0]}")
     video = fit_frames(np.stack(stack), size) / 127.5 - 1
     if clip.boxes.suffix == ".json":
-        trajectory = load_trajectory(clip.boxes, size, frames, (height, width))
+        told = read_boxes_json(clip.boxes).get("num_frames", frames) if clip.boxes.exists() else frames
+        trajectory = load_trajectory(clip.boxes, size, max(told, frames), (height, width))
+        trajectory = replace(trajectory, boxes=trajectory.boxes[:, :frames])  # cut as the video is
         return {"video": video, "box": trajectory.maps("box", places)}
     require(not places, "", "painted maps, of which preset pictures reads none; give a boxes.json")
     paths = {"mask": clip.masks, "box": clip.boxes}
@@ -164,9 +167,13 @@ def darken(maps: Tensor, share: float, seed: int, number: int) -> Tensor:
 def main(cfg: Config) -> None:
     """Encode captions, then videos and maps, shard by shard; the processes share the shards among them."""
     if not cfg.source:
-        raise UserError("--source: missing; give a CSV in MagicData's format or a folder of mp4 files")
+        raise UserError("--source: missing; give a CSV in MagicData's format or a folder of videos")
     if cfg.shard < 1:
         raise UserError(f"--shard {cfg.shard}: at least 1")
+    if cfg.seed < 0:
+        raise UserError(f"--seed {cfg.seed}: at least 0")
+    if not 0 <= cfg.sparse <= 1:
+        raise UserError(f"--sparse {cfg.sparse}: from 0 to 1")
     procs = parallel.init_processes()
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
     codec.check_size(cfg.size, cfg.frames)
@@ -175,7 +182,7 @@ def main(cfg: Config) -> None:
     starts = range(0, len(clips), cfg.shard)
     if procs.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        settle(out, cfg, len(clips))
+        settle(out, cfg, clips)
         for unfinished in out.glob(".tmp*"):  # of a killed run
             unfinished.unlink()
     procs.barrier()
@@ -211,15 +218,19 @@ def main(cfg: Config) -> None:
         report(out)
 
 
-def settle(out: Path, cfg: Config, clips: int) -> None:
+def settle(out: Path, cfg: Config, clips: list[Clip]) -> None:
     """Write down what the shards are made from; UserError if shards made from something else are there."""
-    file, options = out / "config.json", asdict(cfg) | {"clips": clips}
+    sizes = [clip.video.stat().st_size if clip.video.exists() else 0 for clip in clips]
+    contents = zlib.crc32(repr([clips, sizes]).encode(errors="surrogateescape"))
+    file, options = out / "config.json", asdict(cfg) | {"clips": len(clips), "contents": contents}
     del options["out"], options["weights"]
     if not file.exists():
         write_text(file, json.dumps(options, indent=1))
-    elif (before := read_config(file)) != options:
-        other = ", ".join(f"{name} {before.get(name)}" for name in options if before.get(name) != options[name])
-        raise UserError(f"{file}: shards of other clips lie here ({other}); give another --out")
+        return
+    before = read_config(file)
+    if other := [name for name, now in options.items() if before.get(name, now) != now]:
+        told = ", ".join("other captions or videos" if n == "contents" else f"{n} {before[n]}" for n in other)
+        raise UserError(f"{file}: shards of other clips lie here ({told}); give another --out")
 
 
 def report(out: Path) -> None:
