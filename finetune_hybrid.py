@@ -180,6 +180,9 @@ def check(cfg: Config) -> None:
     check_counts(cfg)
     if not (cfg.use_gan or cfg.use_diffusion):
         raise UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
+    if cfg.judge_sigma_min > cfg.judge_sigma_max:
+        least, most = cfg.judge_sigma_min, cfg.judge_sigma_max
+        raise UserError(f"--judge_sigma_min {least} --judge_sigma_max {most}: the first must not be the greater one")
     first, rest = cfg.diffusion_first, cfg.adapter_start
     if min(first, rest) < 0 or first + rest >= cfg.steps:
         mend = f"give steps from 0 on, together below --steps {cfg.steps}"

@@ -232,6 +232,7 @@ def test_the_log_shows_how_hard_each_loss_pulls_at_the_adapter(files):
 @pytest.mark.parametrize("changes, message", [
     ({"use_gan": False, "use_diffusion": False}, "no loss is left; use one or both"),
     ({"adapter_start": -1}, "give steps from 0 on"),
+    ({"judge_sigma_min": 0.9, "judge_sigma_max": 0.1}, "--judge_sigma_max 0.1: the first must not be the greater one"),
     ({"steps": 360}, "together below --steps 360"),
     ({"use_diffusion": False}, "--diffusion_first 300: needs --use_diffusion true"),
 ])  # fmt: skip
