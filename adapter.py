@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from core.config import UserError
 from core.parallel import own_tokens
 from core.weights import load, read_network
-from model import DiTConfig, PatchEmbedding, VideoDiT, init_xavier
+from model import OTHER_FILE, DiTConfig, PatchEmbedding, VideoDiT, init_xavier
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,7 @@ def fits(adapter: Adapter, generator: VideoDiT) -> bool:
 def check_fit(adapter: Adapter, path: Path | str, generator: VideoDiT, generator_path: Path | str) -> None:
     """UserError, which names their files, if they don't fit."""
     if not fits(adapter, generator):
-        mend = "give the --preset that it was trained with, or another file"
-        raise UserError(f"{path}: was made for a generator of other shape than {generator_path}; {mend}")
+        raise UserError(f"{path}: was made for a generator of other shape than {generator_path}; {OTHER_FILE}")
 
 
 def read_adapter(

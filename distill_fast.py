@@ -23,11 +23,11 @@ from core.config import UserError, run_script, shipped
 from core.memory import send
 from core.noise import rng, sample_uniform, step_noise
 from core.parallel import Recompute
-from core.runs import Run, check_counts
+from core.runs import Run, check_options
 from core.weights import save_network
 from data import open_codec, training_data
 from flow import Velocity
-from model import PRESETS, VideoDiT, frozen_dtype
+from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 
 EXIT_STEP = 2  # the random stream that draws where backward simulation ends
 
@@ -158,7 +158,7 @@ def student_learns(step: int, ratio: int) -> bool:
 
 
 def main(cfg: Config) -> None:
-    check_counts(cfg)
+    check_options(cfg)
     if not 0 < cfg.judge_sigma_max <= 1:
         raise UserError(f"--judge_sigma_max {cfg.judge_sigma_max}: greater than 0, and 1 at most")
     procs = parallel.init_processes(cfg.sequence, PRESETS[cfg.preset].heads)
@@ -167,6 +167,7 @@ def main(cfg: Config) -> None:
     # 1. Three copies of the SlowGenerator, one after the other: rank 0 reads the weights, and hands them on.
     def copy(dtype: torch.dtype, learns: bool) -> VideoDiT:
         network = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=procs.rank > 0)
+        check_preset(network, cfg.generator, cfg.preset)
         return parallel.prepare(network.requires_grad_(learns), procs, cfg.compile, cfg.recompute, cfg.dtype)
 
     frozen = frozen_dtype(cfg.preset, cfg.dtype)
@@ -177,7 +178,6 @@ def main(cfg: Config) -> None:
 
     # 2. What they learn from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=frozen)
-    codec.check_network(cfg.generator, student)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
     negative = send(data.unconditional(), procs.device)
     sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)

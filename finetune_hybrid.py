@@ -24,12 +24,12 @@ from core.config import UserError, run_script, shipped
 from core.memory import send
 from core.noise import sample_uniform, step_noise
 from core.parallel import Recompute
-from core.runs import Run, check_counts
+from core.runs import Run, check_options
 from core.weights import save_network
 from data import open_codec, training_data
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
 from flow import Velocity
-from model import PRESETS, VideoDiT, frozen_dtype
+from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 
 DIFFUSION_STEP = 3  # the random stream that draws at which of the four noise levels the diffusion loss looks
 
@@ -177,7 +177,7 @@ class Inputs(NamedTuple):
 
 def check(cfg: Config) -> None:
     """UserError if the options contradict one another."""
-    check_counts(cfg)
+    check_options(cfg)
     if not (cfg.use_gan or cfg.use_diffusion):
         raise UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
     if cfg.judge_sigma_min > cfg.judge_sigma_max:
@@ -204,6 +204,9 @@ def main(cfg: Config) -> None:
     generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", dtype, shapes_only=elsewhere)
     backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", dtype, shapes_only=elsewhere)
     adapter = read_adapter(cfg.adapter, "SlowAdapter", shapes_only=elsewhere)
+    check_preset(generator, cfg.generator, cfg.preset)
+    check_preset(backbone, cfg.backbone, cfg.preset)
+    check_fit(adapter, cfg.adapter, generator, cfg.generator)
     attentions = {"semantic": cfg.semantic, "trajectory": cfg.trajectory, "video": cfg.video}
     classifier = Classifier(replace(discriminators.PRESETS[cfg.preset], **attentions), cfg.cautious)
     generator, backbone, adapter, classifier = (
@@ -220,9 +223,6 @@ def main(cfg: Config) -> None:
 
     # 2. What they learn from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
-    for path, network in ((cfg.generator, generator), (cfg.backbone, backbone)):
-        codec.check_network(path, network)
-    check_fit(adapter, cfg.adapter, generator, cfg.generator)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
     if cfg.reuse_fakes and not data.one_shape:
         raise UserError("--reuse_fakes true: needs clips that all have one shape; pass --reuse_fakes false")

@@ -48,6 +48,7 @@ PRESETS = {
     "pictures": DiTConfig(256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, patch=(1, 1, 1), sees_first=True),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
+OTHER_FILE = "give the --preset that it was trained with, or another file"
 FROZEN_DTYPE = {"tiny": torch.float32, "pictures": torch.float32, "wan5b": torch.bfloat16}
 
 
@@ -71,6 +72,12 @@ def rotary_table(frames: int, height: int, width: int, head_dim: int, device: to
     ]
     angle = torch.cat(angles, dim=1)  # (N, head_dim / 2)
     return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def check_preset(network: "VideoDiT", path: Path | str, preset: str) -> None:
+    """UserError if a generator, read from `path`, takes other latents or prompts than the preset's."""
+    if any(getattr(network.config, name) != getattr(PRESETS[preset], name) for name in ("channels", "text_dim")):
+        raise UserError(f"{path}: is no network of preset {preset}; {OTHER_FILE}")
 
 
 class Rope(NamedTuple):

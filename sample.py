@@ -43,7 +43,7 @@ from core.serve import ASKED, serve, unpack
 from core.tables import read_table
 from core.weights import split_key
 from data import open_codec
-from model import PRESETS, VideoDiT, frozen_dtype
+from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 from trajectory import PLACES_BLUE, Trajectory, draw_overlay, load_trajectory
 from wan.codec import NEGATIVE_PROMPT
 from wan.umt5 import read_text, save_text
@@ -252,9 +252,7 @@ def load(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tup
     """Generator and adapter, ready to work. UserError if they don't fit the preset or one another."""
     name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg.preset, cfg.dtype)
     generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype, cfg.lora)
-    if generator.config != PRESETS[cfg.preset]:
-        mend = "give the --preset that it was trained with, or another file"
-        raise UserError(f"{files[0]}: is no network of preset {cfg.preset}; {mend}")
+    check_preset(generator, files[0], cfg.preset)
     adapter = read_adapter(files[1], f"{name}Adapter", dtype)
     check_fit(adapter, files[1], generator, files[0])
     for network in (generator, adapter):

@@ -24,10 +24,10 @@ from core.config import run_script, shipped
 from core.memory import send
 from core.noise import sample_noise, sample_uniform
 from core.parallel import Recompute
-from core.runs import Run, check_counts
+from core.runs import Run, check_options
 from core.weights import save_network
 from data import open_codec, training_data
-from model import PRESETS, VideoDiT, frozen_dtype
+from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def trajectory_kind(step: int, mask_steps: int, sparse: float) -> tuple[Literal[
 
 
 def main(cfg: Config) -> None:
-    check_counts(cfg)
+    check_options(cfg)
     procs = parallel.init_processes(cfg.sequence, PRESETS[cfg.preset].heads)
     procs.share(cfg.batch, cfg.accumulate, 0)  # a batch that doesn't divide is refused before weights are read
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
@@ -108,9 +108,11 @@ def main(cfg: Config) -> None:
     dtype = frozen_dtype(cfg.preset, cfg.dtype)
     elsewhere = procs.rank > 0  # rank 0 reads the weights, and hands them on
     generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=elsewhere)
+    check_preset(generator, cfg.generator, cfg.preset)
     generator.requires_grad_(False)
     if cfg.init:
         adapter = adapters.read_adapter(cfg.init, "SlowAdapter", shapes_only=elsewhere)
+        adapters.check_fit(adapter, cfg.init, generator, cfg.generator)
     elif cfg.kind == "resnet":
         adapter = adapters.ResNetAdapter(adapters.PRESETS[cfg.preset])
     else:
@@ -128,8 +130,6 @@ def main(cfg: Config) -> None:
 
     # 2. What it learns from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
-    codec.check_network(cfg.generator, generator)
-    adapters.check_fit(adapter, cfg.init, generator, cfg.generator)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
     run = Run(f"runs/{cfg.name}", cfg, procs, {"adapter": (adapter, optimizers, ema)})
     start = run.resume()

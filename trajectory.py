@@ -200,12 +200,15 @@ def _outline(image: np.ndarray, box: list[int], thickness: int, value: np.ndarra
     image[:, y0:y1, max(x1 - thickness, x0) : x1] = value
 
 
-def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_size: Size | None = None) -> Trajectory:
+def load_trajectory(
+    path: str | Path, image_size: Size, num_frames: int, source_size: Size | None = None, cut: bool = False
+) -> Trajectory:
     """Read a boxes.json, a map video or a folder of PNG maps, and check all of it.
 
     image_size is the (height, width) of the generated video. source_size is that of the user's image, in whose pixels
     the boxes are unless the JSON states a width and height (default: image_size). A frame of another shape than the
     video is treated as the image is: resized until it covers the video, and cut to its middle.
+    `cut`: a boxes.json may be for a longer video, of which these are the first frames.
     Raises UserError for anything that can't be used.
     """
     path = Path(path)
@@ -215,7 +218,8 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
         return _load_maps(path, image_size, num_frames, check)
 
     top = read_boxes_json(path)
-    asked = top.get("num_frames", num_frames)
+    asked, length = top.get("num_frames", num_frames), num_frames
+    num_frames = max(asked, length) if cut else length
     mend = f"change it or pass --frames {asked}"
     check(asked == num_frames, "", f"num_frames is {asked} but the video has {num_frames} frames; {mend}")
     size = (top["height"], top["width"]) if "width" in top else tuple(source_size or image_size)
@@ -264,7 +268,7 @@ def load_trajectory(path: str | Path, image_size: Size, num_frames: int, source_
         boxes.append(np.where(shown[:, None], track, np.nan))
     if notes:
         print(f"{path}: boxes cross the video's edge and are cut there: {'; '.join(notes)}", file=sys.stderr)
-    return Trajectory(np.stack(boxes), np.stack(masks), np.array(colors, dtype=np.uint8), names)
+    return Trajectory(np.stack(boxes)[:, :length], np.stack(masks), np.array(colors, dtype=np.uint8), names)
 
 
 Check = Callable[[bool, str, str], None]  # (fine, field, problem and mend), raises for the file at hand

@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config import UserError
 from core.media import MOST_VIDEO, MOST_VIDEO_SIDE
@@ -36,12 +36,6 @@ class Codec:
 
     def free(self) -> None:
         """Let go of the memory of networks that can be read again."""
-
-    def check_network(self, path: str, network: nn.Module) -> None:
-        """UserError if a network, read from `path`, takes latents of another codec."""
-        if network.config.channels != self.channels:
-            mend = "give the --preset that it was trained with, or another file"
-            raise UserError(f"{path}: was trained with another preset; {mend}")
 
     def check_size(
         self, size: str, frames: int, picture: tuple[int, int] | None = None, scale: int = 1

@@ -34,33 +34,32 @@ from core.weights import read_config
 
 Part = tuple[nn.Module, Sequence, Stateful | None]  # a network, its optimizers, its EMA if it has one
 KEEP = 2  # how many checkpoints
-COUNTS = ("steps", "batch", "accumulate", "ratio", "denoising_steps", "log_every", "save_every", "sample_every")
-MAY_BE_0 = ("accumulate", "sample_every")
 # Options that may change when a run resumes: how it is computed and shown. Its result changes by rounding at most.
 FREE = ("dtype", "compile", "recompute", "sequence", "accumulate", "log_every", "save_every", "sample_every")
 
-
-# What other numbers may be, ends included.
+COUNTS = ("steps", "batch", "ratio", "denoising_steps", "log_every", "save_every", "shard")
+MAY_BE_0 = (
+    "accumulate", "sample_every", "warmup", "mask_steps", "seed", "lr", "fake_lr", "classifier_lr", "weight_decay",
+)  # fmt: skip
+SHARES = ("sparse", "drop_text", "ema", "judge_sigma_min", "judge_sigma_max")
+# The least and the greatest that an option may be.
 RANGES = {
-    **dict.fromkeys(("sparse", "drop_text", "ema", "judge_sigma_min", "judge_sigma_max"), (0, 1)),
-    **dict.fromkeys(("lr", "fake_lr", "classifier_lr", "warmup", "mask_steps", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(COUNTS, (1, math.inf)),
+    **dict.fromkeys(MAY_BE_0, (0, math.inf)),
+    **dict.fromkeys(SHARES, (0, 1)),
     "shift": (0.01, math.inf),
 }
 
 
-def check_counts(config) -> None:
-    """UserError if the run's name can't be one, or if a number is out of range."""
+def check_options(config) -> None:
+    """UserError if the run's name can't be one, or if a number is out of its range."""
     name = getattr(config, "name", "run")
     if {"", ".", ".."} & set(name.split("/")):
         raise UserError(f"--name {name}: is a folder under runs/; give a name, or several with / between them")
-    for name, (low, high) in RANGES.items():
-        if not low <= getattr(config, name, low) <= high:
-            within = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(config, name, least) <= most:
+            within = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise UserError(f"--{name} {getattr(config, name)}: {within}")
-    for name in COUNTS:
-        least = 0 if name in MAY_BE_0 else 1
-        if getattr(config, name, 1) < least:
-            raise UserError(f"--{name} {getattr(config, name)}: at least {least}")
 
 
 def due(step: int, every: int, start: int, last: bool) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from core import optim, parallel, runs
 from core.config import UserError
-from core.runs import COUNTS, MAY_BE_0, Run, check_counts, due
+from core.runs import COUNTS, MAY_BE_0, Run, check_options, due
 
 ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
@@ -200,14 +200,14 @@ def test_a_checkpoint_is_saved_before_samples_are_made(tmp_path):
         assert max(int(p.name[-8:]) for p in (tmp_path / "ckpt").glob("step_*")) == saved
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", ("accumulate", "sample_every", *COUNTS))
 def test_nothing_that_is_counted_may_be_none(name):
     options = dataclasses.make_dataclass("Counted", [(name, int, 0)], frozen=True)
     if name in MAY_BE_0:  # one video in each micro-batch; no samples
-        check_counts(options())
+        check_options(options())
         options = dataclasses.make_dataclass("Counted", [(name, int, -1)], frozen=True)
     with pytest.raises(UserError, match=f"--{name} (0: at least 1|-1: at least 0)$"):
-        check_counts(options())
+        check_options(options())
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_nothing_that_is_counted_may_be_none(name):
 )  # fmt: skip
 def test_a_number_out_of_range_or_a_name_outside_of_runs_is_refused(name, value, within):
     with pytest.raises(UserError, match=rf"--{name} {re.escape(str(value))}: .*{within}"):
-        check_counts(SimpleNamespace(**{name: value}))
-    check_counts(SimpleNamespace(name="a/b", sparse=0.0, ema=1.0, lr=0.0, shift=0.3))
+        check_options(SimpleNamespace(**{name: value}))
+    check_options(SimpleNamespace(name="a/b", sparse=0.0, ema=1.0, lr=0.0, shift=0.3))
 
 
 def test_what_is_due_and_when():

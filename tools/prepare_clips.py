@@ -15,7 +15,7 @@ import csv
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,10 +30,11 @@ from core import parallel
 from core.config import UserError, run_script
 from core.files import atomic, write_text
 from core.media import BROKEN, VIDEO_SUFFIXES, Size, fit_frames, fit_nearest, read_frames, read_video
+from core.runs import check_options
 from core.tables import read_table
 from core.weights import read_config, read_safetensors, write_safetensors
 from data import open_codec
-from trajectory import dark_frames, load_trajectory, read_boxes_json
+from trajectory import dark_frames, load_trajectory
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,7 @@ def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, places: bool
     require(height >= size[0] and width >= size[1], "", f"{width}x{height} is smaller than {size[1]}x{size[0]}")
     video = fit_frames(np.stack(stack), size) / 127.5 - 1
     if clip.boxes.suffix == ".json":
-        told = read_boxes_json(clip.boxes).get("num_frames", frames) if clip.boxes.exists() else frames
-        trajectory = load_trajectory(clip.boxes, size, max(told, frames), (height, width))
-        trajectory = replace(trajectory, boxes=trajectory.boxes[:, :frames])  # cut as the video is
+        trajectory = load_trajectory(clip.boxes, size, frames, (height, width), cut=True)
         return {"video": video, "box": trajectory.maps("box", places)}
     require(not places, "", "painted maps, of which preset pictures reads none; give a boxes.json")
     paths = {"mask": clip.masks, "box": clip.boxes}
@@ -168,12 +167,7 @@ def main(cfg: Config) -> None:
     """Encode captions, then videos and maps, shard by shard; the processes share the shards among them."""
     if not cfg.source:
         raise UserError("--source: missing; give a CSV in MagicData's format or a folder of videos")
-    if cfg.shard < 1:
-        raise UserError(f"--shard {cfg.shard}: at least 1")
-    if cfg.seed < 0:
-        raise UserError(f"--seed {cfg.seed}: at least 0")
-    if not 0 <= cfg.sparse <= 1:
-        raise UserError(f"--sparse {cfg.sparse}: from 0 to 1")
+    check_options(cfg)
     procs = parallel.init_processes()
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
     codec.check_size(cfg.size, cfg.frames)

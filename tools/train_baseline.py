@@ -20,7 +20,7 @@ from adapter import read_adapter
 from core import optim, parallel
 from core.config import run_script, shipped
 from core.noise import rng, sample_uniform, step_noise
-from core.runs import Run, check_counts
+from core.runs import Run, check_options
 from core.weights import save_network
 from data import open_codec, training_data
 from distill_fast import EXIT_STEP, Draw, fake_score_loss, levels_above, student_learns, student_loss
@@ -96,7 +96,7 @@ def consistency_loss(
 
 
 def main(cfg: Config) -> None:
-    check_counts(cfg)
+    check_options(cfg)
     procs = parallel.init_processes()
 
     # 1. The student: the frozen FastGenerator and the adapter that learns. The teacher: the slow networks, frozen.

@@ -21,7 +21,7 @@ from torch import Tensor
 from core import optim, parallel
 from core.config import run_script
 from core.noise import rng
-from core.runs import Run, check_counts
+from core.runs import Run, check_options
 from core.weights import save_network
 from model import PRESETS
 from toy.codec import CODECS, AutoencoderConfig, ToyAutoencoder, ToyCodec
@@ -69,7 +69,7 @@ def decoder_loss(out: Tensor, frames: Tensor, detail: float, energy: float) -> T
 
 
 def main(cfg: Config) -> None:
-    check_counts(cfg)
+    check_options(cfg)
     procs = parallel.Processes(0, 1, torch.device("cpu"), None)
     torch.manual_seed(cfg.seed)
     world, held_out = (CODECS[cfg.preset].world(split) for split in ("train", "validation"))

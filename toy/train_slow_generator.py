@@ -23,7 +23,7 @@ import flow
 from core import optim, parallel
 from core.config import UserError, run_script
 from core.noise import sample_noise, sample_uniform
-from core.runs import Run, check_counts
+from core.runs import Run, check_options
 from core.weights import save_network
 from model import PRESETS, VideoDiT
 from toy.codec import CODECS
@@ -79,7 +79,7 @@ def shape_number(step: int, steps: int, small: float, shapes: int) -> int:
 
 
 def main(cfg: Config) -> None:
-    check_counts(cfg)
+    check_options(cfg)
     if not 0 <= cfg.small <= 1 or cfg.change <= 0:
         raise UserError(f"--small {cfg.small} --change {cfg.change}: a share from 0 to 1, and a number above 0")
     procs = parallel.init_processes()
