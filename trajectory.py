@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from core.colors import MOST_OBJECTS, extents, flat_colors, label_pixels
 from core.config import UserError
-from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover, fit_nearest, read_frames, read_mask
+from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover, fit_nearest, kept, read_frames, read_mask
 
 # Half-intensity colours, as MagicMotion draws them; its first two are these. Any two are at least 45 apart in RGB.
 PALETTE = [
@@ -117,6 +119,31 @@ class Trajectory:
         return replace(self, boxes=boxes, masks=masks, maps_given=maps)
 
 
+def enlarge(trajectory: Trajectory, path: str | Path, size: Size) -> Trajectory:
+    """The trajectory that was read from this path in pixels of the same video at another size, height and width.
+
+    Painted masks are read once more, for their detail; those of a map video are enlarged smoothly.
+    """
+
+    def fit(mask: np.ndarray, box: tuple[float, ...] | None = None) -> np.ndarray:
+        picture = Image.fromarray(mask.astype(np.uint8) * 255)
+        return np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC, box)) > 127
+
+    boxes = trajectory.boxes * (np.array(size[::-1] * 2) / (trajectory.size[::-1] * 2))
+    masks = np.stack([fit(mask) for mask in trajectory.masks])
+    for k, item in enumerate(read_boxes_json(Path(path))["objects"] if trajectory.maps_given is None else []):
+        if not trajectory.masks[k].any():
+            continue  # it enters later
+        if "mask" in item:
+            painted = read_mask(Path(path).parent / item["mask"], lambda got: None)
+            masks[k] = fit(painted, kept(painted.shape, trajectory.size))
+        else:
+            x0, y0, x1, y1 = _pixels(boxes[k : k + 1, :1], size)[0][0]
+            masks[k] = False
+            masks[k, y0:y1, x0:x1] = True
+    return replace(trajectory, boxes=boxes, masks=masks, maps_given=None)
+
+
 def paint_places(boxes: Tensor, drawn: Tensor) -> Tensor:
     """Maps whose red tells the place across a box, green the place down, and blue which of three objects it is.
 
@@ -134,6 +161,21 @@ def paint_places(boxes: Tensor, drawn: Tensor) -> Tensor:
         colors = torch.broadcast_tensors(across[:, k, :, None], down[:, k, ..., None], blue)
         canvas = torch.where(drawn[:, k, None], torch.stack(colors, 1), canvas)
     return canvas
+
+
+def move(pictures: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """What lies in the box `source` of each picture, moved and scaled until it fills the box `target`.
+
+    pictures [B, C, H, W], boxes [B, 4] in pixels -> [B, C, H, W]; 0 beyond the picture's edge. What lies around the box
+    comes along.
+    """
+    size = pictures.new_tensor(pictures.shape[:1:-1])  # W, H
+    scale = (source[:, 2:] - source[:, :2]) / (target[:, 2:] - target[:, :2])
+    # A target's pixel x comes from source + (x - target) * scale; affine_grid counts both from -1 to 1.
+    offset = 2 * (source[:, :2] - target[:, :2] * scale) / size + scale - 1
+    theta = torch.cat([torch.diag_embed(scale), offset[..., None]], -1)  # (B, 2, 3)
+    grid = F.affine_grid(theta.to(pictures), list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures, grid, mode="bilinear", align_corners=False)
 
 
 def dark_frames(u: np.ndarray, share: float) -> np.ndarray:

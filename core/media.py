@@ -42,6 +42,13 @@ def cover(source: Size, target: Size) -> tuple[Size, int, int]:
     return resized, (resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2
 
 
+def kept(source: Size, target: Size) -> tuple[float, float, float, float]:
+    """What `cover` keeps of a picture, in the picture's own pixels: left, top, right, bottom."""
+    (height, width), top, left = cover(source, target)
+    y, x = source[0] / height, source[1] / width
+    return left * x, top * y, (left + target[1]) * x, (top + target[0]) * y
+
+
 def fit_nearest(image: np.ndarray, size: Size) -> np.ndarray:
     """Nearest-neighbour resize and centre crop, as in `cover`: [height, width, ...] -> [*size, ...]."""
     resized, *corner = cover(image.shape[:2], size)
