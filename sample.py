@@ -10,6 +10,7 @@
 Writes `--out` and, beside it, the same video with the boxes drawn over it. Fast: FastGenerator + FastAdapter in 4
 steps, each of which predicts the clean video and adds noise again. Slow: SlowGenerator + SlowAdapter in 50 Euler steps.
 An image of another shape than the video's is resized until it covers it and cut to its middle, and the boxes with it.
+Small videos are written as large as the image, with its own detail wherever they show what it shows: toy/detail.py.
 `--serve` serves tools/draw.html on 127.0.0.1, with the networks kept loaded: core/serve.py.
 For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, with the networks of this project in it.
 """
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,14 +38,15 @@ from core.attention import fastest
 from core.codec import Codec
 from core.config import ROOT, UserError, flags, reason, run_script, shipped
 from core.files import keep_inputs, output_path
-from core.media import BROKEN, MOST_PICTURE, fit_frames, pictures, read_picture, to_uint8, write_video
+from core.media import BROKEN, MOST_PICTURE, MOST_VIDEO, fit_frames, pictures, read_picture, to_uint8, write_video
 from core.noise import sample_noise, step_noise
 from core.serve import ASKED, serve, unpack
 from core.tables import read_table
 from core.weights import split_key
 from data import open_codec
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
-from trajectory import PLACES_BLUE, Trajectory, draw_overlay, load_trajectory
+from toy.detail import add_detail, full_size
+from trajectory import PLACES_BLUE, Trajectory, draw_overlay, enlarge, load_trajectory
 from wan.codec import NEGATIVE_PROMPT
 from wan.umt5 import read_text, save_text
 
@@ -75,7 +77,7 @@ class Config:
     size: str = "auto"  # height x width of the video, or auto: the image's own shape
     frames: int = 9  # length of the video
     fps: int = 8  # frames a second
-    scale: int = 4  # enlarge the written video so many times
+    detail: bool = True  # put the picture's own detail back: the video is as large as the picture, up to 1280 pixels
     memory: Literal["high", "medium", "low"] = "high"  # for a GPU of more than 24 GB, of 24, or of 12; see docs/WAN.md
     decoder: str = ""  # preset wan5b: file of the small decoder taew2_2, fast and a little softer, instead of the VAE's
     tile: int = 0  # preset wan5b: decode in squares of so many latent positions; 0 is all at once, 32 with low memory
@@ -85,7 +87,7 @@ class Config:
     port: int = 7860  # of that page; 0 is any that is free
 
 
-TINY = {"weights": shipped("checkpoints/tiny"), "prompt": PINWHEELS, "size": "48x48", "scale": 8}
+TINY = {"weights": shipped("checkpoints/tiny"), "prompt": PINWHEELS, "size": "48x48", "detail": False}
 TINY |= {"image": shipped("examples/image.png"), "traj": shipped("examples/boxes.json")}
 WAN5B = {
     "weights": "Wan2.2-TI2V-5B",
@@ -97,7 +99,7 @@ WAN5B = {
     "size": "auto",  # (Wan)
     "frames": 121,  # (Wan)
     "fps": 24,  # (Wan)
-    "scale": 1,
+    "detail": False,
 }
 OPTIONS = {"tiny": TINY, "wan5b": WAN5B}  # what each preset has other than the Config says
 # Columns of a --batch table -> options: this project's own names, and those of MagicMotion's tables.
@@ -132,8 +134,10 @@ def check(cfg: Config) -> None:
             raise UserError(f"--{name} {given}: the fast networks have none; add --speed slow")
     if cfg.shift < 0:
         raise UserError(f"--shift {cfg.shift}: greater than 0, or 0 for the sampler's own")
-    if cfg.scale < 1 or cfg.fps < 1:
-        raise UserError(f"--scale {cfg.scale} --fps {cfg.fps}: both at least 1")
+    if cfg.fps < 1:
+        raise UserError(f"--fps {cfg.fps}: at least 1")
+    if cfg.detail and cfg.preset == "wan5b":
+        raise UserError("--detail true: preset wan5b makes large videos as it is; leave it out")
     if cfg.memory == "medium" and not torch.cuda.is_available():
         raise UserError("--memory medium: keeps weights off a GPU, and there is none; give high, or low")
     if cfg.serve and (cfg.batch or cfg.text or "RANK" in os.environ):
@@ -229,8 +233,16 @@ def embed_prompts(cfg: Config, prompts: list[str], codec: Codec, writes: bool) -
     return dict(zip(prompts, text.split(1), strict=True))
 
 
-def read_inputs(job: Config, codec: Codec) -> tuple[Tensor, Trajectory]:
-    """First frame [1,3,1,height,width] in [-1, 1] and trajectory of a video, and every reason why it can't be made."""
+class Inputs(NamedTuple):
+    """What one video is made of."""
+
+    image: Tensor  # its first frame [1,3,1,height,width] in [-1, 1]
+    trajectory: Trajectory
+    full: tuple[np.ndarray, Trajectory] | None  # both at the size that is written, uint8 [H,W,3], if detail is put back
+
+
+def read_inputs(job: Config, codec: Codec) -> Inputs:
+    """What a video is made of, or the reason why it can't be made."""
     if not isinstance(job.seed, int) or job.seed < 0:
         raise UserError(f"--seed {job.seed}: a whole number, 0 at least")
     for name in ("image", "traj"):
@@ -239,13 +251,18 @@ def read_inputs(job: Config, codec: Codec) -> tuple[Tensor, Trajectory]:
     for written in (output_path(job.out, ".mp4"), output_path(str(overlay_path(job.out)), ".mp4")):
         keep_inputs(written, "out", image=job.image, traj=job.traj)
     pixels = load_image(job.image)
-    size = codec.check_size(job.size, job.frames, pixels.shape[:2], job.scale)
+    size = codec.check_size(job.size, job.frames, pixels.shape[:2])
     image = fit_frames(pixels[None], size)[None] / 127.5 - 1
     trajectory = load_trajectory(job.traj, size, job.frames, pixels.shape[:2])
     if codec.places and (count := len(trajectory.names)) > len(PLACES_BLUE):
         says = f"{job.traj}: holds {count} objects, and preset {job.preset} tells only three apart;"
         print(says, "draw three at most, or some may take another's place", file=sys.stderr)
-    return image, trajectory
+    if not job.detail:
+        return Inputs(image, trajectory, None)
+    picture = full_size(pixels, size)
+    if (total := math.prod(picture.shape[:2]) * job.frames) > MOST_VIDEO:
+        raise UserError(f"--frames {job.frames}: {total} pixels; {MOST_VIDEO} is the most; add --detail false")
+    return Inputs(image, trajectory, (picture, enlarge(trajectory, job.traj, picture.shape[:2])))
 
 
 def load(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:
@@ -266,10 +283,10 @@ def load(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tup
     return generator, adapter
 
 
-def encode(codec: Codec, image: Tensor, trajectory: Trajectory, device: torch.device) -> tuple[Tensor, Tensor]:
+def encode(codec: Codec, inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor]:
     """Latents of the first frame [1,C,1,H,W] and of the trajectory's maps [1,C,F,H,W]."""
-    maps = trajectory.maps("box", codec.places)[None]
-    return codec.encode_video(image).to(device), codec.encode_video(maps).to(device)
+    maps = inputs.trajectory.maps("box", codec.places)[None]
+    return codec.encode_video(inputs.image).to(device), codec.encode_video(maps).to(device)
 
 
 @torch.no_grad()
@@ -302,15 +319,18 @@ def denoise(
         return flow.sample_multistep(velocity, first, noise, sigmas)
 
 
-def decode(codec: Codec, latents: Tensor, scale: int, procs: parallel.Processes) -> np.ndarray:
-    """Latents [1,C,F,H,W] -> uint8 [T, scale * height, scale * width, 3]. Processes may take pieces of it in turn."""
-    own = [(turn, procs.rank, to_uint8(piece[0], scale)) for turn, piece in enumerate(codec.pieces(latents, procs))]
+def decode(codec: Codec, latents: Tensor, procs: parallel.Processes) -> np.ndarray:
+    """Latents [1,C,F,H,W] -> uint8 [T, height, width, 3]. Processes may take pieces of it in turn."""
+    own = [(turn, procs.rank, to_uint8(piece[0])) for turn, piece in enumerate(codec.pieces(latents, procs))]
     return np.concatenate([frames for *_, frames in sorted(procs.gather(own), key=lambda piece: piece[:2])])
 
 
-def write(out: str, video: np.ndarray, trajectory: Trajectory, fps: int) -> Path:
+def write(out: str, video: np.ndarray, inputs: Inputs, fps: int) -> Path:
     """The video, and beside it, under the name that is returned, the same with its boxes."""
-    overlay = overlay_path(out)
+    overlay, trajectory = overlay_path(out), inputs.trajectory
+    if inputs.full:
+        picture, trajectory = inputs.full
+        video = add_detail(video, picture, trajectory)
     write_video(overlay, draw_overlay(video, trajectory), fps)
     write_video(out, video, fps)  # last: what stands is done
     return overlay
@@ -324,12 +344,12 @@ def answer(
     job = replace(cfg, **unpack(request, folder))
     check(job)
     try:
-        image, trajectory = read_inputs(job, codec)
+        inputs = read_inputs(job, codec)
     except UserError as error:
         raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from None
     tell(says="Reading the prompt")
     text = [embed(prompt).to(procs.device) for prompt in (job.prompt, cfg.negative)]
-    encoded, levels = encode(codec, image, trajectory, procs.device), []
+    encoded, levels = encode(codec, inputs, procs.device), []
 
     def watch(_, given: tuple) -> None:  # guidance calls the network more than once at a noise level
         level = given[1].max().item()
@@ -345,7 +365,7 @@ def answer(
     if not latents.isfinite().all():
         raise UserError("the networks give values that are no numbers; give other weights, or --dtype float32")
     tell(says="Decoding")
-    return [Path(job.out), write(job.out, decode(codec, latents, cfg.scale, procs), trajectory, cfg.fps)]
+    return [Path(job.out), write(job.out, decode(codec, latents, procs), inputs, cfg.fps)]
 
 
 def serve_page(cfg: Config, codec: Codec, procs: parallel.Processes) -> None:
@@ -401,16 +421,16 @@ def main(cfg: Config) -> None:
     encoded = None
     if early:
         with clock("encode image and boxes"):
-            encoded = encode(codec, *early, device)  # before the networks take their memory
+            encoded = encode(codec, early, device)  # before the networks take their memory
     with clock("read networks"):
         networks = load(cfg, files, procs)
 
     for number, job in enumerate(left):
         try:
-            image, trajectory = early or read_inputs(job, codec)
+            inputs = early or read_inputs(job, codec)
             if cfg.batch:
                 with clock("encode image and boxes"):
-                    encoded = encode(codec, image, trajectory, device)
+                    encoded = encode(codec, inputs, device)
             with clock("denoise"):
                 latents = denoise(job, *networks, *encoded, text[job.prompt].to(device), text[cfg.negative].to(device))
             if not cfg.batch:
@@ -419,11 +439,11 @@ def main(cfg: Config) -> None:
             if not latents.isfinite().all():
                 raise UserError("the networks give values that are no numbers; give other weights, or --dtype float32")
             with clock("decode"):
-                video = decode(codec, latents, cfg.scale, team)
+                video = decode(codec, latents, team)
             if team.rank > 0:
                 return
             with clock("write"):
-                overlay = write(job.out, video, trajectory, cfg.fps)
+                overlay = write(job.out, video, inputs, cfg.fps)
         except Exception as error:  # whatever it is: a video that can't be made does not stop the rest
             if not cfg.batch:
                 raise

@@ -37,13 +37,11 @@ class Codec:
     def free(self) -> None:
         """Let go of the memory of networks that can be read again."""
 
-    def check_size(
-        self, size: str, frames: int, picture: tuple[int, int] | None = None, scale: int = 1
-    ) -> tuple[int, int]:
+    def check_size(self, size: str, frames: int, picture: tuple[int, int] | None = None) -> tuple[int, int]:
         """ "704x1280" -> (704, 1280); "auto" -> what fits the picture's (height, width) best.
 
-        UserError if the networks can't make such a video, or if it can't be written `scale` times as large. Without a
-        picture "auto" is only checked, as (0, 0).
+        UserError if the networks can't make such a video, or if it can't be written. Without a picture "auto" is only
+        checked, as (0, 0).
         """
         unit = self.spatial * self.patch
         if frames < 2 or (frames - 1) % self.temporal:
@@ -63,10 +61,8 @@ class Codec:
                 raise UserError(f"{form}; the nearest is {near[0]}x{near[1]}")
         if (pixels := height * width * frames) > MOST_VIDEO:
             raise UserError(f"--size {size} --frames {frames}: {pixels} pixels; {MOST_VIDEO} is the most")
-        if scale * max(height, width) > MOST_VIDEO_SIDE or scale**2 * pixels > MOST_VIDEO:
-            made = f"{frames} frames of {scale * height}x{scale * width} pixels"
-            most = f"{MOST_VIDEO_SIDE} a side and {MOST_VIDEO} in all are the most"
-            raise UserError(f"--size {size} --scale {scale}: {made}; {most}")
+        if max(height, width) > MOST_VIDEO_SIDE:
+            raise UserError(f"--size {size}: {MOST_VIDEO_SIDE} pixels a side are the most")
         return height, width
 
 

@@ -132,7 +132,7 @@ def test_stage_1_trains_a_controlnet_and_sample_uses_it(here, monkeypatch):
     file = "runs/slow_adapter/slow_adapter.safetensors"
     adapter = adapters.read_adapter(file, "SlowAdapter")
     assert isinstance(adapter, adapters.ControlNetAdapter) and adapter.project[0].weight.any()
-    options = {"preset": "tiny", "speed": "slow", "steps": 2, "scale": 1, "adapter": file, "weights": "."}
+    options = {"preset": "tiny", "speed": "slow", "steps": 2, "detail": False, "adapter": file, "weights": "."}
     sample.main(sample.Config(**sample.TINY | options))
     assert iio.imread("out/sample.mp4").shape == (9, 48, 48, 3)
 

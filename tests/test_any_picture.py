@@ -85,15 +85,15 @@ def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here):
     iio.imwrite("x.png", pixels)
     box = [left, top, left + side, top + side]
     (here / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": box, "8": box}}]}))
-    job = sample.Config(preset="tiny", weights="checkpoints/tiny", image="x.png", traj="b.json", steps=1, scale=2)
-    image, trajectory = sample.read_inputs(job, ToyCodec())
+    job = sample.Config(preset="tiny", weights="checkpoints/tiny", image="x.png", traj="b.json", steps=1, detail=False)
+    image, trajectory, _ = sample.read_inputs(job, ToyCodec())
     size = best_size((height, width), 48 * 48, 8)
     assert image.shape == (1, 3, 1, *size) and trajectory.size == size
     red = torch.nonzero(image[0, 0, 0] > image[0, 1, 0] + 0.7)
     (y0, x0), (y1, x1) = red.amin(0).tolist(), (red.amax(0) + 1).tolist()
     assert np.abs(trajectory.boxes[0][0] - [x0, y0, x1, y1]).max() <= 1
     sample.main(job)
-    assert iio.imread("out/sample.mp4").shape == (9, 2 * size[0], 2 * size[1], 3)
+    assert iio.imread("out/sample.mp4").shape == (9, *size, 3)
 
 
 @pytest.mark.parametrize("codec, told", [(PictureCodec(), True), (ToyCodec(), False)])

@@ -46,7 +46,7 @@ def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, table, processes):
         {**GOOD, "out": "h.mp4", "traj": "h" * 300 + ".json"},
     ]
     path = table(rows)
-    flags = ("--batch", path, "--steps", 1, "--scale", 1)
+    flags = ("--batch", path, "--steps", 1)
     job = run("sample.py", *TINY, *flags, processes=processes)
     assert job.returncode != 0 and sorted(p.name for p in path.parent.glob("?.mp4")) == ["a.mp4", "d.mp4"]
     (line, *_) = [line for line in job.stderr.splitlines() if line.startswith("sample.py: ")]
@@ -82,7 +82,7 @@ def test_tables_as_spreadsheets_write_them(tmp_path):
 def test_an_empty_cell_is_not_the_example(run, table):
     path = table([{**GOOD, "image": ""}, {**GOOD, "traj": ""}, {**GOOD, "prompt": ""}])
     assert read_jobs(path)[2]["prompt"] == ""
-    job = run("sample.py", *TINY, "--batch", path, "--steps", 1, "--scale", 1)
+    job = run("sample.py", *TINY, "--batch", path, "--steps", 1)
     assert job.returncode == 2 and [p.name for p in path.parent.glob("*[0-9].mp4")] == ["jobs_00002.mp4"]
     assert "jobs_00000.mp4: --image: empty; name a file" in job.stderr and "jobs_00001.mp4: --traj: empty" in job.stderr
 
@@ -90,7 +90,7 @@ def test_an_empty_cell_is_not_the_example(run, table):
 def test_one_file_of_embeddings_serves_the_whole_table(run, table):
     """Written by two processes, read by one that has a single video left."""
     path = table([{**GOOD, "prompt": f"a {color} disc", "out": f"{color}.mp4"} for color in ("red", "blue", "green")])
-    flags = ("--batch", path, "--steps", 1, "--scale", 1, "--text", "t.safetensors")
+    flags = ("--batch", path, "--steps", 1, "--text", "t.safetensors")
     assert run("sample.py", *TINY, *flags, processes=2).returncode == 0
     blue = path.parent / "blue.mp4"
     first = iio.imread(blue)

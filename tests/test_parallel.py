@@ -238,8 +238,8 @@ def main(cfg):
         own = list(codec.pieces(latents, procs))
         for a, b in zip(own, whole[procs.rank :: procs.world], strict=True):
             assert torch.equal(a, b)
-    alone = sample.decode(codec, latents, 1, parallel.Processes(0, 1, procs.device, None))
-    assert alone.shape == (21, 32, 48, 3) and (sample.decode(codec, latents, 1, procs) == alone).all()
+    alone = sample.decode(codec, latents, parallel.Processes(0, 1, procs.device, None))
+    assert alone.shape == (21, 32, 48, 3) and (sample.decode(codec, latents, procs) == alone).all()
     print("all agree\\n", end="", flush=True)
 """
 

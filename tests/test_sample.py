@@ -22,6 +22,7 @@ from core.media import fit_frames, read_picture
 from core.weights import save_network
 from model import PRESETS, DiTConfig, VideoDiT
 from toy.codec import ToyCodec
+from toy.detail import full_size
 from trajectory import load_trajectory
 
 ROOT = Path(sample.__file__).parent
@@ -40,17 +41,19 @@ def test_shipped_example(run, tmp_path):
     assert int(job.stdout.split()[-1]) < 2 << 20  # KiB
     assert "denoise" in job.stdout and "out/sample.mp4" in job.stdout
     video, overlay = (iio.imread(tmp_path / "out" / name) for name in ("sample.mp4", "sample.boxes.mp4"))
-    assert video.shape == overlay.shape == (9, 4 * 56, 4 * 72, 3)
-    picture = fit_frames(read_picture(ROOT / "examples/balloons.jpg")[None], (56, 72))[:, 0].permute(1, 2, 0).numpy()
-    image = picture.repeat(4, 0).repeat(4, 1)
-    assert np.abs(video[0] - image).mean() < 4  # it starts from the image, as the codec has it
+    picture = read_picture(ROOT / "examples/balloons.jpg")
+    shown = full_size(picture, (56, 72))
+    assert picture.shape == (192, 240, 3) and video.shape == overlay.shape == (9, *shown.shape)
+    assert (
+        shown.shape == (184, 240, 3) and np.abs(video[0].astype(float) - shown).mean() < 2
+    )  # it starts from the image
     assert np.abs(video[8].astype(float) - video[0]).mean() > 4  # and moves
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sample.boxes.mp4", "sample.mp4"]
 
 
 def test_seed_and_prompt_matter_and_runs_repeat(run, tmp_path):
     def pixels(*flags):
-        job = run("sample.py", "--preset", "tiny", "--steps", 2, "--scale", 2, *flags)
+        job = run("sample.py", "--preset", "tiny", "--steps", 2, *flags)
         assert job.returncode == 0, job.stderr
         return iio.imread(tmp_path / "out/sample.mp4")
 
@@ -63,7 +66,7 @@ def test_seed_and_prompt_matter_and_runs_repeat(run, tmp_path):
 
 def test_two_processes_and_compiled_blocks_give_the_same_video_and_8_bits_nearly(run, tmp_path):
     def pixels(*flags, processes=1):
-        options = ("--preset", "tiny", "--scale", 1, "--dtype", "float32")
+        options = ("--preset", "tiny", "--dtype", "float32")
         job = run("sample.py", *options, *flags, processes=processes)
         assert job.returncode == 0 and job.stdout.count("4 steps on cpu") == 1, job.stderr  # one of them speaks
         return iio.imread(tmp_path / "out/sample.mp4").astype(float)
@@ -99,7 +102,18 @@ BAD = {
     "memory of a GPU that is not there": (GOOD, ["--memory", "medium"], "--memory medium: keeps weights off a GPU"),
     "a tile without a neighbour": (GOOD, ["--tile", "1"], "--tile 1: at least 2"),
     "a tile of another preset": (GOOD, ["--tile", "8"], "--tile 8: preset pictures decodes whole; leave it out"),
-    "too large a scale": (GOOD, ["--scale", "1000"], "--scale 1000: 9 frames of 64000x64000 pixels; 16384 a side"),
+    "too long a side": (GOOD, ["--size", "8x16392"], "--size 8x16392: 16384 pixels a side are the most"),
+    "too many frames at full size": (
+        GOOD,
+        ["--image", "large.png", "--frames", "4000"],
+        "--frames 4000: 1096192000 pixels; 1073741824 is the most; add --detail false",
+    ),
+    "detail of wan5b": (
+        GOOD,
+        ["--preset", "wan5b", "--detail", "true"],
+        "--detail true: preset wan5b makes large videos as it is; leave it out",
+    ),
+    "the size of the video by another option": (GOOD, ["--scale", "4"], "unknown flag --scale"),
     "a folder for an adapter": (GOOD, ["--adapter", "."], "--adapter .: is a folder; give the file in it"),
     "a key of a file that has none": (
         GOOD,
@@ -176,6 +190,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     image(tmp_path / "x.png")
     image(tmp_path / "wide.png", (48, 60, 3))
+    image(tmp_path / "large.png", (524, 524, 3))
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:60])
     if content is not None:
@@ -327,7 +342,7 @@ def test_the_networks_are_gone_when_the_video_is_decoded(monkeypatch, tmp_path, 
 
     monkeypatch.setattr(ToyCodec, "pieces", decode)
     monkeypatch.chdir(ROOT)
-    sample.main(sample.Config(steps=1, scale=1, out=str(tmp_path / "s.mp4"), **flags))
+    sample.main(sample.Config(steps=1, detail=False, out=str(tmp_path / "s.mp4"), **flags))
     assert alive == [False, False]
 
 
@@ -361,7 +376,7 @@ def test_latents_that_are_no_numbers_make_no_video(value, speed, sampler, here, 
         return latents
 
     monkeypatch.setattr(flow, sampler, broken)
-    options = {"speed": speed, "steps": 1, "scale": 1}
+    options = {"speed": speed, "steps": 1, "detail": False}
     with pytest.raises(UserError, match="the networks give values that are no numbers"):
         sample.main(sample.Config(**options))
     assert not Path("out").exists() or not any(Path("out").iterdir())

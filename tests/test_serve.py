@@ -313,7 +313,7 @@ def test_the_video_is_that_of_the_command_line(served, run, tmp_path):
     (tmp_path / "got.mp4").write_bytes(data[start : start + size])
     assert run("sample.py", "--preset", "tiny", "--seed", 3, "--out", "want.mp4").returncode == 0
     got, want = (np.stack(list(read_video(tmp_path / f"{name}.mp4"))) for name in ("got", "want"))
-    assert got.shape == (9, 384, 384, 3) and np.array_equal(got, want)
+    assert got.shape == (9, 48, 48, 3) and np.array_equal(got, want)
 
 
 def test_what_is_wrong_in_a_request_is_named(served, tmp_path):

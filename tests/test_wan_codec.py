@@ -218,7 +218,7 @@ def test_sample_makes_a_video_from_a_published_folder(folder, tmp_path, monkeypa
             sample.Config(
                 image=str(tmp_path / "x.png"), traj=str(tmp_path / "boxes.json"), prompt=prompt, preset="wan5b",
                 text=str(tmp_path / "text.safetensors"), out=str(tmp_path / "o.mp4"), weights=str(folder),
-                generator=str(folder / "transformer"), size="64x96", frames=5, scale=1, tile=3,
+                generator=str(folder / "transformer"), size="64x96", frames=5, detail=False, tile=3,
             )
         )  # fmt: skip
         return iio.imread(tmp_path / "o.mp4")
