@@ -211,7 +211,7 @@ def draw_overlay(frames: np.ndarray, trajectory: Trajectory) -> np.ndarray:
             canvas[..., y0:y1, x0:x1] = color[..., None]
         for t in range(trajectory.num_frames):
             _outline(canvas[:, t], corners[k][t], thickness, color)
-    return rearrange(canvas, "c t h w -> t h w c").copy()
+    return rearrange(canvas, "c t h w -> t h w c")
 
 
 def _pixels(boxes: np.ndarray, size: Size) -> list[list[list[int]]]:

@@ -106,7 +106,7 @@ BAD = {
     "too many frames at full size": (
         GOOD,
         ["--image", "large.png", "--frames", "4000"],
-        "--frames 4000: 1096192000 pixels; 1073741824 is the most; add --detail false",
+        "--frames 4000: 1098304000 pixels; 1073741824 is the most; add --detail false",
     ),
     "detail of wan5b": (
         GOOD,
