@@ -1,11 +1,9 @@
 PYTHON ?= python3
 BIN = .venv/bin
-PRESET = pictures
-FOLDER = ablation/$(PRESET)
 SEEDS = 0 1 2
 BASELINES = lcm dmd
 VARIANTS = decay no_gan no_diffusion constant grow no_semantic no_trajectory no_video $(BASELINES)
-files = $(foreach s,$(SEEDS),$(foreach v,$1,runs/$(FOLDER)/$v_$s/fast_adapter.safetensors))
+files = $(foreach s,$(SEEDS),$(foreach v,$1,runs/ablation/$v_$s/fast_adapter.safetensors))
 RUNS = $(call files,$(VARIANTS))
 
 no_diffusion = --use_diffusion false --diffusion_first 0 --steps 300
@@ -16,9 +14,6 @@ grow = --diffusion_scale grow
 no_semantic = --semantic false
 no_trajectory = --trajectory false
 no_video = --video false
-
-# A video of this world takes ten times as long.
-table_pictures = --steps 6 --videos 64
 
 .PHONY: demo test ablation
 
@@ -32,17 +27,16 @@ test: .venv/ready-dev
 # Killed, it goes on where it was.
 ablation: .venv/ready
 	@echo "$(words $(RUNS)) runs from the shipped networks, two at a time."
-	@echo "Reckoned from some of them: six hours on two cores, table included; with PRESET=tiny four and a half."
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUNS)
-	$(BIN)/python -m toy.evaluate --preset $(PRESET) --ablation $(table_$(PRESET)) --out results/$(PRESET)-ablation.json
+	$(BIN)/python -m toy.evaluate --ablation --videos 64 --out results/ablation.json
 
-runs/$(FOLDER)/%/fast_adapter.safetensors: | .venv/ready
-	$(BIN)/python finetune_hybrid.py --preset $(PRESET) --name $(FOLDER)/$* --seed $(lastword $(subst _, ,$*)) \
+runs/ablation/%/fast_adapter.safetensors: | .venv/ready
+	$(BIN)/python finetune_hybrid.py --name ablation/$* --seed $(lastword $(subst _, ,$*)) \
 		$($(patsubst %_$(lastword $(subst _, ,$*)),%,$*))
 
-$(call files,$(BASELINES)): runs/$(FOLDER)/%/fast_adapter.safetensors: | .venv/ready
-	$(BIN)/python -m tools.train_baseline --preset $(PRESET) --loss $(firstword $(subst _, ,$*)) \
-		--name $(FOLDER)/$* --seed $(lastword $(subst _, ,$*))
+$(call files,$(BASELINES)): runs/ablation/%/fast_adapter.safetensors: | .venv/ready
+	$(BIN)/python -m tools.train_baseline --loss $(firstword $(subst _, ,$*)) \
+		--name ablation/$* --seed $(lastword $(subst _, ,$*))
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -18,6 +18,7 @@ from core.config import UserError
 from core.parallel import own_tokens
 from core.weights import load, read_network
 from model import OTHER_FILE, DiTConfig, PatchEmbedding, VideoDiT, init_xavier
+from trajectory import Maps
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,20 @@ class AdapterConfig:
     channels: int = 48  # of the trajectory latent
     patch: tuple[int, int, int] = (1, 2, 2)
     fixed_norm: bool = False  # trajectory latents normed by fixed statistics, not by the clip's own
+    maps: Maps = "outline"  # how the trajectories that it reads are painted: Trajectory.maps
 
 
 PRESETS = {
-    "tiny": AdapterConfig(160, 6, hidden=96, channels=16),
-    "pictures": AdapterConfig(256, 6, hidden=128, channels=24, patch=(1, 1, 1)),
+    "small": AdapterConfig(256, 6, hidden=192, channels=24, fixed_norm=True, maps="pixels"),
     "wan5b": AdapterConfig(3072, 30, fixed_norm=True),
 }
+
+
+@dataclass(frozen=True)
+class ControlNetConfig(DiTConfig):
+    """That of the generator which a ControlNetAdapter serves, and how its trajectories are painted."""
+
+    maps: Maps = "outline"
 
 
 class FixedNorm(nn.Module):
@@ -130,14 +138,12 @@ class ResNetAdapter(nn.Module):
 class ControlNetAdapter(VideoDiT):
     """The heavy adapter (paper: base + adapter = 10.28B): a copy of the generator, which sees the trajectory's latent
     beside the noisy one and gives each block's output to a projection. It runs at every step.
-
-    Its config is that of the generator it serves.
     """
 
     static = False  # its output depends on the noisy latent
     copied = r"^(?!project|patch_embedding)"  # parameters that start as the generator's
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: ControlNetConfig):
         super().__init__(config)
         del self.head
         inputs = 2 * config.channels * (1 + config.sees_first)  # latent and trajectory, and then frame 0 of both
@@ -192,7 +198,12 @@ def read_adapter(
 
     `dtype` is a ControlNetAdapter's; a ResNetAdapter stays in float32, for it is small and runs once.
     """
-    config, tensors = read_network(path, network, AdapterConfig, DiTConfig)
+    config, tensors = read_network(path, network, AdapterConfig, ControlNetConfig)
     if isinstance(config, AdapterConfig):
         return load(lambda: ResNetAdapter(config), tensors, path, shapes_only=shapes_only)
     return load(lambda: ControlNetAdapter(config), tensors, path, dtype, shapes_only)
+
+
+def read_maps(path: Path | str, network: str) -> Maps:
+    """How the trajectories that an adapter reads are painted, by its file's header. UserError as in `read_adapter`."""
+    return read_network(path, network, AdapterConfig, ControlNetConfig)[0].maps

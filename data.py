@@ -17,9 +17,10 @@ from torch import Tensor
 
 from core.codec import Batch, Codec
 from core.config import UserError
-from core.weights import Stored, read_safetensors
-from toy.codec import CODECS, ToyCodec
+from core.weights import Stored, read_config, read_safetensors
+from toy.codec import ToyCodec
 from toy.latents import ToyLatents
+from trajectory import Maps
 from wan.codec import WanCodec
 
 
@@ -37,6 +38,7 @@ class ClipLatents:
         self.folder, self.text_tokens, self.seed, self.step_size = Path(folder), text_tokens, seed, batch
         if not (self.folder / "rejected.csv").exists():
             raise UserError(f"{folder}: holds no finished shards; run python -m tools.prepare_clips")
+        self.maps: Maps = read_config(self.folder / "config.json").get("maps", "outline")  # as they once all were
         self.latents: dict[str, Stored] = {}
         self.texts: dict[str, Stored] = {}
         for kind, tensors in (("latents", self.latents), ("text", self.texts)):
@@ -113,18 +115,24 @@ def shuffled(number: int, *key: int) -> np.ndarray:
 
 def open_codec(preset: str, folder: Path | str, device: torch.device, **options) -> Codec:
     """The preset's codec; `folder`, of Wan2.2-TI2V-5B, and `options` are WanCodec's."""
-    return WanCodec(folder, device, **options) if preset == "wan5b" else CODECS[preset]()
+    return WanCodec(folder, device, **options) if preset == "wan5b" else ToyCodec()
 
 
 def training_data(
-    folder: str, codec: Codec, seed: int, batch: int
+    folder: str, codec: Codec, seed: int, batch: int, maps: Maps | None = None
 ) -> tuple[ToyLatents | ClipLatents, ToyLatents | ClipLatents]:
-    """What to train on and what is held out: of prepared clips in `folder`, or of the toy world if that is empty."""
+    """What to train on and what is held out: of prepared clips in `folder`, or of the toy world if that is empty.
+
+    `maps`: how the adapter that learns or is used wants trajectories painted; None where no maps are read.
+    """
     if folder:
         both = tuple(ClipLatents(folder, codec.text_tokens, split, seed, batch) for split in ("train", "validation"))
         if both[0].channels != codec.channels:
             raise UserError(f"{folder}: was prepared with another preset; pass it with --preset, or prepare clips anew")
+        if maps and both[0].maps != maps:
+            mend = f"prepare the clips anew with --maps {maps}, or give an adapter that reads {both[0].maps}"
+            raise UserError(f"{folder}: holds {both[0].maps} maps, and the adapter reads {maps}; {mend}")
         return both
     if not isinstance(codec, ToyCodec):
         raise UserError("--data: missing; preset wan5b trains on clips that python -m tools.prepare_clips has encoded")
-    return ToyLatents(codec, seed=seed, **codec.learned_on), ToyLatents(codec, "validation")
+    return tuple(ToyLatents(codec, maps, split, seed, **codec.learned_on) for split in ("train", "validation"))

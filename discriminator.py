@@ -32,8 +32,7 @@ class ClassifierConfig:
 
 
 PRESETS = {
-    "tiny": ClassifierConfig(160, 64, feature_blocks=(1, 3, 5), channels=16, position_dim=40),
-    "pictures": ClassifierConfig(256, 64, feature_blocks=(1, 3, 5), channels=24, patch=(1, 1, 1), position_dim=64),
+    "small": ClassifierConfig(256, 64, feature_blocks=(1, 3, 5), channels=24),
     "wan5b": ClassifierConfig(3072, 4096, feature_blocks=(13, 21, 29), hidden=1024, heads=8, position_dim=128),
 }
 

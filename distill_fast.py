@@ -1,6 +1,6 @@
 """Stage 2: distil the SlowGenerator into the FastGenerator, which needs four steps, by distribution matching.
 
-    python distill_fast.py                                  # preset tiny on this machine, from the shipped generator
+    python distill_fast.py                                  # preset small on this machine, from the shipped generator
     torchrun --nproc_per_node=8 distill_fast.py
 
 Three networks start from the SlowGenerator. The *student* learns to turn noise into clean videos in four steps. The
@@ -35,27 +35,27 @@ EXIT_STEP = 2  # the random stream that draws where backward simulation ends
 @dataclass(frozen=True)
 class Config:
     name: str = "fast_generator"  # run folder under runs/
-    preset: Literal["tiny", "pictures", "wan5b"] = "tiny"  # size of the networks and their world
-    data: str = ""  # folder of prepared clips (tools.prepare_clips); the toy world if empty
+    preset: Literal["small", "wan5b"] = "small"  # size of the networks
+    data: str = ""  # folder of prepared clips (tools.prepare_clips); the small preset's world if empty
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
-    generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # the SlowGenerator that all start from
-    steps: int = 2500  # updates of the fake score; the student learns in every `ratio`-th
+    generator: str = shipped("checkpoints/small/slow_generator.safetensors")  # the SlowGenerator that all start from
+    steps: int = 500  # updates of the fake score; the student learns in every `ratio`-th
     ratio: int = 5  # fake-score updates for one of the student
-    denoising_steps: int = flow.FAST["tiny"].steps  # of the student
+    denoising_steps: int = flow.FAST["small"].steps  # of the student
     batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
-    lr: float = 2e-4  # peak learning rate of the student
-    fake_lr: float = 4e-4  # peak learning rate of the fake score
-    warmup: int = 50  # steps of linear warm-up
+    lr: float = 1e-4  # peak learning rate of the student
+    fake_lr: float = 1e-3  # peak learning rate of the fake score
+    warmup: int = 20  # steps of linear warm-up
     schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rates after it
     fake_loss: Literal["velocity", "x0"] = "velocity"  # what the fake score's loss compares
-    levels: Literal["above", "all"] = "above"  # where the scores judge: above the next step's noise level, or anywhere
-    judge_sigma_max: float = 1.0  # highest noise level at which the scores judge
+    levels: Literal["above", "all"] = "all"  # where the scores judge: above the next step's noise level, or anywhere
+    judge_sigma_max: float = 0.5  # highest noise level at which the scores judge
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.99  # decay of the averaged student, the one exported
-    guidance: float = 6.0  # of the real score; the fake score has none
-    shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
+    guidance: float = 1.0  # of the real score; the fake score has none
+    shift: float = flow.FAST["small"].shift  # warp of all noise levels towards noise
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
@@ -66,17 +66,6 @@ class Config:
     sample_every: int = 500  # steps; 0 for no samples
 
 
-PICTURES = {
-    "generator": shipped("checkpoints/pictures/slow_generator.safetensors"),
-    "steps": 500,
-    "lr": 1e-4,
-    "fake_lr": 1e-3,
-    "warmup": 20,
-    "levels": "all",
-    "judge_sigma_max": 0.5,
-    "guidance": 1.0,
-    "shift": flow.FAST["pictures"].shift,
-}
 # Where each value comes from stands beside it, and in --help.
 WAN5B = {
     "generator": "Wan2.2-TI2V-5B",
@@ -246,4 +235,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"pictures": PICTURES, "wan5b": WAN5B})
+    run_script(main, Config, {"wan5b": WAN5B})

@@ -1,6 +1,6 @@
 """Stage 3: fine-tune the SlowAdapter into the FastAdapter, which steers the FastGenerator in four steps.
 
-    python finetune_hybrid.py                                  # preset tiny on this machine, from the shipped networks
+    python finetune_hybrid.py                                  # preset small on this machine, from the shipped networks
     torchrun --nproc_per_node=8 finetune_hybrid.py
 
 The diffusion loss alone keeps to the trajectory and blurs; the adversarial loss alone drifts. The adapter gets both,
@@ -37,20 +37,20 @@ DIFFUSION_STEP = 3  # the random stream that draws at which of the four noise le
 @dataclass(frozen=True)
 class Config:
     name: str = "fast_adapter"  # run folder under runs/
-    preset: Literal["tiny", "pictures", "wan5b"] = "tiny"  # size of the networks and their world
-    data: str = ""  # folder of prepared clips (tools.prepare_clips); the toy world if empty
+    preset: Literal["small", "wan5b"] = "small"  # size of the networks
+    data: str = ""  # folder of prepared clips (tools.prepare_clips); the small preset's world if empty
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
-    generator: str = shipped("checkpoints/tiny/fast_generator.safetensors")  # the frozen FastGenerator
-    adapter: str = shipped("checkpoints/tiny/slow_adapter.safetensors")  # the SlowAdapter that training starts from
-    backbone: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # the SlowGenerator in the discriminator
-    steps: int = 600  # of training; the adapter learns in every `ratio`-th
+    generator: str = shipped("checkpoints/small/fast_generator.safetensors")  # the frozen FastGenerator
+    adapter: str = shipped("checkpoints/small/slow_adapter.safetensors")  # the SlowAdapter that training starts from
+    backbone: str = shipped("checkpoints/small/slow_generator.safetensors")  # the SlowGenerator in the discriminator
+    steps: int = 400  # of training; the adapter learns in every `ratio`-th
     ratio: int = 5  # discriminator updates for one of the adapter
-    diffusion_first: int = 300  # steps of the diffusion loss alone, before the discriminator begins
+    diffusion_first: int = 100  # steps of the diffusion loss alone, before the discriminator begins
     adapter_start: int = 60  # further steps in which only the discriminator learns, before it teaches the adapter
-    denoising_steps: int = flow.FAST["tiny"].steps  # of the generator
+    denoising_steps: int = flow.FAST["small"].steps  # of the generator
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss
-    gan_scale: float = 1.5  # weight of the adversarial loss
+    gan_scale: float = 0.25  # weight of the adversarial loss
     diffusion_scale: Literal["decay", "grow", "constant"] = "decay"  # lambda, the diffusion loss's weight over time
     semantic: bool = True  # the discriminator's attention to first frame and text
     trajectory: bool = True  # the discriminator's attention to the trajectory
@@ -68,7 +68,7 @@ class Config:
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.95  # decay of the averaged adapter, the one exported
-    shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
+    shift: float = flow.FAST["small"].shift  # warp of all noise levels towards noise
     judge_sigma_min: float = 0.05  # least noise level at which videos are judged
     judge_sigma_max: float = 0.5  # greatest; levels are spread between the two
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
@@ -81,15 +81,6 @@ class Config:
     sample_every: int = 300  # steps; 0 for no samples
 
 
-PICTURES = {
-    "generator": shipped("checkpoints/pictures/fast_generator.safetensors"),
-    "adapter": shipped("checkpoints/pictures/slow_adapter.safetensors"),
-    "backbone": shipped("checkpoints/pictures/slow_generator.safetensors"),
-    "steps": 400,
-    "diffusion_first": 100,
-    "gan_scale": 0.25,
-    "shift": flow.FAST["pictures"].shift,
-}
 # Where each value comes from stands beside it, and in --help. What stage3.yaml says is known from a third party.
 WAN5B = {
     "generator": "fast_generator.safetensors",
@@ -223,7 +214,7 @@ def main(cfg: Config) -> None:
 
     # 2. What they learn from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
-    data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
+    data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch, adapter.config.maps)
     if cfg.reuse_fakes and not data.one_shape:
         raise UserError("--reuse_fakes true: needs clips that all have one shape; pass --reuse_fakes false")
     sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
@@ -359,4 +350,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"pictures": PICTURES, "wan5b": WAN5B})
+    run_script(main, Config, {"wan5b": WAN5B})

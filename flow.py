@@ -28,8 +28,8 @@ class Sampling(NamedTuple):
 
 
 # By preset. The toy's long last steps leave less noise in the slow sampler's videos: docs/LOG.md.
-SLOW = {"tiny": Sampling(50, 12.0), "pictures": Sampling(50, 2.0), "wan5b": Sampling(50, 5.0, 5.0)}
-FAST = {"tiny": Sampling(4, 1.0), "pictures": Sampling(4, 1.0), "wan5b": Sampling(4, 5.0)}
+SLOW = {"small": Sampling(50, 2.0), "wan5b": Sampling(50, 5.0, 5.0)}
+FAST = {"small": Sampling(4, 1.0), "wan5b": Sampling(4, 5.0)}
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,F,H,W], t [B,F]) -> v [B,C,F,H,W]
 

@@ -1,6 +1,6 @@
 """VideoDiT: the diffusion transformer of Wan2.2-TI2V, with its parameter names, in plain PyTorch.
 
-One class serves all presets: `wan5b` is Wan2.2-TI2V-5B, `tiny` and `pictures` run on a laptop. A video latent is cut
+One class serves all presets: `wan5b` is Wan2.2-TI2V-5B, and `small` runs on a laptop. A video latent is cut
 into patches, each a token; text enters by cross-attention; the noise level enters as a shift, scale and gate of every
 layer, one row per latent frame, because image-to-video gives frame 0 another timestep than the rest. Shapes: B batch, C
 latent channels, F latent frames, H W latent size, N = F*h*w tokens, D width, L text tokens.
@@ -40,16 +40,16 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, height, width of a token
     freq_dim: int = 256  # sinusoidal features of the timestep
     sees_first: bool = False  # every frame has frame 0 beside it, as more channels (Wan2.1 image-to-video does so)
+    preconditioned: bool = False  # the head need not repeat the input: `precondition`
     eps: float = 1e-6
 
 
 PRESETS = {
-    "tiny": DiTConfig(160, 640, 4, 6, text_dim=64, text_tokens=32, channels=16),
-    "pictures": DiTConfig(256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, patch=(1, 1, 1), sees_first=True),
+    "small": DiTConfig(256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, sees_first=True, preconditioned=True),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
 OTHER_FILE = "give the --preset that it was trained with, or another file"
-FROZEN_DTYPE = {"tiny": torch.float32, "pictures": torch.float32, "wan5b": torch.bfloat16}
+FROZEN_DTYPE = {"small": torch.float32, "wan5b": torch.bfloat16}
 
 
 def frozen_dtype(preset: str, dtype: str) -> torch.dtype:
@@ -139,6 +139,18 @@ class PatchEmbedding(nn.Module):
         p, q, r = self.patch
         x = rearrange(x, "b c (f p) (h q) (w r) -> b (f h w) (c p q r)", p=p, q=q, r=r)
         return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)  # (B, N, D)
+
+
+def precondition(out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """Velocity from a head's output of unit variance, by EDM's preconditioning (Karras et al. 2022, section 5).
+
+    On the straight path, with data of variance 1 and s^2 = (1 - sigma)^2 + sigma^2, it is
+    `(2 sigma - 1) / s^2 * x_t - out / s`: the head gives x0 at pure noise, where a small network could not carry all of
+    the noise from input to output, the noise in clean data, and the velocity in between. out, x [B,C,F,H,W], t [B,F].
+    """
+    sigma = t[:, None, :, None, None].float() / 1000
+    square = (1 - sigma) ** 2 + sigma**2
+    return (2 * sigma - 1) / square * x - out.float() / square.sqrt()
 
 
 def init_xavier(model: nn.Module) -> None:
@@ -324,4 +336,6 @@ class VideoDiT(nn.Module):
             gathered(self.head(tokens, e.float())), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
             f=frames, h=height, p=p, q=q, r=r,
         )  # fmt: skip
+        if self.config.preconditioned:
+            out = precondition(out, x, t)
         return (out, features) if feature_blocks else out

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 import flow
-from adapter import Adapter, check_fit, read_adapter
+from adapter import Adapter, check_fit, read_adapter, read_maps
 from core import memory, parallel
 from core.attention import fastest
 from core.codec import Codec
@@ -46,12 +46,11 @@ from core.weights import split_key
 from data import open_codec
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 from toy.detail import add_detail, full_size
-from trajectory import PLACES_BLUE, Trajectory, draw_overlay, enlarge, load_trajectory
+from trajectory import Maps, Trajectory, draw_overlay, enlarge, load_trajectory
 from wan.codec import NEGATIVE_PROMPT
 from wan.umt5 import read_text, save_text
 
 SAMPLING = {"fast": flow.FAST, "slow": flow.SLOW}
-PINWHEELS = "a yellow and red disc spinning clockwise, a cyan and green diamond spinning counterclockwise"
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class Config:
     batch: str = ""  # CSV file of many videos, with columns image, traj, prompt and perhaps out and seed
     text: str = ""  # file of the prompt's embeddings: read if it exists, else written; spares the text encoder
     out: str = "out/sample.mp4"  # the video; <out>.boxes.mp4 is written beside it
-    preset: Literal["pictures", "tiny", "wan5b"] = "pictures"  # size of the networks and their world
-    weights: str = shipped("checkpoints/pictures")  # folder of <speed>_generator.safetensors and its adapter
+    preset: Literal["small", "wan5b"] = "small"  # size of the networks
+    weights: str = shipped("checkpoints/small")  # folder of <speed>_generator.safetensors and its adapter
     generator: str = ""  # another file or folder of the generator; file.pt:key for one network of several
     lora: str = ""  # a LoRA to merge into the generator: FILE or FILE:strength
     adapter: str = ""  # another file of the adapter
@@ -87,8 +86,6 @@ class Config:
     port: int = 7860  # of that page; 0 is any that is free
 
 
-TINY = {"weights": shipped("checkpoints/tiny"), "prompt": PINWHEELS, "size": "48x48", "detail": False}
-TINY |= {"image": shipped("examples/image.png"), "traj": shipped("examples/boxes.json")}
 WAN5B = {
     "weights": "Wan2.2-TI2V-5B",
     "steps": 0,  # (4 fast: paper; 50 slow: Wan)
@@ -101,7 +98,6 @@ WAN5B = {
     "fps": 24,  # (Wan)
     "detail": False,
 }
-OPTIONS = {"tiny": TINY, "wan5b": WAN5B}  # what each preset has other than the Config says
 # Columns of a --batch table -> options: this project's own names, and those of MagicMotion's tables.
 COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | {
     "validation_images": "image", "validation_trajectory_maps": "traj", "validation_prompt": "prompt",
@@ -254,9 +250,6 @@ def read_inputs(job: Config, codec: Codec) -> Inputs:
     size = codec.check_size(job.size, job.frames, pixels.shape[:2])
     image = fit_frames(pixels[None], size)[None] / 127.5 - 1
     trajectory = load_trajectory(job.traj, size, job.frames, pixels.shape[:2])
-    if codec.places and (count := len(trajectory.names)) > len(PLACES_BLUE):
-        says = f"{job.traj}: holds {count} objects, and preset {job.preset} tells only three apart;"
-        print(says, "draw three at most, or some may take another's place", file=sys.stderr)
     if not job.detail:
         return Inputs(image, trajectory, None)
     picture = full_size(pixels, size)
@@ -283,10 +276,10 @@ def load(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tup
     return generator, adapter
 
 
-def encode(codec: Codec, inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Latents of the first frame [1,C,1,H,W] and of the trajectory's maps [1,C,F,H,W]."""
-    maps = inputs.trajectory.maps("box", codec.places)[None]
-    return codec.encode_video(inputs.image).to(device), codec.encode_video(maps).to(device)
+def encode(codec: Codec, inputs: Inputs, maps: Maps, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Latents of the first frame [1,C,1,H,W] and of the trajectory's maps [1,C,F,H,W]. `maps`: how they are painted."""
+    painted = inputs.trajectory.maps("box", inputs.image[0, :, 0] if maps == "pixels" else None)[None]
+    return codec.encode_video(inputs.image).to(device), codec.encode_video(painted).to(device)
 
 
 @torch.no_grad()
@@ -349,7 +342,7 @@ def answer(
         raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from None
     tell(says="Reading the prompt")
     text = [embed(prompt).to(procs.device) for prompt in (job.prompt, cfg.negative)]
-    encoded, levels = encode(codec, inputs, procs.device), []
+    encoded, levels = encode(codec, inputs, networks[1].config.maps, procs.device), []
 
     def watch(_, given: tuple) -> None:  # guidance calls the network more than once at a noise level
         level = given[1].max().item()
@@ -374,7 +367,7 @@ def serve_page(cfg: Config, codec: Codec, procs: parallel.Processes) -> None:
     if cfg.memory == "high":
         codec.text_encoder = cache(codec.text_encoder)  # reading it would take longer than most videos
     embed = lru_cache(16)(lambda prompt: embed_prompts(cfg, [prompt], codec, False)[prompt])
-    usual = vars(Config()) | OPTIONS.get(cfg.preset, {})
+    usual = vars(Config()) | (WAN5B if cfg.preset == "wan5b" else {})
     of_the_page = (*ASKED, "image", "traj", "out", "serve", "port")
     others = {name: value for name, value in vars(cfg).items() if value != usual[name] and name not in of_the_page}
     about = {name: getattr(cfg, name) for name in ("preset", "size", "frames", "fps")}
@@ -410,6 +403,7 @@ def main(cfg: Config) -> None:
         left = [job for job in jobs if job.out not in stand][procs.rank :: procs.world]
     with clock("read inputs"):
         files = find_networks(cfg)
+        maps = read_maps(files[1], f"{cfg.speed.title()}Adapter")
         early = None if cfg.batch else read_inputs(cfg, codec)  # before anything large is read
     if cfg.preset == "wan5b" and procs.rank == 0 and (blank := sum(not job.prompt.strip() for job in jobs)):
         where = f" in {blank} of {len(jobs)} rows" if cfg.batch else ""
@@ -421,7 +415,7 @@ def main(cfg: Config) -> None:
     encoded = None
     if early:
         with clock("encode image and boxes"):
-            encoded = encode(codec, early, device)  # before the networks take their memory
+            encoded = encode(codec, early, maps, device)  # before the networks take their memory
     with clock("read networks"):
         networks = load(cfg, files, procs)
 
@@ -430,7 +424,7 @@ def main(cfg: Config) -> None:
             inputs = early or read_inputs(job, codec)
             if cfg.batch:
                 with clock("encode image and boxes"):
-                    encoded = encode(codec, inputs, device)
+                    encoded = encode(codec, inputs, maps, device)
             with clock("denoise"):
                 latents = denoise(job, *networks, *encoded, text[job.prompt].to(device), text[cfg.negative].to(device))
             if not cfg.batch:
@@ -458,4 +452,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, OPTIONS)
+    run_script(main, Config, {"wan5b": WAN5B})

@@ -2,14 +2,14 @@
 
 This is the reference loop: read it first.
 
-    python train_slow_adapter.py                # preset tiny on this machine, from the shipped generator
+    python train_slow_adapter.py                # preset small on this machine, from the shipped generator
     torchrun --nproc_per_node=8 train_slow_adapter.py
 
 The loss is the generator's own flow-matching loss, but only the adapter learns (paper, stage 1). Training starts with
 dense masks and goes on with boxes, some of them sparse. To resume, run the same command again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,16 +28,18 @@ from core.runs import Run, check_options
 from core.weights import save_network
 from data import open_codec, training_data
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
+from trajectory import Maps
 
 
 @dataclass(frozen=True)
 class Config:
     name: str = "slow_adapter"  # run folder under runs/
-    preset: Literal["tiny", "pictures", "wan5b"] = "tiny"  # size of the networks and their world
-    data: str = ""  # folder of prepared clips (tools.prepare_clips); the toy world if empty
+    preset: Literal["small", "wan5b"] = "small"  # size of the networks
+    data: str = ""  # folder of prepared clips (tools.prepare_clips); the small preset's world if empty
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
-    generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # the frozen SlowGenerator
+    generator: str = shipped("checkpoints/small/slow_generator.safetensors")  # the frozen SlowGenerator
     kind: Literal["resnet", "controlnet"] = "resnet"  # of a new adapter: light and static, or a copy of the generator
+    maps: Maps = "pixels"  # how a new adapter's trajectories are painted: outlines, or frame 0's own pixels
     init: str = ""  # a SlowAdapter to go on from, such as stage 0's guide; random weights if empty
     steps: int = 2400  # optimizer steps in all
     mask_steps: int = 480  # first steps with dense masks; boxes from then on
@@ -63,12 +65,10 @@ class Config:
     sample_every: int = 1000  # steps; 0 for no samples
 
 
-PICTURES = {
-    "generator": shipped("checkpoints/pictures/slow_generator.safetensors"),
-}
 # Where each value comes from stands beside it, and in --help.
 WAN5B = {
     "generator": "Wan2.2-TI2V-5B",
+    "maps": "outline",  # (paper)
     "steps": 10000,  # (paper)
     "mask_steps": 4600,  # (paper)
     "sparse": 0.15,  # (guess; tools.prepare_clips has applied it)
@@ -114,10 +114,10 @@ def main(cfg: Config) -> None:
         adapter = adapters.read_adapter(cfg.init, "SlowAdapter", shapes_only=elsewhere)
         adapters.check_fit(adapter, cfg.init, generator, cfg.generator)
     elif cfg.kind == "resnet":
-        adapter = adapters.ResNetAdapter(adapters.PRESETS[cfg.preset])
+        adapter = adapters.ResNetAdapter(replace(adapters.PRESETS[cfg.preset], maps=cfg.maps))
     else:
         with torch.device("meta" if elsewhere else "cpu"):
-            adapter = adapters.ControlNetAdapter(generator.config)
+            adapter = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(generator.config), maps=cfg.maps))
         adapter.copy_generator(generator)
     generator, adapter = (
         parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype) for network in (generator, adapter)
@@ -130,7 +130,7 @@ def main(cfg: Config) -> None:
 
     # 2. What it learns from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
-    data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
+    data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch, adapter.config.maps)
     run = Run(f"runs/{cfg.name}", cfg, procs, {"adapter": (adapter, optimizers, ema)})
     start = run.resume()
     if start == 0 and not cfg.init and isinstance(getattr(adapter, "norm", None), adapters.FixedNorm):
@@ -182,4 +182,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"pictures": PICTURES, "wan5b": WAN5B})
+    run_script(main, Config, {"wan5b": WAN5B})

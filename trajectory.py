@@ -6,7 +6,7 @@
 A map video is black, with one constant colour per object. Frame 0 always holds the filled segmentation masks; later
 frames hold outlines of boxes, or masks, or nothing where the trajectory is sparse. Input is a boxes.json, a map video
 or a folder of PNG maps, the last two as MagicMotion has them. A box is x0, y0, x1, y1 in pixels, x1 and y1 exclusive.
-K objects, T frames. Maps of preset `pictures` are of another kind: `paint_places`.
+K objects, T frames. An adapter's config says which of the two ways to paint maps it reads.
 """
 
 import json
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,10 +36,10 @@ PALETTE = [
     (128, 80, 16), (80, 128, 80), (80, 96, 128), (128, 32, 96), (128, 112, 128), (16, 96, 80), (64, 16, 80),
     (80, 80, 16), (16, 16, 128), (16, 80, 16), (80, 16, 16), (16, 32, 80), (64, 80, 64),
 ]  # fmt: skip
+Maps = Literal["outline", "pixels"]  # the two ways to paint: Trajectory.maps
 TOP_FIELDS = ("num_frames", "width", "height", "objects")
 OBJECT_FIELDS = ("name", "mask", "color", "interpolate", "boxes", "visible")
 POINTS = (".npy", ".npz", ".txt", ".pt", ".pth")  # endings of point tracks, which tools/convert.py reads
-PLACES_BLUE = (-0.2, 0.4, 1.0)  # which object it is, in maps of places
 MOST_BYTES, MOST_SIDE = 16 << 20, 65536
 MOST_COUNTED = 1000  # maps beyond those asked for, to say how many there are
 
@@ -61,22 +62,27 @@ class Trajectory:
     def size(self) -> Size:
         return self.masks.shape[-2:]
 
-    def maps(self, kind: str = "box", places: bool = False) -> Tensor:
-        """The condition video, float32 [3, T, height, width] in [-1, 1]: colour / 127.5 - 1, black is -1.
+    def maps(self, kind: str = "box", picture: Tensor | None = None) -> Tensor:
+        """The condition video, float32 [3, T, height, width] in [-1, 1], black is -1.
 
-        Frame 0 holds the filled masks. Later frames hold, for "box", outlines `min(height, width) // 100` pixels thick
-        (at least 1), and for "mask" the masks. A trajectory that was given as maps returns those, whatever the kind.
-        With `places` boxes are filled, and colours tell where in its box a pixel lies: `paint_places`.
+        Outlines, unless a picture is given: frame 0 holds the filled masks in the objects' colours; later frames, for
+        "box", outlines of the boxes `min(height, width) // 100` pixels thick (at least 1), and for "mask" the masks. A
+        trajectory that was given as maps returns those, whatever the kind.
+
+        With the first frame as `picture` [3, height, width] in [-1, 1], its own pixels: frame 0 holds what the masks
+        show of it, later frames the same moved and scaled from frame 0's box to their own, later objects in front. What
+        the first frame doesn't show of an object is plain grey (0): a part that another covers or that lies beyond the
+        edge, or all of it. Nothing is darker than -0.9, for black is where nothing is said.
         Raises ValueError for another kind, or for "mask" where only first-frame masks exist.
         """
-        if self.maps_given is not None and not places:
-            return self.maps_given
         if kind not in ("box", "mask"):
             raise ValueError(f"kind of map is {kind!r}; use 'box' or 'mask'")
+        if picture is not None:
+            return self._pixel_maps(picture)
+        if self.maps_given is not None:
+            return self.maps_given
         if kind == "mask" and self.masks.ndim != 4:
             raise ValueError("mask maps need the masks of every frame, and this trajectory has those of frame 0 only")
-        if places:
-            return self._places(kind)
         canvas = np.full((3, self.num_frames, *self.size), -1, dtype=np.float32)
         thickness = max(1, min(self.size) // 100)
         values = self.colors.astype(np.float32) / 127.5 - 1
@@ -91,20 +97,29 @@ class Trajectory:
                 _outline(canvas[:, t], corners[k][t], thickness, value)
         return torch.from_numpy(canvas)
 
-    def _places(self, kind: str) -> Tensor:
-        """The maps of places, from the masks and the filled boxes."""
-        masks = torch.from_numpy(self.masks)
-        masks = masks if masks.ndim == 4 else masks[:, None].expand(-1, self.num_frames, -1, -1)
-        boxes = torch.from_numpy(_rounded(self.boxes))
-        x0, y0, x1, y1 = boxes[..., None].unbind(-2)
-        y, x = (torch.arange(n) for n in self.size)
-        drawn = ((x >= x0) & (x < x1))[..., None, :] & ((y >= y0) & (y < y1))[..., None]
-        drawn = masks.clone() if kind == "mask" else drawn
-        drawn[:, 0] = masks[:, 0]
-        for k, t in (drawn.any((-1, -2)) & boxes.isnan().any(-1)).nonzero().tolist():  # a mask without a box
-            rows, columns = drawn[k, t].nonzero(as_tuple=True)
-            boxes[k, t] = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        return paint_places(boxes[None], drawn[None])[0]
+    def _pixel_maps(self, picture: Tensor) -> Tensor:
+        masks = torch.from_numpy(self.masks if self.masks.ndim == 3 else self.masks[:, 0])  # (K, H, W)
+        whole, (height, width) = torch.ones(self.size), self.size
+        canvas = torch.full((3, self.num_frames, *self.size), -1.0)
+        for k, boxes in enumerate(self.boxes):
+            known = masks[k] & ~masks[k + 1 :].any(0)
+            layers = torch.cat([picture.float(), torch.stack([masks[k].float(), known.float(), whole])])
+            source = extents(np.where(self.masks[k] if self.masks.ndim == 3 else self.masks[k, 0], 0, -1), 1)[0]
+            source = source if np.isnan(boxes[0]).any() else boxes[0]
+            for t in np.flatnonzero(~np.isnan(boxes[:, 0])):
+                # Pixels whose centres lie in the box.
+                x0, y0, x1, y1 = np.ceil(boxes[t] - 0.5).clip(0, [width, height] * 2).astype(int)
+                if x0 >= x1 or y0 >= y1:
+                    continue
+                area = canvas[:, t, y0:y1, x0:x1]
+                if not masks[k].any():
+                    area[:] = 0
+                    continue
+                moved = move(layers, source, boxes[t], (y0, y1, x0, x1))
+                mask, known_there, inside = moved[3:] > 0.5
+                area[:, mask | ~inside] = 0
+                area.copy_(torch.where(known_there, moved[:3].clamp(min=-0.9), area))
+        return canvas
 
     def sparse(self, keep: Sequence[int]) -> "Trajectory":
         """The same trajectory told only in frames `keep` and in frame 0; the other frames' maps are black."""
@@ -144,38 +159,20 @@ def enlarge(trajectory: Trajectory, path: str | Path, size: Size) -> Trajectory:
     return replace(trajectory, boxes=boxes, masks=masks, maps_given=None)
 
 
-def paint_places(boxes: Tensor, drawn: Tensor) -> Tensor:
-    """Maps whose red tells the place across a box, green the place down, and blue which of three objects it is.
+def move(picture: Tensor, source: np.ndarray, target: np.ndarray, area: tuple[int, int, int, int]) -> Tensor:
+    """What lies in the box `source` of a picture, moved and scaled until it fills the box `target`, in a part of it.
 
-    They are not the paper's maps, but from outlines a small network hardly learns which part of a large thing goes
-    where. boxes [B, K, T, 4] in whole pixels, drawn [B, K, T, height, width] bool -> [B, 3, T, height, width].
+    picture [C, height, width]; boxes [4] in pixels; area: the part's first and last row and column, y0, y1, x0, x1, the
+    last ones exclusive -> [C, y1 - y0, x1 - x0]; 0 where nothing of the picture comes.
     """
-    sides = [side[..., None] for side in boxes.float().unbind(-1)]  # x0, y0, x1, y1, each (B, K, T, 1)
-    across, down = (
-        -0.6 + 1.6 * ((torch.arange(n, device=boxes.device) + 0.5 - low) / (high - low).clamp(min=1)).clamp(0, 1)
-        for n, low, high in zip(drawn.shape[:-3:-1], sides[:2], sides[2:], strict=True)
-    )  # (B, K, T, W) and (B, K, T, H), from -0.6 to 1, for black is -1
-    canvas = across.new_full((len(drawn), 3, *drawn.shape[2:]), -1.0)
-    for k in range(drawn.shape[1]):
-        blue = across.new_tensor(PLACES_BLUE[k % len(PLACES_BLUE)])
-        colors = torch.broadcast_tensors(across[:, k, :, None], down[:, k, ..., None], blue)
-        canvas = torch.where(drawn[:, k, None], torch.stack(colors, 1), canvas)
-    return canvas
-
-
-def move(pictures: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """What lies in the box `source` of each picture, moved and scaled until it fills the box `target`.
-
-    pictures [B, C, H, W], boxes [B, 4] in pixels -> [B, C, H, W]; 0 beyond the picture's edge. What lies around the box
-    comes along.
-    """
-    size = pictures.new_tensor(pictures.shape[:1:-1])  # W, H
-    scale = (source[:, 2:] - source[:, :2]) / (target[:, 2:] - target[:, :2])
-    # A target's pixel x comes from source + (x - target) * scale; affine_grid counts both from -1 to 1.
-    offset = 2 * (source[:, :2] - target[:, :2] * scale) / size + scale - 1
-    theta = torch.cat([torch.diag_embed(scale), offset[..., None]], -1)  # (B, 2, 3)
-    grid = F.affine_grid(theta.to(pictures), list(pictures.shape), align_corners=False)
-    return F.grid_sample(pictures, grid, mode="bilinear", align_corners=False)
+    y0, y1, x0, x1 = area
+    height, width = picture.shape[-2:]
+    scale = (source[2:] - source[:2]) / (target[2:] - target[:2])
+    x = (np.arange(x0, x1) + 0.5 - target[0]) * scale[0] + source[0]
+    y = (np.arange(y0, y1) + 0.5 - target[1]) * scale[1] + source[1]
+    x, y = torch.from_numpy(2 * x / width - 1).float(), torch.from_numpy(2 * y / height - 1).float()
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
+    return F.grid_sample(picture[None], grid[None], align_corners=False)[0]
 
 
 def dark_frames(u: np.ndarray, share: float) -> np.ndarray:

@@ -31,7 +31,6 @@ class Codec:
     patch = 2  # latent positions per token, in height and width
 
     negative = ""  # the prompt that guidance goes away from
-    places = False  # its networks read maps that tell where in its box every pixel lies, not only where the box is
     area: int  # most pixels of a picture that `--size auto` asks for
 
     def free(self) -> None:

@@ -1,6 +1,6 @@
 """A page of one's own machine: one HTML file served on 127.0.0.1, and the jobs that it sends, done one at a time.
 
-    serve(Path("tools/draw.html"), about={"preset": "tiny"}, make=make, port=7860)
+    serve(Path("tools/draw.html"), about={"preset": "small"}, make=make, port=7860)
 
 `make(request, folder, tell)` gets the request's JSON, an empty folder of its own, and `tell(step=1, of=4)`, which sends
 the page a line; it returns the files to send back. `tell` raises Gone when the page has closed or cancelled: then the

@@ -63,11 +63,17 @@ def read_network(path: Path | str, network: str, *shapes: type) -> tuple[Any, di
     except (KeyError, ValueError, AttributeError):
         config = {}
     for shape in shapes:  # the config becomes the first that fits; an older file may lack fields that have a default
-        types = {name: typing.get_origin(kind) or kind for name, kind in typing.get_type_hints(shape).items()}
-        optional = {f.name: f.default for f in fields(shape) if f.default is not MISSING}
-        if {name: type(value) for name, value in (optional | config).items()} == types:
+        types, optional = typing.get_type_hints(shape), {f.name: f.default for f in fields(shape)}
+        values = {name: value for name, value in (optional | config).items() if value is not MISSING}
+        if values.keys() == types.keys() and all(is_a(value, types[name]) for name, value in values.items()):
             return shape(**config), tensors
     raise UserError(f"{path}: its header has no config of a {network}; get the file again")
+
+
+def is_a(value: object, kind: Any) -> bool:
+    """Whether a value is of this type, as a config's field says it."""
+    origin = typing.get_origin(kind)
+    return value in typing.get_args(kind) if origin is typing.Literal else type(value) is (origin or kind)
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored]]:

@@ -6,7 +6,6 @@ import json
 import imageio.v3 as iio
 import pytest
 import torch
-from conftest import ROOT
 
 import adapter as adapters
 import flow
@@ -16,18 +15,19 @@ from core import optim
 from core.config import UserError
 from core.weights import save_network, write_safetensors
 from model import PRESETS, DiTConfig, VideoDiT
+from toy.codec import ToyCodec
 
 
 def networks(kind="resnet"):
     torch.manual_seed(0)
-    generator = VideoDiT(PRESETS["tiny"])
+    generator = VideoDiT(PRESETS["small"])
     torch.nn.init.normal_(generator.head.head.weight, std=0.02)
     if kind == "resnet":
-        adapter = adapters.ResNetAdapter(adapters.PRESETS["tiny"])
+        adapter = adapters.ResNetAdapter(adapters.PRESETS["small"])
     else:
-        adapter = adapters.ControlNetAdapter(generator.config)
+        adapter = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(generator.config)))
         adapter.copy_generator(generator)
-    x, traj = torch.randn(2, 2, 16, 3, 4, 4)
+    x, traj = torch.randn(2, 2, 24, 3, 4, 4)
     t, text = torch.tensor([[0.0, 400, 400], [0, 900, 900]]), torch.randn(2, 32, 64)
     return generator, adapter, x, t, text, traj
 
@@ -40,7 +40,7 @@ def test_fresh_adapter_changes_nothing(kind):
     generator, adapter, x, t, text, traj = networks(kind)
     with torch.no_grad():
         residuals = adapter(traj, x, t, text)
-        assert len(residuals) == 6 and all(r.shape == (2, 12, 160) for r in residuals)
+        assert len(residuals) == 6 and all(r.shape == (2, 12, 256) for r in residuals)
         assert torch.equal(generator(x, t, text, residuals), generator(x, t, text))
 
 
@@ -122,19 +122,26 @@ def test_export_reads_back_as_its_kind(kind, tmp_path):
         adapters.read_adapter(path, "FastAdapter")
 
 
-def test_stage_1_trains_a_controlnet_and_sample_uses_it(here, monkeypatch):
-    generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16))
-    monkeypatch.setitem(PRESETS, "tiny", generator.config)  # nothing here hangs on its width
+@pytest.mark.parametrize("maps", ["outline", "pixels"])
+def test_stage_1_trains_a_controlnet_and_sample_uses_it(maps, here, monkeypatch):
+    generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24))
+    monkeypatch.setitem(PRESETS, "small", generator.config)  # nothing here hangs on its width
     torch.nn.init.normal_(generator.head.head.weight, std=0.02)
     save_network("slow_generator.safetensors", "SlowGenerator", generator.config, generator.state_dict())
     options = {"steps": 2, "batch": 2, "compile": False, "generator": "slow_generator.safetensors"}
-    train_slow_adapter.main(train_slow_adapter.Config(kind="controlnet", **options))
+    train_slow_adapter.main(train_slow_adapter.Config(kind="controlnet", maps=maps, sample_every=0, **options))
     file = "runs/slow_adapter/slow_adapter.safetensors"
     adapter = adapters.read_adapter(file, "SlowAdapter")
     assert isinstance(adapter, adapters.ControlNetAdapter) and adapter.project[0].weight.any()
-    options = {"preset": "tiny", "speed": "slow", "steps": 2, "detail": False, "adapter": file, "weights": "."}
-    sample.main(sample.Config(**sample.TINY | options))
+    assert adapter.config.maps == adapters.read_maps(file, "SlowAdapter") == maps
+    painted, encode = [], ToyCodec.encode_video
+    monkeypatch.setattr(ToyCodec, "encode_video", lambda codec, video: painted.append(video) or encode(codec, video))
+    options = {"speed": "slow", "steps": 2, "detail": False, "adapter": file, "weights": ".", "size": "48x48"}
+    sample.main(sample.Config(**options))
     assert iio.imread("out/sample.mp4").shape == (9, 48, 48, 3)
+    image, trajectory, _ = sample.read_inputs(sample.Config(**options), ToyCodec())
+    wanted = trajectory.maps("box", image[0, :, 0] if maps == "pixels" else None)
+    assert torch.equal(painted[-1][0], wanted)
 
 
 def lines(share: float) -> torch.Tensor:
@@ -183,10 +190,10 @@ def test_the_statistics_of_the_fixed_norm_are_saved_with_the_weights(tmp_path):
 
 
 def test_files_from_before_the_fixed_norm_are_read(tmp_path):
-    """Their header has no such field: the clip's own statistics, as they were trained. The shipped ones among them."""
+    """Their header has no such field: the clip's own statistics and outlines, as they were trained."""
     shape = adapters.AdapterConfig(32, 2, hidden=16, channels=16)
     adapter, path = adapters.ResNetAdapter(shape), tmp_path / "a.safetensors"
-    header = {k: v for k, v in dataclasses.asdict(shape).items() if k != "fixed_norm"}
+    header = {k: v for k, v in dataclasses.asdict(shape).items() if k not in ("fixed_norm", "maps")}
     write_safetensors(
         path, adapter.state_dict(), {"network": "SlowAdapter", "config": json.dumps(header)}, torch.float32
     )
@@ -194,11 +201,52 @@ def test_files_from_before_the_fixed_norm_are_read(tmp_path):
     assert again.config == shape and isinstance(again.norm, torch.nn.GroupNorm)
     traj = torch.randn(1, 16, 3, 4, 4)
     assert all(torch.equal(a, b) for a, b in zip(again(traj), adapter(traj), strict=True))
-    for speed in ("slow", "fast"):
-        shipped = adapters.read_adapter(
-            ROOT / f"checkpoints/tiny/{speed}_adapter.safetensors", f"{speed.title()}Adapter"
-        )
-        assert not shipped.config.fixed_norm
+
+
+def test_how_trajectories_are_painted_is_one_of_two_ways(tmp_path):
+    for kind, shape in (("resnet", adapters.AdapterConfig(32, 2, 16, 24)), ("controlnet", adapters.ControlNetConfig(
+        **vars(DiTConfig(32, 64, 2, 1, text_dim=8, text_tokens=4, channels=24))))):  # fmt: skip
+        adapter = (adapters.ResNetAdapter if kind == "resnet" else adapters.ControlNetAdapter)(shape)
+        for maps in ("outline", "pixels", "paint"):
+            header = dataclasses.asdict(shape) | {"maps": maps}
+            path = tmp_path / f"{kind}_{maps}.safetensors"
+            write_safetensors(path, adapter.state_dict(), {"network": "SlowAdapter", "config": json.dumps(header)})
+            if maps == "paint":
+                with pytest.raises(UserError, match="its header has no config of a SlowAdapter"):
+                    adapters.read_maps(path, "SlowAdapter")
+                continue
+            assert adapters.read_maps(path, "SlowAdapter") == maps
+            again = adapters.read_adapter(path, "SlowAdapter")
+            assert type(again) is type(adapter) and again.config == dataclasses.replace(shape, maps=maps)
+    with pytest.raises(UserError, match="holds a SlowAdapter, expected a FastAdapter"):
+        adapters.read_maps(path, "FastAdapter")
+
+
+def generator_that_sees_frame_0() -> VideoDiT:
+    torch.manual_seed(0)
+    generator = VideoDiT(dataclasses.replace(PRESETS["small"], dim=32, ffn_dim=32, heads=2, layers=2))
+    torch.nn.init.normal_(generator.head.head.weight, std=0.02)
+    return generator
+
+
+def test_every_frame_has_frame_0_beside_it():
+    generator, (x, text) = generator_that_sees_frame_0(), (torch.randn(1, 24, 3, 4, 4), torch.randn(1, 32, 64))
+    tokens = generator.embed(x, torch.zeros(1, 3), text)[0].unflatten(1, (3, -1))
+    other = x.clone()
+    other[:, :, 0] += 1
+    changed = generator.embed(other, torch.zeros(1, 3), text)[0].unflatten(1, (3, -1)) - tokens
+    assert (changed[:, 1] != 0).any()
+    torch.testing.assert_close(changed[:, 1], changed[:, 2])
+
+
+def test_a_fresh_controlnet_embeds_what_its_generator_does():
+    generator = generator_that_sees_frame_0()
+    adapter = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(generator.config)))
+    adapter.copy_generator(generator)
+    x, traj = torch.randn(2, 1, 24, 3, 4, 4)
+    t, text = torch.tensor([[0.0, 400, 400]]), torch.randn(1, 32, 64)
+    own, other = generator.embed(x, t, text)[0], adapter.embed(torch.cat([x, traj], 1), t, text)[0]
+    torch.testing.assert_close(own, other)
 
 
 def test_size_at_wan5b():
@@ -209,5 +257,8 @@ def test_size_at_wan5b():
     assert adapters.PRESETS["wan5b"].layers == PRESETS["wan5b"].layers
     assert adapters.PRESETS["wan5b"].dim == PRESETS["wan5b"].dim
     with torch.device("meta"):
-        both = (VideoDiT(PRESETS["wan5b"]), adapters.ControlNetAdapter(PRESETS["wan5b"]))
+        both = (
+            VideoDiT(PRESETS["wan5b"]),
+            adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(PRESETS["wan5b"]))),
+        )
     assert round(sum(p.numel() for network in both for p in network.parameters()) / 1e9, 2) == 10.28  # as in the paper

@@ -1,6 +1,7 @@
 """Clips of several shapes: prepared each in its own, and read so that all of a step are of one."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,16 +9,20 @@ import pytest
 import torch
 
 import finetune_hybrid
+import train_slow_adapter
+from adapter import AdapterConfig, ResNetAdapter
 from core.config import UserError
 from core.media import write_video
 from core.parallel import Processes
-from core.weights import read_safetensors, write_safetensors
+from core.weights import read_safetensors, save_network, write_safetensors
 from data import ClipLatents, training_data
+from model import DiTConfig, VideoDiT
 from tools import prepare_clips
-from toy.codec import CODECS, ToyCodec
+from toy.codec import ToyCodec
+from wan.codec import WanCodec
 
 SIZES = {"square": (48, 48), "wide": (32, 64)}  # height, width
-LATENTS = {"square": (16, 9, 12, 12), "wide": (16, 9, 8, 16)}
+LATENTS = {"square": (24, 9, 12, 12), "wide": (24, 9, 8, 16)}
 KINDS = ["square", "wide", "square"] * 6 + ["wide", "wide"]  # 12 square clips and 8 wide ones
 NEGATIVE = "a grey square"
 
@@ -39,6 +44,7 @@ def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("shapes")
     patch = pytest.MonkeyPatch()
     patch.setattr(ToyCodec, "negative", NEGATIVE)
+    patch.setattr(ToyCodec, "area", 48 * 48)  # what small clips have
     for name, kinds in (("both", KINDS), ("one", [kind for kind in KINDS if kind == "square"])):
         (root / name).mkdir()
         for number, kind in enumerate(kinds):
@@ -146,17 +152,52 @@ def test_too_few_clips_of_a_shape_are_one_line(tmp_path):
     shards = {f"{n}.video": torch.zeros(LATENTS["square" if n % 2 else "wide"]) for n in range(6)}
     write_safetensors(few / "latents-00000.safetensors", shards, {})
     (few / "rejected.csv").write_text("")
+    (few / "config.json").write_text("{}")
     with pytest.raises(UserError, match="few: no shape has 4 clips, which are held out; prepare more clips"):
         ClipLatents(few, 32)
 
 
 def test_shards_of_another_preset_and_a_lost_caption_are_one_line(both, tmp_path):
     with pytest.raises(UserError, match="both shards: was prepared with another preset; pass it with --preset"):
-        training_data(str(both), CODECS["pictures"](), 0, 2)
+        training_data(str(both), WanCodec(tmp_path, torch.device("cpu")), 0, 2)
     shutil.copytree(both, tmp_path / "lost")
     (tmp_path / "lost/text-00001.safetensors").unlink()
     with pytest.raises(UserError, match="lost: clip 8 has no caption; run python -m"):
         training_data(str(tmp_path / "lost"), ToyCodec(), 0, 2)
+
+
+def test_maps_of_another_style_than_the_adapters_are_one_line(both, tmp_path):
+    """Folder, both styles and the mend; where no maps are read, none of it matters."""
+    wanted = (
+        f"{both}: holds pixels maps, and the adapter reads outline; "
+        "prepare the clips anew with --maps outline, or give an adapter that reads pixels"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(wanted)}$"):
+        training_data(str(both), ToyCodec(), 0, 2, "outline")
+    for maps in ("pixels", None):
+        assert len(training_data(str(both), ToyCodec(), 0, 2, maps)) == 2
+    shutil.copytree(both, tmp_path / "old")  # from before there were two ways
+    config = json.loads((both / "config.json").read_text())
+    del config["maps"]
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
+    training_data(str(tmp_path / "old"), ToyCodec(), 0, 2, "outline")
+    with pytest.raises(UserError, match="old: holds outline maps, and the adapter reads pixels"):
+        training_data(str(tmp_path / "old"), ToyCodec(), 0, 2, "pixels")
+
+
+def test_the_stages_ask_for_their_adapters_maps(both, here):
+    adapter = ResNetAdapter(AdapterConfig(32, 1, hidden=16, channels=24, maps="outline"))
+    generator = VideoDiT(DiTConfig(32, 64, 2, 1, text_dim=64, text_tokens=32, channels=24))
+    for name, network in (("SlowAdapter", adapter), ("SlowGenerator", generator), ("FastGenerator", generator)):
+        save_network(f"{name}.safetensors", name, network.config, network.state_dict())
+    options = {"data": str(both), "steps": 2, "compile": False, "generator": "SlowGenerator.safetensors"}
+    for more in ({"maps": "outline"}, {"init": "SlowAdapter.safetensors"}):
+        with pytest.raises(UserError, match="holds pixels maps, and the adapter reads outline"):
+            train_slow_adapter.main(train_slow_adapter.Config(**options | more))
+    options |= {"generator": "FastGenerator.safetensors", "backbone": "SlowGenerator.safetensors"}
+    options |= {"adapter": "SlowAdapter.safetensors", "diffusion_first": 0, "adapter_start": 0}
+    with pytest.raises(UserError, match="holds pixels maps, and the adapter reads outline"):
+        finetune_hybrid.main(finetune_hybrid.Config(**options))
 
 
 def test_fakes_of_another_step_need_clips_of_one_shape(both, here):

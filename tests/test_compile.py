@@ -12,8 +12,8 @@ import train_slow_adapter
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
 
-SHAPE = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16)
-JUDGE = discriminators.ClassifierConfig(32, 64, (0, 1), hidden=32, channels=16, position_dim=16)
+SHAPE = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)
+JUDGE = discriminators.ClassifierConfig(32, 64, (0, 1), hidden=32, channels=24, position_dim=16)
 
 
 # Of a generator's block: without gradients, with them, and with one for its input. Of the adapter's: without and with.
@@ -31,8 +31,8 @@ STAGES = {
 @pytest.mark.parametrize("script", STAGES)
 def test_a_stage_compiles_with_recomputing_and_never_goes_back_to_eager(script, here, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setitem(discriminators.PRESETS, "tiny", JUDGE)
-    network, adapter = VideoDiT(SHAPE), adapters.ResNetAdapter(adapters.AdapterConfig(32, 2, 16, channels=16))
+    monkeypatch.setitem(discriminators.PRESETS, "small", JUDGE)
+    network, adapter = VideoDiT(SHAPE), adapters.ResNetAdapter(adapters.AdapterConfig(32, 2, 16, channels=24))
     for name, net in {"SlowGenerator": network, "FastGenerator": network, "SlowAdapter": adapter}.items():
         save_network(here / f"{name}.safetensors", name, net.config, net.state_dict())
     compile = torch.nn.Module.compile

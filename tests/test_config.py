@@ -118,7 +118,7 @@ def test_a_preset_has_its_own_defaults_and_flags_go_before_them(script, capsys):
 
 
 # What has no source: where files lie, and what costs memory alone.
-UNMARKED = {"generator", "adapter", "backbone", "weights", "accumulate", "recompute", "prompt", "detail"}
+UNMARKED = {"generator", "adapter", "backbone", "weights", "accumulate", "recompute", "prompt", "scale"}
 
 
 @pytest.mark.parametrize("script", [sample, prepare_clips, train_slow_adapter, distill_fast, finetune_hybrid])
@@ -154,7 +154,10 @@ def test_help_prints_every_field_with_default_and_comment(capsys):
     words = " ".join(page.split())  # argparse breaks lines as it likes
     assert "--lr float peak learning rate (default: 0.006)" in words
     assert "--compile [true|false] torch.compile each block (default: true)" in words
-    assert "--data str folder of prepared clips (tools.prepare_clips); the toy world if empty --weights" in words
+    assert (
+        "--data str folder of prepared clips (tools.prepare_clips); the small preset's world if empty --weights"
+        in words
+    )
     named = [line for line in page.splitlines() if line.startswith("  --")]
     assert len(named) == len(dataclasses.fields(train_slow_adapter.Config))
     assert "python train_slow_adapter.py" in page  # the docstring of the script
@@ -187,11 +190,11 @@ def test_a_command_that_is_interrupted_says_so_in_one_line(monkeypatch, capsys):
 def test_shipped_files_are_found_from_any_folder(run, tmp_path, monkeypatch):
     """By name where the user stands in the project, else by their whole path: no links are needed."""
     monkeypatch.chdir(ROOT)
-    assert shipped("examples/boxes.json") == "examples/boxes.json"
+    assert shipped("examples/balloons.json") == "examples/balloons.json"
     monkeypatch.chdir(tmp_path)
-    assert shipped("examples/boxes.json") == str(ROOT / "examples/boxes.json")
+    assert shipped("examples/balloons.json") == str(ROOT / "examples/balloons.json")
     assert not list(tmp_path.iterdir())
-    job = run("sample.py", "--steps", 1, "--detail", "false")
+    job = run("sample.py", "--steps", 1, "--scale", 1)
     assert job.returncode == 0, job.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sample.boxes.mp4", "sample.mp4"]

@@ -170,7 +170,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     np.save("nan.npy", POINTS * np.nan)
     torch.save([torch.tensor(POINTS)], "list.pt")
     (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + b"((((".ljust(118))
-    (tmp_path / "maps.json").write_text((ROOT / "examples/boxes.json").read_text())
+    (tmp_path / "maps.json").write_text((ROOT / "examples/balloons.json").read_text())
     (tmp_path / "p.mp4").write_text("")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     source, flags, message = BAD[name]
@@ -181,7 +181,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
 
 
 def test_the_script_takes_its_source_first(run, tmp_path):
-    job = run("tools.convert", ROOT / "examples/boxes.json", "--to", "maps.mp4")
+    job = run("tools.convert", ROOT / "examples/balloons.json", "--size", "48x48", "--to", "maps.mp4")
     assert job.returncode == 0 and "2 objects, 9 frames: maps.mp4" in job.stdout, job.stderr
     assert iio.imread(tmp_path / "maps.mp4").shape == (9, 48, 48, 3)
     job = run("tools.convert", "no.json", "--to", "x.mp4")

@@ -16,7 +16,7 @@ from PIL import Image
 import sample
 from core import parallel
 from core.media import fit_frames, kept
-from toy.codec import PictureCodec
+from toy.codec import ToyCodec
 from toy.detail import add_detail, full_size
 from trajectory import Trajectory, enlarge, load_trajectory, move
 
@@ -189,19 +189,19 @@ def test_boxes_that_are_not_there_and_boxes_beyond_the_edge(picture):
 
 # height and width of the picture -> of the generated video and of the written one
 SIZES = {
-    "landscape": ((427, 640), (48, 80), (386, 640)),
-    "portrait": ((900, 500), (80, 48), (836, 500)),
-    "panorama": ((300, 1500), (24, 136), (226, 1280)),
-    "of 12 megapixels": ((3000, 4000), (56, 72), (1000, 1280)),
-    "odd sides": ((201, 301), (48, 80), (182, 300)),
-    "smaller than the video": ((30, 40), (56, 72), (56, 72)),
+    "landscape": ((427, 640), (136, 200), (426, 626)),
+    "portrait": ((900, 500), (224, 128), (876, 500)),
+    "panorama": ((300, 1500), (72, 376), (244, 1280)),
+    "of 12 megapixels": ((3000, 4000), (144, 192), (960, 1280)),
+    "odd sides": ((201, 301), (136, 200), (200, 294)),
+    "smaller than the video": ((30, 40), (144, 192), (144, 192)),
 }
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(name):
     source, size, written = SIZES[name]
-    assert PictureCodec().check_size("auto", 9, source) == size
+    assert ToyCodec().check_size("auto", 9, source) == size
     y, x = (np.linspace(0, 200, n, dtype=np.float32) for n in source)
     pixels = np.stack(np.broadcast_arrays(y[:, None], x[None], np.float32(90)), -1).round().astype(np.uint8)
     picture = full_size(pixels, size)
@@ -220,26 +220,26 @@ def test_a_picture_that_is_not_made_smaller_keeps_its_pixels():
 
 @pytest.mark.parametrize("source, target", [((1, 2, 5, 6), (1, 2, 5, 6)), ((1, 2, 5, 6), (4, 0, 8, 4))])
 def test_move_by_whole_pixels_moves_pixels(source, target):
-    pictures = torch.rand(2, 3, 9, 12, generator=torch.Generator().manual_seed(0))
-    got = move(pictures, torch.tensor([source] * 2).float(), torch.tensor([target] * 2).float())
+    picture = torch.rand(3, 9, 12, generator=torch.Generator().manual_seed(0))
+    got = move(picture, np.array(source), np.array(target), (0, 9, 0, 12))
     right, up = target[0] - source[0], source[1] - target[1]
-    want = torch.zeros_like(pictures)
-    want[..., : 9 - up, right:] = pictures[..., up:, : 12 - right]
+    want = torch.zeros_like(picture)
+    want[..., : 9 - up, right:] = picture[..., up:, : 12 - right]
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(move(picture, np.array(source), np.array(target), (2, 7, 3, 11)), got[:, 2:7, 3:11])
 
 
-def test_move_scales_each_picture_by_its_own_boxes():
+def test_move_scales_by_the_boxes():
     y, x = torch.meshgrid(torch.arange(20) + 0.5, torch.arange(30) + 0.5, indexing="ij")
-    ramps = torch.stack([x, y])[None].repeat(2, 1, 1, 1)
-    source = torch.tensor([[4.0, 4, 14, 9], [10, 2, 20, 12]])
-    target = torch.tensor([[5.0, 3, 25, 18], [2, 1, 12.5, 15]])
-    got = move(ramps, source, target)
-    for b in range(2):
-        (a, c, d, e), (p, q, r, s) = source[b], target[b]
+    ramp = torch.stack([x, y])
+    for source, target in (([4.0, 4, 14, 9], [5.0, 3, 25, 18]), ([10.0, 2, 20, 12], [2.0, 1, 12.5, 15])):
+        got = move(ramp, np.array(source), np.array(target), (0, 20, 0, 30))
+        (a, c, d, e), (p, q, r, s) = source, target
         want = torch.stack([a + (x - p) * (d - a) / (r - p), c + (y - q) * (e - c) / (s - q)])
         inside = (x > p) & (x < r) & (y > q) & (y < s)
-        torch.testing.assert_close(got[b][:, inside], want[:, inside], atol=1e-4, rtol=0)
-    assert move(ramps, source[:1].repeat(2, 1), source[:1].repeat(2, 1) + 40).abs().max() == 0  # beyond the edge
+        torch.testing.assert_close(got[:, inside], want[:, inside], atol=1e-4, rtol=0)
+    away = move(ramp, np.array(source), np.array(source) + 40, (0, 20, 0, 30))
+    assert away.abs().max() == 0  # beyond the edge
 
 
 def test_an_enlarged_trajectory_has_its_masks_at_full_size(tmp_path):
@@ -286,11 +286,11 @@ def test_videos_are_as_large_as_their_pictures_alone_in_a_table_and_in_the_page(
         (here / f"{name}.json").write_text(json.dumps({"objects": boxes}))
         rows.append(f"{name}.png,{name}.json,,{name}.mp4")
     (here / "jobs.csv").write_text("\n".join(rows))
-    codec, written, made = PictureCodec(), {}, {}
+    codec, written, made = ToyCodec(), {}, {}
     for name, shape in shapes.items():
         made[name] = (9, *codec.check_size("auto", 9, shape), 3)
         written[name] = (9, *full_size(np.zeros((*shape, 3), np.uint8), made[name][1:3]).shape)
-    assert written == {"tall": (9, 200, 120, 3), "wide": (9, 108, 380, 3), "dot": (9, 56, 72, 3)}
+    assert written == {"tall": (9, 216, 128, 3), "wide": (9, 120, 370, 3), "dot": (9, 152, 184, 3)}
 
     options = {"steps": 1, "compile": False}
     for detail, sizes in ((True, written), (False, made)):
@@ -327,4 +327,4 @@ def test_a_photograph_of_12_megapixels_takes_less_than_a_gigabyte(here):
     )
     assert job.returncode == 0, job.stderr
     assert int(job.stdout.split()[-1]) < 1 << 20  # KiB
-    assert iio.imread("out/sample.mp4").shape == (17, 772, 1280, 3)
+    assert iio.imread("out/sample.mp4").shape == (17, 870, 1280, 3)

@@ -16,8 +16,8 @@ from model import PRESETS, VideoDiT
 
 def build(**switches):
     torch.manual_seed(0)
-    backbone = VideoDiT(PRESETS["tiny"])
-    classifier = Classifier(replace(discriminators.PRESETS["tiny"], **switches))
+    backbone = VideoDiT(PRESETS["small"])
+    classifier = Classifier(replace(discriminators.PRESETS["small"], **switches))
     torch.nn.init.normal_(classifier.logit.weight)
     for name, weight in classifier.named_parameters():
         if name.endswith("out_proj.weight"):  # some start at zero, which would hide what their attention sees
@@ -26,7 +26,7 @@ def build(**switches):
 
 
 def inputs():
-    x_t, traj = torch.randn(2, 2, 16, 3, 4, 4)
+    x_t, traj = torch.randn(2, 2, 24, 3, 4, 4)
     return x_t, torch.tensor([[0.0, 400, 400], [0, 900, 900]]), torch.randn(2, 32, 64), traj
 
 
@@ -64,21 +64,21 @@ SEES = {"semantic": {"first frame", "text"}, "trajectory": {"trajectory"}, "vide
 def test_each_attention_sees_its_part_and_can_be_switched_off(alone):
     classifier = build(**{name: name == alone for name in SEES}).classifier
     features, text, traj = (
-        [torch.randn(1, 12, 160) for _ in range(3)],
+        [torch.randn(1, 12, 256) for _ in range(3)],
         torch.randn(1, 32, 64),
-        torch.randn(1, 16, 3, 4, 4),
+        torch.randn(1, 24, 3, 4, 4),
     )
     first, later = ([f.clone() for f in features] for _ in range(2))
     for f, g in zip(first, later, strict=True):
-        f[:, :4] += torch.randn(160)
-        g[:, 4:] += torch.randn(160)
+        f[:, :4] += torch.randn(256)
+        g[:, 4:] += torch.randn(256)
     with torch.no_grad():
         logit = classifier(features, text, traj)
         other = {
             "first frame": classifier(first, text, traj),
             "later frames": classifier(later, text, traj),
             "text": classifier(features, torch.randn(1, 32, 64), traj),
-            "trajectory": classifier(features, text, torch.randn(1, 16, 3, 4, 4)),
+            "trajectory": classifier(features, text, torch.randn(1, 24, 3, 4, 4)),
         }
     assert {name for name, value in other.items() if not torch.equal(value, logit)} == SEES[alone]
 
@@ -94,7 +94,7 @@ def test_presets_fit_their_networks():
 def test_export_reads_back(tmp_path):
     classifier, (_, _, text, traj) = build().classifier, inputs()
     save_network(tmp_path / "c.safetensors", "Classifier", classifier.config, classifier.state_dict(), torch.float32)
-    features = [torch.randn(2, 12, 160) for _ in range(3)]
+    features = [torch.randn(2, 12, 256) for _ in range(3)]
     config, tensors = read_network(tmp_path / "c.safetensors", "Classifier", discriminators.ClassifierConfig)
     again = load(lambda: Classifier(config), tensors, tmp_path / "c.safetensors")
     assert torch.equal(again(features, text, traj), classifier(features, text, traj))

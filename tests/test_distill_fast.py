@@ -20,7 +20,7 @@ SIGMAS = flow.sigma_schedule(4, 3)
 
 def networks():
     torch.manual_seed(0)
-    made = [VideoDiT(PRESETS["tiny"]) for _ in range(3)]
+    made = [VideoDiT(PRESETS["small"]) for _ in range(3)]
     for network in made:
         nn.init.normal_(network.head.head.weight, std=0.02)
     made[2].requires_grad_(False)
@@ -29,9 +29,9 @@ def networks():
 
 def losses(student, fake, real, exit_step=2):
     random = torch.Generator().manual_seed(1)
-    shape = (2, 16, 3, 4, 4)
+    shape = (2, 24, 3, 4, 4)
     noise, renoise = torch.randn(4, *shape, generator=random), torch.randn(shape, generator=random)
-    first, text = torch.randn(2, 16, 1, 4, 4, generator=random), torch.randn(2, 32, 64, generator=random)
+    first, text = torch.randn(2, 24, 1, 4, 4, generator=random), torch.randn(2, 32, 64, generator=random)
     sigma = torch.tensor([0.4, 0.9])
     student, fake, real = (partial(network, text=text) for network in (student, fake, real))
     draw = Draw(first, SIGMAS, exit_step, noise, renoise, sigma)
@@ -98,9 +98,9 @@ def test_gradient_is_the_normalised_difference_of_the_scores():
 def test_fake_score_loss_on_x0_weighs_each_video_by_its_squared_noise_level():
     student, fake, _ = networks()
     draws = torch.Generator().manual_seed(1)
-    shape = (2, 16, 3, 4, 4)
+    shape = (2, 24, 3, 4, 4)
     noise, renoise = torch.randn(4, *shape, generator=draws), torch.randn(shape, generator=draws)
-    first, text = torch.randn(2, 16, 1, 4, 4, generator=draws), torch.randn(2, 32, 64, generator=draws)
+    first, text = torch.randn(2, 24, 1, 4, 4, generator=draws), torch.randn(2, 32, 64, generator=draws)
     sigma = torch.tensor([0.3, 0.9])
     draw = Draw(first, SIGMAS, 2, noise, renoise, sigma)
     student, fake = partial(student, text=text), partial(fake, text=text)
@@ -124,14 +124,14 @@ def test_wan5b_has_the_values_of_its_sources():
     assert (cfg.fake_loss, cfg.levels, cfg.schedule, cfg.warmup) == ("x0", "all", "constant", 0)
     assert (cfg.lr, cfg.fake_lr, cfg.ema, cfg.weight_decay, cfg.steps, cfg.ratio) == (5e-7, 1e-7, 0.99, 0.01, 5500, 5)
     toy = parse_config(Config, [])
-    assert (toy.clip, toy.guidance, toy.fake_loss, toy.levels, toy.schedule) == (1, 6, "velocity", "above", "cosine")
+    assert (toy.clip, toy.guidance, toy.fake_loss, toy.levels, toy.schedule) == (1, 1, "velocity", "all", "cosine")
 
 
 @pytest.mark.parametrize(("levels", "most"), [("above", 1.0), ("all", 1.0), ("all", 0.5)])
 def test_a_run_judges_where_its_options_say_at_the_rates_they_say(levels, most, here, monkeypatch):
     """Where "above" leaves the levels alone that the sampler does not noise to."""
     torch.manual_seed(0)
-    network = VideoDiT(DiTConfig(32, 64, 2, 1, text_dim=64, text_tokens=32, channels=16))
+    network = VideoDiT(DiTConfig(32, 64, 2, 1, text_dim=64, text_tokens=32, channels=24))
     nn.init.normal_(network.head.head.weight, std=0.02)
     save_network("slow.safetensors", "SlowGenerator", network.config, network.state_dict())
     seen, rates, clips, texts = [], [], [], []
@@ -167,7 +167,7 @@ def test_a_run_judges_where_its_options_say_at_the_rates_they_say(levels, most, 
     )  # fmt: skip
     assert len(seen) == 6 and {on for *_, on in seen} == {"x0"} and len({step for step, *_ in seen}) > 1
     for exit_step, sigma, _ in seen:
-        lowest = 1 - (exit_step + 1) / 4 if levels == "above" else 0  # preset tiny warps by 1: not at all
+        lowest = 1 - (exit_step + 1) / 4 if levels == "above" else 0  # preset small warps by 1: not at all
         assert max(lowest, 0.02) <= sigma.min() < most * (lowest + 0.26)  # stratified
         assert 0.74 * most < sigma.max() <= min(0.98, most)
     assert set(clips) == {10.0} and rates == [1e-5, 2e-5] * 6

@@ -17,7 +17,7 @@ import sample
 from core.codec import best_size
 from core.config import UserError, parse_config
 from core.media import cover
-from toy.codec import CODECS
+from toy.codec import ToyCodec
 from trajectory import PALETTE, _interpolate, load_trajectory, place
 from wan.codec import WanCodec
 
@@ -115,7 +115,7 @@ def test_a_drag_on_empty_ground_makes_an_object_and_a_jitter_nothing(hands, phot
     hands.press("Enter")
     assert len(hands.objects) == 3 and hands.see("chosen") == 2
     x0, y0, x1, y1 = hands.objects[2]["boxes"]["0"]
-    assert (x1 - x0, y1 - y0) == (24, 15)  # a quarter of what the video keeps, 80x48 of 80x53
+    assert (x1 - x0, y1 - y0) == (24, 16)  # a quarter of what the video keeps, 152x104 of 156x104
     hands.page.mouse.move(*hands.spot(85, 55))  # Escape takes back what is dragged
     hands.page.mouse.down()
     hands.page.mouse.move(*hands.spot(60, 45), steps=3)
@@ -214,7 +214,7 @@ def test_no_shape_of_picture_covers_what_is_beside_it(browser, tmp_path, screen)
 
 def test_what_the_video_cuts_is_dimmed_and_no_box_can_be_lost_there(hands, tmp_path):
     hands.open(picture(tmp_path / "tall.png", 300, 900))
-    hands.page.select_option("#size", "64x64")  # the middle 300x300
+    hands.page.select_option("#size", "128x128")  # the middle 300x300
     assert hands.see("kept()") == [0, 300, 300, 600]
     light = [max(look(hands, "photo", 150, y)[:3]) for y in (100, 450, 700)]
     assert light[0] < 60 and light[1] > 120 and light[2] < 60
@@ -223,7 +223,7 @@ def test_what_the_video_cuts_is_dimmed_and_no_box_can_be_lost_there(hands, tmp_p
     hands.drag((150, 200), (150, 890))
     assert hands.objects[0]["boxes"]["0"][1] == 599
     hands.page.select_option("#size", "auto")
-    assert hands.see("target()") == [int(n) for n in best_size((900, 300), 64 * 64, 8)]
+    assert hands.see("target()") == [int(n) for n in best_size((900, 300), 128 * 128, 8)]
 
 
 BROKEN = {
@@ -286,7 +286,14 @@ def test_a_damaged_boxes_json_is_named_and_leaves_all_as_it_was(hands, photo, tm
 
 
 def test_boxes_of_another_size_are_scaled_aloud_and_of_another_shape_refused(hands, photo, tmp_path):
-    example = [ROOT / "examples" / name for name in ("boxes.json", "mask_0.png", "mask_1.png")]
+    example = [tmp_path / name for name in ("boxes.json", "mask_0.png", "mask_1.png")]
+    tracks = [{"0": [31, 6, 48, 23], "4": [18, 11, 38, 31], "8": [25, 8, 47, 30]}, {"0": [3, 33, 18, 48]}]
+    masks = [np.zeros((48, 48), np.uint8) for _ in tracks]
+    for mask, file, (x0, y0, x1, y1) in zip(masks, example[1:], (track["0"] for track in tracks), strict=True):
+        mask[y0 + 2 : y1, x0 : x1 - 3] = 255
+        Image.fromarray(mask).save(file)
+    objects = [{"name": f"disc {k}", "mask": f"mask_{k}.png", "boxes": track} for k, track in enumerate(tracks)]
+    example[0].write_text(json.dumps({"num_frames": 9, "width": 48, "height": 48, "objects": objects}))
     hands.open(photo)
     hands.open(*example)
     assert "48x48" in hands.note and "96x64" in hands.note and not hands.objects  # nothing is squashed
@@ -298,7 +305,7 @@ def test_boxes_of_another_size_are_scaled_aloud_and_of_another_shape_refused(han
     assert all(one["mask"] for one in hands.objects) and hands.see("problem()") == ""
     back = saved(hands, tmp_path)  # and what was saved opens again, masks and all
     mask = np.asarray(Image.open(back / "mask_0.png").convert("L"))
-    want = np.asarray(Image.open(ROOT / "examples/mask_0.png").convert("L")).repeat(10, 0).repeat(10, 1)
+    want = masks[0].repeat(10, 0).repeat(10, 1)
     assert np.array_equal(mask > 127, want > 127)
     hands.page.click("#clear")
     hands.open(back / "image.png", back / "boxes.json", back / "mask_0.png")
@@ -545,7 +552,7 @@ def test_lengths_are_those_that_the_networks_make(hands, photo):
         hands.press("Tab")
         assert hands.see("state.frames") == taken and (str(taken) in hands.note) == (asked != str(taken))
         WanCodec.check_size(WanCodec, "auto", taken)
-    hands.page.select_option("#preset", "tiny")
+    hands.page.select_option("#preset", "small")
     hands.page.fill("#frames", "1")
     hands.press("Tab")
     assert hands.see("state.frames") == 2
@@ -590,9 +597,9 @@ def test_the_example_is_the_shipped_one_and_the_page_says_what_networks_know(han
     hands.page.click("#exampleFirst")
     hands.wait("state.objects.length === 2")
     assert "any picture" in hands.page.text_content("#knows")
-    hands.page.select_option("#preset", "tiny")
-    assert "pinwheels" in hands.page.text_content("#knows")
-    hands.page.select_option("#preset", "pictures")
+    hands.page.select_option("#preset", "wan5b")
+    assert "on a GPU" in hands.page.text_content("#knows")
+    hands.page.select_option("#preset", "small")
     folder = saved(hands, tmp_path)
     given, want = (json.loads(path.read_text()) for path in (folder / "boxes.json", ROOT / "examples/balloons.json"))
     for one, other in zip(given["objects"], want["objects"], strict=True):
@@ -605,7 +612,7 @@ def test_the_example_is_the_shipped_one_and_the_page_says_what_networks_know(han
 
 def random_drawing(rng: random.Random) -> dict:
     """A picture of any shape, and boxes anywhere near it."""
-    preset = rng.choice(("pictures", "tiny", "wan5b"))
+    preset = rng.choice(("small", "small", "wan5b"))
     width, height = (
         (rng.randint(64, 4000), rng.randint(64, 4000))
         if preset == "wan5b"
@@ -643,7 +650,7 @@ def test_400_drawings_are_the_same_in_the_page_and_in_trajectory_py(hands, tmp_p
     pages = hands.read(f"{read}({json.dumps(drawings)})")
     file = tmp_path / "boxes.json"
     for number, (drawing, page) in enumerate(zip(drawings, pages, strict=True)):
-        source, codec = (drawing["height"], drawing["width"]), (CODECS | {"wan5b": WanCodec})[drawing["preset"]]
+        source, codec = (drawing["height"], drawing["width"]), {"small": ToyCodec, "wan5b": WanCodec}[drawing["preset"]]
         if codec is not WanCodec:
             codec.spatial = 4
         size = codec.check_size(codec, drawing["size"], drawing["frames"], source)
@@ -682,7 +689,7 @@ def test_paths_sizes_and_cuts_are_those_of_the_project(hands):
         got = np.array([[np.nan] * 4 if box is None else box for box in track], dtype=float)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
     shapes = rng.integers(1, 5000, (3000, 2)).tolist() + [[n, n] for n in range(1, 200)]
-    for area, unit in ((48 * 48, 8), (704 * 1280, 32)):
+    for area, unit in ((128 * 128, 8), (704 * 1280, 32)):
         got = hands.read(f"{json.dumps(shapes)}.map(s => {{ const b = bestSize(s, {area}, {unit}), c = cover(s, b);"
                         "return [b, c.h, c.w, c.top, c.left]; })")  # fmt: skip
         for shape, (best, h, w, top, left) in zip(shapes, got, strict=True):
@@ -824,7 +831,7 @@ def test_the_walk_with_the_keyboard_alone(hands, photo, tmp_path):
     tab_to("stage")
     hands.press("Enter", *["Alt+ArrowLeft"] * 5, *["Alt+Shift+ArrowRight"] * 6)
     x0, y0, x1, y1 = hands.objects[0]["boxes"]["0"]
-    assert (x1 - x0, y1 - y0) == (30, 15)
+    assert (x1 - x0, y1 - y0) == (29, 16)
     hands.press(*["ArrowRight"] * 5, *["Alt+ArrowDown"] * 9)
     assert hands.objects[0]["boxes"]["5"] == [x0, y0 + 9, x1, y1 + 9]
     hands.press("Control+ArrowRight", ",", "k", ".")

@@ -20,15 +20,20 @@ from core.weights import save_network
 from model import PRESETS, VideoDiT
 from toy import evaluate
 from toy.codec import ToyCodec
-from toy.metrics import subset
-from toy.world import ToyBatch, ToyWorld
+from toy.world import World, WorldBatch
 
 ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture(scope="module")
-def world() -> ToyBatch:
-    return ToyWorld("test").batch(list(range(16)))
+def world() -> WorldBatch:
+    return World("validation", (32, 32)).batch(range(8))
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    """The script's world in few pixels."""
+    monkeypatch.setattr(evaluate, "World", lambda split: World("validation", (32, 32)))
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -37,45 +42,45 @@ def world() -> ToyBatch:
 def networks(seed: int = 0) -> tuple[VideoDiT, adapters.ResNetAdapter]:
     """One-layer networks with random weights everywhere, so that every input matters."""
     torch.manual_seed(seed)
-    generator = VideoDiT(dataclasses.replace(PRESETS["tiny"], dim=32, ffn_dim=64, heads=2, layers=1))
-    adapter = adapters.ResNetAdapter(adapters.AdapterConfig(generator.config.dim, 1, hidden=16, channels=16))
+    generator = VideoDiT(dataclasses.replace(PRESETS["small"], dim=32, ffn_dim=64, heads=2, layers=1))
+    adapter = adapters.ResNetAdapter(
+        adapters.AdapterConfig(generator.config.dim, 1, hidden=16, channels=24, maps="pixels")
+    )
     torch.nn.init.xavier_uniform_(generator.head.head.weight)
     torch.nn.init.normal_(adapter.blocks[0].project.weight, std=0.3)
     return generator.requires_grad_(False), adapter.requires_grad_(False)
 
 
-CFG = evaluate.Config(videos=5, batch=2, steps=2, guidance=1.0, dtype="float32", compile=False)
+CFG = evaluate.Config(videos=5, batch=2, steps=2, dtype="float32", compile=False)
 
 
-def test_generate_hands_each_video_its_own_inputs(world):
-    codec, few = ToyCodec(), subset(world, range(5))
+@pytest.mark.parametrize("style", ["outline", "pixels"])
+def test_generate_hands_each_video_its_own_inputs(world, style):
+    codec, few = ToyCodec(), world.subset(range(5))
     seen = []
 
-    def truthful(first, text, empty, traj, samples):
+    def truthful(first, text, traj, samples):
         seen.extend(samples)
-        part = subset(few, samples)
+        part = few.subset(samples)
         latents = codec.encode_video(part.video)
         assert torch.allclose(first, latents[:, :, :1], atol=1e-5)
-        assert torch.equal(text, codec.encode_text(part.captions)) and not empty.any()
-        maps = torch.stack([part.trajectory(i).maps("box") for i in range(len(samples))])
-        assert torch.equal(traj, codec.encode_video(maps))
+        assert torch.equal(text, codec.encode_text(part.captions))
+        assert torch.equal(traj, codec.encode_video(part.maps(style, "box")))
         return latents
 
-    video = evaluate.generate(truthful, few, CFG, ALONE, "truth")
+    video = evaluate.generate(truthful, few, CFG, ALONE, "truth", style)
     truth = codec.decode_video(codec.encode_video(few.video))
     assert torch.allclose(video, truth, atol=1e-4) and seen == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["slow", "fast"])
 def test_samples_do_not_depend_on_the_batch(world, kind):
-    few, codec = subset(world, range(3)), ToyCodec()
+    few, codec = world.subset(range(3)), ToyCodec()
 
-    def run(**changes):
-        cfg = dataclasses.replace(CFG, **changes)
-        sampler = (
-            evaluate.slow_sampler(*networks(), cfg) if kind == "slow" else evaluate.fast_sampler(*networks(), cfg, 2)
-        )
-        return evaluate.generate(sampler, few, cfg, ALONE, kind)
+    def run(batch=2, seed=0):
+        sampler = evaluate.sampler(*networks(), 2, seed, slow=kind == "slow")
+        cfg = dataclasses.replace(CFG, batch=batch)
+        return evaluate.generate(sampler, few, cfg, ALONE, kind, "pixels")
 
     in_pairs = run()
     assert torch.allclose(in_pairs, run(batch=3), atol=1e-4)
@@ -89,7 +94,7 @@ def test_times_are_of_each_sampler(world):
     turns = []
 
     def sampler(name, pause):
-        def sample(first, text, empty, traj, samples):
+        def sample(first, text, traj, samples):
             turns.append(name)
             time.sleep(pause if len(turns) > 2 else 0.2)
             return traj
@@ -100,36 +105,32 @@ def test_times_are_of_each_sampler(world):
     assert turns == ["a", "b"] * 6 and 0.02 <= a < 0.05 < b < 0.15
 
 
-def test_adapter_guidance_and_captions_reach_the_sample(world):
-    few = subset(world, range(2))
+def test_adapter_and_captions_reach_the_sample(world):
+    few = world.subset(range(2))
     generator, adapter = networks()
     calls = []
     adapter.register_forward_hook(lambda *_: calls.append(1))
 
-    def run(batch=few, helper=adapter, trajectory=1.0, both=True, **changes):
-        cfg = dataclasses.replace(CFG, **changes)
-        sampler = evaluate.slow_sampler(generator, helper, cfg, trajectory, both)
-        return evaluate.generate(sampler, batch, cfg, ALONE, "run")
+    def run(batch=few, helper=adapter, steps=2, slow=True, style="pixels"):
+        return evaluate.generate(evaluate.sampler(generator, helper, steps, 0, slow), batch, CFG, ALONE, "run", style)
 
     base = run()
     assert len(calls) == 1  # once a clip, whatever the steps
     assert torch.equal(run(), base)
     mute = dataclasses.replace(few, captions=["", ""])
-    for other in (run(helper=None), run(maps="mask"), run(guidance=3.0), run(steps=4), run(shift=1.0), run(batch=mute)):
+    others = run(helper=None), run(style="outline"), run(steps=4), run(batch=mute), run(slow=False)
+    for other in others:
         assert not torch.allclose(other, base, atol=1e-3)
-    # Scale 0 is the other branch: without the text, and with or without the adapter.
-    assert torch.allclose(run(guidance=0.0), run(batch=mute), atol=1e-4)
-    assert torch.allclose(run(guidance=0.0, both=False), run(batch=mute, helper=None), atol=1e-4)
-    assert torch.allclose(run(trajectory=0.0), run(helper=None), atol=1e-4)
-    assert not torch.allclose(run(trajectory=2.0), base, atol=1e-3)
     silent = adapters.ResNetAdapter(adapter.config)  # its projection still is zero
     assert torch.equal(run(helper=silent), run(helper=None))
 
 
 def test_broken_weights_are_the_users_fault(world):
-    few = subset(world, range(2))
+    few = world.subset(range(2))
     with pytest.raises(UserError, match="fast: generates values that are no numbers"):
-        evaluate.generate(lambda first, *_: first.expand(-1, -1, 9, -1, -1) * math.nan, few, CFG, ALONE, "fast")
+        evaluate.generate(
+            lambda first, *_: first.expand(-1, -1, 9, -1, -1) * math.nan, few, CFG, ALONE, "fast", "pixels"
+        )
 
 
 # --- the script -------------------------------------------------------------------------------------------------------
@@ -147,65 +148,62 @@ def weights(tmp_path) -> dict[str, str]:
     return options
 
 
-MEASURES = ["mask_iou", "box_iou", "sharpness", "fvd", "prompt_accuracy"]
+MEASURES = list(evaluate.MEASURES)
 
 
-def test_main_writes_rows_and_sheet(tmp_path, weights, capsys):
+def test_main_writes_rows_and_sheet(tmp_path, weights, small_world, capsys):
     out = tmp_path / "results" / "rows.json"
     cfg = evaluate.Config(**weights, out=str(out), videos=6, batch=4, steps=2, compile=False)
     evaluate.main(cfg)
     rows = json.loads(out.read_text())
-    counts, sizes = ToyWorld("test").batch(list(range(6))).count.unique(return_counts=True)
-    slow, fast = "SlowGenerator + SlowAdapter", "FastGenerator + FastAdapter"
-    by_count = list(zip(["all", *counts.tolist()], [6, *sizes.tolist()], strict=True))
-    expected = [("true video", 0, "all", 6), ("through the codec", 0, "all", 6), ("SlowGenerator", 2, "all", 6)]
-    expected += [(slow, 2, *some) for some in by_count] + [("FastGenerator", 4, "all", 6)]
-    expected += [(fast, 4, *some) for some in by_count] + [("the same in 8 bits", 4, "all", 6)]
-    assert [(row["name"], row["steps"], row["objects"], row["videos"]) for row in rows] == expected
+    known = ["true video", "through the codec", "the first frame, still", "pasted by mask", "pasted by box"]
+    slow, fast = ("SlowGenerator", "SlowGenerator + SlowAdapter"), ("FastGenerator", "FastGenerator + SlowAdapter",
+                                                                    "FastGenerator + FastAdapter")  # fmt: skip
+    expected = [(name, 0) for name in known] + [(name, 2) for name in slow] + [(name, 4) for name in fast]
+    assert [(row["name"], row["steps"]) for row in rows] == expected and all(row["videos"] == 6 for row in rows)
     columns = ("clockwise_when_untold", "seconds_per_video", "command", "machine")
-    assert all(list(row) == ["name", "steps", "videos", "objects", *MEASURES, *columns] for row in rows)
-    assert rows[0]["mask_iou"] == rows[0]["box_iou"] == rows[0]["sharpness"] == 1 and rows[0]["fvd"] == 0
-    assert rows[1]["mask_iou"] > 0.95
-    whole = [row for row in rows if row["steps"] and row["objects"] == "all"]
-    assert all(row["seconds_per_video"] > 0 and row["fvd"] > 0 for row in whole)
-    assert rows[0]["seconds_per_video"] is None
-    assert len({row["mask_iou"] for row in whole[:-1]}) == 4  # four ways
-    assert whole[-1]["mask_iou"] == pytest.approx(whole[-2]["mask_iou"], abs=0.1)  # rounded, not another
-    assert all(row["fvd"] is None for row in rows if row["objects"] != "all")  # too few videos
+    assert all(list(row) == ["name", "steps", "videos", *MEASURES, *columns] for row in rows)
+    true, coded, still, by_mask, _, *made = rows
+    assert true["thing_error"] == true["fvd"] == 0 and true["seam"] == true["sharpness"] == 1
+    assert coded["thing_error"] < by_mask["thing_error"] < still["thing_error"]
+    assert all(row["seconds_per_video"] > 0 and row["fvd"] > 0 for row in made) and true["seconds_per_video"] is None
+    assert len({row["thing_error"] for row in made}) == 5  # five ways
     assert rows[0]["command"].startswith(f"python -m toy.evaluate --slow_generator {weights['slow_generator']}")
     assert rows[0]["command"].endswith("--videos 6 --steps 2 --batch 4 --compile false")
     assert "threads, torch" in rows[0]["machine"]
     sheet = iio.imread(out.with_suffix(".png"))
-    assert sheet.shape[1] == 2 * (9 * 98 + 12) and sheet.shape[0] % (6 * 98 + 12) == 0
-    assert iio.imread(out.with_suffix(".gif")).shape == (9, len(counts) * 196, 3 * 196, 3)
+    assert sheet.shape == (3 * ((1 + 6) * 34 + 12), 2 * (9 * 34 + 12), 3)  # three pairs of clips: maps, truth, made
+    assert iio.imread(out.with_suffix(".gif")).shape == (9, 3 * 68, 3 * 68, 3)
     assert {path.name for path in out.parent.iterdir()} == {f"rows.{kind}" for kind in ("json", "md", "png", "gif")}
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1 + len(rows) and len({len(line) for line in printed}) == 1
 
 
-def test_guidance_table_compares_strengths(tmp_path, weights):
-    out = tmp_path / "guidance.json"
-    cfg = evaluate.Config(**weights, out=str(out), guidance_table=True, videos=2, batch=2, steps=2, compile=False)
-    evaluate.main(cfg)
-    rows = json.loads(out.read_text())
-    assert [row["name"] for row in rows[:3]] == [
-        "no guidance", "guidance 5, adapter in the first branch", "guidance 5, adapter in both",
-    ]  # fmt: skip
-    assert [row["name"] for row in rows[3:]] == [f"guidance 5, trajectory guidance {w}" for w in ("1.5", "2", "3")]
-    assert len({row["fvd"] for row in rows}) == len(rows) == 6  # each another way
+@pytest.mark.parametrize("style", ["outline", "pixels"])
+def test_each_adapter_sees_maps_of_its_own_kind(style, weights, small_world, tmp_path, monkeypatch):
+    """Here the FastAdapter reads pixels, and the SlowAdapter may not."""
+    slow = networks(1)[1]
+    config = dataclasses.replace(slow.config, maps=style)
+    save_network(weights["slow_adapter"], "SlowAdapter", config, slow.state_dict())
+    seen, generate = [], evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda *args: seen.append(args[-2:]) or generate(*args))
+    out = str(tmp_path / "rows.json")
+    evaluate.main(evaluate.Config(**weights, out=out, videos=3, batch=4, steps=1, compile=False))
+    assert seen[1] == ("SlowGenerator + SlowAdapter", style) and seen[3] == ("FastGenerator + SlowAdapter", style)
+    assert seen[4] == ("FastGenerator + FastAdapter", "pixels")
 
 
 def save_run(variant: str, seed: int, weights_seed: int) -> None:
     net = networks(weights_seed)[1]
-    file = evaluate.RUNS / f"tiny/{variant}_{seed}/fast_adapter.safetensors"
+    file = evaluate.RUNS / f"{variant}_{seed}/fast_adapter.safetensors"
     save_network(file, "FastAdapter", net.config, net.state_dict())
 
 
-def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
+def test_ablation_reads_the_runs(tmp_path, weights, small_world, monkeypatch, capsys):
     """Every variant's runs are found, each with its own adapter; the table has mean and range over them."""
     monkeypatch.chdir(tmp_path)
     cfg = evaluate.Config(**weights, out="rows.json", ablation=True, videos=2, batch=2, steps=5, compile=False)
-    with pytest.raises(UserError, match=rf"tiny/{evaluate.METHOD}_0.*: no such run"):
+    with pytest.raises(UserError, match=rf"ablation/{evaluate.METHOD}_0.*: no such run"):
         evaluate.main(cfg)
     assert not Path("rows.json").exists()
     for i, variant in enumerate(evaluate.VARIANTS):
@@ -225,15 +223,15 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
     }
     assert all(row["seeds"] == 2 for row in rows[3:13])
     for row in rows[3:13]:
-        for key in MEASURES:
+        for key in (key for key in MEASURES if row[key] is not None):
             low, high = row[f"{key}_range"]
             assert row[key] == pytest.approx((low + high) / 2, abs=1e-4)
-        assert row["mask_iou_range"][0] < row["mask_iou_range"][1]
+        assert row["thing_error_range"][0] < row["thing_error_range"][1]
     assert len({row["fvd"] for row in rows}) == len(rows)  # each its own adapter and steps
     assert f"({rows[3]['fvd_range'][0]} to " in Path("rows.md").read_text()
     sheet = iio.imread("rows.png")
-    assert sheet.shape[0] % ((2 + 3 + 10) * 98 + 12) == 0
-    for folder in evaluate.RUNS.glob("tiny/no_video_*"):
+    assert sheet.shape[0] % ((2 + 3 + 10) * 34 + 12) == 0
+    for folder in evaluate.RUNS.glob("no_video_*"):
         shutil.rmtree(folder)
     capsys.readouterr()
     few = {name: evaluate.VARIANTS[name] for name in (evaluate.METHOD, "no_video")}
@@ -244,7 +242,15 @@ def test_ablation_reads_the_runs(tmp_path, weights, monkeypatch, capsys):
     assert left == [row for row in raw if row["name"] in (slow, both, method + few[evaluate.METHOD])]
 
 
-def test_a_killed_ablation_goes_on_where_it_was(tmp_path, weights, monkeypatch, capsys):
+def test_a_measure_that_counts_for_no_seed_is_left_empty():
+    about = {"name": "a", "steps": 4, "videos": 2}
+    seeds = [about | dict.fromkeys(evaluate.MEASURES, value) | {"prompt_accuracy": None} for value in (1.0, 2.0)]
+    (row,) = evaluate.over_seeds(seeds)
+    assert row["fvd"] == 1.5 and row["fvd_range"] == [1.0, 2.0] and row["seeds"] == 2
+    assert row["prompt_accuracy"] is None and evaluate.markdown([row]).splitlines()[-1].endswith("|  |")
+
+
+def test_a_killed_ablation_goes_on_where_it_was(tmp_path, weights, small_world, monkeypatch, capsys):
     """Only what is new is measured: runs added or trained anew, or everything with other settings or networks."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "VARIANTS", {evaluate.METHOD: "hybrid"})
@@ -252,7 +258,7 @@ def test_a_killed_ablation_goes_on_where_it_was(tmp_path, weights, monkeypatch, 
     made, generate = [], evaluate.generate
 
     def counted(*args):
-        made.append(args[-1].split(",")[0])
+        made.append(args[-2].split(",")[0])
         if len(made) == stop:
             raise KeyboardInterrupt
         return generate(*args)
@@ -299,7 +305,6 @@ def test_a_killed_ablation_goes_on_where_it_was(tmp_path, weights, monkeypatch, 
         ({"steps": 0}, "--steps 0: must be at least 1"),
         ({"batch": 0}, "--batch 0: must be at least 1"),
         ({"seed": -1}, "--seed -1: must be at least 0"),
-        ({"shift": 0.0}, "--shift 0.0: must be at least 0.01"),
         ({"out": "rows.txt"}, "--out rows.txt: the name must end in .json"),
         ({"fast_generator": "no.safetensors"}, "no.safetensors: no such file"),
     ],
@@ -317,7 +322,7 @@ def test_networks_that_do_not_fit(weights, tmp_path):
     config = adapters.AdapterConfig(64, 2, hidden=16)
     path = Path(weights["slow_adapter"])
     save_network(path, "SlowAdapter", config, adapters.ResNetAdapter(config).state_dict())
-    wrong = f"{path}: has 2 blocks of width 64, but {weights['slow_generator']} has 1 blocks of width 32"
+    wrong = f"{path}: was made for a generator of other shape than {weights['slow_generator']}"
     with pytest.raises(UserError, match=re.escape(wrong)):
         evaluate.main(evaluate.Config(**weights, out=str(tmp_path / "rows.json"), compile=False))
 

@@ -42,12 +42,12 @@ def test_diffusion_loss_by_hand():
 
 def test_adversarial_gradient_reaches_the_adapter_through_the_noisy_latent_alone():
     torch.manual_seed(0)
-    generator, backbone = (VideoDiT(PRESETS["tiny"]).requires_grad_(False) for _ in range(2))
+    generator, backbone = (VideoDiT(PRESETS["small"]).requires_grad_(False) for _ in range(2))
     torch.nn.init.normal_(generator.head.head.weight, std=0.02)
-    adapter, classifier = ResNetAdapter(adapters.PRESETS["tiny"]), Classifier(discriminators.PRESETS["tiny"])
+    adapter, classifier = ResNetAdapter(adapters.PRESETS["small"]), Classifier(discriminators.PRESETS["small"])
     torch.nn.init.normal_(classifier.logit.weight)
     discriminator = DiffusionDiscriminator(backbone, classifier)
-    traj, text, noise = torch.randn(2, 16, 3, 4, 4), torch.randn(2, 32, 64), torch.randn(5, 2, 16, 3, 4, 4)
+    traj, text, noise = torch.randn(2, 24, 3, 4, 4), torch.randn(2, 32, 64), torch.randn(5, 2, 24, 3, 4, 4)
     level = flow.frame_sigma(torch.tensor([0.4, 0.9]), 3)
 
     def loss(cut: bool):
@@ -119,12 +119,12 @@ def test_fakes_are_never_stale(steps, ratio, first, rest):
 def files(here):
     """Small networks in the test's own folder, and the options that name them."""
     torch.manual_seed(0)
-    small, wide = (DiTConfig(*shape, 64, 32, channels=16) for shape in ((32, 64, 2, 1), (160, 64, 2, 6)))
+    small, wide = (DiTConfig(*shape, 64, 32, channels=24) for shape in ((32, 64, 2, 1), (256, 64, 2, 6)))
     for name, network, shape in (("fast", "FastGenerator", small), ("slow", "SlowGenerator", wide)):
         generator = VideoDiT(shape)
         torch.nn.init.normal_(generator.head.head.weight, std=0.02)
         save_network(f"{name}.safetensors", network, shape, generator.state_dict())
-    shape = AdapterConfig(32, 1, hidden=16, channels=16)
+    shape = AdapterConfig(32, 1, hidden=16, channels=24)
     save_network("adapter.safetensors", "SlowAdapter", shape, ResNetAdapter(shape).state_dict())
     return {"generator": "fast.safetensors", "backbone": "slow.safetensors", "adapter": "adapter.safetensors"}
 
@@ -233,8 +233,8 @@ def test_the_log_shows_how_hard_each_loss_pulls_at_the_adapter(files):
     ({"use_gan": False, "use_diffusion": False}, "no loss is left; use one or both"),
     ({"adapter_start": -1}, "give steps from 0 on"),
     ({"judge_sigma_min": 0.9, "judge_sigma_max": 0.1}, "--judge_sigma_max 0.1: the first must not be the greater one"),
-    ({"steps": 360}, "together below --steps 360"),
-    ({"use_diffusion": False}, "--diffusion_first 300: needs --use_diffusion true"),
+    ({"steps": 160}, "together below --steps 160"),
+    ({"use_diffusion": False}, "--diffusion_first 100: needs --use_diffusion true"),
 ])  # fmt: skip
 def test_options_that_contradict_one_another(changes, message):
     with pytest.raises(UserError, match=message):

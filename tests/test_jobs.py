@@ -11,8 +11,8 @@ from conftest import ROOT
 from core.config import UserError
 from sample import read_jobs
 
-TINY = ("--preset", "tiny")
-GOOD = {"image": "image.png", "traj": "boxes.json", "prompt": "a disc"}
+SMALL = ("--size", "48x64")
+GOOD = {"image": "balloons.jpg", "traj": "balloons.json", "prompt": "a blob"}
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def table(tmp_path):
     """table(rows) -> a CSV file beside the shipped example's image and boxes."""
     folder = tmp_path / "jobs"
     folder.mkdir()
-    for name in ("image.png", "boxes.json", "mask_0.png", "mask_1.png"):
+    for name in ("balloons.jpg", "balloons.json"):
         (folder / name).write_bytes((ROOT / "examples" / name).read_bytes())
 
     def write(rows, columns=None):
@@ -47,7 +47,7 @@ def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, table, processes):
     ]
     path = table(rows)
     flags = ("--batch", path, "--steps", 1)
-    job = run("sample.py", *TINY, *flags, processes=processes)
+    job = run("sample.py", *SMALL, *flags, processes=processes)
     assert job.returncode != 0 and sorted(p.name for p in path.parent.glob("?.mp4")) == ["a.mp4", "d.mp4"]
     (line, *_) = [line for line in job.stderr.splitlines() if line.startswith("sample.py: ")]
     assert "6 of 8 videos could not be made" in line
@@ -57,10 +57,10 @@ def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, table, processes):
     if processes == 1:
         assert job.returncode == 2
     a, d = (iio.imread(path.parent / name) for name in ("a.mp4", "d.mp4"))
-    assert np.array_equal(a, d) and a.shape == (9, 48, 48, 3)  # the same seed, the default
+    assert np.array_equal(a, d) and a.shape == (9, 48, 64, 3)  # the same seed, the default
     before = (path.parent / "a.mp4").stat().st_mtime_ns
     (path.parent / "d.mp4").unlink()
-    job = run("sample.py", *TINY, *flags, processes=processes)
+    job = run("sample.py", *SMALL, *flags, processes=processes)
     assert (path.parent / "a.mp4").stat().st_mtime_ns == before and (path.parent / "d.mp4").exists()
     assert "1 of 8 videos stand already" in job.stdout
 
@@ -82,7 +82,7 @@ def test_tables_as_spreadsheets_write_them(tmp_path):
 def test_an_empty_cell_is_not_the_example(run, table):
     path = table([{**GOOD, "image": ""}, {**GOOD, "traj": ""}, {**GOOD, "prompt": ""}])
     assert read_jobs(path)[2]["prompt"] == ""
-    job = run("sample.py", *TINY, "--batch", path, "--steps", 1)
+    job = run("sample.py", *SMALL, "--batch", path, "--steps", 1)
     assert job.returncode == 2 and [p.name for p in path.parent.glob("*[0-9].mp4")] == ["jobs_00002.mp4"]
     assert "jobs_00000.mp4: --image: empty; name a file" in job.stderr and "jobs_00001.mp4: --traj: empty" in job.stderr
 
@@ -91,13 +91,13 @@ def test_one_file_of_embeddings_serves_the_whole_table(run, table):
     """Written by two processes, read by one that has a single video left."""
     path = table([{**GOOD, "prompt": f"a {color} disc", "out": f"{color}.mp4"} for color in ("red", "blue", "green")])
     flags = ("--batch", path, "--steps", 1, "--text", "t.safetensors")
-    assert run("sample.py", *TINY, *flags, processes=2).returncode == 0
+    assert run("sample.py", *SMALL, *flags, processes=2).returncode == 0
     blue = path.parent / "blue.mp4"
     first = iio.imread(blue)
     blue.unlink()
-    job = run("sample.py", *TINY, *flags)
+    job = run("sample.py", *SMALL, *flags)
     assert job.returncode == 0 and np.array_equal(iio.imread(blue), first), job.stderr
-    job = run("sample.py", *TINY, "--prompt", "a cat", "--text", "t.safetensors")
+    job = run("sample.py", *SMALL, "--prompt", "a cat", "--text", "t.safetensors")
     assert job.returncode == 2 and 't.safetensors: holds no embeddings of "a cat"; give another file' in job.stderr
 
 

@@ -195,7 +195,7 @@ CASES = [
     ("convert.py", ["good.json", "--size", "48x48", "--frames", "1000000000"], "--frames 1000000000: at least 1, and"),
     ("convert.py", ["good.json", "--size", "99998x99998"], "--frames 9: at least 1, and"),
     ("convert.py", ["good.json", "--size", "48x48", "--to", "checkpoints"], "--to checkpoints: exists"),
-    ("prepare_clips.py", ["--source", "rows.csv", "--frames", "999999999"], "--size 48x48 --frames 999999999: "),
+    ("prepare_clips.py", ["--source", "rows.csv", "--frames", "999999999"], "--size 64x64 --frames 999999999: "),
     # tables
     ("prepare_clips.py", ["--source", "none.csv"], "none.csv: not a readable CSV file"),
     ("prepare_clips.py", ["--source", "quotes.csv"], "quotes.csv: not a readable CSV file"),
@@ -231,7 +231,7 @@ CASES = [
     # flags and logs
     ("evaluate.py", ["--videos", "0"], "--videos 0: must be at least 2"),
     ("evaluate.py", ["--out", "rows.md"], "--out rows.md: the name must end in .json"),
-    ("finetune_hybrid.py", ["--adapter_start", "300"], "--adapter_start 300 --diffusion_first 300: give steps from 0"),
+    ("finetune_hybrid.py", ["--adapter_start", "300"], "--adapter_start 300 --diffusion_first 100: give steps from 0"),
     ("finetune_hybrid.py", ["--diffusion_first", "9", "--use_diffusion", "false"], "--diffusion_first 9: needs"),
     ("finetune_hybrid.py", ["--diffusion_scale", "fast"], "--diffusion_scale: invalid choice: 'fast' (choose from"),
     ("finetune_hybrid.py", ["--lr", "nan"], "argument --lr: nan is not a finite number"),

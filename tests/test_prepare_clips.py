@@ -2,10 +2,12 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import time
 import zlib
+from dataclasses import replace
 
 import imageio.v3 as iio
 import numpy as np
@@ -19,10 +21,10 @@ from data import ClipLatents
 from tools import prepare_clips
 from tools.prepare_clips import Config
 from toy.codec import ToyCodec
-from toy.world import ToyWorld
+from toy.world import World, WorldBatch
 from trajectory import load_trajectory
 
-FRAMES = 9
+FRAMES, LIKE_MAGIC = 9, {"size": "48x48", "maps": "outline"}  # of the clips
 
 
 def write_maps(folder, maps):
@@ -38,14 +40,21 @@ def write_clip(root, name, video, trajectory, mask_frames=FRAMES, crop=48):
 
 
 @pytest.fixture(scope="module")
-def magic(tmp_path_factory):
+def world() -> WorldBatch:
+    """24 videos in whose frame 0 a thing is seen."""
+    batch = World("train", (48, 48)).batch(range(30))
+    seen = batch.masks[:, 1:, 0].any((-1, -2)).sum(1) == batch.used[:, 1:].sum(1)
+    return batch.subset(seen.nonzero()[:, 0].tolist()[:24])
+
+
+@pytest.fixture(scope="module")
+def magic(tmp_path_factory, world):
     """MagicData in small: 20 good clips and one each of what can be wrong."""
     root = tmp_path_factory.mktemp("magic")
-    batch = ToyWorld("train").batch(list(range(24)))
-    rows = []
+    batch, rows = world, []
     for i, video in enumerate(batch.video):
         name = f"clip{i:02}"
-        write_clip(root, name, video, batch.trajectory(i))
+        write_clip(root, name, video, batch.trajectory(i, "mask"))
         rows.append({"path": f"videos/{name}.mp4", "num_frames": FRAMES, "text": batch.captions[i]})
     (root / "videos/clip03.mp4").write_bytes(b"no video at all")
     write_video(root / "videos/clip07.mp4", to_uint8(batch.video[7])[:5], fps=8)
@@ -72,16 +81,16 @@ def shards(folder):
 
 @pytest.fixture(scope="module")
 def prepared(magic):
-    prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(magic / "shards"), shard=4))
+    prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(magic / "shards"), shard=4, **LIKE_MAGIC))
     return magic / "shards"
 
 
-def test_shards_hold_the_clips_and_a_report_of_those_rejected(magic, prepared):
+def test_shards_hold_the_clips_and_a_report_of_those_rejected(magic, prepared, world):
     with (prepared / "rejected.csv").open(newline="") as file:
         rejected = {row["path"].split("/")[-1][:6]: row["reason"] for row in csv.DictReader(file)}
     assert rejected == REJECTED
     assert len(list(prepared.glob("latents-*.safetensors"))) == 6
-    codec, batch = ToyCodec(), ToyWorld("train").batch([4, 5])
+    codec, batch = ToyCodec(), world.subset([4, 5])
     with safe_open(prepared / "latents-00001.safetensors", "pt") as file:
         assert sorted(file.keys()) == [f"{n}.{kind}" for n in (4, 5, 6) for kind in ("box", "mask", "video")]
         read = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
@@ -89,7 +98,7 @@ def test_shards_hold_the_clips_and_a_report_of_those_rejected(magic, prepared):
         latent, other = codec.encode_video(batch.video[[i, 1 - i]])
         error = (read[f"{number}.video"] - latent).abs().mean()
         assert error < 0.2 < (read[f"{number}.video"] - other).abs().mean()  # an mp4 lies between
-        mask = codec.encode_video(batch.trajectory(i).maps("mask")[None])[0]
+        mask = codec.encode_video(batch.trajectory(i, "mask").maps("mask")[None])[0]
         assert (read[f"{number}.mask"] - mask).abs().max() < 0.1
         box = read[f"{number}.box"]
         assert torch.equal(box[:, 0], read[f"{number}.mask"][:, 0])  # frame 0 is the mask
@@ -101,7 +110,7 @@ def test_shards_hold_the_clips_and_a_report_of_those_rejected(magic, prepared):
 
 
 def test_killed_or_shared_out_it_makes_the_same_shards(magic, prepared, run, tmp_path):
-    flags = ("--source", magic / "MagicData.csv", "--shard", 4, "--out")
+    flags = ("--source", magic / "MagicData.csv", "--size", "48x48", "--maps", "outline", "--shard", 4, "--out")
     job = run("tools.prepare_clips", *flags, tmp_path / "killed", wait=False)
     while not (tmp_path / "killed/latents-00001.safetensors").exists():
         assert job.poll() is None
@@ -120,7 +129,22 @@ def test_killed_or_shared_out_it_makes_the_same_shards(magic, prepared, run, tmp
 
 
 def test_stage_1_trains_on_them(prepared, run):
-    flags = ("--data", prepared, "--steps", 3, "--mask_steps", 1, "--batch", 2, "--compile", "false")
+    flags = (
+        "--data",
+        prepared,
+        "--steps",
+        3,
+        "--mask_steps",
+        1,
+        "--batch",
+        2,
+        "--compile",
+        "false",
+        "--maps",
+        "outline",
+        "--sample_every",
+        0,
+    )
     job = run("train_slow_adapter.py", *flags)
     assert job.returncode == 0, job.stderr
     job = run("train_slow_adapter.py", "--data", prepared.parent, "--steps", 3)
@@ -134,16 +158,15 @@ def test_training_reads_every_clip_once_an_epoch(prepared):
     (left,), (held,) = data.shapes, held_out.shapes
     assert sorted(epochs[0]) == left and not set(left) & set(held) and len(held) == 4
     x0, text, traj = data.batch([0, 1, 16], "box", drop_text=0.5)
-    assert x0.shape == traj.shape == (3, 16, 9, 12, 12) and text.shape == (3, 32, 64)
+    assert x0.shape == traj.shape == (3, 24, 9, 12, 12) and text.shape == (3, 32, 64)
     again = data.batch([1], "box", drop_text=0.5)
     assert all(torch.equal(a[0], b[1]) for a, b in zip(again, (x0, text, traj), strict=True))
     empty = [not data.batch([s], None, drop_text=0.5)[1].any() for s in range(64)]
     assert 16 < sum(empty) < 48
 
 
-def test_the_authors_own_columns_name_maps_and_their_frames(tmp_path):
-    batch = ToyWorld("train").batch([0])
-    trajectory = batch.trajectory(0)
+def test_the_authors_own_columns_name_maps_and_their_frames(tmp_path, world):
+    batch, trajectory = world, world.trajectory(0, "mask")
     frames = to_uint8(batch.video[0])
     write_video(tmp_path / "v.mp4", np.concatenate([np.zeros_like(frames[:3]), frames]), fps=8)
     write_maps(tmp_path / "m", trajectory.maps("mask"))
@@ -154,17 +177,17 @@ def test_the_authors_own_columns_name_maps_and_their_frames(tmp_path):
     parts = prepare_clips.read_clip(good, lambda _: (48, 48), 9)
     assert (parts["video"] - batch.video[0]).abs().mean() < 0.1  # three black frames are passed over
     assert torch.equal(parts["mask"], trajectory.maps("mask"))
-    with pytest.raises(UserError, match="painted maps, of which preset pictures reads none"):
-        prepare_clips.read_clip(good, lambda _: (48, 48), 9, places=True)
+    with pytest.raises(UserError, match="painted maps, which hold no pixels of the clip"):
+        prepare_clips.read_clip(good, lambda _: (48, 48), 9, "pixels")
     with pytest.raises(UserError, match="8 frames of 9"):
         prepare_clips.read_clip(short, lambda _: (48, 48), 9)
 
 
-def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path):
-    batch = ToyWorld("train").batch([0, 1, 2])
+def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path, world):
+    batch = world
     for i, name in enumerate("abc"):
         write_video(tmp_path / f"{name}.mp4", to_uint8(batch.video[i]), fps=8)
-        boxes = {str(t): box for t, box in enumerate(batch.boxes[i, 0].tolist())}
+        boxes = {str(t): [4 + 2 * t, 8, 16 + 2 * t, 20] for t in range(9)}
         (tmp_path / f"{name}.json").write_text(json.dumps({"objects": [{"boxes": boxes}]}))
         (tmp_path / f"{name}.txt").write_text(batch.captions[i] + "\n")
     (tmp_path / "b.json").write_text("{}")
@@ -172,11 +195,12 @@ def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path):
     first, second, third = prepare_clips.find_clips(tmp_path)
     parts = prepare_clips.read_clip(first, lambda _: (48, 48), 9)
     assert set(parts) == {"video", "box"} and first.caption == batch.captions[0]
-    x0, y0, x1, y1 = batch.boxes[0, 0, 4].tolist()
+    x0, y0, x1, y1 = 12, 8, 24, 20
     lit = (parts["box"][0, 4] > -1).nonzero()
     assert lit.amin(0).tolist() == [y0, x0] and lit.amax(0).tolist() == [y1 - 1, x1 - 1]
-    told = prepare_clips.read_clip(first, lambda _: (48, 48), 9, places=True)["box"]
-    assert torch.equal(told, load_trajectory(first.boxes, (48, 48), 9).maps(places=True))
+    told, video = (prepare_clips.read_clip(first, lambda _: (48, 48), 9, "pixels")[kind] for kind in ("box", "video"))
+    assert torch.equal(told, load_trajectory(first.boxes, (48, 48), 9).maps("box", video[:, 0]))  # of the clip's frame
+    assert torch.allclose(told[:, 4, 8:20, 12:24], video[:, 0, 8:20, 4:16].clamp(min=-0.9), atol=1e-4)
     for clip, reason in ((second, "b.json: objects"), (third, "no caption")):
         with pytest.raises(UserError, match=reason):
             prepare_clips.read_clip(clip, lambda _: (48, 48), 9)
@@ -207,7 +231,7 @@ def test_other_clips_of_the_same_number_are_not_taken_for_those_before(tmp_path)
         (tmp_path / f"{name}.txt").write_text(f"a square, {name}")
         (tmp_path / f"{name}.json").write_text(json.dumps({"objects": [{"boxes": {"0": [4, 4, 16, 16]}}]}))
     (tmp_path / "._b.mp4").write_bytes(b"what macOS leaves on other disks")
-    cfg = Config(source=str(tmp_path), out=str(tmp_path / "out"))
+    cfg = Config(source=str(tmp_path), out=str(tmp_path / "out"), size="48x48")
     prepare_clips.main(cfg)
     prepare_clips.main(cfg)
     assert (tmp_path / "out/rejected.csv").read_text() == "path,reason\n"
@@ -215,6 +239,18 @@ def test_other_clips_of_the_same_number_are_not_taken_for_those_before(tmp_path)
         (tmp_path / f"c{suffix}").rename(tmp_path / f"a{suffix}")
     with pytest.raises(UserError, match=r"shards of other clips lie here \(other captions or videos\); give another"):
         prepare_clips.main(cfg)
+
+
+def test_shards_go_on_with_maps_of_their_own_style_alone(tmp_path):
+    write_video(tmp_path / "a.mp4", np.full((9, 64, 64, 3), 90, np.uint8), fps=8)
+    (tmp_path / "a.txt").write_text("a square")
+    (tmp_path / "a.json").write_text(json.dumps({"objects": [{"boxes": {"0": [4, 4, 16, 16]}}]}))
+    cfg = Config(source=str(tmp_path), out=str(tmp_path / "out"))
+    prepare_clips.main(cfg)
+    assert json.loads((tmp_path / "out/config.json").read_text())["maps"] == "pixels"
+    wanted = f"{tmp_path}/out: holds pixels maps, and --maps is outline; pass --maps pixels, or give another --out"
+    with pytest.raises(UserError, match=f"^{re.escape(wanted)}$"):
+        prepare_clips.main(replace(cfg, maps="outline"))
 
 
 @pytest.mark.parametrize(
@@ -260,4 +296,4 @@ def test_bad_input_is_one_line(tmp_path, prepared, magic):
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
     with pytest.raises(UserError, match=r"shards of other clips lie here \(shard 4\)"):
-        prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(copy)))
+        prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(copy), **LIKE_MAGIC))

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,10 +19,10 @@ from core import tables
 from core.config import parse_config
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
-from toy.evaluate import VARIANTS, over_seeds
+from toy.evaluate import VARIANTS
 
 PAGES = ("README.md", "docs/RESULTS.md", "docs/SPEED.md", "docs/WAN.md", "docs/SCALE.md", "docs/FORMATS.md",
-         "docs/PICTURES.md", "checkpoints/tiny/README.md", "checkpoints/pictures/README.md")  # fmt: skip
+         "checkpoints/small/README.md")  # fmt: skip
 # Small networks are trained instead of the shipped ones, which sample.py and evaluate read; stage 3 keeps its backbone.
 SMALL = "--generator small/slow_generator.safetensors --init small/slow_adapter.safetensors"
 # What makes a command short, by how it begins. Later flags win.
@@ -84,8 +85,8 @@ def clone(tmp_path):
         (folder / ".venv/bin/activate").write_text(f'PATH="{folder}/.venv/bin:$PATH"\n')
     for stamp in ("ready", "ready-dev"):
         (folder / ".venv" / stamp).touch()
-    generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16))
-    adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
+    generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24))
+    adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=24))
     networks = {
         f"{speed}{kind}": net
         for speed in ("Slow", "Fast")
@@ -111,6 +112,9 @@ def test_commands_of_the_front_page_run_as_printed_in_a_fresh_shell(clone):
     for command in listed:
         script += [f"echo {shlex.quote(f'$ {command}')}", shortened(command)]
     environment = ["env", "-i", f"HOME={clone.parent}", "PATH=/usr/bin:/bin", "OMP_NUM_THREADS=1"]  # others work, too
+    environment.append(
+        f"XDG_CACHE_HOME={os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'}"
+    )  # the world's pictures
     job = subprocess.run(
         [*environment, "bash", "-c", "\n".join(script)], cwd=clone, capture_output=True, text=True, timeout=900
     )
@@ -155,7 +159,7 @@ def parsed(command: str) -> bool:
     if name.startswith("tests/"):
         return (ROOT / f"{name}.py").is_file()
     script = importlib.import_module(name)
-    presets = {n: getattr(script, n.upper()) for n in ("pictures", "wan5b") if hasattr(script, n.upper())}
+    presets = {"wan5b": script.WAN5B} if hasattr(script, "WAN5B") else {}
     positional = re.findall(r'run_script\(.*positional="(\w+)"', Path(script.__file__).read_text(encoding="utf-8"))
     if "--help" not in flags:
         assert isinstance(parse_config(script.Config, flags, presets, "".join(positional)), script.Config)
@@ -169,16 +173,15 @@ def test_commands_that_need_more_than_a_test_has_are_well_formed(page):
     assert all(command.startswith(("pip install ", "hf download ", "export ", "srun ")) for command in foreign), foreign
 
 
-@pytest.mark.parametrize("preset", ["pictures", "tiny"])
-def test_make_ablation_makes_every_run_of_its_table(preset):
-    command = ["make", "--dry-run", "--always-make", "ablation", f"PRESET={preset}"]
+def test_make_ablation_makes_every_run_of_its_table():
+    command = ["make", "--dry-run", "--always-make", "ablation"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     shown = re.sub(r"\\\n\s*", "", shown)
-    steps = re.findall(r"^\S+(python .* --preset .*)", shown, flags=re.MULTILINE)
+    steps = re.findall(r"^\S+(python .* --(?:name|ablation) .*)", shown, flags=re.MULTILINE)
     assert all(parsed(step) for step in steps)
     made = sorted(re.findall(r"--name (\S+)", " ".join(steps)))
-    assert made == sorted(f"ablation/{preset}/{variant}_{seed}" for variant in VARIANTS for seed in range(3))
-    assert f"--out results/{preset}-ablation.json" in steps[-1]
+    assert made == sorted(f"ablation/{variant}_{seed}" for variant in VARIANTS for seed in range(3))
+    assert steps[-1].endswith("--out results/ablation.json")
 
 
 def test_commands_in_slurm_files_are_well_formed():
@@ -201,184 +204,25 @@ def results(name: str) -> list[dict]:
     return json.loads((ROOT / "results" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["pictures", "pictures-photographs"])
-def test_the_tables_of_pictures_are_the_results(name):
-    assert tables.markdown(results(name)) in text("docs/PICTURES.md")
-    rows = {row["name"]: row for row in results(name) if row["objects"] == "all"}
-    still, fast = rows["the first frame, still"], rows["FastGenerator + FastAdapter"]
-    pasted, slow = rows["cut out and pasted"], rows["SlowGenerator + SlowAdapter"]
-    true = rows["true video"]
-    assert fast["mask_iou"] > 0.8 * true["mask_iou"] and fast["box_iou"] > 0.77 * true["box_iou"]
-    assert fast["thing_error"] < min(still["thing_error"] / 4, pasted["thing_error"])
-    assert fast["mask_iou"] > slow["mask_iou"] and fast["fvd"] < slow["fvd"]
-    assert fast["prompt_accuracy"] > 0.9 * true["prompt_accuracy"]
-    assert fast["fvd"] < pasted["fvd"]  # "nearer to the true videos than pasting"
-    if name == "pictures":  # "as sharp as they should be", and "in box IoU the full method reaches as far"
-        assert fast["videos"] >= 256 and 0.9 <= fast["sharpness"] <= 1.1
-        assert fast["box_iou"] > rows["true things, holes filled by blur"]["box_iou"] - 0.005
-    else:  # within a fifth of the world of dead leaves
-        world = next(row for row in results("pictures") if row["name"] == fast["name"])
-        assert all(fast[key] > 0.8 * world[key] for key in ("mask_iou", "box_iou", "ground_psnr", "sharpness"))
-    a_step = slow["seconds_per_video"] / slow["steps"]
-    assert fast["seconds_per_video"] < 50 * a_step / 10
+def test_pages_show_no_table_of_results_that_are_not_committed():
+    """Tables of networks, with a row of the true video, are those of `results/`: today there are none."""
+    made = [tables.markdown(results(file.stem)) for file in (ROOT / "results").glob("evaluate*.json")]
+    for page in ("README.md", "docs/RESULTS.md"):
+        whole = text(page)
+        for table in made:
+            whole = whole.replace(table, "")
+        assert "| true video |" not in whole and "| SlowGenerator" not in whole, page
 
 
-def test_four_steps_stand_beside_fifty():
-    at = {row["name"]: row for row in results("pictures-slow") if row["objects"] == "all"}
-    slow, fast = at["SlowGenerator + SlowAdapter"], at["FastGenerator + FastAdapter"]
-    shown = [at[name] for name in ("true video", "cut out and pasted", slow["name"], fast["name"])]
-    assert tables.markdown(shown) in text("docs/PICTURES.md")
-    ratio = slow["seconds_per_video"] / fast["seconds_per_video"]
-    assert (slow["steps"], fast["steps"]) == (50, 4) and 11.5 < ratio < 12.5
-    assert fast["mask_iou"] > slow["mask_iou"] and fast["box_iou"] > slow["box_iou"] and fast["fvd"] < slow["fvd"]
-    assert round(100 * fast["thing_error"] / slow["thing_error"]) == 104
-
-
-def test_the_readme_is_short_and_its_table_is_the_committed_one():
+def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 8192
-    rows = {row["name"]: row for row in results("pictures") if row["objects"] == "all"}
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text("README.md").splitlines()]
-    quotes = [line for line in lines if line[0] in rows]
-    assert {"SlowGenerator + SlowAdapter", "FastGenerator + FastAdapter"} <= {line[0] for line in quotes}
-    head = next(line for line in lines if line[0] == "name")
-    other = {"distance": "fvd", "seconds": "seconds_per_video"}  # words of the page for a measure's name
-    keys = [other.get(cell, cell.lower().replace(" ", "_")) for cell in head]
-    assert len(quotes) <= 7 and {"steps", "mask_iou", "box_iou"} <= set(keys)
-    for name, *cells in quotes:
-        for key, cell in zip(keys[1:], cells, strict=True):
-            value = rows[name][key]
-            assert cell == ("" if value is None else str(value)), (name, key)
 
 
-def test_results_table_is_the_committed_one():
-    rows = results("tiny")
-    assert tables.markdown(rows) in text("docs/RESULTS.md")
-    by_name = {(row["name"], row["objects"]): row for row in rows}
-    alone, slow, fast = (
-        by_name[name, "all"] for name in ("SlowGenerator", "SlowGenerator + SlowAdapter", "FastGenerator + FastAdapter")
-    )
-    assert slow["mask_iou"] > alone["mask_iou"] and slow["box_iou"] > alone["box_iou"]  # the adapter does the work
-    assert alone["mask_iou"] < 0.5
-    assert slow["videos"] >= 256 and slow["mask_iou"] >= 0.88 and slow["box_iou"] >= 0.88
-    assert 0.9 <= slow["sharpness"] <= 1.1 and slow["prompt_accuracy"] >= 0.9
-    assert 0.1 < slow["clockwise_when_untold"] < 0.9  # where captions don't tell, both directions appear
-    assert slow["steps"] == 50 and fast["steps"] == 4 and fast["fvd"] <= slow["fvd"]
-    assert 0.9 <= fast["sharpness"] <= 1.1
-    assert fast["mask_iou"] >= slow["mask_iou"] - 0.02 and fast["box_iou"] >= slow["box_iou"] - 0.02
-    assert fast["seconds_per_video"] <= slow["seconds_per_video"] / 10
-    assert {(way["name"], n) for way in (slow, fast) for n in (1, 2, 3)} <= by_name.keys()
-
-
-def test_what_the_log_says_of_guidance_is_in_its_results():
-    rows = results("guidance")
-    assert tables.markdown(rows) == (ROOT / "results/guidance.md").read_text().strip()
-    entry = text("docs/LOG.md").partition("The adapter in both branches of guidance\n\n")[2].partition("\n## ")[0]
-    lines = [line.strip("|").split("|") for line in entry.splitlines() if line.startswith("| ")][1:]
-    assert len(lines) == len(rows) == 6 and all(row["videos"] >= 64 for row in rows)
-    for (_, *said), row in zip(lines, rows, strict=True):
-        digits = (("mask_iou", 3), ("box_iou", 3), ("sharpness", 2), ("fvd", 2))
-        assert [float(cell) for cell in said] == [pytest.approx(row[key], abs=0.51 * 10**-n) for key, n in digits]
-    first_alone, both = rows[1], rows[2]
-    assert both["sharpness"] < first_alone["sharpness"] - 0.5
-
-
-def test_ablation_table_is_the_committed_one_and_says_what_the_page_says():
-    rows, page = results("ablation"), text("docs/RESULTS.md")
-    assert tables.markdown([row for row in rows if row["steps"] >= 4]) in page
-    assert tables.markdown(rows) == (ROOT / "results/ablation.md").read_text().strip()
-    assert all(row["videos"] >= 256 and row["seeds"] == 3 for row in rows if "hybrid" in row["name"])
-    at = {n: {row["name"]: row for row in rows if row["steps"] == n} for n in (4, 2, 1)}
-    full, no_gan = "FlashMotion: hybrid, decaying scale", "hybrid without GAN loss"
-    as_is, no_video = "FastGenerator + SlowAdapter", "discriminator without video attention"
-    for table in at.values():  # every bound outside the range of seeds
-        assert table["hybrid without diffusion loss"]["mask_iou_range"][1] < table[full]["mask_iou_range"][0] - 0.03
-        assert table[no_gan]["sharpness_range"][1] < table[full]["sharpness_range"][0] - 0.05
-        assert table[no_gan]["fvd_range"][0] > 1.5 * table[full]["fvd_range"][1]
-        assert table[as_is]["mask_iou"] < table[full]["mask_iou_range"][0]
-        assert table[as_is]["box_iou"] < table[full]["box_iou_range"][0]
-    assert at[4][no_gan]["fvd"] > 2 * at[4][full]["fvd"]
-    assert at[1][as_is]["fvd"] > 1.5 * at[1][full]["fvd_range"][1]
-    assert f"({at[1][as_is]['fvd']:.2f} against {at[1][full]['fvd']:.2f})" in prose("docs/RESULTS.md")
-    assert all(at[n][as_is]["fvd"] < at[n][full]["fvd"] for n in (4, 2))  # other than in the paper: the page says so
-    scales = {scale: at[4][f"hybrid, {scale} scale"] for scale in ("constant", "growing")} | {"decaying": at[4][full]}
-    crisp = {scale: row["sharpness_range"] for scale, row in scales.items()}
-    assert [scale for scale, (low, high) in crisp.items() if low >= 0.9 and high <= 1.1] == ["decaying"]
-    assert crisp["constant"][1] == pytest.approx(1.3, abs=0.02)  # "up to 30% too crisp"
-    for score in ("mask_iou", "box_iou"):
-        assert max(scales, key=lambda scale: scales[scale][score]) == "decaying"
-    assert scales["constant"]["fvd_range"][0] < scales["decaying"]["fvd"] < scales["constant"]["fvd_range"][1]
-    assert scales["growing"]["fvd_range"][1] < scales["decaying"]["fvd_range"][0]
-    for score in ("mask_iou", "sharpness", "fvd"):
-        for part in ("semantic", "trajectory"):
-            low, high = at[4][f"discriminator without {part} attention"][f"{score}_range"]
-            assert low < at[4][full][f"{score}_range"][1] and high > at[4][full][f"{score}_range"][0], (part, score)
-        ranges = [at[4][name][f"{score}_range"] for name in (no_video, no_gan)]
-        assert max(low for low, _ in ranges) < min(high for _, high in ranges), score
-
-
-def test_the_ablation_of_the_pictures_is_the_committed_one_and_says_what_the_page_says():
-    runs = results("pictures-ablation")
-    rows, page = over_seeds(runs), text("docs/PICTURES.md")
-    assert tables.markdown([row for row in rows if row["steps"] >= 4]) in page
-    assert tables.markdown(rows) == (ROOT / "results/pictures-ablation.md").read_text().strip()
-    assert len({(row["command"], row["networks"]) for row in runs}) == 1 and all(row["videos"] >= 64 for row in rows)
-    at = {n: {row["name"]: row for row in rows if row["steps"] == n} for n in (4, 2, 1)}
-    full, no_gan = at[4]["FlashMotion: hybrid, decaying scale"], at[4]["hybrid without GAN loss"]
-    no_diffusion, as_is = at[4]["hybrid without diffusion loss"], at[4]["FastGenerator + SlowAdapter"]
-    variants = [row for name, row in at[4].items() if name.startswith(("FlashMotion", "hybrid", "discriminator"))]
-    assert len(variants) == 8 and all(row["seeds"] == 3 for row in variants)
-    assert [at[4][f"{kind} applied to the adapter"]["seeds"] for kind in ("LCM", "DMD")] == [3, 3]
-    assert no_diffusion["mask_iou_range"][1] < full["mask_iou_range"][0] - 0.05  # all outside the range of seeds
-    assert no_diffusion["box_iou_range"][1] < full["box_iou_range"][0] - 0.03
-    assert no_gan["sharpness_range"][1] < full["sharpness_range"][0] / 2
-    assert no_gan["fvd_range"][0] > 3 * full["fvd_range"][1]
-    assert as_is["mask_iou"] < full["mask_iou_range"][0] - 0.03 and as_is["fvd"] > 4 * full["fvd_range"][1]
-    without = {part: at[4][f"discriminator without {part} attention"] for part in ("semantic", "trajectory", "video")}
-    for part, row in without.items():  # no better than the full discriminator
-        assert row["mask_iou_range"][0] <= full["mask_iou_range"][1], part
-        assert row["fvd_range"][1] >= full["fvd_range"][0], part
-    for part in ("semantic", "trajectory"):
-        for one, two in ((full[key], without[part][key]) for key in full if key.endswith("_range")):  # they overlap
-            assert max(one[0], two[0]) <= min(one[1], two[1]), part
-    no_video = without["video"]
-    assert no_video["sharpness_range"][1] < full["sharpness_range"][0] / 2 and no_video["fvd"] > 2.9 * full["fvd"]
-    assert no_video["fvd_range"][0] > 2 * full["fvd_range"][1]
-    constant, growing = at[4]["hybrid, constant scale"], at[4]["hybrid, growing scale"]
-    assert constant["sharpness_range"][1] < full["sharpness_range"][0]
-    for kind in ("mask_iou", "box_iou"):
-        assert growing[f"{kind}_range"][1] < full[f"{kind}_range"][0]
-    for row, percent in ((constant, 14), (growing, 7)):
-        assert full["fvd_range"][1] < row["fvd_range"][0] and round(100 * row["fvd"] / full["fvd"] - 100) == percent
-    assert min(at[4].values(), key=lambda row: row["fvd"]) is full
-    said = prose("docs/PICTURES.md")
-    assert f"mask IoU falls from {full['mask_iou']:.2f} to {no_diffusion['mask_iou']:.2f}" in said
-    assert f"sharpness falls from {full['sharpness']:.2f} to {no_gan['sharpness']:.2f}" in said
-    assert f"the distance grows from {full['fvd']:.2f} to {no_gan['fvd']:.2f}" in said
-    assert f"mask IoU {as_is['mask_iou']:.2f}, distance {as_is['fvd']:.2f}" in said
-    few = [[at[n][name]["fvd"] for n in (2, 1)] for name in (as_is["name"], full["name"])]
-    assert "({:.2f} and {:.2f}; the full method {:.2f} and {:.2f})".format(*few[0], *few[1]) in said
-    assert all(at[n][as_is["name"]] == min(at[n].values(), key=lambda row: row["fvd"]) for n in (2, 1))
-
-
-def test_the_baselines_are_the_committed_ones_and_the_page_says_what_they_show():
-    rows, page = results("baselines"), text("docs/RESULTS.md")
-    shown = [row for row in rows if row["steps"] == 4 and not row["name"].startswith("Slow")]
-    assert tables.markdown(shown) in page and len(shown) == 4
-    assert tables.markdown(rows) == (ROOT / "results/baselines.md").read_text().strip()
-    names = [f"{kind} applied to the adapter" for kind in ("LCM", "DMD")]
-    full, as_is = "FlashMotion: hybrid, decaying scale", "FastGenerator + SlowAdapter"
-    for n in (4, 2, 1):
-        at = {row["name"]: row for row in rows if row["steps"] == n}
-        assert all(at[name]["seeds"] == 3 and at[name]["videos"] >= 256 for name in (full, *names))
-        lcm, dmd = (at[name] for name in names)
-        for other in (lcm, dmd):
-            assert at[full]["fvd_range"][1] < other["fvd_range"][0] and at[as_is]["fvd"] < other["fvd"]
-            assert at[full]["fvd"] < (0.4 if n > 1 else 0.5) * other["fvd"]
-        if n > 1:
-            assert lcm["mask_iou_range"][1] < at[as_is]["mask_iou"] < dmd["mask_iou"] < at[full]["mask_iou"]
-            assert at[full]["mask_iou"] - dmd["mask_iou"] < 0.01 and dmd["sharpness"] < 0.95
-    distances = [row["fvd"] for row in rows if row["name"] == names[0]]  # in 4, 2 and 1 steps
-    assert len(distances) == 3 and distances == sorted(distances)
+def test_boxes_on_photographs_are_those_of_the_committed_picture():
+    rows = results("photographs")
+    assert len(rows) == 12 and len({row["photograph"] for row in rows}) == 9  # as the page says
+    assert all(set(row["boxes"]) == {"0", "8"} for row in rows)
+    assert all((ROOT / f"results/photographs.{kind}").exists() for kind in ("png", "gif"))
 
 
 def test_speed_is_the_committed_one_and_ahead_everywhere():
@@ -431,15 +275,6 @@ def test_compiled_steps_are_the_committed_ones():
     assert ratios["stage 1"] < 0.95 and ratios["stage 3"] < 0.95 and 0.9 < ratios["stage 2"] < 1.1
 
 
-def test_training_times_are_the_committed_ones():
-    rows = results("training")
-    for row in rows:
-        assert f"stage {row['stage']} took {row['seconds'] / 60:.0f} minutes" in prose("README.md")
-    assert [row["stage"] for row in rows] == [1, 2, 3] and sum(row["seconds"] for row in rows) < 6 * 3600
-    assert rows[0]["mask_iou"] >= 0.88
-    assert f"comes to a mask IoU of {rows[0]['mask_iou']:.3f}" in prose("docs/RESULTS.md")
-
-
 def test_memory_of_the_real_model_is_the_committed_one():
     cost = json.loads((ROOT / "results/wan5b-cpu.json").read_text())
     page, peak, low = prose("docs/WAN.md"), max(cost["peak_gib"].values()), cost["low"]["peak_gib"]
@@ -454,7 +289,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/LOG.md"])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", text(page)):
         file, _, anchor = target.partition("#")

@@ -14,6 +14,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from browser import Hands, browser, needs_chromium, picture
@@ -25,7 +26,7 @@ from core.config import UserError, parse_config
 from core.media import read_video
 
 __all__ = ["browser"]
-EXAMPLE = json.loads((ROOT / "examples/boxes.json").read_text())
+EXAMPLE = json.loads((ROOT / "examples/balloons.json").read_text())
 
 
 def folders() -> set[Path]:
@@ -57,7 +58,7 @@ class Work:
 @pytest.fixture
 def server(tmp_path):
     work = Work()
-    found = serve.Server(ROOT / "tools/draw.html", {"preset": "tiny"}, work, 0)
+    found = serve.Server(ROOT / "tools/draw.html", {"preset": "small"}, work, 0)
     found.work = work
     thread = threading.Thread(target=found.serve_forever)
     thread.start()
@@ -274,7 +275,7 @@ class Served:
     """sample.py --serve in a process of its own."""
 
     def __init__(self, folder: Path, *flags: object):
-        self.job = start_in(folder)("sample.py", "--preset", "tiny", "--serve", "--port", 0, *flags, wait=False)
+        self.job = start_in(folder)("sample.py", "--serve", "--port", 0, *flags, wait=False)
         deadline = time.monotonic() + 120
         while not (found := re.search(r"Open (http://(127.0.0.1:(\d+))/#(\S+))", self.job.read("out"))):
             assert self.job.poll() is None and time.monotonic() < deadline, self.job.read("err")
@@ -296,11 +297,19 @@ def served(tmp_path_factory):
     assert found.stop() == 0 and folders() <= before
 
 
+def mask(k: int) -> bytes:
+    """The upper half of the example's box, as a PNG."""
+    x0, y0, x1, y1 = EXAMPLE["objects"][k]["boxes"]["0"]
+    pixels = np.zeros((192, 240), np.uint8)
+    pixels[y0 : (y0 + y1) // 2, x0:x1] = 255
+    return iio.imwrite("<bytes>", pixels, extension=".png")
+
+
 def request(**changes) -> dict:
-    image, *masks = (base64.b64encode((ROOT / "examples" / name).read_bytes()).decode()
-                     for name in ("image.png", "mask_0.png", "mask_1.png"))  # fmt: skip
-    usual = {"image": image, "boxes": EXAMPLE, "masks": masks, "prompt": sample.PINWHEELS, "seed": 0, "steps": 0}
-    return {**usual, "size": "48x48", "frames": 9, **changes}
+    image, *masks = (base64.b64encode(data).decode()
+                     for data in ((ROOT / "examples/balloons.jpg").read_bytes(), mask(0), mask(1)))  # fmt: skip
+    usual = {"image": image, "boxes": EXAMPLE, "masks": masks, "prompt": "a red blob", "seed": 0, "steps": 0}
+    return {**usual, "size": "48x64", "frames": 9, **changes}
 
 
 def test_the_video_is_that_of_the_command_line(served, run, tmp_path):
@@ -311,14 +320,20 @@ def test_the_video_is_that_of_the_command_line(served, run, tmp_path):
     assert (name, other) == ("video.mp4", "video.boxes.mp4")
     start = len(data) - sum(size for _, size in lines[-1]["files"])
     (tmp_path / "got.mp4").write_bytes(data[start : start + size])
-    assert run("sample.py", "--preset", "tiny", "--seed", 3, "--out", "want.mp4").returncode == 0
+    boxes = json.loads(json.dumps(EXAMPLE))
+    for k, item in enumerate(boxes["objects"]):
+        item["mask"] = f"mask_{k}.png"
+        (tmp_path / item["mask"]).write_bytes(mask(k))
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    flags = ("--traj", "boxes.json", "--prompt", "a red blob", "--size", "48x64", "--seed", 3, "--out", "want.mp4")
+    assert run("sample.py", *flags).returncode == 0
     got, want = (np.stack(list(read_video(tmp_path / f"{name}.mp4"))) for name in ("got", "want"))
-    assert got.shape == (9, 48, 48, 3) and np.array_equal(got, want)
+    assert got.shape == (9, 180, 240, 3) and np.array_equal(got, want)
 
 
 def test_what_is_wrong_in_a_request_is_named(served, tmp_path):
     secret = tmp_path / "secret.png"
-    shutil.copy(ROOT / "examples/mask_0.png", secret)
+    secret.write_bytes(mask(0))
     other = json.loads(json.dumps(EXAMPLE))
     other["objects"][0]["mask"] = str(secret)
     no_picture, turned = base64.b64encode(b"no").decode(), {"objects": [{"boxes": {"0": [9, 9, 1, 1]}}]}
@@ -406,7 +421,7 @@ def ask_quietly(server) -> None:
 def test_the_walk(browser, served, tmp_path):
     """A portrait photo; two objects, one leaves, one is late; a mask, undo, a reload; play, generate, watch, save."""
     hands = Hands(browser, served.address)
-    assert "#" not in hands.page.url and hands.see("server.preset") == "tiny"
+    assert "#" not in hands.page.url and hands.see("server.preset") == "small"
     hands.open(picture(tmp_path / "portrait.jpg", 600, 800))
     hands.drag((100, 100), (250, 260))
     hands.go(8)
@@ -421,10 +436,10 @@ def test_the_walk(browser, served, tmp_path):
     hands.drag((120, 180), (230, 180))
     hands.page.click("#paint")
     hands.press("Alt+ArrowDown", "Control+z")
-    hands.page.fill("#prompt", "a yellow and red disc")
+    hands.page.fill("#prompt", "a yellow blob")
     drawn = hands.see("JSON.stringify(exportBoxes())")
     hands.reload()  # the token stays with the tab
-    assert hands.see("server.preset") == "tiny" and hands.see("JSON.stringify(exportBoxes())") == drawn
+    assert hands.see("server.preset") == "small" and hands.see("JSON.stringify(exportBoxes())") == drawn
     hands.press("Space")
     hands.wait("playing && now > 1")
     hands.press("Space")

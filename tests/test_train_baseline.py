@@ -9,7 +9,7 @@ from core.weights import save_network
 from model import DiTConfig, VideoDiT
 from tools.train_baseline import Config, Controlled, consistency_loss, main
 
-TINY = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16)
+SHAPE = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)
 
 
 def lands_on(c):
@@ -63,10 +63,10 @@ def test_the_consistency_loss_moves_the_student_alone():
 
 def test_generator_and_adapter_work_as_one_network():
     torch.manual_seed(0)
-    generator, adapter = VideoDiT(TINY), ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
+    generator, adapter = VideoDiT(SHAPE), ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=24))
     torch.nn.init.normal_(generator.head.head.weight, std=0.1)
     torch.nn.init.normal_(adapter.blocks[0].project.weight)
-    x, traj = torch.randn(2, 2, 16, 3, 4, 4)
+    x, traj = torch.randn(2, 2, 24, 3, 4, 4)
     t, text = torch.full((2, 3), 500.0), torch.randn(2, 32, 64)
     together = Controlled(generator, adapter)(x, t, text, traj)
     assert torch.equal(together, generator(x, t, text, adapter(traj)))
@@ -76,16 +76,17 @@ def test_generator_and_adapter_work_as_one_network():
 @pytest.mark.parametrize("loss", ["dmd", "lcm"])
 def test_a_run_trains_the_adapter_and_exports_it(here, loss):
     torch.manual_seed(0)
-    adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
+    adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=24))
     for kind in ("Slow", "Fast"):
-        generator = VideoDiT(TINY)
+        generator = VideoDiT(SHAPE)
         torch.nn.init.normal_(generator.head.head.weight, std=0.02)
-        save_network(f"{kind}.safetensors", f"{kind}Generator", TINY, generator.state_dict())
+        save_network(f"{kind}.safetensors", f"{kind}Generator", SHAPE, generator.state_dict())
     save_network("adapter.safetensors", "SlowAdapter", adapter.config, adapter.state_dict())
     files = {"slow_generator": "Slow.safetensors", "fast_generator": "Fast.safetensors"}
     options = files | {
         "slow_adapter": "adapter.safetensors", "batch": 2, "ratio": 2, "warmup": 1, "lr": 1e-2, "log_every": 1,
         "save_every": 2, "compile": False, "dtype": "float32",
+        "sample_every": 4,
     }  # fmt: skip
 
     def run(name, steps):

@@ -8,13 +8,23 @@ import distill_fast
 import finetune_hybrid
 import flow
 import train_slow_adapter
-from adapter import AdapterConfig, ControlNetAdapter, FixedNorm, ResNetAdapter, read_adapter
+from adapter import (
+    AdapterConfig,
+    ControlNetAdapter,
+    ControlNetConfig,
+    FixedNorm,
+    ResNetAdapter,
+    read_adapter,
+    read_maps,
+)
 from core import optim
 from core.codec import Batch
-from core.config import ROOT, UserError, parse_config
+from core.config import UserError, parse_config
 from core.weights import save_network
 from model import PRESETS, DiTConfig, VideoDiT
+from toy.codec import ToyCodec
 from toy.latents import ToyLatents
+from toy.world import WorldBatch
 from train_slow_adapter import WAN5B, Config, adapter_loss, trajectory_kind
 
 
@@ -53,7 +63,7 @@ def test_wan5b_learns_by_adamw_with_a_warm_up():
 
 
 def test_what_a_controlnet_copies_learns_at_a_tenth_of_the_rate():
-    network = ControlNetAdapter(DiTConfig(32, 64, 2, 2, text_dim=16, text_tokens=8, channels=16))
+    network = ControlNetAdapter(ControlNetConfig(32, 64, 2, 2, text_dim=16, text_tokens=8, channels=16))
     optimizer = optim.adamw(network, 0.01, 0.9, network.copied, 0.1)
     optim.set_lr([optimizer], 1e-4)
     new, copied = optimizer.param_groups
@@ -73,14 +83,14 @@ def test_what_a_controlnet_copies_learns_at_a_tenth_of_the_rate():
 @pytest.fixture
 def stage_1(here, monkeypatch):
     """stage_1(kind, fixed_norm, **options) -> its optimizers, after a run of a small network on the toy."""
-    network = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16))
+    network = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24))
     torch.nn.init.normal_(network.head.head.weight, std=0.02)
     save_network("slow.safetensors", "SlowGenerator", network.config, network.state_dict())
 
     def run(**options):
-        shape = AdapterConfig(32, 2, hidden=16, channels=16, fixed_norm=True)
-        monkeypatch.setitem(adapters.PRESETS, "tiny", shape)
-        monkeypatch.setitem(PRESETS, "tiny", network.config)
+        shape = AdapterConfig(32, 2, hidden=16, channels=24, fixed_norm=True)
+        monkeypatch.setitem(adapters.PRESETS, "small", shape)
+        monkeypatch.setitem(PRESETS, "small", network.config)
         made, adamw = [], optim.adamw
 
         def watched(*args):
@@ -89,37 +99,57 @@ def stage_1(here, monkeypatch):
 
         monkeypatch.setattr(optim, "adamw", watched)
         options = {"steps": 2, "batch": 2, "mask_steps": 0, "warmup": 0, "compile": False, "dtype": "float32"} | options
+        options["sample_every"] = 0
         train_slow_adapter.main(Config(generator="slow.safetensors", muon=False, **options))
         return made
 
     return run
 
 
-WEIGHTS = {preset: {name: str(ROOT / f"checkpoints/{preset}/{name}.safetensors") for name in (
-    "slow_generator", "slow_adapter", "fast_generator")} for preset in ("tiny", "pictures")}  # fmt: skip
-PICTURES = WEIGHTS["pictures"]
+FILES = {
+    train_slow_adapter: {"generator": "slow_generator"},
+    distill_fast: {"generator": "slow_generator"},
+    finetune_hybrid: {"generator": "fast_generator", "adapter": "slow_adapter", "backbone": "slow_generator"},
+}
 
 
-@pytest.mark.parametrize(
-    "script, options, path",
-    [
-        (train_slow_adapter, {"generator": PICTURES["slow_generator"]}, PICTURES["slow_generator"]),
-        (train_slow_adapter, {"init": PICTURES["slow_adapter"]}, PICTURES["slow_adapter"]),
-        (train_slow_adapter, {"preset": "pictures"}, WEIGHTS["tiny"]["slow_generator"]),
-        (distill_fast, {"generator": PICTURES["slow_generator"]}, PICTURES["slow_generator"]),
-        (finetune_hybrid, {"generator": PICTURES["fast_generator"]}, PICTURES["fast_generator"]),
-        (finetune_hybrid, {"backbone": PICTURES["slow_generator"]}, PICTURES["slow_generator"]),
-        (finetune_hybrid, {"adapter": PICTURES["slow_adapter"]}, PICTURES["slow_adapter"]),
-    ],
-)
-def test_weights_of_another_preset_are_refused_before_there_is_a_run(script, options, path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, wrong", [(s, name) for s, names in FILES.items() for name in names])
+def test_weights_of_another_preset_are_refused_before_there_is_a_run(script, wrong, tmp_path, monkeypatch):
+    """Networks of 24 channels, and one of another codec's 48."""
     monkeypatch.chdir(tmp_path)
-    given = {name: WEIGHTS["tiny"][f"{kind}_{name.replace('backbone', 'generator')}"] for name, kind in (
-        ("generator", "fast" if script is finetune_hybrid else "slow"), ("backbone", "slow"), ("adapter", "slow"))
-        if name in script.Config.__dataclass_fields__}  # fmt: skip
+    given = {}
+    for name, kind in FILES[script].items():
+        channels = 48 if name == wrong else 24
+        if kind == "slow_adapter":
+            network = ResNetAdapter(AdapterConfig(32, 1, hidden=16, channels=channels))
+        else:
+            network = VideoDiT(DiTConfig(32, 64, 2, 1, text_dim=64, text_tokens=32, channels=channels))
+        given[name] = f"{name}.safetensors"
+        save_network(given[name], kind.title().replace("_", ""), network.config, network.state_dict())
     with pytest.raises(UserError, match="give the --preset that it was trained with") as caught:
-        script.main(script.Config(**given | {"compile": False} | options))
-    assert str(caught.value).startswith(path) and not (tmp_path / "runs").exists()
+        script.main(script.Config(**given | {"compile": False}))
+    assert str(caught.value).startswith(given[wrong]) and not (tmp_path / "runs").exists()
+
+
+def test_an_adapter_to_go_on_from_must_fit(here):
+    network = ResNetAdapter(AdapterConfig(32, 1, hidden=16, channels=24))
+    save_network("a.safetensors", "SlowAdapter", network.config, network.state_dict())
+    with pytest.raises(UserError, match=r"a\.safetensors: was made for a generator of other shape"):
+        train_slow_adapter.main(Config(init="a.safetensors", compile=False))
+
+
+@pytest.mark.parametrize("maps", ["outline", "pixels"])
+def test_maps_are_painted_as_the_new_adapters_config_says(maps, stage_1, monkeypatch):
+    """Whether it is asked for, or what an adapter to go on from says."""
+    seen, paint = set(), WorldBatch.maps
+    monkeypatch.setattr(WorldBatch, "maps", lambda batch, style, *rest: seen.add(style) or paint(batch, style, *rest))
+    stage_1(maps=maps, steps=1)
+    assert seen == {maps}
+    file = "runs/slow_adapter/slow_adapter.safetensors"
+    assert read_maps(file, "SlowAdapter") == maps
+    other = {"outline": "pixels", "pixels": "outline"}[maps]
+    stage_1(maps=other, init=file, name="on", steps=1)
+    assert seen == {maps} and read_maps("runs/on/slow_adapter.safetensors", "SlowAdapter") == maps
 
 
 def test_a_run_without_muon_moves_copied_layers_ten_times_slower(stage_1):
@@ -132,8 +162,8 @@ def test_a_run_without_muon_moves_copied_layers_ten_times_slower(stage_1):
 def test_the_fixed_norm_is_set_from_the_first_trajectories_and_kept(stage_1):
     """From the data at the start, not again when a run goes on; and it reaches the exported file."""
     stage_1(save_every=1)
-    seen = torch.cat([ToyLatents(train_slow_adapter.open_codec("tiny", "", "cpu"), seed=1).batch([n], "box").traj
-                      for n in range(16)])  # fmt: skip
+    data = ToyLatents(ToyCodec(), "pixels", seed=1, **ToyCodec.learned_on)
+    seen = torch.cat([data.batch([n], "box").traj for n in range(16)])
     wanted = [value.flatten() for value in torch.std_mean(seen, (0, 2, 3, 4))]
     trained = read_adapter("runs/slow_adapter/slow_adapter.safetensors", "SlowAdapter")
     assert isinstance(trained.norm, FixedNorm)

@@ -28,8 +28,8 @@ SHORT = ("--steps", STEPS, "--batch", 2, "--save_every", SAVED, "--sample_every"
          "--compile", "false", "--dtype", "float32", "--warmup", 2)  # fmt: skip
 HYBRID = ("--ratio", 2, "--diffusion_first", 0, "--adapter_start", 1, "--sparse", 0.5)
 # Small networks, but what a preset fixes the width of: the generator of a new adapter, and the classifier's backbone.
-NARROW = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=16)
-WIDE = DiTConfig(160, 64, 2, 6, text_dim=64, text_tokens=32, channels=16)
+NARROW = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)
+WIDE = DiTConfig(256, 64, 2, 6, text_dim=64, text_tokens=32, channels=24)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def flags(folder):
         save_network(path, network, net.config, net.state_dict())
         return path
 
-    small, large, adapter = VideoDiT(NARROW), VideoDiT(WIDE), ResNetAdapter(AdapterConfig(32, 2, 16, channels=16))
+    small, large, adapter = VideoDiT(NARROW), VideoDiT(WIDE), ResNetAdapter(AdapterConfig(32, 2, 16, channels=24))
     for generator in (small, large):
         torch.nn.init.normal_(generator.head.head.weight, std=0.02)
     slow, fast = write("slow_generator", "SlowGenerator", small), write("fast_generator", "FastGenerator", small)
     backbone, helper = write("wide", "SlowGenerator", large), write("slow_adapter", "SlowAdapter", adapter)
     networks = (f"--generator={fast}", f"--backbone={backbone}", f"--adapter={helper}")
     return {
-        "toy.train_slow_generator": (*SHORT, "--init", slow.parent),
+        "toy.train_slow_generator": (*SHORT, "--init", slow.parent, "--small", 1),
         "train_slow_adapter.py": (*SHORT, "--generator", slow, "--init", helper, "--mask_steps", 3, "--sparse", 0.5),
         "distill_fast.py": (*SHORT, "--generator", slow, "--ratio", 2),
         "finetune_hybrid.py": (*SHORT, *networks, *HYBRID),
@@ -150,7 +150,7 @@ def test_two_nodes_of_two_processes_follow_the_curve_of_one(start, folder, flags
     finish(start(*short, "one"))
     finish(start(*short, "nodes", processes=2, nodes=2))
     one, nodes = (outcome(folder, name, "slow_adapter") for name in ("one", "nodes"))
-    assert ResNetAdapter(adapters.PRESETS["tiny"]).state_dict().keys() == one[1].keys()
+    assert ResNetAdapter(adapters.PRESETS["small"]).state_dict().keys() == one[1].keys()
     same_curve(one, nodes)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from core.config import UserError
-from toy.world import ToyWorld
+from toy.world import World
 from trajectory import PALETTE, Trajectory, draw_overlay, load_trajectory
 
 CELLS = {".": (0, 0, 0), "a": PALETTE[0], "b": PALETTE[1]}
@@ -81,24 +81,124 @@ def test_first_frame_masks_serve_box_maps_only():
         full.maps("boxes")
 
 
-def test_a_map_of_places_pixel_by_pixel():
-    boxes = np.array([[[0, 0, 2, 2], [4, 1, 8, 3], [-4, 0, 4, 8], [np.nan] * 4, [0, 0, 2, 2]]] * 4)
-    boxes[1:3], boxes[3, :4] = np.nan, np.nan
-    masks = np.zeros((4, 5, 8), bool)
-    masks[0, :2, :3] = masks[2, 3:, 4:] = True  # the first is wider than its box; the third has no box
-    trajectory = Trajectory(boxes, masks, np.array(PALETTE[:4], np.uint8), [*"abcd"])
-    maps = trajectory.maps(places=True)
-    red, green, blue = maps
-    assert maps.dtype == torch.float32 and maps.shape == (3, 5, 5, 8)
-    assert red[0, 0, :4].tolist() == pytest.approx([-0.2, 0.6, 1, -1])  # 1/4, 3/4 and beyond the box
-    assert green[0, :3, 0].tolist() == pytest.approx([-0.2, 0.6, -1]) and blue[0, 0, 0] == pytest.approx(-0.2)
-    assert red[0, 4, 3:].tolist() == pytest.approx([-1, -0.4, 0, 0.4, 0.8]) and blue[0, 4, 5] == 1  # by its mask
-    assert red[1, 1].tolist() == pytest.approx([-1] * 4 + [-0.4, 0, 0.4, 0.8])
-    assert green[1, :4, 5].tolist() == pytest.approx([-1, -0.2, 0.6, -1])
-    assert red[2, 0, :5].tolist() == pytest.approx([0.3, 0.5, 0.7, 0.9, -1])  # half of the box is outside
-    assert (maps[:, 3] == -1).all() and torch.equal(maps[:, 4, :2, :2], maps[:, 0, :2, :2])  # a fourth counts as first
-    given = Trajectory(boxes, masks, trajectory.colors, trajectory.names, trajectory.maps())
-    assert torch.equal(given.maps(places=True), maps)
+# --- maps of the first frame's own pixels -----------------------------------------------------------------------------
+
+
+def picture(height: int = 20, width: int = 24) -> torch.Tensor:
+    """Every pixel another colour, [3, height, width], none near black."""
+    red, green = torch.linspace(-0.8, 1, width).expand(height, -1), torch.linspace(-0.8, 1, height)[:, None]
+    return torch.stack([red, green.expand(-1, width), torch.full((height, width), 0.5)])
+
+
+def told(*objects, size=(20, 24)) -> Trajectory:
+    """Each object a list of boxes, one per frame or None, and perhaps its mask; else the first box is filled."""
+    boxes, masks = [], []
+    for item in objects:
+        track, mask = item if isinstance(item, tuple) else (item, None)
+        boxes.append([[np.nan] * 4 if box is None else box for box in track])
+        if mask is None:
+            mask = np.zeros(size, bool)
+            if track[0] is not None:
+                x0, y0, x1, y1 = (max(0, v) for v in track[0])
+                mask[y0:y1, x0:x1] = True
+        masks.append(mask)
+    colors = np.array(PALETTE[: len(boxes)], np.uint8)
+    return Trajectory(np.array(boxes, float), np.stack(masks), colors, [*"abcdef"[: len(boxes)]])
+
+
+def same(a: torch.Tensor, b: torch.Tensor | float) -> bool:
+    return torch.allclose(a, b if isinstance(b, torch.Tensor) else torch.full_like(a, b), atol=1e-4)
+
+
+def test_a_map_of_pixels_shows_the_thing_where_it_is_and_where_it_goes():
+    image, trajectory = picture(), told([[2, 3, 8, 9], [7, 5, 13, 11], [2, 3, 8, 9]])
+    maps = trajectory.maps("box", image)
+    assert maps.dtype == torch.float32 and maps.shape == (3, 3, 20, 24)
+    for t, (x, y) in enumerate(((2, 3), (7, 5), (2, 3))):
+        assert same(maps[:, t, y : y + 6, x : x + 6], image[:, 3:9, 2:8])  # moved by whole pixels: copied
+        rest = maps[:, t].clone()
+        rest[:, y : y + 6, x : x + 6] = -1
+        assert (rest == -1).all()  # and black elsewhere
+    assert torch.equal(maps, trajectory.maps("mask", image))
+
+
+def test_a_box_that_grows_scales_what_is_in_it():
+    image = picture()
+    red, green = image[0, 0, 2:6], image[1, 2:6, 0]
+    step_x, step_y = red[1] - red[0], green[1] - green[0]
+    maps = told([[2, 2, 6, 6], [10, 4, 18, 12], [2.5, 3.25, 6.5, 7.25]]).maps("box", image)
+    # Twice as large: the centres of pixels lie a quarter of a pixel beside the source's. The last see the mask end.
+    at = torch.arange(1, 7) / 2 - 0.25
+    assert same(maps[0, 1, 5:11, 11:17], (red[0] + at * step_x).expand(6, 6))
+    assert same(maps[1, 1, 5:11, 11:17], (green[0] + at * step_y)[:, None].expand(6, 6))
+    # By half a pixel to the right and one and a quarter down: colours in between.
+    assert same(maps[0, 2, 4:6, 4:6], (image[0, :2, 3:5] + image[0, :2, 4:6]) / 2)
+    assert same(maps[1, 2, 5, 5], image[1, 5, 0] - 1.25 * step_y)
+
+
+def test_a_mask_cuts_the_thing_out_of_its_box():
+    image, mask = picture(), np.zeros((20, 24), bool)
+    mask[3:9, 2:5] = True  # the left half of the box
+    maps = told(([[2, 3, 8, 9], [12, 3, 18, 9]], mask)).maps("box", image)
+    assert same(maps[:, 1, 3:9, 12:15], image[:, 3:9, 2:5]) and (maps[:, 1, 3:9, 15:18] == -1).all()
+
+
+def test_later_objects_are_in_front_and_what_they_cover_is_grey():
+    image = picture()
+    maps = told([[2, 3, 10, 9], [2, 12, 10, 18]], [[6, 3, 10, 9], [4, 12, 8, 18]]).maps("box", image)
+    assert same(maps[:, 0, 3:9, 2:10], image[:, 3:9, 2:10])  # in frame 0 each shows what is seen of it
+    assert same(maps[:, 1, 12:18, 2:4], image[:, 3:9, 2:4])
+    assert same(maps[:, 1, 12:18, 4:8], image[:, 3:9, 6:10])  # the second one, in front
+    assert (maps[:, 1, 12:18, 8:10] == 0).all()  # of the first one frame 0 hides the right half
+
+
+def test_what_lies_beyond_the_edge_of_the_first_frame_is_grey():
+    image = picture()
+    maps = told([[-4, 3, 4, 9], [6, 3, 14, 9]], size=(20, 24)).maps("box", image)
+    assert same(maps[:, 0, 3:9, :4], image[:, 3:9, :4])
+    assert (maps[:, 1, 3:9, 6:10] == 0).all() and same(maps[:, 1, 3:9, 10:14], image[:, 3:9, :4])
+    camera = told([[0, 0, 24, 20], [6, 0, 30, 20], [-6, -4, 18, 16]]).maps("box", image)
+    assert same(camera[:, 0], image)
+    assert same(camera[:, 1, :, 6:], image[:, :, :18]) and (camera[:, 1, :, :6] == -1).all()
+    assert same(camera[:, 2, :16, :18], image[:, 4:, 6:])
+
+
+def test_a_thing_that_is_not_in_frame_0_is_grey():
+    maps = told([None, [3, 3, 8, 9], None]).maps("box", picture())
+    assert (maps[:, 1, 3:9, 3:8] == 0).all() and (maps[:, [0, 2]] == -1).all()
+    maps[:, 1, 3:9, 3:8] = -1
+    assert (maps == -1).all()
+
+
+def test_a_mask_without_a_box_in_frame_0_is_its_own_box():
+    image, mask = picture(), np.zeros((20, 24), bool)
+    mask[4:8, 5:9] = True
+    maps = told(([None, [12, 10, 16, 14]], mask)).maps("box", image)
+    assert same(maps[:, 1, 10:14, 12:16], image[:, 4:8, 5:9])
+
+
+def test_nothing_that_is_told_is_black():
+    maps = told([[2, 3, 8, 9], [4, 3, 10, 9]]).maps("box", torch.full((3, 20, 24), -1.0))
+    assert same(maps[:, 0, 3:9, 2:8], -0.9) and same(maps[:, 1, 3:9, 4:10], -0.9)
+
+
+def test_a_box_outside_the_picture_or_between_pixels_shows_nothing():
+    maps = told([[2, 3, 8, 9], [30, 3, 36, 9], [2.6, 3, 3.4, 9]]).maps("box", picture())
+    assert (maps[:, 1:] == -1).all()
+
+
+def test_maps_of_pixels_go_dark_where_the_trajectory_is_sparse():
+    trajectory, image = told([[2, 3, 8, 9], [7, 5, 13, 11], [9, 5, 15, 11]]), picture()
+    whole, sparse = trajectory.maps("box", image), trajectory.sparse([2]).maps("box", image)
+    assert torch.equal(sparse[:, [0, 2]], whole[:, [0, 2]]) and (sparse[:, 1] == -1).all()
+
+
+def test_given_maps_tell_which_pixels_move():
+    """Painted maps hold masks and boxes: their colours are not the picture's, and so they are painted anew."""
+    trajectory, image = told([[2, 3, 8, 9], [7, 5, 13, 11]]), picture()
+    given = Trajectory(trajectory.boxes, trajectory.masks, trajectory.colors, trajectory.names, trajectory.maps())
+    assert torch.equal(given.maps("box", image), trajectory.maps("box", image))
+    assert torch.equal(given.maps("box"), trajectory.maps("box"))
 
 
 @pytest.mark.parametrize("size, thickness", [((48, 48), 1), ((704, 1280), 7), ((480, 720), 4)])
@@ -479,29 +579,33 @@ def test_map_errors(tmp_path):
     assert "over 64" in message(folder)
 
 
-def test_toy_world_mask_maps_are_its_masks_painted():
-    batch = ToyWorld("train").batch(list(range(6)))
-    assert set(batch.count.tolist()) == {1, 2, 3}
+def test_the_worlds_mask_maps_are_its_masks_painted():
+    batch = World("train", (48, 48)).batch(range(6))
     for i in range(6):
-        maps = batch.trajectory(i).maps("mask")
+        trajectory = batch.trajectory(i, "mask")
+        maps = trajectory.maps("mask")
         assert maps.shape == batch.video[i].shape
         painted = torch.full_like(maps, -1)
-        for k in range(int(batch.count[i])):  # the visible parts of objects never overlap
-            color = torch.tensor(PALETTE[k])[:, None] / 127.5 - 1
-            painted[:, batch.masks[i, k]] = color
+        for n, k in enumerate(batch.used[i].nonzero()[:, 0].tolist()):  # the visible parts of things never overlap
+            painted[:, batch.masks[i, k]] = torch.tensor(PALETTE[n])[:, None] / 127.5 - 1
         assert torch.equal(maps, painted)
-        assert torch.equal(batch.trajectory(i).maps("box")[:, 0], painted[:, 0])
+        assert torch.equal(trajectory.maps("box")[:, 0], painted[:, 0])
 
 
 def test_maps_are_cheap_enough_for_a_training_step():
-    batch = ToyWorld("train").batch(list(range(16)))
-    trajectory = next(batch.trajectory(i) for i in range(16) if batch.count[i] == 3)
-    seconds = []
-    for kind in ["box", "mask"] * 20:
-        start = time.perf_counter()
-        trajectory.maps(kind)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds[0::2]) < 2e-3 and min(seconds[1::2]) < 2e-3  # about 0.1 ms; the rest is for a busy machine
+    batch = World("train", (64, 64)).batch(range(16))
+    i = int(batch.used.sum(1).argmax())
+    ways = {
+        "box": (batch.trajectory(i).maps, 2e-3), "mask": (lambda: batch.trajectory(i, "mask").maps("mask"), 4e-3),
+        "pixels": (lambda: batch.trajectory(i).maps("box", batch.video[i, :, 0]), 20e-3),
+    }  # fmt: skip
+    for paint, most in ways.values():
+        seconds = []
+        for _ in range(20):
+            start = time.perf_counter()
+            paint()
+            seconds.append(time.perf_counter() - start)
+        assert min(seconds) < most  # about a fifth; the rest is for a busy machine
 
 
 def test_overlay(tmp_path):

@@ -269,6 +269,7 @@ def test_clips_from_before_the_negative_prompt_are_refused_by_stage_2_alone(smal
     safetensors.torch.save_file(latents, "shards/latents-00000.safetensors")
     safetensors.torch.save_file({f"{n}": torch.zeros(3, 32) for n in range(6)}, "shards/text-00000.safetensors")
     Path("shards/rejected.csv").write_text("")
+    Path("shards/config.json").write_text("{}")
     options = {"preset": "wan5b", "data": "shards", "weights": str(small), "generator": str(small), "compile": False}
     with pytest.raises(UserError, match="shards: holds no negative prompt; prepare the clips anew"):
         distill_fast.main(distill_fast.Config(**distill_fast.WAN5B | options | {"steps": 1}))

@@ -53,7 +53,7 @@ FLAGS = f"which points are seen is told by {', '.join(VISIBLE)}, or {', '.join(H
 
 @dataclass(frozen=True)
 class Config:
-    source: str = shipped("examples/boxes.json")  # what to read
+    source: str = shipped("examples/balloons.json")  # what to read
     to: str = "out/maps.mp4"  # what to write: a .json, an .mp4 of maps, or a folder of PNG maps
     preview: str = ""  # an .mp4 that shows the trajectory over the image
     image: str = ""  # behind the preview; gray if empty

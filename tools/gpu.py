@@ -23,7 +23,7 @@ import distill_fast
 import finetune_hybrid
 import flow
 import train_slow_adapter
-from adapter import AdapterConfig, ControlNetAdapter, ResNetAdapter
+from adapter import AdapterConfig, ControlNetAdapter, ControlNetConfig, ResNetAdapter
 from core import attention, memory, parallel
 from core.codec import Batch
 from core.config import ROOT
@@ -105,7 +105,7 @@ class Bench:
     def adapter(self, kind: str) -> nn.Module:
         with torch.device("meta"):
             if kind == "controlnet":
-                network = ControlNetAdapter(self.config)
+                network = ControlNetAdapter(ControlNetConfig(**vars(self.config)))
             else:
                 shape = AdapterConfig(self.config.dim, self.config.layers, channels=self.config.channels)
                 network = ResNetAdapter(shape)

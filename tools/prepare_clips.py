@@ -34,26 +34,27 @@ from core.runs import check_options
 from core.tables import read_table
 from core.weights import read_config, read_safetensors, write_safetensors
 from data import open_codec
-from trajectory import dark_frames, load_trajectory
+from trajectory import Maps, dark_frames, load_trajectory
 
 
 @dataclass(frozen=True)
 class Config:
     source: str = ""  # a CSV in MagicData's format, or a folder of videos with captions and boxes
     out: str = "shards"  # folder for the shards and rejected.csv
-    preset: Literal["tiny", "pictures", "wan5b"] = "tiny"  # whose codec
+    preset: Literal["small", "wan5b"] = "small"  # whose codec
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published
-    size: str = "48x48"  # height x width of the clips, or auto: each of its own shape
+    size: str = "64x64"  # height x width of the clips, or auto: each of its own shape
     frames: int = 9  # their length; longer ones are cut
+    maps: Maps = "pixels"  # how boxes are painted: as outlines, or as the clip's own first pixels, moved along
     sparse: float = 0.15  # share of clips whose box maps are blacked out in a random subset of frames
     shard: int = 16  # clips per file
     seed: int = 0  # of which clips are sparse, and in which frames
 
 
-PICTURES = {"size": "64x64"}
 WAN5B = {
     "size": "auto",  # (Wan)
     "frames": 121,  # (Wan)
+    "maps": "outline",  # (paper)
 }
 
 
@@ -113,10 +114,11 @@ def require(fine: bool, what: str, reason: str) -> None:
         raise UserError(f"{what}: {reason}" if what else reason)
 
 
-def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, places: bool = False) -> dict[str, Tensor]:
+def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, maps: Maps = "outline") -> dict[str, Tensor]:
     """Video and maps, [3, T, height, width] in [-1, 1] each: "video", "box", and "mask" if every frame has masks.
 
-    `fit`: the (height, width) of the file's pictures to those of the clip. `places`: as of `Trajectory.maps`.
+    `fit`: the (height, width) of the file's pictures to those of the clip. `maps`: how
+    boxes are painted.
 
     Raises UserError with the reason why a clip can't be used.
     """
@@ -135,8 +137,8 @@ def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, places: bool
     video = fit_frames(np.stack(stack), size) / 127.5 - 1
     if clip.boxes.suffix == ".json":
         trajectory = load_trajectory(clip.boxes, size, frames, (height, width), cut=True)
-        return {"video": video, "box": trajectory.maps("box", places)}
-    require(not places, "", "painted maps, of which preset pictures reads none; give a boxes.json")
+        return {"video": video, "box": trajectory.maps("box", video[:, 0] if maps == "pixels" else None)}
+    require(maps == "outline", "", "painted maps, which hold no pixels of the clip; give a boxes.json")
     paths = {"mask": clip.masks, "box": clip.boxes}
     mask, box = (read_maps(f"{kind} maps", path, (height, width), size, frames) for kind, path in paths.items())
     box[:, 0] = mask[:, 0]  # frame 0 of every condition is the segmentation mask
@@ -199,7 +201,7 @@ def main(cfg: Config) -> None:
         for number, clip in enumerate(clips[start : start + cfg.shard], start):
             try:
                 fit = partial(codec.check_size, cfg.size, cfg.frames)
-                parts = read_clip(clip, fit, cfg.frames, codec.places)
+                parts = read_clip(clip, fit, cfg.frames, cfg.maps)
             except UserError as reason:
                 rejected.append((str(clip.video), str(reason)))
                 continue
@@ -221,7 +223,10 @@ def settle(out: Path, cfg: Config, clips: list[Clip]) -> None:
     if not file.exists():
         write_text(file, json.dumps(options, indent=1))
         return
-    before = read_config(file)
+    before = {"maps": "outline"} | read_config(file)  # as they once all were
+    if before["maps"] != cfg.maps:
+        mend = f"pass --maps {before['maps']}, or give another --out"
+        raise UserError(f"{out}: holds {before['maps']} maps, and --maps is {cfg.maps}; {mend}")
     if other := [name for name, now in options.items() if before.get(name, now) != now]:
         told = ", ".join("other captions or videos" if n == "contents" else f"{n} {before[n]}" for n in other)
         raise UserError(f"{file}: shards of other clips lie here ({told}); give another --out")
@@ -240,4 +245,4 @@ def report(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"pictures": PICTURES, "wan5b": WAN5B})
+    run_script(main, Config, {"wan5b": WAN5B})

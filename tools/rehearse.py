@@ -247,6 +247,7 @@ def rehearse_stage(
     """
     script, shape = STAGES[stage], replace(PRESETS["wan5b"], layers=layers)
     light = replace(adapters.PRESETS["wan5b"], layers=layers)
+    heavy = adapters.ControlNetConfig(**vars(shape))
     judge = replace(discriminators.PRESETS["wan5b"], feature_blocks=tuple(range(layers))[-3:])
     networks, prepare, begin, schedule = [], parallel.prepare, runs.Run.__init__, flow.sigma_schedule
     tracker, peaks = resident or fresh(), {}
@@ -260,7 +261,7 @@ def rehearse_stage(
         return typed(VideoDiT(shape), torch.float32 if more.get("dtype") == "float32" else dtype)
 
     def read_adapter(path: str, network: str, **_: object) -> adapters.Adapter:
-        return adapters.ResNetAdapter(light) if kind == "resnet" else adapters.ControlNetAdapter(shape)
+        return adapters.ResNetAdapter(light) if kind == "resnet" else adapters.ControlNetAdapter(heavy)
 
     def prepared(network: nn.Module, *args: object) -> nn.Module:
         networks.append(prepare(network, *args))
@@ -329,7 +330,7 @@ def sampling(
     if kind == "resnet":
         adapter = adapters.ResNetAdapter(adapters.AdapterConfig(shape.dim, layers, fixed_norm=True))
     else:
-        adapter = typed(adapters.ControlNetAdapter(shape), torch.bfloat16)
+        adapter = typed(adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(shape))), torch.bfloat16)
     networks = [typed(VideoDiT(shape), torch.bfloat16), adapter]
     for network in networks:
         if mode == "low" and (kind == "controlnet" or isinstance(network, VideoDiT)):

@@ -31,14 +31,14 @@ from model import VideoDiT
 @dataclass(frozen=True)
 class Config:
     name: str = "baseline"  # run folder under runs/
-    preset: Literal["tiny", "pictures"] = "tiny"  # size of the networks and their world
+    preset: Literal["small"] = "small"  # size of the networks
     loss: Literal["dmd", "lcm"] = "dmd"  # distribution matching, or consistency
-    slow_generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # of stage 0
-    slow_adapter: str = shipped("checkpoints/tiny/slow_adapter.safetensors")  # of stage 1, where training starts
-    fast_generator: str = shipped("checkpoints/tiny/fast_generator.safetensors")  # of stage 2, frozen
-    steps: int = 600  # of training; with dmd the adapter learns in every `ratio`-th
+    slow_generator: str = shipped("checkpoints/small/slow_generator.safetensors")  # of stage 0
+    slow_adapter: str = shipped("checkpoints/small/slow_adapter.safetensors")  # of stage 1, where training starts
+    fast_generator: str = shipped("checkpoints/small/fast_generator.safetensors")  # of stage 2, frozen
+    steps: int = 400  # of training; with dmd the adapter learns in every `ratio`-th
     ratio: int = 5  # dmd: updates of the fake score for one of the adapter
-    denoising_steps: int = flow.FAST["tiny"].steps  # of the FastGenerator
+    denoising_steps: int = flow.FAST["small"].steps  # of the FastGenerator
     path: int = 40  # lcm: steps of the slow networks from noise to data
     skip: int = 2  # lcm: how many of them lie between two noise levels that are to agree
     batch: int = 8  # videos a step, over all processes
@@ -49,22 +49,13 @@ class Config:
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.95  # decay of the averaged adapter: the one exported, and the target of the consistency loss
-    shift: float = flow.FAST["tiny"].shift  # warp of all noise levels towards noise
+    shift: float = flow.FAST["small"].shift  # warp of all noise levels towards noise
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of data order and noise
     log_every: int = 20  # steps
     save_every: int = 50  # steps
     sample_every: int = 300  # steps; 0 for no samples
-
-
-PICTURES = {
-    "slow_generator": shipped("checkpoints/pictures/slow_generator.safetensors"),
-    "slow_adapter": shipped("checkpoints/pictures/slow_adapter.safetensors"),
-    "fast_generator": shipped("checkpoints/pictures/fast_generator.safetensors"),
-    "steps": 400,
-    "shift": flow.FAST["pictures"].shift,
-}
 
 
 class Controlled(nn.Module):
@@ -117,7 +108,7 @@ def main(cfg: Config) -> None:
 
     # 2. What they learn from.
     codec = open_codec(cfg.preset, "", procs.device)
-    data, held_out = training_data("", codec, cfg.seed, cfg.batch)
+    data, held_out = training_data("", codec, cfg.seed, cfg.batch, adapter.config.maps)
     sigmas, path = flow.sigma_schedule(cfg.denoising_steps, cfg.shift), flow.sigma_schedule(cfg.path, cfg.shift)
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
@@ -201,4 +192,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"pictures": PICTURES})
+    run_script(main, Config)

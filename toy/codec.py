@@ -15,8 +15,6 @@ from core.codec import Codec
 from core.config import ROOT
 from core.parallel import Processes
 from core.weights import load, read_network
-from toy.pictures import PictureWorld
-from toy.world import ToyWorld
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,7 @@ class AutoencoderConfig:
     hidden: int = 64  # width of the decoder
     depth: int = 3  # residual blocks of the decoder
     fine: int = 24  # width of the decoder at full resolution
+    change: float = 1.5  # what frames after the first are multiplied by: of variance 1 where things move
 
 
 class ResidualBlock(nn.Module):
@@ -93,14 +92,15 @@ class ToyAutoencoder(nn.Module):
 
 
 class ToyCodec(Codec):
-    """One latent frame per video frame. A word becomes a random vector seeded by its bytes, next to the mean vector of
-    its clause (the words between commas) plus one for the clause's place: "clockwise" then carries which object it is
-    about, as it would after a real text encoder.
+    """One latent frame per video frame: frame 0's own, and of each later one what it differs from frame 0 by, so that
+    what stays is zero. A word becomes a random vector seeded by its bytes, next to the mean vector of its clause (the
+    words between commas) plus one for the clause's place: "clockwise" then carries which object it is about, as it
+    would after a real text encoder.
     """
 
-    temporal, area = 1, 48 * 48
-    world, weights = ToyWorld, ROOT / "checkpoints/tiny/codec.safetensors"  # whose videos it encodes
-    learned_on: ClassVar[dict] = {}  # size and frames of the videos that stages 1 to 3 read, if not the world's own
+    temporal, area = 1, 128 * 224
+    weights = ROOT / "checkpoints/small/codec.safetensors"
+    learned_on: ClassVar[dict] = {"size": (64, 64), "frames": 5}  # what stages 1 to 3 read: an economy
 
     def __init__(self, weights: Path | str = "", text_dim: int = 64, text_tokens: int = 32):
         weights = weights or self.weights
@@ -112,11 +112,15 @@ class ToyCodec(Codec):
 
     def encode_video(self, video: Tensor) -> Tensor:
         """[B, 3, T, height, width] in [-1, 1] -> [B, channels, T, height / spatial, width / spatial]."""
-        return self._by_frame(self.network.encode, video)
+        latents = self._by_frame(self.network.encode, video)
+        first, later = latents[:, :, :1], latents[:, :, 1:]
+        return torch.cat([first, self.network.config.change * (later - first)], 2)
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """[B, channels, T, H, W] -> [B, 3, T, spatial * H, spatial * W], clamped to [-1, 1]."""
-        return self._by_frame(self.network.decode, latents).clamp(-1, 1)
+        first, later = latents[:, :, :1].float(), latents[:, :, 1:].float()
+        frames = torch.cat([first, first + later / self.network.config.change], 2)
+        return self._by_frame(self.network.decode, frames).clamp(-1, 1)
 
     def pieces(self, latents: Tensor, procs: Processes | None = None) -> Iterator[Tensor]:
         """The frames of `decode_video`, on rank 0; WanCodec gives them a few at a time, on processes in turn."""
@@ -145,17 +149,6 @@ class ToyCodec(Codec):
             if tokens:
                 row[: len(tokens)] = torch.stack(tokens)[: self.text_tokens]
         return out
-
-
-class PictureCodec(ToyCodec):
-    """The same for the world of pictures."""
-
-    area, places = 64 * 64, True
-    learned_on: ClassVar[dict] = {"size": (48, 48), "frames": 5}  # an economy
-    world, weights = PictureWorld, ROOT / "checkpoints/pictures/codec.safetensors"
-
-
-CODECS = {"tiny": ToyCodec, "pictures": PictureCodec}  # by preset
 
 
 @lru_cache(maxsize=1024)

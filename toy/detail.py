@@ -1,6 +1,6 @@
 """The picture's own detail, put back into a small video wherever the video shows what the picture shows.
 
-The networks make videos of some 4,096 pixels a frame, but what they show is known at full size: the picture where it
+The networks make small videos, but what they show is known at full size: the picture where it
 stands still, and its parts where they move along their boxes. So for each frame the picture's parts are moved as the
 boxes say, and what comes of it is made as small as the video. Where both agree, what making it small took away is
 added to the enlarged video. The networks alone decide what is seen: what they made otherwise stays theirs, and soft.
@@ -66,9 +66,11 @@ def add_detail(video: np.ndarray, picture: np.ndarray, trajectory: Trajectory) -
             rows, columns = slice(y0, y1), slice(x0, x1)
             if not mask[rows, columns].any():
                 continue
-            here, shape = torch.tensor([x0, y0, x0, y0]), mask[rows, columns][None].float()
-            thing = torch.cat([known[:, rows, columns] * shape, shape])[None]
-            thing, shape = move(thing, (first - here)[None], (now - here)[None])[0].split([3, 1])
+            here, shape = np.array([x0, y0, x0, y0]), mask[rows, columns][None].float()
+            height, width = shape.shape[1:]
+            thing = torch.cat([known[:, rows, columns] * shape, shape])
+            thing = move(thing, first.numpy() - here, now.numpy() - here, (0, height, 0, width))
+            thing, shape = thing.split([3, 1])
             change = thing - shape * guess[:, rows, columns]
             # Moved or not? Whichever is more like what the networks made.
             inner = shrink[0][:, rows], shrink[1][:, columns]

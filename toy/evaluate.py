@@ -1,14 +1,12 @@
-"""Measure the networks on held-out toy videos. metrics.py and picture_metrics.py say what the measures mean.
+"""Measure the networks on held-out videos of the small world. metrics.py says what the measures mean.
 
     python -m toy.evaluate                                  # the shipped networks, slow and fast
-    python -m toy.evaluate --videos 32 --steps 10 --out runs/evaluate/quick.json
-    python -m toy.evaluate --preset pictures                # the same in the world of pictures
-    python -m toy.evaluate --ablation                       # the runs of `make ablation`: what each part is for
-    python -m toy.evaluate --guidance_table --videos 64     # the slow networks, guided by prompt and by trajectory
+    python -m toy.evaluate --split photographs --videos 64  # the same with parts of photographs
+    python -m toy.evaluate --ablation --videos 64           # the runs of `make ablation`: what each part is for
 
 Prints a table and writes its rows as JSON, the same in Markdown, and a contact sheet: trajectory maps, the truth, and
-what each network makes of it. The first rows score the true videos and what the codec leaves of them: no generator does
-better. The ablation's file has a row for each run, its table the mean over training seeds, with the lowest and the
+what each network makes of it. The first rows score the true videos, what the codec leaves of them, and things cut out
+and pasted. The ablation's file has a row for each run, its table the mean over training seeds, with the lowest and the
 highest. To resume it, run the same command again.
 """
 
@@ -17,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -30,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flow
-from adapter import Adapter, fits, read_adapter
+from adapter import Adapter, check_fit, read_adapter, read_maps
 from core import parallel
 from core.config import UserError, run_script, shipped
 from core.files import output_path, write_text
@@ -38,15 +36,14 @@ from core.media import contact_sheet, to_uint8, write_animation, write_image
 from core.noise import sample_noise, step_noise
 from core.tables import markdown, provenance, table
 from model import VideoDiT
-from toy import metrics, picture_metrics
-from toy.codec import CODECS, ToyCodec
-from toy.metrics import FEATURES, subset
-from toy.pictures import PictureBatch
-from toy.world import ToyBatch
-from trajectory import draw_overlay
+from toy import metrics
+from toy.codec import ToyCodec
+from toy.world import World, WorldBatch
+from trajectory import Maps, draw_overlay
 
-MEASURES = ("mask_iou", "box_iou", "thing_error", "ground_psnr", "sharpness", "fvd", "prompt_accuracy")
-RUNS = Path("runs/ablation")  # <preset>/<variant>_<seed>/fast_adapter.safetensors
+MEASURES = ("thing_error", "thing_error_told_by_mask", "thing_error_told_by_box", "thing_error_turning",
+            "ground_psnr", "camera_psnr", "hole_psnr", "seam", "sharpness", "fvd", "prompt_accuracy")  # fmt: skip
+RUNS = Path("runs/ablation")  # <variant>_<seed>/fast_adapter.safetensors
 VARIANTS = {  # of stage 3, and the baselines, by the folder's name; the Makefile has their flags
     "no_diffusion": "hybrid without diffusion loss",
     "no_gan": "hybrid without GAN loss",
@@ -60,90 +57,62 @@ VARIANTS = {  # of stage 3, and the baselines, by the folder's name; the Makefil
     "dmd": "DMD applied to the adapter",
 }
 METHOD = "decay"  # the full method: the hybrid with the default scale
-SCORES = {"tiny": metrics.score, "pictures": picture_metrics.score}
-AnyBatch = ToyBatch | PictureBatch
 
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["tiny", "pictures"] = "tiny"  # size of the networks and their world
-    slow_generator: str = shipped("checkpoints/tiny/slow_generator.safetensors")  # of stage 0
-    slow_adapter: str = shipped("checkpoints/tiny/slow_adapter.safetensors")  # of stage 1
-    fast_generator: str = shipped("checkpoints/tiny/fast_generator.safetensors")  # of stage 2
-    fast_adapter: str = shipped("checkpoints/tiny/fast_adapter.safetensors")  # of stage 3
-    ablation: bool = False  # the runs under runs/ablation/<preset> instead of the shipped FastAdapter
-    guidance_table: bool = False  # the slow networks under several strengths of guidance instead
+    slow_generator: str = shipped("checkpoints/small/slow_generator.safetensors")  # of stage 0
+    slow_adapter: str = shipped("checkpoints/small/slow_adapter.safetensors")  # of stage 1
+    fast_generator: str = shipped("checkpoints/small/fast_generator.safetensors")  # of stage 2
+    fast_adapter: str = shipped("checkpoints/small/fast_adapter.safetensors")  # of stage 3
+    ablation: bool = False  # the runs under runs/ablation instead of the shipped FastAdapter
     out: str = "runs/evaluate/rows.json"  # rows; the table (.md), the contact sheet (.png) and a .gif go beside it
     split: Literal["test", "validation", "photographs"] = "test"  # of the world; none is trained on
     videos: int = 256  # how many, from the first of the split
-    maps: Literal["box", "mask"] = "box"  # how the trajectory is drawn
-    steps: int = flow.SLOW["tiny"].steps  # of the slow sampler
-    shift: float = flow.SLOW["tiny"].shift  # warp of the slow sampler's noise levels towards noise
-    guidance: float = 1.0  # of the slow sampler, by the prompt; 1 switches it off and halves the work
-    batch: int = 32  # videos sampled at once
+    steps: int = 6  # of the slow sampler
+    batch: int = 16  # videos sampled at once
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of the noise that sampling starts from
 
 
-PICTURES = {
-    "slow_generator": shipped("checkpoints/pictures/slow_generator.safetensors"),
-    "slow_adapter": shipped("checkpoints/pictures/slow_adapter.safetensors"),
-    "fast_generator": shipped("checkpoints/pictures/fast_generator.safetensors"),
-    "fast_adapter": shipped("checkpoints/pictures/fast_adapter.safetensors"),
-    "steps": flow.SLOW["pictures"].steps,
-    "shift": flow.SLOW["pictures"].shift,
-}
-# (first-frame latents [B,C,1,H,W], text, empty text, the maps' latents [B,C,F,H,W], sample numbers) -> [B,C,F,H,W]
-Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+# (first-frame latents [B,C,1,H,W], text, the maps' latents [B,C,F,H,W], sample numbers) -> [B,C,F,H,W]
+Sampler = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 
 
-def controlled(generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor) -> partial:
-    """The generator's velocity, with the adapter's residuals if there is one. The toy's are static: one call a clip."""
-    return partial(generator, text=text, residuals=adapter(traj) if adapter else None)
+def sampler(generator: VideoDiT, adapter: Adapter | None, steps: int, seed: int, slow: bool = False) -> Sampler:
+    """Euler steps from one noise if slow, else the few steps that stages 2 and 3 train for, or fewer."""
 
-
-def slow_sampler(
-    generator: VideoDiT, adapter: Adapter | None, cfg: Config, trajectory_guidance: float = 1.0, both: bool = True
-) -> Sampler:
-    """Euler steps. `both`: the adapter works in both branches of guidance, as in sample.py; else in the first alone."""
-
-    def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
-        noise, told = sample_noise(traj.shape[1:], samples, cfg.seed), controlled(generator, adapter, text, traj)
-        residuals = told.keywords["residuals"] if both else None
-        other, untold = partial(generator, text=empty, residuals=residuals), partial(generator, text=text)
-        velocity = flow.guided(told, other, cfg.guidance, untold, trajectory_guidance)
-        return flow.sample_multistep(velocity, first, noise.to(first.device), flow.sigma_schedule(cfg.steps, cfg.shift))
+    def sample(first: Tensor, text: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
+        velocity = partial(generator, text=text, residuals=adapter(traj) if adapter else None)
+        if slow:
+            noise = sample_noise(traj.shape[1:], samples, seed).to(first.device)
+            return flow.sample_multistep(velocity, first, noise, flow.sigma_schedule(steps, flow.SLOW["small"].shift))
+        noise = step_noise(steps, traj.shape[1:], samples, seed).to(first.device)
+        return flow.sample_fewstep(velocity, first, noise, flow.sigma_schedule(steps, flow.FAST["small"].shift))
 
     return sample
 
 
-def fast_sampler(generator: VideoDiT, adapter: Adapter | None, cfg: Config, steps: int) -> Sampler:
-    """The few steps that stages 2 and 3 train for, or even fewer."""
-
-    def sample(first: Tensor, text: Tensor, empty: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
-        noise = step_noise(steps, traj.shape[1:], samples, cfg.seed).to(first.device)
-        sigmas = flow.sigma_schedule(steps, flow.FAST[cfg.preset].shift)
-        return flow.sample_fewstep(controlled(generator, adapter, text, traj), first, noise, sigmas)
-
-    return sample
-
-
-def inputs(batch: AnyBatch, samples: Sequence[int], codec: ToyCodec, cfg: Config, device: torch.device) -> list[Tensor]:
+def inputs(batch: WorldBatch, samples: list[int], codec: ToyCodec, device: torch.device, style: Maps) -> list[Tensor]:
     """What a sampler takes, for these videos of the batch."""
-    maps = codec.encode_video(torch.stack([batch.trajectory(i).maps(cfg.maps, codec.places) for i in samples]))
-    first, captions = codec.encode_video(batch.video[samples][:, :, :1]), [batch.captions[i] for i in samples]
-    text, empty = codec.encode_text(captions), codec.encode_text([""] * len(samples))
-    return [x.to(device) for x in (first, text, empty, maps)]
+    some = batch.subset(samples)
+    maps, first = codec.encode_video(some.maps(style, "box")), codec.encode_video(some.video[:, :, :1])
+    return [x.to(device) for x in (first, codec.encode_text(some.captions), maps)]
 
 
-def generate(sample: Sampler, batch: AnyBatch, cfg: Config, procs: parallel.Processes, name: str) -> Tensor:
-    """Every video of the batch, sampled from its first frame, caption and trajectory: [B,3,T,H,W]."""
-    codec, videos = CODECS[cfg.preset](), []
+def generate(
+    sample: Sampler, batch: WorldBatch, cfg: Config, procs: parallel.Processes, name: str, style: Maps
+) -> Tensor:
+    """Every video of the batch, sampled from its first frame, caption and trajectory: [B,3,T,H,W].
+
+    `style`: how the trajectories that the adapter reads are painted.
+    """
+    codec, videos = ToyCodec(), []
     for start in tqdm(range(0, len(batch.video), cfg.batch), desc=name):
         samples = list(range(start, min(start + cfg.batch, len(batch.video))))
         with torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            latents = sample(*inputs(batch, samples, codec, cfg, procs.device), samples)
+            latents = sample(*inputs(batch, samples, codec, procs.device, style), samples)
         videos.append(codec.decode_video(latents).cpu())
     video = torch.cat(videos)
     if not video.isfinite().all():
@@ -151,9 +120,11 @@ def generate(sample: Sampler, batch: AnyBatch, cfg: Config, procs: parallel.Proc
     return video
 
 
-def seconds_per_video(samplers: list[Sampler], batch: AnyBatch, cfg: Config, procs: parallel.Processes) -> list[float]:
+def seconds_per_video(
+    samplers: list[Sampler], batch: WorldBatch, cfg: Config, procs: parallel.Processes
+) -> list[float]:
     """Seconds to denoise one clip, samplers timed alternately: the median of five rounds."""
-    clip, rounds = inputs(batch, [0], CODECS[cfg.preset](), cfg, procs.device), []
+    clip, rounds = inputs(batch, [0], ToyCodec(), procs.device, "outline"), []  # the maps' style costs nothing here
     for _ in range(6):
         rounds.append([])
         for sample in samplers:
@@ -164,15 +135,11 @@ def seconds_per_video(samplers: list[Sampler], batch: AnyBatch, cfg: Config, pro
     return np.median(rounds[1:], axis=0).tolist()  # the first round compiles
 
 
-def make_row(
-    cfg: Config, name: str, steps: int, video: Tensor, batch: AnyBatch, seconds=math.nan, objects: str | int = "all"
-) -> dict:
+def make_row(name: str, steps: int, video: Tensor, batch: WorldBatch, seconds: float = math.nan) -> dict:
     """One row of the table: measures to four decimals, None for those that no object counts for."""
-    scores = {**SCORES[cfg.preset](video, batch), "seconds_per_video": seconds}
-    if objects != "all" and len(video) <= FEATURES:
-        scores["fvd"] = math.nan  # the covariance of so few videos is singular
+    scores = {**metrics.score(video, batch), "seconds_per_video": seconds}
     rounded = {key: round(value, 4) if math.isfinite(value) else None for key, value in scores.items()}
-    return {"name": name, "steps": steps, "videos": len(video), "objects": objects, **rounded}
+    return {"name": name, "steps": steps, "videos": len(video), **rounded}
 
 
 def over_seeds(rows: Sequence[dict]) -> list[dict]:
@@ -181,30 +148,32 @@ def over_seeds(rows: Sequence[dict]) -> list[dict]:
     for (name, steps), group in groupby(rows, key=itemgetter("name", "steps")):
         seeds = list(group)
         merged.append({"name": name, "steps": steps, "videos": seeds[0]["videos"], "seeds": len(seeds)})
-        for key in (key for key in MEASURES if key in seeds[0]):
-            values = [row[key] for row in seeds]
-            merged[-1] |= {key: round(sum(values) / len(values), 4), f"{key}_range": [min(values), max(values)]}
+        for key in MEASURES:
+            values = [row[key] for row in seeds if row[key] is not None]
+            merged[-1] |= {key: round(sum(values) / len(values), 4) if values else None}
+            merged[-1] |= {f"{key}_range": [min(values), max(values)] if values else None}
     return merged
 
 
-def comparison(videos: Sequence[Tensor], batch: AnyBatch, kind: str) -> np.ndarray:
-    """Maps and `videos` [B,3,T,H,W] below one another, for two clips of each number of objects: uint8 [h, w, 3]."""
-    picks, sheets = [i for n in range(1, 4) for i in torch.nonzero(batch.count == n)[:2, 0].tolist()], []
-    for i in picks[: len(picks) // 2 * 2]:
-        clips = [batch.trajectory(i).maps(kind), *(video[i] for video in videos)]
-        sheets.append(contact_sheet([to_uint8(clip, scale=2) for clip in clips]))
-    return contact_sheet([sheets[row : row + 2] for row in range(0, len(sheets), 2)], gap=12)  # two columns
+def comparison(videos: Sequence[Tensor], batch: WorldBatch, style: Maps) -> np.ndarray:
+    """Maps and `videos` [B,3,T,H,W] below one another, for six clips of few and many things: uint8 [h, w, 3]."""
+    among = min(48, len(batch.video))
+    picks, sheets = batch.used[:among].sum(1).argsort(stable=True)[:: max(1, among // 6)][:6], []
+    for i in picks.tolist():
+        clips = [batch.subset([i]).maps(style, "box")[0], *(video[i] for video in videos)]
+        sheets.append(contact_sheet([to_uint8(clip) for clip in clips]))
+    return contact_sheet([sheets[row : row + 2] for row in range(0, len(sheets) - 1, 2)], gap=12)  # two columns
 
 
-def animation(videos: Sequence[Tensor], batch: AnyBatch) -> np.ndarray:
-    """What a user gives and gets, for one clip of each number of objects: the image with its boxes, and `videos`
-    [B,3,T,H,W] beside it. uint8 [T, h, w, 3].
+def animation(videos: Sequence[Tensor], batch: WorldBatch) -> np.ndarray:
+    """What a user gives and gets, for three clips at most: the image with its boxes, and `videos` [B,3,T,H,W] beside
+    it: uint8 [T, h, w, 3].
     """
     rows = []
-    for i in [torch.nonzero(batch.count == n)[0].item() for n in batch.count.unique()]:
+    for i in range(min(3, len(batch.video))):
         still = batch.video[i][:, :1].expand_as(batch.video[i])
-        drawn = draw_overlay(to_uint8(still, scale=4), batch.trajectory(i))
-        rows.append([drawn, *(to_uint8(video[i], scale=4) for video in videos)])
+        drawn = draw_overlay(to_uint8(still, scale=2), batch.trajectory(i))
+        rows.append([drawn, *(to_uint8(video[i], scale=2) for video in videos)])
     frames = zip(*(zip(*row, strict=True) for row in rows), strict=True)  # frame by frame, rows of tiles
     return np.stack([contact_sheet(frame, gap=4) for frame in frames])
 
@@ -212,43 +181,38 @@ def animation(videos: Sequence[Tensor], batch: AnyBatch) -> np.ndarray:
 def load_pair(generator: str, adapter: str, speed: str, cfg: Config, procs: parallel.Processes) -> tuple:
     """A generator and its adapter, from files made by the stages called `speed`, "Slow" or "Fast"."""
     pair = VideoDiT.from_pretrained(generator, f"{speed}Generator"), read_adapter(adapter, f"{speed}Adapter")
-    if not fits(pair[1], pair[0]):
-        shapes = [f"{net.config.layers} blocks of width {net.config.dim}" for net in pair]
-        raise UserError(f"{adapter}: has {shapes[1]}, but {generator} has {shapes[0]}")
+    check_fit(pair[1], adapter, pair[0], generator)
     return tuple(parallel.prepare(network, procs, cfg.compile) for network in pair)
 
 
-def compare(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
-    """Rows of the shipped networks, and the videos of the contact sheet."""
-    codec, fast_steps = CODECS[cfg.preset](), flow.FAST[cfg.preset].steps
+def compare(cfg: Config, procs: parallel.Processes) -> tuple[WorldBatch, list[dict], list[Tensor]]:
+    """The true videos, rows of the shipped networks, and the videos of the contact sheet."""
+    codec, few = ToyCodec(), flow.FAST["small"].steps
     slow, slow_adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     fast, fast_adapter = load_pair(cfg.fast_generator, cfg.fast_adapter, "Fast", cfg, procs)
-    int8 = VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator", torch.int8)
-    parallel.prepare(int8, procs, cfg.compile)
+    styles = slow_adapter.config.maps, fast_adapter.config.maps
+    batch = World(cfg.split).batch(range(cfg.videos))  # which takes longer than finding out that a file is wrong
     coded = torch.cat([codec.decode_video(codec.encode_video(part)) for part in batch.video.split(cfg.batch)])
-    floor, videos = {"true video": batch.video, "through the codec": coded}, []
-    if cfg.preset == "pictures":
-        floor |= {
-            "the first frame, still": picture_metrics.still(batch),
-            "true things, holes filled by blur": picture_metrics.holes_filled(batch),
-            "cut out and pasted": picture_metrics.pasted(batch),
-        }
-    rows = [make_row(cfg, name, 0, video, batch) for name, video in floor.items()]
-    ways = {
-        "SlowGenerator": (cfg.steps, slow_sampler(slow, None, cfg)),
-        "SlowGenerator + SlowAdapter": (cfg.steps, slow_sampler(slow, slow_adapter, cfg)),
-        "FastGenerator": (fast_steps, fast_sampler(fast, None, cfg, fast_steps)),
-        "FastGenerator + FastAdapter": (fast_steps, fast_sampler(fast, fast_adapter, cfg, fast_steps)),
-        "the same in 8 bits": (fast_steps, fast_sampler(int8, fast_adapter, cfg, fast_steps)),
+    known = {
+        "true video": batch.video,
+        "through the codec": coded,
+        "the first frame, still": metrics.still(batch),
+        "pasted by mask": metrics.pasted(batch, "mask"),
+        "pasted by box": metrics.pasted(batch, "box"),
     }
-    seconds = seconds_per_video([sample for _, sample in ways.values()], batch, cfg, procs)
-    for (name, (steps, sample)), taken in zip(ways.items(), seconds, strict=True):
-        videos.append(generate(sample, batch, cfg, procs, name))
-        rows.append(make_row(cfg, name, steps, videos[-1], batch, taken))
-        for n in batch.count.unique().tolist() if name.endswith("Adapter") else ():
-            keep = torch.nonzero(batch.count == n)[:, 0].tolist()
-            rows.append(make_row(cfg, name, steps, videos[-1][keep], subset(batch, keep), objects=n))
-    return rows, [batch.video, *videos[:-1]]  # 8 bits look the same
+    rows, videos = [make_row(name, 0, video, batch) for name, video in known.items()], []
+    ways = {
+        ("SlowGenerator", cfg.steps): sampler(slow, None, cfg.steps, cfg.seed, slow=True),
+        ("SlowGenerator + SlowAdapter", cfg.steps): sampler(slow, slow_adapter, cfg.steps, cfg.seed, slow=True),
+        ("FastGenerator", few): sampler(fast, None, few, cfg.seed),
+        ("FastGenerator + SlowAdapter", few): sampler(fast, slow_adapter, few, cfg.seed),
+        ("FastGenerator + FastAdapter", few): sampler(fast, fast_adapter, few, cfg.seed),
+    }
+    seconds = seconds_per_video(list(ways.values()), batch, cfg, procs)
+    for ((name, steps), sample), taken in zip(ways.items(), seconds, strict=True):
+        videos.append(generate(sample, batch, cfg, procs, name, styles[name.endswith("FastAdapter")]))
+        rows.append(make_row(name, steps, videos[-1], batch, taken))
+    return batch, rows, [batch.video, *videos]
 
 
 def checksum(*files: Path | str) -> str:
@@ -266,16 +230,16 @@ def measured(out: Path, about: dict[str, str], weights: dict[str, str]) -> list[
         return []  # another kind of file, to be overwritten like any other
 
 
-def ablate(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor | None]]:
-    """Rows of the paper's ablation, one for each run of stage 3 and number of steps, and the contact sheet's videos, of
-    each first seed. What `--out` holds already is not measured again, and None stands for its videos.
+def ablate(cfg: Config, procs: parallel.Processes) -> tuple[WorldBatch, list[dict], list[Tensor | None]]:
+    """The true videos, rows of the paper's ablation, one for each run of stage 3 and number of steps, and the contact
+    sheet's videos, of each first seed. What `--out` holds is not measured again, and None stands for its videos.
     """
     slow, adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
     fast = parallel.prepare(VideoDiT.from_pretrained(cfg.fast_generator, "FastGenerator"), procs, cfg.compile)
     adapters, weights, runs = {"": adapter}, {"": ""}, {"FastGenerator + SlowAdapter": [""]}
     for variant, label in VARIANTS.items():
-        files = sorted((RUNS / cfg.preset).glob(f"{variant}_*/fast_adapter.safetensors"))
-        absent = f"{RUNS / cfg.preset / variant}_0/fast_adapter.safetensors: no such run;"
+        files = sorted(RUNS.glob(f"{variant}_*/fast_adapter.safetensors"))
+        absent = f"{RUNS / variant}_0/fast_adapter.safetensors: no such run;"
         for file in files:
             name = file.parent.name
             adapters[name] = parallel.prepare(read_adapter(file, "FastAdapter"), procs, cfg.compile)
@@ -287,57 +251,39 @@ def ablate(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[lis
         else:
             print(f"{absent} the table leaves out: {label}")
 
-    usual, name = flow.FAST[cfg.preset], "SlowGenerator + SlowAdapter"
-    few = replace(cfg, steps=usual.steps, shift=usual.shift)
-    ways = [(name, c.steps, "", slow_sampler(slow, adapter, c)) for c in (cfg, few)]
-    for steps in (usual.steps, 2, 1):
+    few = flow.FAST["small"].steps
+    ways = [
+        ("SlowGenerator + SlowAdapter", n, "", sampler(slow, adapter, n, cfg.seed, slow=True)) for n in (cfg.steps, few)
+    ]
+    for steps in (few, 2, 1):
         for name, some in runs.items():
-            if steps == usual.steps or not name.startswith("discriminator"):
-                ways += [(name, steps, run, fast_sampler(fast, adapters[run], cfg, steps)) for run in some]
+            if steps == few or not name.startswith("discriminator"):
+                ways += [(name, steps, run, sampler(fast, adapters[run], steps, cfg.seed)) for run in some]
 
-    networks = checksum(CODECS[cfg.preset].weights, cfg.slow_generator, cfg.slow_adapter, cfg.fast_generator)
+    networks = checksum(ToyCodec.weights, cfg.slow_generator, cfg.slow_adapter, cfg.fast_generator)
     about = provenance("-m toy.evaluate", cfg, procs.device) | {"networks": networks}
     rows, videos = measured(Path(cfg.out), about, weights), {}
+    batch = World(cfg.split).batch(range(cfg.videos))
     for name, steps, run, sample in ways:
         video = None
         if not any((name, steps, run) == (row["name"], row["steps"], row["run"]) for row in rows):
-            video = generate(sample, batch, cfg, procs, f"{run or name}, {steps} steps")
-            rows.append(make_row(cfg, name, steps, video, batch) | {"run": run, "weights": weights[run]} | about)
+            video = generate(sample, batch, cfg, procs, f"{run or name}, {steps} steps", adapters[run].config.maps)
+            rows.append(make_row(name, steps, video, batch) | {"run": run, "weights": weights[run]} | about)
             write_text(cfg.out, json.dumps(rows, indent=1))
-        if steps >= usual.steps:
+        if steps >= few:
             videos.setdefault((name, steps), video)
     order = [way[:3] for way in ways]
     rows.sort(key=lambda row: order.index((row["name"], row["steps"], row["run"])))
-    return rows, [batch.video, *videos.values()]
-
-
-def guidance_table(cfg: Config, batch: AnyBatch, procs: parallel.Processes) -> tuple[list[dict], list[Tensor]]:
-    """Rows of the slow networks with guidance 5: the adapter in one branch or both, and trajectory guidance."""
-    slow, adapter = load_pair(cfg.slow_generator, cfg.slow_adapter, "Slow", cfg, procs)
-    strong = replace(cfg, guidance=5.0)
-    ways = {
-        "no guidance": slow_sampler(slow, adapter, cfg),
-        "guidance 5, adapter in the first branch": slow_sampler(slow, adapter, strong, both=False),
-        "guidance 5, adapter in both": slow_sampler(slow, adapter, strong),
-    }
-    for scale in (1.5, 2.0, 3.0):
-        ways[f"guidance 5, trajectory guidance {scale:g}"] = slow_sampler(slow, adapter, strong, scale)
-    videos = [generate(sample, batch, cfg, procs, name) for name, sample in ways.items()]
-    rows = [make_row(cfg, name, cfg.steps, video, batch) for name, video in zip(ways, videos, strict=True)]
-    return rows, [batch.video, *videos]
+    return batch, rows, [batch.video, *videos.values()]
 
 
 def main(cfg: Config) -> None:
-    for name, least in (("videos", 2), ("steps", 1), ("batch", 1), ("seed", 0), ("shift", 0.01)):
+    for name, least in (("videos", 2), ("steps", 1), ("batch", 1), ("seed", 0)):
         if getattr(cfg, name) < least:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {least}")
-    if cfg.split == "photographs" and cfg.preset != "pictures":
-        raise UserError("--split photographs: needs --preset pictures")
     out = output_path(cfg.out, ".json")
     procs = parallel.init_processes()
-    batch = CODECS[cfg.preset].world(cfg.split).batch(list(range(cfg.videos)))
-    measure = ablate if cfg.ablation else guidance_table if cfg.guidance_table else compare
-    rows, videos = measure(cfg, batch, procs)
+    batch, rows, videos = (ablate if cfg.ablation else compare)(cfg, procs)
 
     shown = over_seeds(rows) if cfg.ablation else rows
     print(table(shown))
@@ -347,10 +293,11 @@ def main(cfg: Config) -> None:
     if any(video is None for video in videos):
         print(f"{out.with_suffix('.png')}: not written; it needs videos that an earlier call made")
     else:
-        write_image(out.with_suffix(".png"), comparison(videos, batch, cfg.maps))
-    if measure is compare:
-        write_animation(out.with_suffix(".gif"), animation([videos[2], videos[4]], batch), fps=6)
+        sheet = comparison(videos, batch, read_maps(cfg.slow_adapter, "SlowAdapter"))
+        write_image(out.with_suffix(".png"), sheet)
+    if not cfg.ablation:
+        write_animation(out.with_suffix(".gif"), animation([videos[2], videos[5]], batch), fps=6)
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"pictures": PICTURES})
+    run_script(main, Config)

@@ -7,23 +7,27 @@ from torch import Tensor
 from core.codec import Batch
 from core.config import UserError
 from toy.codec import ToyCodec
-from trajectory import dark_frames
+from toy.world import World
+from trajectory import Maps, dark_frames
 
 
 class ToyLatents:
     """Seed and sample numbers fix everything. Each seed, 0 to 255, means 2^32 other videos of the split.
 
-    `shape`: size and frames, if not the world's own. Videos and maps are rendered on `device`.
+    `maps`: how trajectories are painted, if any are asked for. `shape`: size and frames, if not the world's own. Videos
+    and maps are rendered on `device`.
     """
 
     one_shape = True  # all videos are of one size
 
     def __init__(
-        self, codec: ToyCodec, split: str = "train", seed: int = 0, device: torch.device | str = "cpu", **shape
-    ):
+        self, codec: ToyCodec, maps: Maps | None = None, split: str = "train", seed: int = 0,
+        device: torch.device | str = "cpu", **shape,
+    ):  # fmt: skip
         if not 0 <= seed < 256:
             raise UserError(f"--seed {seed}: use 0 to 255")
-        self.codec, self.world, self.offset, self.device = codec, codec.world(split, **shape), seed << 32, device
+        self.codec, self.maps, self.offset, self.device = codec, maps, seed << 32, device
+        self.world = World(split, **shape)
 
     def batch(self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0) -> Batch:
         """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
@@ -40,8 +44,10 @@ class ToyLatents:
         x0, text = self.codec.encode_video(batch.video), self.codec.encode_text(captions)
         if kind is None:
             return Batch(x0, text, None)
+        if self.maps is None:
+            raise ValueError("maps are asked for, and nothing says how they are painted")
         dark = torch.from_numpy(np.stack([dark_frames(u[1:], sparse) for u in chance]))
-        return Batch(x0, text, self.codec.encode_video(batch.maps(kind, dark, self.codec.places)))
+        return Batch(x0, text, self.codec.encode_video(batch.maps(self.maps, kind, dark)))
 
     def unconditional(self) -> Tensor:
         """Embeddings [1, L, text_dim] of the empty prompt, which guidance goes away from."""

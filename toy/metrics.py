@@ -1,18 +1,21 @@
-"""How good a toy video is. The truth is known exactly, so no learned network has to judge.
+"""How good a video of the small world is. The truth is known exactly, so no learned network has to judge.
 
-    mask_iou, box_iou        is each object where the trajectory wants it? 1 is perfect (paper: mask IoU, box IoU)
-    sharpness                detail inside the objects; the true video has 1, a blurred one less, a noisy one more
-    fvd                      Frechet video distance to the true videos; 0 is perfect. Its features are this file's own:
-                             compare it only between sets of equally many videos, never with published values
-    prompt_accuracy          share of objects that spin as their caption says; chance gets half
-    clockwise_when_untold    share of objects that spin clockwise where the caption doesn't say; half in the true world
+    thing_error              mean squared error of RGB in [0, 1] inside the things; split by how a thing is told and
+                             whether it spins, for what spins can't be pasted, and its way round can't always be known
+    ground_psnr              of the background that frame 0 shows, in dB, where the camera stands still
+    camera_psnr              the same where the camera moves
+    hole_psnr                of the background that frame 0 doesn't show; nobody can know it, but blur is a bar
+    seam                     gradient across the told boxes' edges, relative to the true videos: above 1 where a
+                             rectangle of ground came along with its thing
+    sharpness                detail inside the things; the true video has 1, a blurred one less, a noisy one more
+    fvd                      Frechet video distance to the true videos, by features of this project's own
+    prompt_accuracy          share of the things that spin as their caption says; chance gets half
+    clockwise_when_untold    share of the spinning things that turn clockwise where the caption doesn't say
 
-Shapes: B videos, K object slots, T frames of S x S pixels.
+Shapes: B videos, K slots, T frames of H x W pixels. Measures leave out frame 0, which is given.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import fields
 from itertools import pairwise
 
 import torch
@@ -21,74 +24,101 @@ from torch import Tensor
 
 from core.frechet import frechet_distance
 from core.noise import rng
-from toy.world import COLORS, ToyBatch
+from toy.world import WorldBatch
+from trajectory import move
 
-SATURATED = 0.42  # max - min of RGB in [0, 1]: object colours have 0.75 and more, backgrounds 0.16 at most
-VISIBLE = 20  # pixels: an object of which a frame shows fewer isn't scored there
-FEATURES = 64  # numbers that describe a video to the Frechet distance
+FEATURES = 128  # of a video, for the distance
+TURNS = torch.deg2rad(torch.arange(-24.0, 25, 2))  # rotations a frame among which the spin is looked for
+TOLD = ("mask", "box")
 
 
-def find_objects(video: Tensor, batch: ToyBatch) -> Tensor:
-    """Which pixels show which object: video [B,3,T,S,S] in [-1, 1] -> bool [B,K,T,S,S]; a true video gives batch.masks.
+def things(batch: WorldBatch) -> Tensor:
+    """Masks of the things alone, bool [B,K-1,T,H,W]: slot 0 is the camera."""
+    return batch.masks[:, 1:]
 
-    Saturated pixels belong to the object with the nearest colour in RGB. Where an object's two colours blur into grey,
-    pixels belong to none: a blurred object loses IoU too.
+
+def squared_error(video: Tensor, batch: WorldBatch) -> Tensor:
+    """Of RGB in [0, 1], mean over the channels, frames 1 to T-1: [B,T-1,H,W]."""
+    return ((video - batch.video)[:, :, 1:] / 2).square().mean(1)
+
+
+def thing_errors(video: Tensor, batch: WorldBatch) -> dict[str, float]:
+    """Mean squared error over all pixels of the set that show a thing: of all, and by "mask"/"box" and "turning".
+
+    Things that appear later are left out: what they look like is not told.
     """
-    rgb, distance = (video + 1) / 2, []
-    for k in range(batch.masks.shape[1]):
-        nearest = _color_distances(rgb, batch, k).amin(0)  # (B, T, S, S)
-        distance.append(nearest.masked_fill((batch.count <= k)[:, None, None, None], math.inf))
-    owner = torch.stack(distance).argmin(0)
-    saturated = rgb.amax(1) - rgb.amin(1) > SATURATED
-    return torch.stack([saturated & (owner == k) for k in range(len(distance))], dim=1)
+    error, given = squared_error(video, batch), batch.shown[:, 1:, 0]
+    out = {}
+    for name, which in {
+        "": given,
+        "_told_by_mask": given & ~batch.by_box[:, 1:] & (batch.spin[:, 1:] == 0),
+        "_told_by_box": given & batch.by_box[:, 1:] & (batch.spin[:, 1:] == 0),
+        "_turning": given & (batch.spin[:, 1:] != 0),
+    }.items():
+        inside = (things(batch)[:, :, 1:] & which[:, :, None, None, None]).any(1)
+        out[f"thing_error{name}"] = float(error[inside].mean())
+    return out
 
 
-def _color_distances(rgb: Tensor, batch: ToyBatch, k: int) -> Tensor:
-    """Squared distance of each pixel to both colours of object k: [B,3,T,S,S] in [0, 1] -> [2,B,T,S,S]."""
-    pair = torch.tensor(list(COLORS.values()))[batch.colors[:, k]]  # (B, 2, 3)
-    return torch.stack([(rgb - pair[:, i, :, None, None, None]).square().sum(1) for i in range(2)])
+def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
+    """Pixels of the background that frame 0 shows, and those that it doesn't: bool [B,T-1,H,W] each.
 
-
-def mask_iou(found: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union of masks [B,K,T,S,S], averaged over frames 1 to T-1: [B,K].
-
-    Frames that show fewer than VISIBLE pixels of the object don't count; NaN if none is left.
+    Both lie two pixels away from things, shadows, and what hid the background in frame 0. The camera may have moved it.
     """
-    both, either = (found & truth).sum((-1, -2)), (found | truth).sum((-1, -2))
-    return _over_frames(both / either.clamp(min=1), truth.sum((-1, -2)) >= VISIBLE)
+    T, (height, width) = batch.video.shape[2], batch.video.shape[3:]
+    bare = (batch.video == batch.plate).all(1)[:, 1:]  # (B, T-1, H, W)
+    clear = (1 - batch.cover)[:, None].expand(-1, T - 1, -1, -1).clone()
+    for i in batch.used[:, 0].nonzero()[:, 0].tolist():
+        first, *later = batch.boxes[i, 0].double().numpy()
+        clear[i] = torch.cat([move(1 - batch.cover[i][None], first, now, (0, height, 0, width)) for now in later])
+    bare, shown = (-F.max_pool2d(-x.float(), 5, stride=1, padding=2) > 0.99 for x in (bare, clear))
+    return bare & shown, bare & ~shown
 
 
-def box_iou(found: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union of the masks' bounding boxes, averaged as in `mask_iou`: [B,K,T,S,S] -> [B,K].
+def psnr(error: Tensor) -> float:
+    """Of squared errors: 100 dB at most, NaN if there are none."""
+    return float(-10 * error.mean().clamp(min=1e-10).log10())
 
-    Both are opened first, so that a stray pixel or a thin line of mixed colours can't stretch a box. Nothing found
-    scores 0. Frames in which the truth is nowhere two pixels wide don't count either.
+
+def box_edges(batch: WorldBatch) -> list[Tensor]:
+    """Pairs of neighbouring pixels of the background between which the edge of a box runs that alone tells a thing.
+
+    Frames 1 to T-1: bool [B,T-1,H,W-1] for pairs beside, [B,T-1,H-1,W] for pairs above one another.
     """
-    found, wanted = bounding_boxes(open_mask(found)), bounding_boxes(open_mask(truth))
-    low, high = torch.maximum(found[..., :2], wanted[..., :2]), torch.minimum(found[..., 2:], wanted[..., 2:])
-    both = (high - low).clamp(min=0).prod(-1)
-    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (found, wanted)]
-    seen = (truth.sum((-1, -2)) >= VISIBLE) & (areas[1] > 0)
-    return _over_frames(both / (sum(areas) - both).clamp(min=1), seen)
+    B, _, T, height, width = batch.video.shape
+    beside, above = torch.zeros(B, T, height, width + 1), torch.zeros(B, T, height + 1, width)
+    for b, k in (batch.by_box & batch.used & batch.shown[:, :, 0]).nonzero().tolist():
+        for t in range(1, T):
+            x0, y0, x1, y1 = batch.boxes[b, k, t].round().long().tolist()
+            for x in {x0, x1} & set(range(width + 1)):
+                beside[b, t, max(y0, 0) : max(y1, 0), x] = 1
+            for y in {y0, y1} & set(range(height + 1)):
+                above[b, t, y, max(x0, 0) : max(x1, 0)] = 1
+    free = ~things(batch).any(1)
+    beside = beside[..., 1:-1] * free[..., 1:] * free[..., :-1]
+    above = above[..., 1:-1, :] * free[..., 1:, :] * free[..., :-1, :]
+    return [edges[:, 1:] > 0 for edges in (beside, above)]
 
 
-def _over_frames(values: Tensor, seen: Tensor) -> Tensor:
-    """Mean of [B,K,T] over those frames from 1 on in which the object is seen; NaN if there are none."""
-    return values.where(seen, math.nan)[:, :, 1:].nanmean(-1)
+def seam(video: Tensor, batch: WorldBatch) -> float:
+    """Mean absolute gradient across the edges of boxes that alone tell a thing, relative to the true videos.
+
+    Where such an edge runs over ground, a rectangle of ground that came along with its thing shows as a step.
+    """
+    edges = box_edges(batch)
+
+    def steps(clip: Tensor) -> Tensor:
+        beside, above = (clip[:, :, 1:].diff(dim=dim).abs().mean(1) for dim in (-1, -2))
+        return (beside * edges[0]).double().sum() + (above * edges[1]).double().sum()
+
+    return float(steps(video) / steps(batch.video))
 
 
-def open_mask(masks: Tensor) -> Tensor:
-    """Morphological opening: keep the pixels that lie in a full 2x2 square. bool [..., S, S] -> same."""
-    x = masks.reshape(-1, 1, *masks.shape[-2:]).float()
-    squares = -F.max_pool2d(-x, 2, stride=1)
-    return F.max_pool2d(F.pad(squares, (1, 1, 1, 1)), 2, stride=1).reshape(masks.shape) > 0
-
-
-def bounding_boxes(masks: Tensor) -> Tensor:
-    """[..., S, S] bool -> [..., 4] x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros where the mask is empty."""
-    lines = torch.stack([masks.any(-2), masks.any(-1)], dim=-2).int()  # columns, rows: (..., 2, S)
-    low, high = lines.argmax(-1), lines.shape[-1] - lines.flip(-1).argmax(-1)
-    return torch.cat([low, high.where(lines.any(-1), 0)], dim=-1)
+def sharpness(video: Tensor, batch: WorldBatch) -> float:
+    """Detail inside things that frame 0 shows and that don't turn, relative to the true videos: a ratio of sums."""
+    told = (batch.shown[:, 1:, 0] & (batch.spin[:, 1:] == 0))[..., None, None, None]
+    made, true = (detail(clip, things(batch) & told)[0].sum() for clip in (video, batch.video))
+    return float(made / true)
 
 
 def laplacian(frames: Tensor) -> Tensor:
@@ -110,49 +140,37 @@ def detail(video: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return energy.double().sum((1, 2, 3)), inside.sum((1, 2, 3))
 
 
-def sharpness(video: Tensor, found: Tensor, batch: ToyBatch) -> float:
-    """Detail per pixel inside the objects, relative to the true videos; both are ratios of sums over the set.
+def spin_rate(video: Tensor, batch: WorldBatch) -> Tensor:
+    """Measured rotation of each spinning thing, [B,K] radians a frame, positive clockwise; NaN for all others.
 
-    A video is measured inside the objects found in it: inside the true masks, a displaced object's silhouette would
-    count as detail. If fewer pixels are found than the truth has, the missing ones count as flat: else a blurred set
-    would be measured only where its colours survived.
+    Six rings around the point that a thing should turn around are read from every frame, where the thing shows. Of the
+    rotations TURNS that one is taken by which the rings of successive frames agree best, by the sum of their products.
     """
-    (energy, pixels), (true_energy, true_pixels) = detail(video, found), detail(batch.video, batch.masks)
-    per_pixel = energy.sum() / pixels.sum().clamp(min=int(true_pixels.sum()))
-    return float(per_pixel / (true_energy.sum() / true_pixels.sum()))
+    height, width = video.shape[-2:]
+    around, out = torch.deg2rad(torch.arange(0.0, 360, 2)), torch.full(batch.spin.shape, math.nan)
+    unit = torch.stack([around.cos(), around.sin()], -1)  # (A, 2)
+    shifts = torch.rad2deg(TURNS).div(2).round().long().tolist()
+    for b, k in (batch.spin != 0).nonzero().tolist():
+        half = (batch.boxes[b, k, :, 2:] - batch.boxes[b, k, :, :2]).amin(-1) / 2  # (T)
+        radius = half[:, None] * torch.linspace(0.2, 0.8, 6)  # (T, R)
+        at = batch.middle[b, k, :, None, None] + radius[..., None, None] * unit  # (T, R, A, 2)
+        seen = torch.cat([video[b], batch.masks[b, k][None].float()]).transpose(0, 1)  # (T, 4, H, W)
+        grid = 2 * at / torch.tensor([width, height]) - 1
+        rings, shown = F.grid_sample(seen, grid, align_corners=False).split([3, 1], 1)  # (T, 3, R, A), (T, 1, R, A)
+        mean = (rings * shown).sum(-1, keepdim=True) / shown.sum(-1, keepdim=True).clamp(min=1)
+        rings = (rings - mean) * shown
+        fit = torch.stack([(rings[:-1] * rings[1:].roll(-shift, -1)).sum() for shift in shifts])
+        out[b, k] = TURNS[fit.argmax()]
+    return out
 
 
-def spin_direction(video: Tensor, found: Tensor, batch: ToyBatch) -> Tensor:
-    """Measured rotation of each object, [B,K] radians per frame, positive clockwise; NaN for unused slots.
-
-    An object of m = sectors / 2 periods a turn has the phase m * rotation in its moment
-        c_t = sum over its pixels of s * exp(i m angle), s = 1 where nearer to its first colour and -1 elsewhere;
-    the angle of c_{t+1} conj(c_t), summed over frames so that blurred and covered ones count little, is m times the
-    rotation. Angles are around the middle of the object as found, not of the given box, which a generator without an
-    adapter doesn't know. Exactly 0 if nothing is found.
-    """
-    boxes = bounding_boxes(open_mask(found))
-    middle = (boxes[..., :2] + boxes[..., 2:]) / 2  # (B, K, T, 2)
-    rgb, pixel, rotation = (video + 1) / 2, torch.arange(video.shape[-1]) + 0.5, []
-    for k in range(found.shape[1]):
-        to_first, to_other = _color_distances(rgb, batch, k)
-        sign = torch.where(to_first < to_other, 1.0, -1.0) * found[:, k]  # (B, T, S, S)
-        dx, dy = pixel - middle[:, k, :, None, :1], pixel[:, None] - middle[:, k, :, None, 1:]
-        periods = batch.sectors[:, k] / 2
-        angle = periods[:, None, None, None] * torch.atan2(dy, dx)  # (B, T, S, S) from (B, T, S, 1) and (B, T, 1, S)
-        moment = torch.complex((sign * angle.cos()).sum((2, 3)), (sign * angle.sin()).sum((2, 3)))  # (B, T)
-        turned = (moment[:, 1:] * moment[:, :-1].conj()).sum(1).angle() / periods
-        rotation.append(turned.where(batch.count > k, math.nan))
-    return torch.stack(rotation, dim=1)
-
-
-def prompt_accuracy(rotation: Tensor, batch: ToyBatch) -> float:
+def prompt_accuracy(rotation: Tensor, batch: WorldBatch) -> float:
     """Share of objects [B,K] that spin as told, where captions tell; NaN if none does."""
     told = batch.told[:, None] & ~rotation.isnan()
     return float((rotation.sign() == batch.spin.sign())[told].float().mean())
 
 
-def clockwise_when_untold(rotation: Tensor, batch: ToyBatch) -> float:
+def clockwise_when_untold(rotation: Tensor, batch: WorldBatch) -> float:
     """Share of objects [B,K] that turn clockwise, of those that turn and whose caption doesn't say; NaN if none."""
     free = rotation[~batch.told]
     return float((free[free.abs() > 0] > 0).float().mean())
@@ -174,21 +192,50 @@ def video_features(video: Tensor) -> Tensor:
     return 10 * torch.cat(pooled).double()  # of order 1
 
 
-def score(video: Tensor, batch: ToyBatch) -> dict[str, float]:
-    """All measures of video [B,3,T,S,S] against its truth. IoUs weigh objects equally. NaN if no object counts."""
-    found = find_objects(video, batch)
-    rotation = spin_direction(video, found, batch)
+def score(video: Tensor, batch: WorldBatch) -> dict[str, float]:
+    """All measures of video [B,3,T,H,W] against its truth. NaN if none counts."""
+    error, rotation = squared_error(video, batch), spin_rate(video, batch)
+    shown, holes = ground(batch)
+    pans = batch.used[:, 0]
     return {
-        "mask_iou": float(mask_iou(found, batch.masks).nanmean()),
-        "box_iou": float(box_iou(found, batch.masks).nanmean()),
-        "sharpness": sharpness(video, found, batch),
+        **thing_errors(video, batch),
+        "ground_psnr": psnr(error[~pans][shown[~pans]]),
+        "camera_psnr": psnr(error[pans][shown[pans]]),
+        "hole_psnr": psnr(error[holes]),
+        "seam": seam(video, batch),
+        "sharpness": sharpness(video, batch),
         "fvd": frechet_distance(video_features(video), video_features(batch.video)),
         "prompt_accuracy": prompt_accuracy(rotation, batch),
         "clockwise_when_untold": clockwise_when_untold(rotation, batch),
     }
 
 
-def subset(batch: ToyBatch, keep: Sequence[int]) -> ToyBatch:
-    """These videos of the batch."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return type(batch)(**{n: [v[i] for i in keep] if n == "captions" else v[list(keep)] for n, v in values.items()})
+def still(batch: WorldBatch) -> Tensor:
+    """The first frame all along: what a video has to beat. [B,3,T,H,W]."""
+    return batch.video[:, :, :1].expand_as(batch.video)
+
+
+def pasted(batch: WorldBatch, told: str) -> Tensor:
+    """What the maps tell, pasted over the first frame, whose holes are filled by blur. [B,3,T,H,W].
+
+    told "mask": things are cut out along their masks; "box": as they are told, half of them as rectangles.
+    """
+    painted = torch.stack(
+        [batch.trajectory(i, told).maps("box", batch.video[i, :, 0]) for i in range(len(batch.video))]
+    )
+    hole = (painted[:, :, 0] > -1).any(1, keepdim=True)
+    camera = batch.used[:, 0, None, None, None]
+    under = fill(batch.video[:, :, 0], hole & ~camera)[:, :, None].expand_as(batch.video)
+    video = torch.where((painted > -1).any(1, keepdim=True), painted, under)
+    return torch.cat([batch.video[:, :, :1], video[:, :, 1:]], 2)
+
+
+def fill(pictures: Tensor, hole: Tensor) -> Tensor:
+    """The hole gets the mean of what is around, in ever wider windows. [B,3,H,W], bool [B,1,H,W] -> [B,3,H,W]."""
+    out, left = pictures.clone(), hole.clone()
+    for window in (5, 9, 17, 33, 65, 129):
+        weight = F.avg_pool2d((~hole).float(), window, stride=1, padding=window // 2)
+        mean = F.avg_pool2d(pictures * ~hole, window, stride=1, padding=window // 2) / weight.clamp(min=1e-6)
+        now = left & (weight > 0.1)
+        out, left = torch.where(now, mean, out), left & ~now
+    return out

@@ -1,8 +1,7 @@
-"""Before stage 0: make the toy world's codec, an autoencoder of single frames.
+"""Before stage 0: make the small preset's codec, an autoencoder of single frames.
 
-    python -m toy.train_codec                                                           # some ten minutes, two cores
-    python -m toy.train_codec --preset pictures --steps 2400                            # half an hour or more
-    python -m toy.train_codec --init checkpoints/tiny/codec.safetensors --name decoder  # only trains the decoder on
+    python -m toy.train_codec
+    python -m toy.train_codec --init checkpoints/small/codec.safetensors --name decoder  # only trains the decoder on
 
 The encoder is computed, principal components of the first videos' frames. The decoder is trained on frames of videos
 and of trajectory maps. Noise on the latents makes it tolerate a generator's errors. Pixel errors alone would make it
@@ -12,7 +11,6 @@ all networks trained on its latents. To resume, run the same command again.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +22,16 @@ from core.noise import rng
 from core.runs import Run, check_options
 from core.weights import save_network
 from model import PRESETS
-from toy.codec import CODECS, AutoencoderConfig, ToyAutoencoder, ToyCodec
+from toy.codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
 from toy.metrics import laplacian
-from toy.pictures import PictureWorld
-from toy.world import ToyWorld
+from toy.world import World
+
+SIZE = (64, 64)  # of the videos; a decoder of convolutions serves any
 
 
 @dataclass(frozen=True)
 class Config:
     name: str = "codec"  # run folder under runs/
-    preset: Literal["tiny", "pictures"] = "tiny"  # whose world
     init: str = ""  # a codec whose decoder to train further; a new codec if empty
     fit: int = 256  # videos for the principal components
     steps: int = 1200  # optimizer steps in all
@@ -51,11 +49,12 @@ class Config:
     sample_every: int = 500  # steps; 0 for no samples
 
 
-def frames_of(world: ToyWorld | PictureWorld, samples: list[int], number: int, seed: int) -> Tensor:
+def frames_of(world: World, samples: list[int], number: int, seed: int) -> Tensor:
     """`number` frames of each video, a quarter of them replaced by frames of its maps: [B * number, 3, S, S]."""
     batch, draw, frames = world.batch(samples), rng(seed, samples[0]), []
+    painted = [batch.maps(style, "box") for style in ("pixels", "outline")]
     for i, video in enumerate(batch.video):
-        maps = batch.trajectory(i).maps("box")
+        maps = painted[i % 2][i]
         for t in torch.randint(world.frames, (number,), generator=draw).tolist():
             frames.append((maps if torch.rand((), generator=draw) < 0.25 else video)[:, t])
     return torch.stack(frames)
@@ -72,11 +71,11 @@ def main(cfg: Config) -> None:
     check_options(cfg)
     procs = parallel.Processes(0, 1, torch.device("cpu"), None)
     torch.manual_seed(cfg.seed)
-    world, held_out = (CODECS[cfg.preset].world(split) for split in ("train", "validation"))
+    world, held_out = (World(split, SIZE) for split in ("train", "validation"))
     if cfg.init:
         model = ToyCodec(cfg.init).network.train()
     else:
-        model = ToyAutoencoder(AutoencoderConfig(channels=PRESETS[cfg.preset].channels))
+        model = ToyAutoencoder(AutoencoderConfig(channels=PRESETS["small"].channels))
         model.fit_linear(world.batch(list(range(cfg.fit))).video.transpose(1, 2).flatten(0, 1))
     decoder = model.requires_grad_(False).detail.requires_grad_(True)
     optimizers = optim.make_optimizers(decoder, decoder, weight_decay=0.01)
@@ -96,7 +95,7 @@ def main(cfg: Config) -> None:
     def write_samples(step: int) -> None:
         """Held-out videos and maps, with the reconstruction below each."""
         batch = held_out.batch(list(range(3)))
-        videos = [clip for i in range(3) for clip in (batch.video[i], batch.trajectory(i).maps("box"))]
+        videos = [clip for pair in zip(batch.video, batch.maps("pixels", "box"), strict=True) for clip in pair]
         back = [model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos]
         run.samples(step, [clip for pair in zip(videos, back, strict=True) for clip in pair])
         run.log(step, always=True, held_out_error=float((torch.stack(back) - torch.stack(videos)).square().mean()))

@@ -1,7 +1,6 @@
 """Stage 0: train the SlowGenerator, an image-to-video VideoDiT, with the flow-matching loss.
 
-    python -m toy.train_slow_generator                            # preset tiny on this machine
-    python -m toy.train_slow_generator --preset pictures          # its world is rendered on the device that trains
+    python -m toy.train_slow_generator                            # the world is rendered on the device that trains
     torchrun --nproc_per_node=8 -m toy.train_slow_generator
 
 The paper starts from Wan2.2-TI2V-5B; the toy world has no published generator, so we train one. An adapter on a frozen
@@ -10,7 +9,7 @@ generator the trajectory. It is trained along and exported too, for stage 1 to s
 noise: only from there did the network learn to read the prompt. To resume, run the same command again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -26,27 +25,32 @@ from core.noise import sample_noise, sample_uniform
 from core.runs import Run, check_options
 from core.weights import save_network
 from model import PRESETS, VideoDiT
-from toy.codec import CODECS
+from toy.codec import ToyCodec
 from toy.latents import ToyLatents
+from trajectory import Maps
 
-SHAPES = {  # of the videos, each after what divides --batch: the first ones, and then the others in turn
-    "tiny": [(1, {})],
-    "pictures": [(1, {"size": (32, 32), "frames": 5}), (2, {}), (2, {"size": (56, 72)}), (2, {"size": (72, 56)})],
-}
+SHAPES = [  # of the videos, each after what divides --batch: the first ones, and then the others in turn
+    (1, {"size": (64, 64), "frames": 5}),
+    (4, {}),
+    (8, {"size": (128, 192)}),
+    (4, {"size": (64, 64), "frames": 17}),
+    (8, {"size": (192, 128)}),
+]
 TOLD, PURE = 2, 3  # random streams: whose trajectory the guide tells, and which videos are pure noise
 
 
 @dataclass(frozen=True)
 class Config:
     name: str = "slow_generator"  # run folder under runs/
-    preset: Literal["tiny", "pictures"] = "tiny"  # size of the network and its world
+    preset: Literal["small"] = "small"  # size of the network
     init: str = ""  # folder with slow_generator.safetensors and slow_adapter.safetensors to start from; random if empty
-    guided: float = 0.7  # share of videos whose trajectory the guide tells
+    maps: Maps = "pixels"  # how the trajectories that a new guide reads are painted
+    guided: float = 0.8  # share of videos whose trajectory the guide tells
     sparse: float = 0.15  # share of trajectories with frames blacked out
-    small: float = 0.0  # share of the steps, the first ones, on videos of less width, height and length
-    change: float = 1.0  # how much more than the rest a place counts that differs from frame 0
-    steps: int = 4000  # optimizer steps in all
-    batch: int = 8  # videos a step, over all processes
+    small: float = 0.7  # share of the steps, the first ones, on videos of less width, height and length
+    change: float = 4.0  # how much more than the rest a place counts that differs from frame 0
+    steps: int = 13000  # optimizer steps in all
+    batch: int = 32  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-3  # peak learning rate of the matrices
     warmup: int = 100  # steps of linear warm-up before the cosine
@@ -64,15 +68,6 @@ class Config:
     sample_every: int = 1000  # steps; 0 for no samples
 
 
-PICTURES = {
-    "guided": 0.8,
-    "small": 0.227,
-    "change": 4.0,
-    "steps": 3514,
-    "batch": 128,
-}
-
-
 def shape_number(step: int, steps: int, small: float, shapes: int) -> int:
     """Which of the shapes a step's videos have: the first for a share `small` of the steps, then the others in turn."""
     return 0 if step < small * steps or shapes == 1 else 1 + step % (shapes - 1)
@@ -88,18 +83,20 @@ def main(cfg: Config) -> None:
         model = VideoDiT.from_pretrained(Path(cfg.init, "slow_generator.safetensors"), "SlowGenerator")
         guide = adapters.read_adapter(Path(cfg.init, "slow_adapter.safetensors"), "SlowAdapter")
     else:
-        model, guide = VideoDiT(PRESETS[cfg.preset]), adapters.ResNetAdapter(adapters.PRESETS[cfg.preset])
+        shape = replace(adapters.PRESETS[cfg.preset], maps=cfg.maps)
+        model, guide = VideoDiT(PRESETS[cfg.preset]), adapters.ResNetAdapter(shape)
     model, guide = (parallel.prepare(network, procs, cfg.compile, dtype=cfg.dtype) for network in (model, guide))
     optimizers = optim.make_optimizers(model, model.blocks, cfg.weight_decay)
     guide_optimizers = optim.make_optimizers(guide, guide.blocks, cfg.weight_decay)
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
-    codec = CODECS[cfg.preset]()
+    codec = ToyCodec()
     codec.network.to(procs.device)
+    maps = guide.config.maps
     sources = [
-        (max(1, cfg.batch // divisor), ToyLatents(codec, seed=cfg.seed, device=procs.device, **shape))
-        for divisor, shape in SHAPES[cfg.preset]
+        (max(1, cfg.batch // divisor), ToyLatents(codec, maps, seed=cfg.seed, device=procs.device, **shape))
+        for divisor, shape in SHAPES
     ]
-    held_out = ToyLatents(codec, "validation")
+    held_out = ToyLatents(codec, maps, "validation")
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
@@ -116,7 +113,7 @@ def main(cfg: Config) -> None:
             told = sample_uniform(samples, 1, cfg.seed, step, TOLD).to(procs.device) < cfg.guided
             with parallel.autocast(procs.device, cfg.dtype):
                 residuals = [r * told[:, None, None] for r in guide(traj)]
-                weight = 1 + (cfg.change - 1) * (x0 != x0[:, :, :1]).any(1, keepdim=True)
+                weight = 1 + (cfg.change - 1) * (x0 != 0).any(1, keepdim=True)  # later frames are differences
                 loss = flow.flow_matching_loss(
                     lambda x, t: model(x, t, text, residuals), x0, noise, sigma, weight=weight
                 )
@@ -150,4 +147,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, {"pictures": PICTURES})
+    run_script(main, Config)
