@@ -48,7 +48,7 @@ class Config:
     fake_lr: float = 1e-3  # peak learning rate of the fake score
     warmup: int = 20  # steps of linear warm-up
     schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rates after it
-    fake_loss: Literal["velocity", "x0"] = "velocity"  # what the fake score's loss compares
+    fake_loss: Literal["velocity", "x0"] = "x0"  # what the fake score's loss compares
     levels: Literal["above", "all"] = "all"  # where the scores judge: above the next step's noise level, or anywhere
     judge_sigma_max: float = 0.5  # highest noise level at which the scores judge
     weight_decay: float = 0.01  # decoupled

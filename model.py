@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +40,15 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, height, width of a token
     freq_dim: int = 256  # sinusoidal features of the timestep
     sees_first: bool = False  # every frame has frame 0 beside it, as more channels (Wan2.1 image-to-video does so)
-    preconditioned: bool = False  # the head need not repeat the input: `precondition`
+    predicts: Literal["velocity", "x0"] = "velocity"  # what the head gives; `forward` returns the velocity of either
     eps: float = 1e-6
 
 
 PRESETS = {
-    "small": DiTConfig(256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, sees_first=True, preconditioned=True),
+    "small": DiTConfig(256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, sees_first=True, predicts="x0"),
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
 }
+LEAST_SIGMA = 0.05  # below it the velocity of a predicted x0 is no longer magnified
 OTHER_FILE = "give the --preset that it was trained with, or another file"
 FROZEN_DTYPE = {"small": torch.float32, "wan5b": torch.bfloat16}
 
@@ -139,18 +140,6 @@ class PatchEmbedding(nn.Module):
         p, q, r = self.patch
         x = rearrange(x, "b c (f p) (h q) (w r) -> b (f h w) (c p q r)", p=p, q=q, r=r)
         return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)  # (B, N, D)
-
-
-def precondition(out: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Velocity from a head's output of unit variance, by EDM's preconditioning (Karras et al. 2022, section 5).
-
-    On the straight path, with data of variance 1 and s^2 = (1 - sigma)^2 + sigma^2, it is
-    `(2 sigma - 1) / s^2 * x_t - out / s`: the head gives x0 at pure noise, where a small network could not carry all of
-    the noise from input to output, the noise in clean data, and the velocity in between. out, x [B,C,F,H,W], t [B,F].
-    """
-    sigma = t[:, None, :, None, None].float() / 1000
-    square = (1 - sigma) ** 2 + sigma**2
-    return (2 * sigma - 1) / square * x - out.float() / square.sqrt()
 
 
 def init_xavier(model: nn.Module) -> None:
@@ -336,6 +325,6 @@ class VideoDiT(nn.Module):
             gathered(self.head(tokens, e.float())), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
             f=frames, h=height, p=p, q=q, r=r,
         )  # fmt: skip
-        if self.config.preconditioned:
-            out = precondition(out, x, t)
+        if self.config.predicts == "x0":
+            out = (x - out.float()) / (t / 1000).clamp(min=LEAST_SIGMA)[:, None, :, None, None]
         return (out, features) if feature_blocks else out

@@ -88,9 +88,12 @@ WAN5B = {
 
 
 def adapter_loss(generator: VideoDiT, adapter: Adapter, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
-    """`|| v(x_t, t, text, traj) - (noise - x0) ||^2` [paper, stage 1]. noise [B,C,F,H,W], sigma [B]."""
-    x0, text, traj = batch
-    return flow.flow_matching_loss(lambda x, t: generator(x, t, text, adapter(traj, x, t, text)), x0, noise, sigma)
+    """`|| v(x_t, t, text, traj) - (noise - x0) ||^2` [paper, stage 1], or of x0, whichever the generator predicts.
+
+    noise [B,C,F,H,W], sigma [B].
+    """
+    (x0, text, traj), on = batch, generator.config.predicts
+    return flow.flow_matching_loss(lambda x, t: generator(x, t, text, adapter(traj, x, t, text)), x0, noise, sigma, on)
 
 
 def trajectory_kind(step: int, mask_steps: int, sparse: float) -> tuple[Literal["mask", "box"], float]:

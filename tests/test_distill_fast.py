@@ -124,7 +124,7 @@ def test_wan5b_has_the_values_of_its_sources():
     assert (cfg.fake_loss, cfg.levels, cfg.schedule, cfg.warmup) == ("x0", "all", "constant", 0)
     assert (cfg.lr, cfg.fake_lr, cfg.ema, cfg.weight_decay, cfg.steps, cfg.ratio) == (5e-7, 1e-7, 0.99, 0.01, 5500, 5)
     toy = parse_config(Config, [])
-    assert (toy.clip, toy.guidance, toy.fake_loss, toy.levels, toy.schedule) == (1, 1, "velocity", "all", "cosine")
+    assert (toy.clip, toy.guidance, toy.fake_loss, toy.levels, toy.schedule) == (1, 1, "x0", "all", "cosine")
 
 
 @pytest.mark.parametrize(("levels", "most"), [("above", 1.0), ("all", 1.0), ("all", 0.5)])

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+import flow
 from core.config import UserError
 from core.weights import save_network
-from model import PRESETS, DiTConfig, VideoDiT, precondition
+from model import PRESETS, DiTConfig, VideoDiT
 from tools import bench
 
 SMALL = DiTConfig(128, 256, 4, 3, text_dim=40, text_tokens=7)
@@ -132,57 +133,29 @@ def test_export_round_trip_and_refusals(tmp_path):
     refused("no such file")
 
 
-# --- preconditioning --------------------------------------------------------------------------------------------------
+# --- a head that gives x0 ---------------------------------------------------------------------------------------------
 
 
-def level(sigma: float) -> torch.Tensor:
-    return torch.full((1, 2), 1000 * sigma)
+def levels(*sigma: float) -> torch.Tensor:
+    return 1000 * torch.tensor([sigma])
 
 
-def test_preconditioning_by_hand():
-    """v from a head's output: x_t - x0 at pure noise; of clean data the noise; in between the velocity."""
+def test_a_head_that_gives_x0_is_turned_into_the_velocity():
+    """Frame by frame, `x_t - sigma * v` is what the head gives, in float32; below sigma 0.05 nothing is magnified."""
     torch.manual_seed(0)
-    x0, noise = torch.randn(2, 1, 3, 2, 4, 4)
-    velocity = noise - x0
-    assert torch.allclose(precondition(x0, noise, level(1)), velocity, atol=1e-6)  # the head gives x0
-    assert torch.allclose(precondition(-noise, x0, level(0)), velocity, atol=1e-6)  # the noise, but for its sign
-    x_t = (x0 + noise) / 2
-    assert torch.allclose(precondition(-velocity / 2**0.5, x_t, level(0.5)), velocity, atol=1e-6)
-    for sigma in (0.2, 0.7):
-        square = (1 - sigma) ** 2 + sigma**2
-        out = torch.randn_like(x0)
-        wanted = (2 * sigma - 1) / square * x_t - out / square**0.5
-        torch.testing.assert_close(precondition(out, x_t, level(sigma)), wanted)
-
-
-@pytest.mark.parametrize("sigma", [0.0, 0.1, 0.5, 0.8, 1.0])
-def test_what_the_head_has_to_give_has_unit_variance_and_nothing_of_its_input(sigma):
-    generator = torch.Generator().manual_seed(0)
-    x0, noise = torch.randn(2, 1, 8, 2, 64, 64, generator=generator)
-    x_t, s = (1 - sigma) * x0 + sigma * noise, ((1 - sigma) ** 2 + sigma**2) ** 0.5
-    target = s * (precondition(torch.zeros_like(x0), x_t, level(sigma)) - (noise - x0))  # solved for the output
-    assert torch.allclose(precondition(target, x_t, level(sigma)), noise - x0, atol=1e-5)
-    assert target.var().item() == pytest.approx(1, abs=0.03)
-    assert (target * x_t).mean().abs() < 0.02
-
-
-def test_levels_count_frame_by_frame():
-    x, out = torch.randn(2, 1, 3, 2, 4, 4)
-    both = precondition(out, x, torch.tensor([[0.0, 1000.0]]))
-    assert torch.equal(both[:, :, 0], -x[:, :, 0] - out[:, :, 0])
-    assert torch.equal(both[:, :, 1], x[:, :, 1] - out[:, :, 1])
-
-
-def test_a_fresh_preconditioned_network_takes_all_of_noise_for_noise():
-    """Its head is zero: x0 is predicted as 0 at pure noise, and its output is float32 whatever its weights are."""
-    shape = dataclasses.replace(SMALL, layers=1, preconditioned=True, channels=4)
-    model, x = VideoDiT(shape), torch.randn(1, 4, 2, 4, 4)
-    text = torch.randn(1, 7, 40)
-    assert torch.equal(model(x, level(1), text), x)
-    plain = VideoDiT(dataclasses.replace(shape, preconditioned=False))
+    shape = dataclasses.replace(SMALL, layers=1, predicts="x0", channels=4)
+    model, x, text = VideoDiT(shape), torch.randn(1, 4, 3, 4, 4), torch.randn(1, 7, 40)
+    assert torch.equal(model(x, levels(1, 1, 1), text), x)  # a fresh head is zero: all of pure noise is noise
     torch.nn.init.normal_(model.head.head.weight)
+    plain = VideoDiT(dataclasses.replace(shape, predicts="velocity"))
     plain.load_state_dict(model.state_dict())
-    wanted = precondition(plain(x, level(0.3), text), x, level(0.3))
-    assert torch.equal(model(x, level(0.3), text), wanted)
-    velocity, (features,) = model(x, level(0.3), text, feature_blocks=(0,))
-    assert torch.equal(velocity, wanted) and features.shape == (1, 8, 128)
+    sigma = (0.0, 0.3, 1.0)
+    t = levels(*sigma)
+    velocity, (features,) = model(x, t, text, feature_blocks=(0,))
+    x0 = plain(x, t, text)
+    for frame, level in enumerate(sigma):
+        wanted = (x - x0)[:, :, frame] / max(level, 0.05)
+        torch.testing.assert_close(velocity[:, :, frame], wanted)
+    back = flow.velocity_to_x0(x, velocity, t / 1000)
+    torch.testing.assert_close(back[:, :, 1:], x0[:, :, 1:], atol=1e-5, rtol=1e-5)
+    assert torch.equal(back[:, :, 0], x[:, :, 0]) and features.shape == (1, 12, 128)

@@ -115,7 +115,7 @@ def main(cfg: Config) -> None:
                 residuals = [r * told[:, None, None] for r in guide(traj)]
                 weight = 1 + (cfg.change - 1) * (x0 != 0).any(1, keepdim=True)  # later frames are differences
                 loss = flow.flow_matching_loss(
-                    lambda x, t: model(x, t, text, residuals), x0, noise, sigma, weight=weight
+                    lambda x, t: model(x, t, text, residuals), x0, noise, sigma, model.config.predicts, weight
                 )
             (loss / len(shares)).backward()
             losses.append(loss.detach())
