@@ -71,7 +71,9 @@ class Config:
     guidance: float = 0.0  # slow only: strength of the prompt; 1 is none, at half the work; 0 is the preset's own
     negative: str = ""  # slow only: what the video shall not show, guidance's other branch
     trajectory_guidance: float = 1.0  # slow only: strength of the trajectory; any but 1 costs a forward pass more
-    shift: float = 0.0  # warp of the noise levels towards noise; 0 is the sampler's own
+    shift: float = 60.0  # warp of noise levels towards noise, where today's networks know most; 0: the sampler's own
+        60.0  # warp of the noise levels towards noise, where today's networks know most; 0: the sampler's own
+    )
     seed: int = 0  # another seed, another video
     size: str = "auto"  # height x width of the video, or auto: the image's own shape
     frames: int = 9  # length of the video

@@ -118,7 +118,7 @@ def test_a_preset_has_its_own_defaults_and_flags_go_before_them(script, capsys):
 
 
 # What has no source: where files lie, and what costs memory alone.
-UNMARKED = {"generator", "adapter", "backbone", "weights", "accumulate", "recompute", "prompt", "scale"}
+UNMARKED = {"generator", "adapter", "backbone", "weights", "accumulate", "recompute", "prompt", "detail"}
 
 
 @pytest.mark.parametrize("script", [sample, prepare_clips, train_slow_adapter, distill_fast, finetune_hybrid])
@@ -194,7 +194,7 @@ def test_shipped_files_are_found_from_any_folder(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shipped("examples/balloons.json") == str(ROOT / "examples/balloons.json")
     assert not list(tmp_path.iterdir())
-    job = run("sample.py", "--steps", 1, "--scale", 1)
+    job = run("sample.py", "--steps", 1)
     assert job.returncode == 0, job.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sample.boxes.mp4", "sample.mp4"]

@@ -57,7 +57,7 @@ def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, table, processes):
     if processes == 1:
         assert job.returncode == 2
     a, d = (iio.imread(path.parent / name) for name in ("a.mp4", "d.mp4"))
-    assert np.array_equal(a, d) and a.shape == (9, 48, 64, 3)  # the same seed, the default
+    assert np.array_equal(a, d) and a.shape == (9, 180, 240, 3)  # the same seed, the default
     before = (path.parent / "a.mp4").stat().st_mtime_ns
     (path.parent / "d.mp4").unlink()
     job = run("sample.py", *SMALL, *flags, processes=processes)
