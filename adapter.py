@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from core.config import UserError
 from core.parallel import own_tokens
 from core.weights import load, read_network
+from flow import Velocity
 from model import OTHER_FILE, DiTConfig, PatchEmbedding, VideoDiT, init_xavier
 from trajectory import Maps
 
@@ -94,7 +95,6 @@ class ResNetAdapter(nn.Module):
     """The light adapter (paper: base + adapter = 5.02B). It reads only the trajectory: it runs once a clip."""
 
     static = True  # its output depends on neither x, t nor text
-    copied = "$^"  # nothing: it starts from random weights
 
     def __init__(self, config: AdapterConfig):
         super().__init__()
@@ -141,7 +141,6 @@ class ControlNetAdapter(VideoDiT):
     """
 
     static = False  # its output depends on the noisy latent
-    copied = r"^(?!project|patch_embedding)"  # parameters that start as the generator's
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)
@@ -176,6 +175,13 @@ class ControlNetAdapter(VideoDiT):
 
 
 Adapter = ResNetAdapter | ControlNetAdapter
+
+
+def controlled(generator: VideoDiT, adapter: Adapter, text: Tensor, traj: Tensor) -> Velocity:
+    """The generator's velocity with the adapter's residuals: those of a static one are made once, for all calls."""
+    if adapter.static:
+        return partial(generator, text=text, residuals=adapter(traj))
+    return lambda x, t: generator(x, t, text, adapter(traj, x, t, text))
 
 
 def fits(adapter: Adapter, generator: VideoDiT) -> bool:

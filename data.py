@@ -107,6 +107,9 @@ class ClipLatents:
         return [batches[i] for i in shuffled(len(batches), self.seed, number)]
 
 
+Source = ToyLatents | ClipLatents
+
+
 @lru_cache(maxsize=16)
 def shuffled(number: int, *key: int) -> np.ndarray:
     """0 to number - 1 in an order that the key fixes."""
@@ -118,9 +121,7 @@ def open_codec(preset: str, folder: Path | str, device: torch.device, **options)
     return WanCodec(folder, device, **options) if preset == "wan5b" else ToyCodec()
 
 
-def training_data(
-    folder: str, codec: Codec, seed: int, batch: int, maps: Maps | None = None
-) -> tuple[ToyLatents | ClipLatents, ToyLatents | ClipLatents]:
+def training_data(folder: str, codec: Codec, seed: int, batch: int, maps: Maps | None = None) -> tuple[Source, Source]:
     """What to train on and what is held out: of prepared clips in `folder`, or of the toy world if that is empty.
 
     `maps`: how the adapter that learns or is used wants trajectories painted; None where no maps are read.

@@ -29,10 +29,11 @@ class ClassifierConfig:
     semantic: bool = True  # self-attention of the query with first-frame and text tokens
     trajectory: bool = True  # cross-attention to the trajectory's tokens
     video: bool = True  # cross-attention to the video's tokens
+    cautious: bool = False  # starts almost silent, for a small world that it might learn by heart
 
 
 PRESETS = {
-    "small": ClassifierConfig(256, 64, feature_blocks=(1, 3, 5), channels=24),
+    "small": ClassifierConfig(256, 64, feature_blocks=(1, 3, 5), channels=24, cautious=True),
     "wan5b": ClassifierConfig(3072, 4096, feature_blocks=(13, 21, 29), hidden=1024, heads=8, position_dim=128),
 }
 
@@ -63,7 +64,7 @@ class ClassifierBlock(nn.Module):
 class Classifier(nn.Module):
     """The trainable part of the discriminator."""
 
-    def __init__(self, config: ClassifierConfig, cautious: bool = True):
+    def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.config = config
         self.patch_embedding = PatchEmbedding(config.channels, config.patch, config.hidden)
@@ -80,9 +81,9 @@ class Classifier(nn.Module):
         self.norm = nn.LayerNorm(config.hidden * len(config.feature_blocks))
         self.logit = nn.Linear(config.hidden * len(config.feature_blocks), 1)
         if not self.logit.weight.is_meta:  # there, weights are about to be read
-            self.init_weights(cautious)
+            self.init_weights()
 
-    def init_weights(self, cautious: bool) -> None:
+    def init_weights(self) -> None:
         """Xavier matrices. A cautious classifier starts with attention almost uniform, the video's alone at work, and
         a logit of zero.
 
@@ -93,13 +94,13 @@ class Classifier(nn.Module):
         init_xavier(self)
         for block in self.blocks:
             nn.init.normal_(block.query, std=0.02)
-        for block in self.blocks if cautious else ():
+        for block in self.blocks if self.config.cautious else ():
             for name, attention in block.attentions.items():
                 with torch.no_grad():
                     attention.in_proj_weight[: 2 * self.config.hidden] *= 0.1  # queries and keys
                 if name != "video" and self.config.video:
                     nn.init.zeros_(attention.out_proj.weight)
-        if cautious:
+        if self.config.cautious:
             nn.init.zeros_(self.logit.weight)
 
     def forward(self, features: list[Tensor], text: Tensor, traj: Tensor) -> Tensor:

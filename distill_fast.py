@@ -16,16 +16,18 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import flow
 from core import optim, parallel
+from core.codec import Batch
 from core.config import UserError, run_script, shipped
 from core.memory import send
 from core.noise import rng, sample_uniform, step_noise
-from core.parallel import Recompute
-from core.runs import Run, check_options
+from core.parallel import Processes, Recompute
+from core.runs import Run, check_options, due
 from core.weights import save_network
-from data import open_codec, training_data
+from data import Source, open_codec, training_data
 from flow import Velocity
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 
@@ -146,6 +148,69 @@ def student_learns(step: int, ratio: int) -> bool:
     return (step + 1) % ratio == 0
 
 
+def draw_inputs(
+    samples: list[int], turn: int, exit_step: int, cfg: Config, data: Source, device: torch.device
+) -> tuple[Tensor, Draw]:
+    """Text, and what a loss draws."""
+    x0, text, _ = data.batch(samples).to(device)
+    noise = send(step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn), device)
+    u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), device)
+    u = levels_above(u, exit_step, cfg.denoising_steps) if cfg.levels == "above" else u
+    sigma = (cfg.judge_sigma_max * flow.shift_sigma(u, cfg.shift)).clamp(0.02, 0.98)
+    sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
+    return text, Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
+
+
+def draw_exit_step(cfg: Config, turn: int) -> int:
+    """Where backward simulation ends: the same on every rank, for they run in lockstep."""
+    return int(torch.randint(cfg.denoising_steps, (), generator=rng(cfg.seed, turn, EXIT_STEP)))
+
+
+def fake_score_step(
+    step: int, cfg: Config, student: VideoDiT, fake_score: VideoDiT, optimizers: Sequence[Optimizer], data: Source,
+    procs: Processes,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One update of the fake score, on what the student makes now."""
+    turn, losses = 2 * step, []
+    exit_step, shares = draw_exit_step(cfg, turn), procs.share(cfg.batch, cfg.accumulate, turn)
+    for samples in shares:
+        text, draw = draw_inputs(samples, turn, exit_step, cfg, data, procs.device)
+        generates, fake = (partial(network, text=text) for network in (student, fake_score))
+        with parallel.autocast(procs.device, cfg.dtype):
+            loss = fake_score_loss(fake, student=generates, draw=draw, on=cfg.fake_loss)
+        (loss / len(shares)).backward()
+        losses.append(loss.detach())
+    norm = optim.clip_and_step(fake_score, optimizers, cfg.clip)
+    return {"fake_loss": torch.stack(losses).mean(), "fake_grad_norm": norm}
+
+
+def student_step(
+    step: int, cfg: Config, student: VideoDiT, fake_score: VideoDiT, real_score: VideoDiT, negative: Tensor,
+    optimizers: Sequence[Optimizer], data: Source, procs: Processes,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One update of the student. negative [1,L,text_dim]: what the real score's guidance goes away from."""
+    turn, losses = 2 * step + 1, []
+    exit_step, shares = draw_exit_step(cfg, turn), procs.share(cfg.batch, cfg.accumulate, turn)
+    for samples in shares:
+        text, draw = draw_inputs(samples, turn, exit_step, cfg, data, procs.device)
+        generates, fake, real = (partial(network, text=text) for network in (student, fake_score, real_score))
+        with parallel.autocast(procs.device, cfg.dtype):
+            unconditional = partial(real_score, text=negative.expand_as(text))
+            guided = flow.guided(real, unconditional, cfg.guidance)
+            loss = student_loss(generates, real_score=guided, fake_score=fake, draw=draw)
+        (loss / len(shares)).backward()
+        losses.append(loss.detach())
+    norm = optim.clip_and_step(student, optimizers, cfg.clip)
+    return {"generator_loss": torch.stack(losses).mean(), "generator_grad_norm": norm}
+
+
+def make_video(batch: Batch, number: int, cfg: Config, student: VideoDiT) -> list[Tensor]:
+    """Latents of what the student makes of a held-out clip's first frame and text."""
+    noise = send(step_noise(cfg.denoising_steps, batch.x0.shape[1:], [number], cfg.seed), batch.x0.device)
+    sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
+    return [flow.sample_fewstep(partial(student, text=batch.text), batch.x0[:, :, :1], noise, sigmas)]
+
+
 def main(cfg: Config) -> None:
     check_options(cfg)
     if not 0 < cfg.judge_sigma_max <= 1:
@@ -169,62 +234,25 @@ def main(cfg: Config) -> None:
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=frozen)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
     negative = send(data.unconditional(), procs.device)
-    sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
     parts = {"generator": (student, optimizers, ema), "fake": (fake_score, fake_optimizers, None)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
 
-    def inputs(samples: list[int], turn: int, exit_step: int) -> tuple[Tensor, Draw]:
-        """Text, and what a loss draws."""
-        x0, text, _ = data.batch(samples).to(procs.device)
-        noise = send(step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn), procs.device)
-        u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), procs.device)
-        u = levels_above(u, exit_step, cfg.denoising_steps) if cfg.levels == "above" else u
-        sigma = (cfg.judge_sigma_max * flow.shift_sigma(u, cfg.shift)).clamp(0.02, 0.98)
-        return text, Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
-
-    def train_step(step: int, learner: Literal["fake", "generator"]) -> dict[str, Tensor]:
-        """One update of the fake score or of the student (in logs and checkpoints: the generator)."""
-        turn, losses = 2 * step + (learner == "generator"), []
-        # Where backward simulation ends: the same on every rank, for they run in lockstep.
-        exit_step = int(torch.randint(cfg.denoising_steps, (), generator=rng(cfg.seed, turn, EXIT_STEP)))
-        shares = procs.share(cfg.batch, cfg.accumulate, turn)
-        for samples in shares:
-            text, draw = inputs(samples, turn, exit_step)
-            generates, fake, real = (partial(network, text=text) for network in (student, fake_score, real_score))
-            with parallel.autocast(procs.device, cfg.dtype):
-                if learner == "fake":
-                    loss = fake_score_loss(fake, student=generates, draw=draw, on=cfg.fake_loss)
-                else:
-                    unconditional = partial(real_score, text=negative.expand_as(text))
-                    guided = flow.guided(real, unconditional, cfg.guidance)
-                    loss = student_loss(generates, real_score=guided, fake_score=fake, draw=draw)
-            (loss / len(shares)).backward()
-            losses.append(loss.detach())
-        network, its_optimizers = (fake_score, fake_optimizers) if learner == "fake" else (student, optimizers)
-        norm = optim.clip_and_step(network, its_optimizers, cfg.clip)
-        return {f"{learner}_loss": torch.stack(losses).mean(), f"{learner}_grad_norm": norm}
-
-    def sampled(number: int) -> list[Tensor]:
-        """Latents of a held-out clip: the truth, and what the student makes of its image and text."""
-        x0, text, _ = held_out.batch([number]).to(procs.device)
-        noise = send(step_noise(cfg.denoising_steps, x0.shape[1:], [number], cfg.seed), procs.device)
-        return [x0, flow.sample_fewstep(partial(student, text=text), x0[:, :, :1], noise, sigmas)]
-
-    def write_samples(step: int) -> None:
-        """Four held-out images set in motion in a few steps: truth and sample in turn."""
-        with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            latents = [z for number in range(4) for z in sampled(number)]
-        run.samples(step, (codec.decode_video(z)[0] for z in latents))
-        codec.free()
-
     # 3. The loop: the fake score follows the student, and every few steps the student learns from both scores.
-    for step in run.steps(start, write_samples):
+    for step in range(start, cfg.steps + 1):
+        last = step == cfg.steps
+        if due(step, cfg.save_every, start, last):
+            run.save(step, wait=last)
+        if due(step, cfg.sample_every, start, last):
+            with ema.applied():
+                run.write_samples(step, codec, held_out, partial(make_video, cfg=cfg, student=student))
+        if last:
+            break
         for learners, peak in ((optimizers, cfg.lr), (fake_optimizers, cfg.fake_lr)):
             optim.set_lr(learners, optim.learning_rate(step, peak, cfg.warmup, cfg.steps, cfg.schedule))
-        values = train_step(step, "fake")
+        values = fake_score_step(step, cfg, student, fake_score, fake_optimizers, data, procs)
         if student_learns(step, cfg.ratio):
-            values |= train_step(step, "generator")
+            values |= student_step(step, cfg, student, fake_score, real_score, negative, optimizers, data, procs)
             ema.update(step)
         run.log(step + 1, **values)
 

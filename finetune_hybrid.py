@@ -9,28 +9,32 @@ four steps together make. It learns at every step and the adapter at every fifth
 diffusion loss has the first steps to itself. To resume, run the same command again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import discriminator as discriminators
 import flow
-from adapter import check_fit, read_adapter
+from adapter import Adapter, check_fit, controlled, read_adapter
 from core import optim, parallel
 from core.codec import Batch
 from core.config import UserError, run_script, shipped
 from core.memory import send
 from core.noise import sample_uniform, step_noise
-from core.parallel import Recompute
-from core.runs import Run, check_options
+from core.parallel import Processes, Recompute
+from core.runs import Run, check_options, due
 from core.weights import save_network
-from data import open_codec, training_data
+from data import Source, open_codec, training_data
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
 from flow import Velocity
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 
+MOMENTUM = {"small": 0.9, "wan5b": 0.0}  # AdamW's beta1 (paper: its stage3.yaml)
 DIFFUSION_STEP = 3  # the random stream that draws at which of the four noise levels the diffusion loss looks
 
 
@@ -60,11 +64,7 @@ class Config:
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-4  # peak learning rate of the adapter
     classifier_lr: float = 3e-3  # peak learning rate of the discriminator's classifier
-    cautious: bool = True  # the classifier starts almost silent, for a small world that it might learn by heart
-    reuse_fakes: bool = True  # the discriminator sees the same fakes for a whole cycle: an economy
-    classifier_muon: bool = True  # Muon for its matrices that read tokens, AdamW at 0.05 of the rate for all else
     warmup: int = 20  # steps of linear warm-up before the cosine
-    momentum: float = 0.9  # of AdamW, beta1: the adapter's, and the classifier's where there is no Muon
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.95  # decay of the averaged adapter, the one exported
@@ -97,11 +97,7 @@ WAN5B = {
     "batch": 4,  # (paper: its 4 GPUs, one video on each)
     "lr": 2e-6,  # (paper: its stage3.yaml)
     "classifier_lr": 2e-6,  # (paper: its stage3.yaml)
-    "cautious": False,  # (guess)
-    "reuse_fakes": False,  # (Turbo)
-    "classifier_muon": False,  # (paper: its stage3.yaml)
     "warmup": 20,  # (guess, as the cosine after it is)
-    "momentum": 0.0,  # (paper: its stage3.yaml)
     "weight_decay": 0.01,  # (Turbo)
     "clip": 1.0,  # (guess)
     "ema": 0.95,  # (guess)
@@ -111,17 +107,6 @@ WAN5B = {
     "accumulate": 0,
     "recompute": "full",
 }
-
-
-def diffusion_loss(velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """`|| G(x_t, t, traj) - x0 ||^2` at one of the sampler's noise levels [paper, L_diffusion], but for frame 0.
-
-    x0, noise [B,C,F,H,W], sigma [B]. The adversarial losses are in discriminator.py.
-    """
-    level = flow.frame_sigma(sigma, x0.shape[2])
-    x_t = flow.add_noise(x0, noise, level)
-    predicted = flow.velocity_to_x0(x_t, velocity(x_t, flow.timestep(level)).float(), level)
-    return (predicted - x0)[:, :, 1:].square().mean()
 
 
 def diffusion_weight(kind: str, progress: float) -> float:
@@ -134,7 +119,6 @@ class Phase(NamedTuple):
     """What happens at a step, and how far its part of the training has come."""
 
     judged: bool  # the discriminator is at work
-    new_fakes: bool  # a cycle begins: the discriminator sees new videos
     adapter_learns: bool
     age: int  # steps since the discriminator's rate began to warm up, of `lifetime`
     lifetime: int
@@ -152,7 +136,7 @@ def phase(step: int, steps: int, ratio: int, diffusion_first: int, adapter_start
     age, lifetime = (step - diffusion_first, steps - diffusion_first) if judged else (step, diffusion_first)
     rest = adapter_start if judged else 0
     learns = age >= rest and (step + 1) % ratio == 0
-    return Phase(judged, step % ratio == 0, learns, age, lifetime, age - rest, lifetime - rest)
+    return Phase(judged, learns, age, lifetime, age - rest, lifetime - rest)
 
 
 class Inputs(NamedTuple):
@@ -164,6 +148,111 @@ class Inputs(NamedTuple):
     noise: Tensor  # of the generator's sampling [steps,B,C,F,H,W]
     renoise: Tensor  # with which both true and generated videos are noised before they are judged [B,C,F,H,W]
     level: Tensor  # how far [B,F]
+
+
+def draw_inputs(samples: list[int], turn: int, cfg: Config, data: Source, device: torch.device) -> Inputs:
+    x0, text, traj = data.batch(samples, "box", cfg.sparse).to(device)
+    noise = send(step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn), device)
+    u = flow.shift_sigma(send(sample_uniform(samples, cfg.batch, cfg.seed, turn), device), cfg.shift)
+    sigma = cfg.judge_sigma_min + (cfg.judge_sigma_max - cfg.judge_sigma_min) * u
+    return Inputs(x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2]))
+
+
+def discriminator_step(
+    step: int, cfg: Config, generator: VideoDiT, adapter: Adapter, discriminator: DiffusionDiscriminator,
+    optimizers: Sequence[Optimizer], data: Source, procs: Processes,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The classifier learns to tell true videos from what the generator and the adapter make now of the same images,
+    texts and trajectories. Both are noised alike. No gradient but its own.
+    """
+    turn, losses, classifier = 2 * step, [], discriminator.classifier
+    sigmas, shares = flow.sigma_schedule(cfg.denoising_steps, cfg.shift), procs.share(cfg.batch, cfg.accumulate, turn)
+    for samples in shares:
+        x0, text, traj, noise, renoise, level = draw_inputs(samples, turn, cfg, data, procs.device)
+        with parallel.autocast(procs.device, cfg.dtype):
+            with torch.no_grad():
+                fake = flow.sample_fewstep(controlled(generator, adapter, text, traj), x0[:, :, :1], noise, sigmas)
+                # One after the other: one batch would take twice the memory, and a compiled block of its own.
+                seen = [
+                    discriminator.features(flow.add_noise(video, renoise, level), flow.timestep(level), text)
+                    for video in (x0, fake)
+                ]
+                features = [torch.cat(pair) for pair in zip(*seen, strict=True)]
+            loss = discriminator_loss(*classifier(features, torch.cat([text] * 2), torch.cat([traj] * 2)).chunk(2))
+        (loss / len(shares)).backward()
+        losses.append(loss.detach())
+    norm = optim.clip_and_step(classifier, optimizers, cfg.clip)
+    return {"discriminator_loss": torch.stack(losses).mean(), "discriminator_grad_norm": norm}
+
+
+def adapter_step(
+    step: int, weight: float, judged: bool, cfg: Config, generator: VideoDiT, adapter: Adapter,
+    discriminator: DiffusionDiscriminator, optimizers: Sequence[Optimizer], data: Source, procs: Processes,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The adapter learns from both losses; gradients pass through frozen networks.
+
+    `weight` is the diffusion loss's. `judged`: the adversarial loss counts too.
+    """
+    turn, logged, sigmas = 2 * step + 1, [], flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
+    shares = procs.share(cfg.batch, cfg.accumulate, turn)
+    pulls = {"adversarial": [], "diffusion": []}  # squared norms of each loss's gradient at the adapter's outputs
+    for samples in shares:
+        x0, text, traj, noise, renoise, level = draw_inputs(samples, turn, cfg, data, procs.device)
+        diffusion = adversarial = torch.zeros((), device=procs.device)
+        with parallel.autocast(procs.device, cfg.dtype):
+            residuals = adapter(traj) if adapter.static else None  # once for both losses
+            if cfg.use_diffusion:  # the true video, seen at one of the sampler's noise levels
+                u = sample_uniform(samples, cfg.batch, cfg.seed, turn, DIFFUSION_STEP)
+                picked = [sigmas[int(v * cfg.denoising_steps)] for v in u]
+                velocity = watched_velocity(generator, adapter, text, traj, residuals, pulls["diffusion"])
+                sigma = send(torch.tensor(picked), procs.device)
+                diffusion = flow.flow_matching_loss(velocity, x0, renoise, sigma, "x0")
+            if judged:  # what all steps together make, noised, is to pass for real
+                velocity = watched_velocity(generator, adapter, text, traj, residuals, pulls["adversarial"])
+                fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, cfg.denoising_steps - 1)
+                x_t = flow.add_noise(fake, renoise, level)
+                adversarial = adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
+        ((cfg.gan_scale * adversarial + weight * diffusion) / len(shares)).backward()
+        logged.append(torch.stack([adversarial.detach(), diffusion.detach()]))
+    discriminator.zero_grad()  # the gradient passed through it on its way; its own comes from discriminator_step
+    norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
+    adversarial, diffusion = torch.stack(logged).mean(0)
+    values = {"adversarial_loss": adversarial, "diffusion_loss": diffusion, "adapter_grad_norm": norm}
+    for name, squares in pulls.items():
+        if squares:  # gradients are averaged over the processes
+            values[f"{name}_pull"] = procs.total(torch.stack(squares).sum()).sqrt() / procs.world
+    return values
+
+
+def watched_velocity(
+    generator: VideoDiT, adapter: Adapter, text: Tensor, traj: Tensor, residuals: list[Tensor] | None,
+    norms: list[Tensor],
+) -> Velocity:  # fmt: skip
+    """The generator's velocity with these residuals, or with those that the adapter makes at each call, watched."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        added = adapter(traj, x, t, text) if residuals is None else residuals
+        return generator(x, t, text, watch_gradients(added, norms))
+
+    return velocity
+
+
+def watch_gradients(tensors: list[Tensor], norms: list[Tensor]) -> list[Tensor]:
+    """The same tensors. When a gradient comes back through them, the square of its norm is put into `norms`."""
+    aliases = [tensor.view_as(tensor) for tensor in tensors]
+    for alias in aliases:
+        if alias.requires_grad:
+            alias.register_hook(lambda grad: norms.append(grad.float().square().sum()))
+    return aliases
+
+
+def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adapter: Adapter) -> list[Tensor]:
+    """Latents of what the networks make of a held-out clip's first frame, text and trajectory."""
+    noise = send(step_noise(cfg.denoising_steps, batch.x0.shape[1:], [number], cfg.seed), batch.x0.device)
+    velocity = controlled(generator, adapter, batch.text, batch.traj)
+    return [
+        flow.sample_fewstep(velocity, batch.x0[:, :, :1], noise, flow.sigma_schedule(cfg.denoising_steps, cfg.shift))
+    ]
 
 
 def check(cfg: Config) -> None:
@@ -199,146 +288,52 @@ def main(cfg: Config) -> None:
     check_preset(backbone, cfg.backbone, cfg.preset)
     check_fit(adapter, cfg.adapter, generator, cfg.generator)
     attentions = {"semantic": cfg.semantic, "trajectory": cfg.trajectory, "video": cfg.video}
-    classifier = Classifier(replace(discriminators.PRESETS[cfg.preset], **attentions), cfg.cautious)
+    classifier = Classifier(replace(discriminators.PRESETS[cfg.preset], **attentions))
     generator, backbone, adapter, classifier = (
         parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype)
         for network in (generator.requires_grad_(False), backbone.requires_grad_(False), adapter, classifier)
     )
     discriminator = DiffusionDiscriminator(backbone, classifier)
-    optimizers = [optim.adamw(adapter, cfg.weight_decay, cfg.momentum)]
-    if cfg.classifier_muon:
+    optimizers = [optim.adamw(adapter, cfg.weight_decay, MOMENTUM[cfg.preset])]
+    if cfg.preset == "small":  # Muon for the matrices that read tokens: within its few steps AdamW alone learns nothing
         classifier_optimizers = optim.make_optimizers(classifier, classifier.tokens, cfg.weight_decay, rest=0.05)
     else:
-        classifier_optimizers = [optim.adamw(classifier, cfg.weight_decay, cfg.momentum)]
+        classifier_optimizers = [optim.adamw(classifier, cfg.weight_decay, MOMENTUM[cfg.preset])]
     ema = optim.EMA(adapter, cfg.ema)
 
     # 2. What they learn from, and the folder in which a killed run finds itself again.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch, adapter.config.maps)
-    if cfg.reuse_fakes and not data.one_shape:
-        raise UserError("--reuse_fakes true: needs clips that all have one shape; pass --reuse_fakes false")
-    sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
     parts = {"adapter": (adapter, optimizers, ema), "classifier": (classifier, classifier_optimizers, None)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
 
-    def inputs(samples: list[int], turn: int) -> Inputs:
-        x0, text, traj = data.batch(samples, "box", cfg.sparse).to(procs.device)
-        noise = send(step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn), procs.device)
-        u = flow.shift_sigma(send(sample_uniform(samples, cfg.batch, cfg.seed, turn), procs.device), cfg.shift)
-        sigma = cfg.judge_sigma_min + (cfg.judge_sigma_max - cfg.judge_sigma_min) * u
-        return Inputs(x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2]))
-
-    def controlled(
-        text: Tensor, traj: Tensor, residuals: list[Tensor] | None, pulls: list[Tensor] | None = None
-    ) -> Velocity:
-        """The generator's velocity, with a static adapter's residuals, or with those that another makes at each call.
-
-        `pulls`: where the squared norms of the gradient at the residuals go.
-        """
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            added = adapter(traj, x, t, text) if residuals is None else residuals
-            return generator(x, t, text, added if pulls is None else optim.watched(added, pulls))
-
-        return velocity
-
-    def make_fakes(step: int) -> list[Batch]:
-        """What the generator makes with the adapter as it is now, a micro-batch at a time.
-
-        Made for every step, it is made of that step's true videos: the same images, texts and trajectories.
-        """
-        turn, fakes = 2 * (step // cfg.ratio * cfg.ratio if cfg.reuse_fakes else step), []
-        for samples in procs.share(cfg.batch, cfg.accumulate, turn):
-            x0, text, traj, noise, _, _ = inputs(samples, turn)
-            with torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-                residuals = adapter(traj) if adapter.static else None  # once for all steps
-                made = flow.sample_fewstep(controlled(text, traj, residuals), x0[:, :, :1], noise, sigmas)
-            fakes.append(Batch(made, text, traj))
-        return fakes
-
-    def discriminator_step(step: int, fakes: list[Batch]) -> dict[str, Tensor]:
-        """The classifier learns to tell true videos from fakes, all of them noisy. No gradient but its own."""
-        turn, losses = 2 * step, []
-        for samples, fake in zip(procs.share(cfg.batch, cfg.accumulate, turn), fakes, strict=True):
-            real = inputs(samples, turn)
-            with parallel.autocast(procs.device, cfg.dtype):
-                with torch.no_grad():
-                    t, both = flow.timestep(real.level), ((real.x0, real.text), (fake.x0, fake.text))
-                    # One after the other: one batch would take twice the memory, and a compiled block of its own.
-                    seen = [
-                        discriminator.features(flow.add_noise(x0, real.renoise, real.level), t, its) for x0, its in both
-                    ]
-                    features = [torch.cat(pair) for pair in zip(*seen, strict=True)]
-                    text, traj = torch.cat([real.text, fake.text]), torch.cat([real.traj, fake.traj])
-                loss = discriminator_loss(*classifier(features, text, traj).chunk(2))
-            (loss / len(fakes)).backward()
-            losses.append(loss.detach())
-        norm = optim.clip_and_step(classifier, classifier_optimizers, cfg.clip)
-        return {"discriminator_loss": torch.stack(losses).mean(), "discriminator_grad_norm": norm}
-
-    def adapter_step(step: int, weight: float, judged: bool) -> dict[str, Tensor]:
-        """The adapter learns from both losses, the diffusion loss weighed; gradients pass through frozen networks."""
-        turn, logged = 2 * step + 1, []
-        shares = procs.share(cfg.batch, cfg.accumulate, turn)
-        pulls = {"adversarial": [], "diffusion": []}  # squared norms of each loss's gradient at the adapter's outputs
-        for samples in shares:
-            x0, text, traj, noise, renoise, level = inputs(samples, turn)
-            diffusion = adversarial = torch.zeros((), device=procs.device)
-            with parallel.autocast(procs.device, cfg.dtype):
-                residuals = adapter(traj) if adapter.static else None  # once for both losses
-                if cfg.use_diffusion:  # the true video, seen at one of the sampler's noise levels
-                    u = sample_uniform(samples, cfg.batch, cfg.seed, turn, DIFFUSION_STEP)
-                    picked = [sigmas[int(v * cfg.denoising_steps)] for v in u]
-                    velocity = controlled(text, traj, residuals, pulls["diffusion"])
-                    diffusion = diffusion_loss(velocity, x0, renoise, send(torch.tensor(picked), procs.device))
-                if judged:  # what all steps together make, noised, is to pass for real
-                    velocity = controlled(text, traj, residuals, pulls["adversarial"])
-                    fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, cfg.denoising_steps - 1)
-                    x_t = flow.add_noise(fake, renoise, level)
-                    adversarial = adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
-            ((cfg.gan_scale * adversarial + weight * diffusion) / len(shares)).backward()
-            logged.append(torch.stack([adversarial.detach(), diffusion.detach()]))
-        classifier.zero_grad()  # the gradient passed through it on its way; its own comes from discriminator_step
-        norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
-        adversarial, diffusion = torch.stack(logged).mean(0)
-        values = {"adversarial_loss": adversarial, "diffusion_loss": diffusion, "adapter_grad_norm": norm}
-        for name, squares in pulls.items():
-            if squares:  # gradients are averaged over the processes
-                values[f"{name}_pull"] = procs.total(torch.stack(squares).sum()).sqrt() / procs.world
-        return values
-
-    def sampled(number: int) -> list[Tensor]:
-        """Latents of a held-out clip: the truth, and what the networks make of its trajectory."""
-        x0, text, traj = held_out.batch([number], "box").to(procs.device)
-        noise = send(step_noise(cfg.denoising_steps, x0.shape[1:], [number], cfg.seed), procs.device)
-        residuals = adapter(traj) if adapter.static else None
-        return [x0, flow.sample_fewstep(controlled(text, traj, residuals), x0[:, :, :1], noise, sigmas)]
-
-    def write_samples(step: int) -> None:
-        """Four held-out trajectories: truth and sample in turn."""
-        with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            latents = [z for number in range(4) for z in sampled(number)]
-        run.samples(step, (codec.decode_video(z)[0] for z in latents))
-        codec.free()
-
     # 3. The loop: the discriminator learns from true videos and fakes, then the adapter from both losses.
-    fakes = None
-    for step in run.steps(start, write_samples):
+    for step in range(start, cfg.steps + 1):
+        last = step == cfg.steps
+        if due(step, cfg.save_every, start, last):
+            run.save(step, wait=last)
+        if due(step, cfg.sample_every, start, last):
+            with ema.applied():
+                make = partial(make_video, cfg=cfg, generator=generator, adapter=adapter)
+                run.write_samples(step, codec, held_out, make, "box")
+        if last:
+            break
         now = phase(step, cfg.steps, cfg.ratio, cfg.diffusion_first, cfg.adapter_start)
         judged, values = cfg.use_gan and now.judged, {}
         if judged:
-            if fakes is None or now.new_fakes or not cfg.reuse_fakes:
-                fakes = make_fakes(step)
             lr = optim.learning_rate(now.age, cfg.classifier_lr, cfg.warmup, now.lifetime)
             optim.set_lr(classifier_optimizers, lr)
-            values |= discriminator_step(step, fakes)
+            values |= discriminator_step(
+                step, cfg, generator, adapter, discriminator, classifier_optimizers, data, procs
+            )
         if now.adapter_learns:
             optim.set_lr(optimizers, optim.learning_rate(now.adapter_age, cfg.lr, cfg.warmup, now.adapter_lifetime))
             weight = diffusion_weight(cfg.diffusion_scale, now.adapter_age / now.adapter_lifetime)
-            values |= adapter_step(step, weight, judged)
+            values |= adapter_step(
+                step, weight, judged, cfg, generator, adapter, discriminator, optimizers, data, procs
+            )
             ema.update(step)
-            fakes = None  # the adapter that made them is gone
         run.log(step + 1, **values)
 
     # 4. The averaged adapter is the FastAdapter.

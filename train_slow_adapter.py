@@ -9,24 +9,27 @@ The loss is the generator's own flow-matching loss, but only the adapter learns 
 dense masks and goes on with boxes, some of them sparse. To resume, run the same command again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import adapter as adapters
 import flow
-from adapter import Adapter
+from adapter import Adapter, controlled
 from core import optim, parallel
 from core.codec import Batch
 from core.config import run_script, shipped
 from core.memory import send
 from core.noise import sample_noise, sample_uniform
-from core.parallel import Recompute
-from core.runs import Run, check_options
+from core.parallel import Processes, Recompute
+from core.runs import Run, check_options, due
 from core.weights import save_network
-from data import open_codec, training_data
+from data import Source, open_codec, training_data
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 from trajectory import Maps
 
@@ -48,7 +51,6 @@ class Config:
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-3  # peak learning rate
     muon: bool = True  # Muon for the matrices inside the blocks, AdamW at 0.4 of the rate for all else; or AdamW alone
-    copied_rate: float = 0.1  # of the rate, under AdamW alone, for what a ControlNet copies from the generator (guess)
     warmup: int = 50  # steps of linear warm-up before the cosine
     weight_decay: float = 0.01  # decoupled
     clip: float = 1.0  # largest gradient norm
@@ -75,7 +77,6 @@ WAN5B = {
     "batch": 16,  # (paper: its 16 GPUs, one video on each)
     "lr": 1e-4,  # (guess)
     "muon": False,  # (guess)
-    "copied_rate": 0.1,  # (guess)
     "warmup": 200,  # (guess, as the cosine after it is)
     "weight_decay": 0.01,  # (guess)
     "clip": 1.0,  # (guess)
@@ -92,13 +93,39 @@ def adapter_loss(generator: VideoDiT, adapter: Adapter, batch: Batch, noise: Ten
 
     noise [B,C,F,H,W], sigma [B].
     """
-    (x0, text, traj), on = batch, generator.config.predicts
-    return flow.flow_matching_loss(lambda x, t: generator(x, t, text, adapter(traj, x, t, text)), x0, noise, sigma, on)
+    velocity = controlled(generator, adapter, batch.text, batch.traj)
+    return flow.flow_matching_loss(velocity, batch.x0, noise, sigma, generator.config.predicts)
 
 
 def trajectory_kind(step: int, mask_steps: int, sparse: float) -> tuple[Literal["mask", "box"], float]:
     """How a step's trajectories are drawn, and the share of them that is sparse: dense masks first, then boxes."""
     return ("mask", 0.0) if step < mask_steps else ("box", sparse)
+
+
+def adapter_step(
+    step: int, cfg: Config, generator: VideoDiT, adapter: Adapter, optimizers: Sequence[Optimizer], data: Source,
+    procs: Processes,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One update of the adapter, over the micro-batches of this process."""
+    kind, sparse = trajectory_kind(step, cfg.mask_steps, cfg.sparse)
+    losses, shares = [], procs.share(cfg.batch, cfg.accumulate, step)
+    for samples in shares:
+        batch = data.batch(samples, kind, sparse, cfg.drop_text).to(procs.device)
+        noise = send(sample_noise(batch.x0.shape[1:], samples, cfg.seed, step), procs.device)
+        u = send(sample_uniform(samples, cfg.batch, cfg.seed, step), procs.device)
+        with parallel.autocast(procs.device, cfg.dtype):
+            loss = adapter_loss(generator, adapter, batch, noise, flow.shift_sigma(u, cfg.shift))
+        (loss / len(shares)).backward()
+        losses.append(loss.detach())
+    norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
+    return {"loss": torch.stack(losses).mean(), "grad_norm": norm}
+
+
+def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adapter: Adapter) -> list[Tensor]:
+    """Latents of what the networks make of a held-out clip's first frame, text and trajectory, in 20 steps."""
+    noise = send(sample_noise(batch.x0.shape[1:], [number], cfg.seed), batch.x0.device)
+    velocity, sigmas = controlled(generator, adapter, batch.text, batch.traj), flow.sigma_schedule(20, cfg.shift)
+    return [flow.sample_multistep(velocity, batch.x0[:, :, :1], noise, sigmas)]
 
 
 def main(cfg: Config) -> None:
@@ -113,22 +140,14 @@ def main(cfg: Config) -> None:
     generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=elsewhere)
     check_preset(generator, cfg.generator, cfg.preset)
     generator.requires_grad_(False)
-    if cfg.init:
-        adapter = adapters.read_adapter(cfg.init, "SlowAdapter", shapes_only=elsewhere)
-        adapters.check_fit(adapter, cfg.init, generator, cfg.generator)
-    elif cfg.kind == "resnet":
-        adapter = adapters.ResNetAdapter(replace(adapters.PRESETS[cfg.preset], maps=cfg.maps))
-    else:
-        with torch.device("meta" if elsewhere else "cpu"):
-            adapter = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(generator.config), maps=cfg.maps))
-        adapter.copy_generator(generator)
+    adapter = new_adapter(cfg, generator, elsewhere)
     generator, adapter = (
         parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype) for network in (generator, adapter)
     )
     if cfg.muon:
         optimizers = optim.make_optimizers(adapter, adapter.blocks, cfg.weight_decay)
     else:
-        optimizers = [optim.adamw(adapter, cfg.weight_decay, 0.9, adapter.copied, cfg.copied_rate)]
+        optimizers = [optim.adamw(adapter, cfg.weight_decay, 0.9)]
     ema = optim.EMA(adapter, cfg.ema)
 
     # 2. What it learns from, and the folder in which a killed run finds itself again.
@@ -139,49 +158,41 @@ def main(cfg: Config) -> None:
     if start == 0 and not cfg.init and isinstance(getattr(adapter, "norm", None), adapters.FixedNorm):
         adapter.norm.fit([data.batch([n], "box").traj for n in range(16)])  # the same on every rank
 
-    def train_step(step: int) -> tuple[Tensor, Tensor]:
-        """One update of the adapter: its loss and the norm of its gradient."""
-        kind, sparse = trajectory_kind(step, cfg.mask_steps, cfg.sparse)
-        losses, shares = [], procs.share(cfg.batch, cfg.accumulate, step)
-        for samples in shares:
-            batch = data.batch(samples, kind, sparse, cfg.drop_text).to(procs.device)
-            noise = send(sample_noise(batch.x0.shape[1:], samples, cfg.seed, step), procs.device)
-            u = send(sample_uniform(samples, cfg.batch, cfg.seed, step), procs.device)
-            with parallel.autocast(procs.device, cfg.dtype):
-                loss = adapter_loss(generator, adapter, batch, noise, flow.shift_sigma(u, cfg.shift))
-            (loss / len(shares)).backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).mean(), optim.clip_and_step(adapter, optimizers, cfg.clip)
-
-    def sampled(number: int) -> list[Tensor]:
-        """Latents of a held-out clip: the truth, and what the networks make of its trajectory."""
-        x0, text, traj = held_out.batch([number], "box").to(procs.device)
-        noise = send(sample_noise(x0.shape[1:], [number], cfg.seed), procs.device)
-        out = flow.sample_multistep(
-            lambda x, t: generator(x, t, text, adapter(traj, x, t, text)),
-            x0[:, :, :1], noise, flow.sigma_schedule(20, cfg.shift),
-        )  # fmt: skip
-        return [x0, out]
-
-    def write_samples(step: int) -> None:
-        """Four held-out trajectories: truth and sample in turn."""
-        with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            latents = [z for number in range(4) for z in sampled(number)]
-        run.samples(step, (codec.decode_video(z)[0] for z in latents))
-        codec.free()
-
-    # 3. The loop, with samples and checkpoints written in between.
-    for step in run.steps(start, write_samples):
+    # 3. The loop. It runs once more than there are steps, to save and to show the last.
+    for step in range(start, cfg.steps + 1):
+        last = step == cfg.steps
+        if due(step, cfg.save_every, start, last):
+            run.save(step, wait=last)
+        if due(step, cfg.sample_every, start, last):
+            with ema.applied():
+                make = partial(make_video, cfg=cfg, generator=generator, adapter=adapter)
+                run.write_samples(step, codec, held_out, make, "box")
+        if last:
+            break
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
         optim.set_lr(optimizers, lr)
-        loss, norm = train_step(step)
+        values = adapter_step(step, cfg, generator, adapter, optimizers, data, procs)
         ema.update(step)
-        run.log(step + 1, loss=loss, grad_norm=norm, lr=lr)
+        run.log(step + 1, **values, lr=lr)
 
     # 4. The averaged weights are the result.
     weights = ema.weights(keep=procs.rank == 0)
     if procs.rank == 0:
         save_network(run.folder / "slow_adapter.safetensors", "SlowAdapter", adapter.config, weights)
+
+
+def new_adapter(cfg: Config, generator: VideoDiT, elsewhere: bool) -> Adapter:
+    """The adapter to train: one to go on from, or a new one. `elsewhere`: rank 0 has its weights."""
+    if cfg.init:
+        adapter = adapters.read_adapter(cfg.init, "SlowAdapter", shapes_only=elsewhere)
+        adapters.check_fit(adapter, cfg.init, generator, cfg.generator)
+    elif cfg.kind == "resnet":
+        adapter = adapters.ResNetAdapter(replace(adapters.PRESETS[cfg.preset], maps=cfg.maps))
+    else:
+        with torch.device("meta" if elsewhere else "cpu"):
+            adapter = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(generator.config), maps=cfg.maps))
+        adapter.copy_generator(generator)
+    return adapter
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -77,28 +76,10 @@ def make_optimizers(model: nn.Module, blocks: nn.Module, weight_decay: float, re
     return [Muon(inside, weight_decay), adamw]
 
 
-def adamw(
-    model: nn.Module, weight_decay: float, momentum: float = 0.0, slow: str = "$^", slow_rate: float = 1.0
-) -> Optimizer:
-    """AdamW. No momentum by default, as in adversarial and score-matching training; betas of Wan2.2-TI2V-5B-Turbo.
-
-    Parameters whose names match `slow` learn at `slow_rate` of the rate.
-    """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if bool(re.search(slow, name)) == chosen], "lr_scale": rate}
-        for chosen, rate in ((False, 1.0), (True, slow_rate))
-    ]
-    return AdamW([g for g in groups if g["params"]], betas=(momentum, 0.999), weight_decay=weight_decay)
-
-
-def watched(tensors: Iterable[Tensor], norms: list[Tensor]) -> list[Tensor]:
-    """The same tensors. When a gradient comes back through them, the square of its norm is put into `norms`."""
-    aliases = [tensor.view_as(tensor) for tensor in tensors]
-    for alias in aliases:
-        if alias.requires_grad:
-            alias.register_hook(lambda grad: norms.append(grad.float().square().sum()))
-    return aliases
+def adamw(model: nn.Module, weight_decay: float, momentum: float = 0.0) -> Optimizer:
+    """AdamW. No momentum by default, as in adversarial and score-matching training; betas of Wan2.2-TI2V-5B-Turbo."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return AdamW(trained, betas=(momentum, 0.999), weight_decay=weight_decay)
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int, schedule: str = "cosine") -> float:

@@ -10,9 +10,11 @@ import math
 import os
 import re
 import shutil
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +25,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
-from tqdm import tqdm
 
+from core.codec import Batch, Codec
 from core.config import ROOT, UserError, reason
 from core.files import atomic, write_text
 from core.media import contact_sheet, to_uint8, write_image, write_video
-from core.memory import fetch
-from core.parallel import Processes
+from core.memory import fetch, peak_memory
+from core.parallel import Processes, autocast
 from core.weights import read_config
 
 Part = tuple[nn.Module, Sequence, Stateful | None]  # a network, its optimizers, its EMA if it has one
@@ -89,37 +91,23 @@ class Run:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist asks
         if procs.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.state()  # creates the optimizers' states by taking a step without gradients; that step must not count
-        for _, optimizers, _ in parts.values():
-            for kept in (kept for optimizer in optimizers for kept in optimizer.state.values() if "step" in kept):
-                kept["step"].zero_()
+        self.began, self.told = time.perf_counter(), 0  # when the last line was printed, and of which step
 
     def state(self) -> dict:
+        """All that a run needs to go on."""
         state = {}
         for name, (model, optimizers, ema) in self.parts.items():
+            fresh = [optimizer for optimizer in optimizers if not optimizer.state]
             weights, optim = get_state_dict(model, optimizers)
+            # It makes a fresh optimizer's state by a step without gradients, which must not count.
+            for kept in (kept for optimizer in fresh for kept in optimizer.state.values() if "step" in kept):
+                kept["step"].zero_()
             state[name] = {"weights": weights, "optimizers": optim} | ({"ema": ema.state_dict()} if ema else {})
         return state
 
-    def steps(self, start: int, write_samples: Callable[[int], None]) -> Iterator[int]:
-        """The steps that are left to take, with checkpoints and samples written in between and after the last."""
-        total, every = self.config["steps"], [self.config[f"{what}_every"] for what in ("sample", "save")]
-        for step in tqdm(range(start, total + 1), initial=start, total=total, disable=self.procs.rank > 0):
-            last = step == total
-            shows, saves = (due(step, often, start, last) for often in every)
-            self.check_finite(all_steps=shows or saves or self.procs.device.type == "cpu")
-            if self.written.done():
-                self.settle()
-            if saves:
-                self.save(step, wait=last)
-            if shows:
-                self.settle()  # first the checkpoint: whatever goes wrong with samples, no training is lost
-                write_samples(step)
-            if not last:
-                yield step
-
     def save(self, step: int, wait: bool = False) -> None:
         """Write `ckpt/step_00000500/`. Returns once everything is copied to memory or, with `wait`, is on disk."""
+        self.check_finite(all_steps=True)
         self.settle()  # one at a time
         folder, temporary = self.folder / "ckpt" / f"step_{step:08d}", self.folder / "ckpt" / f".step_{step:08d}.tmp"
         if folder.exists():  # a finished run that was started again
@@ -183,7 +171,7 @@ class Run:
                 set_state_dict(model, optimizers, model_state_dict=part["weights"], optim_state_dict=part["optimizers"])
                 if ema:
                     ema.load_state_dict(part["ema"])
-            step = int(found[-1].name.removeprefix("step_"))
+            step = self.told = int(found[-1].name.removeprefix("step_"))
         log = self.folder / "log.jsonl"
         if self.procs.rank == 0:
             write_text(options, json.dumps(self.config, indent=1))
@@ -209,6 +197,20 @@ class Run:
             write_video(path.with_suffix(".mp4"), np.concatenate(frames, axis=2), fps=8)
         self.procs.wait_for_first(f"{self.folder}: samples of step {step}")
 
+    def write_samples(
+        self, step: int, codec: Codec, source, make: Callable[[Batch, int], list[Tensor]], kind: str | None = None
+    ) -> None:
+        """Four held-out clips of `source`: the truth, and the latents that `make(batch, number)` gives, in turn."""
+        self.check_finite(all_steps=True)
+        self.settle()  # first the checkpoint: whatever goes wrong with samples, no training is lost
+        latents = []
+        with torch.no_grad(), autocast(self.procs.device, self.config["dtype"]):
+            for number in range(4):
+                batch = source.batch([number], kind).to(self.procs.device)
+                latents += [batch.x0, *make(batch, number)]
+        self.samples(step, (codec.decode_video(z)[0] for z in latents))
+        codec.free()
+
     def check_finite(self, all_steps: bool) -> None:
         """UserError if a step gave a loss or gradient that is no finite number; nothing of it has been saved.
 
@@ -229,15 +231,29 @@ class Run:
     def log(self, step: int, always: bool = False, **values: Tensor | float) -> None:
         """What a step gave, averaged over ranks; written every `log_every` steps, or always. Every rank must call."""
         self.unseen.append((step, {name: fetch(torch.as_tensor(value).detach()) for name, value in values.items()}))
-        if step % self.config["log_every"] and not always:
-            return
-        numbers = {n: self.procs.mean(v) if isinstance(v, Tensor) else v for n, v in values.items()}
-        if self.procs.rank == 0 and all(map(math.isfinite, numbers.values())):  # else the next step stops
-            try:
-                with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
-            except OSError as error:
-                raise UserError(f"{self.folder / 'log.jsonl'}: can't be written ({reason(error)}); make room") from None
+        if step % self.config["log_every"] == 0 or always:
+            numbers = {n: self.procs.mean(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+            if self.procs.rank == 0 and all(map(math.isfinite, numbers.values())):
+                self.write(step, numbers)
+        self.check_finite(all_steps=self.procs.device.type == "cpu")
+        if self.written.done():
+            self.settle()
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """A line in log.jsonl, and one to read, with speed, memory and the time that is left."""
+        try:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.folder / 'log.jsonl'}: can't be written ({reason(error)}); make room") from None
+        now, total = time.perf_counter(), self.config["steps"]
+        seconds = (now - self.began) / max(1, step - self.told)
+        self.began, self.told = now, step
+        speed = f"{seconds:.2f} s/step  {self.config.get('batch', 1) / seconds:.1f} videos/s"
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        left = timedelta(seconds=round(seconds * (total - step)))
+        memory = peak_memory(self.procs.device)
+        print(f"step {step}/{total}  {shown}  {speed}  {memory:.1f} GiB  {left} left", flush=True)
 
 
 def logged_step(line: str) -> int:

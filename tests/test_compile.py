@@ -23,7 +23,7 @@ STAGES = {
     distill_fast: (3, 6, {"generator": "SlowGenerator", "ratio": 1}),
     finetune_hybrid: (
         5, 8, {"generator": "FastGenerator", "backbone": "SlowGenerator", "adapter": "SlowAdapter", "ratio": 1,
-               "diffusion_first": 0, "adapter_start": 0, "reuse_fakes": False},
+               "diffusion_first": 0, "adapter_start": 0},
     ),
 }  # fmt: skip
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import discriminator as discriminators
-import finetune_hybrid
 from core import optim
 from core.weights import load, read_network, save_network
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
@@ -111,7 +110,7 @@ def test_wan5b_begins_so_that_it_learns_at_its_own_rate(cautious, rate):
     at either; the toy's cautious beginning hardly at 2e-6, and at 8e-6 much later than the plain one.
     """
     torch.manual_seed(0)
-    classifier = Classifier(QUARTER, cautious)
+    classifier = Classifier(replace(QUARTER, cautious=cautious))
     optimizer = optim.adamw(classifier, 0.01)
     assert optimizer.param_groups[0]["betas"] == (0.0, 0.999)
     optim.set_lr([optimizer], rate)
@@ -134,6 +133,7 @@ def test_wan5b_begins_so_that_it_learns_at_its_own_rate(cautious, rate):
 
 def test_a_cautious_classifier_alone_begins_at_zero():
     features, text, traj = [torch.randn(2, 4, 768)] * 3, torch.randn(2, 4, 1024), torch.randn(2, 48, 1, 4, 4)
-    logits = {cautious: Classifier(QUARTER, cautious)(features, text, traj) for cautious in (False, True)}
+    shapes = {cautious: replace(QUARTER, cautious=cautious) for cautious in (False, True)}
+    logits = {cautious: Classifier(shape)(features, text, traj) for cautious, shape in shapes.items()}
     assert not logits[True].any() and logits[False].abs().min() > 1e-3
-    assert not finetune_hybrid.WAN5B["cautious"] and finetune_hybrid.Config.cautious
+    assert [discriminators.PRESETS[preset].cautious for preset in ("small", "wan5b")] == [True, False]

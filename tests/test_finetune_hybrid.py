@@ -16,7 +16,7 @@ from core import optim
 from core.config import UserError
 from core.weights import save_network
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss
-from finetune_hybrid import diffusion_loss, diffusion_weight, phase
+from finetune_hybrid import diffusion_weight, phase
 from model import PRESETS, DiTConfig, VideoDiT
 
 
@@ -28,7 +28,7 @@ def test_diffusion_weight():
 
 
 def test_diffusion_loss_by_hand():
-    """A velocity that lands on x0 + 0.5 in every later frame costs 0.25; frame 0 costs nothing."""
+    """L_diffusion: a velocity that lands on x0 + 0.5 in every later frame costs 0.25; frame 0 costs nothing."""
     x0, noise, sigma = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.tensor([0.3, 0.9])
     level = flow.frame_sigma(sigma, 4)
 
@@ -37,7 +37,7 @@ def test_diffusion_loss_by_hand():
         torch.testing.assert_close(x_t, flow.add_noise(x0, noise, level))
         return noise - x0 - 0.5 / sigma[:, None, None, None, None]
 
-    assert diffusion_loss(velocity, x0, noise, sigma).item() == pytest.approx(0.25, rel=1e-4)
+    assert flow.flow_matching_loss(velocity, x0, noise, sigma, "x0").item() == pytest.approx(0.25, rel=1e-4)
 
 
 def test_adversarial_gradient_reaches_the_adapter_through_the_noisy_latent_alone():
@@ -81,7 +81,6 @@ PLANS = [  # steps, ratio, diffusion_first, adapter_start
 def test_phases(steps, ratio, first, rest):
     plan = [phase(step, steps=steps, ratio=ratio, diffusion_first=first, adapter_start=rest) for step in range(steps)]
     assert [now.judged for now in plan] == [False] * first + [True] * (steps - first)
-    assert [step for step, now in enumerate(plan) if now.new_fakes] == list(range(0, steps, ratio))
     learns = [step for step, now in enumerate(plan) if now.adapter_learns]
     resting = range(first, first + rest)
     assert learns == [step for step in range(ratio - 1, steps, ratio) if step not in resting]  # the last of each cycle
@@ -103,18 +102,6 @@ def test_progress_of_the_defaults():
     assert at[300].adapter_age == -60 and at[300].age == 0  # the adapter rests, the discriminator begins
 
 
-@pytest.mark.parametrize("steps, ratio, first, rest", PLANS)
-def test_fakes_are_never_stale(steps, ratio, first, rest):
-    """Whenever the adapter has learned, the next step of the discriminator begins a cycle, or is its first of all."""
-    learned = judged_before = False
-    for step in range(steps):
-        now = phase(step, steps=steps, ratio=ratio, diffusion_first=first, adapter_start=rest)
-        if now.judged:
-            assert not learned or now.new_fakes or not judged_before
-            learned, judged_before = False, True
-        learned |= now.adapter_learns
-
-
 @pytest.fixture
 def files(here):
     """Small networks in the test's own folder, and the options that name them."""
@@ -130,7 +117,7 @@ def files(here):
 
 
 def test_the_discriminator_sees_what_the_adapter_makes_now(files, monkeypatch):
-    """A run of stage 3: fakes are made when a cycle begins, by the adapter that learned in the step before."""
+    """A run of stage 3: fakes are made at every step of the discriminator, by the adapter as it is."""
     adapter, made, updates = [], [], []
     read, sampler, stepped = finetune_hybrid.read_adapter, flow.sample_fewstep, optim.clip_and_step
 
@@ -161,16 +148,15 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(files, monkeypatch):
     )
     kinds = [kind for kind, *_ in updates]
     assert kinds == ["adapter", *["classifier", "classifier", "adapter"] * 2, "classifier"]
-    assert [number for number, _ in made[:-4]] == [1, 4, 7]  # the last are the final samples
+    assert [number for number, _ in made[:-4]] == [1, 2, 4, 5, 7]  # the last are the final samples
     for number, seen in made[:-4]:
         assert updates[number][0] == "classifier" and torch.equal(seen, updates[number][1])  # the adapter as it is
         kind, before, after = updates[number - 1]
-        assert kind == "adapter" and not torch.equal(before, after) and torch.equal(seen, after)
+        assert torch.equal(seen, after) and torch.equal(before, after) == (kind == "classifier")
 
 
-@pytest.mark.parametrize("reuse", [False, True])
-def test_fakes_of_their_own_have_the_true_videos_conditions_at_every_step(reuse, files, monkeypatch):
-    """The same first frames, texts and trajectories; fakes that are used again keep those of their cycle's start."""
+def test_fakes_have_the_true_videos_conditions_at_every_step(files, monkeypatch):
+    """The same first frames, texts and trajectories."""
     seen, judged, made = [], [], []
     sampler, features = flow.sample_fewstep, DiffusionDiscriminator.features
     judge = Classifier.forward
@@ -194,17 +180,16 @@ def test_fakes_of_their_own_have_the_true_videos_conditions_at_every_step(reuse,
     monkeypatch.setattr(Classifier, "forward", watched_judge)
     finetune_hybrid.main(
         finetune_hybrid.Config(
-            **files, steps=4, ratio=2, diffusion_first=0, adapter_start=0, batch=2, reuse_fakes=reuse, compile=False,
-            dtype="float32",
+            **files, steps=4, ratio=2, diffusion_first=0, adapter_start=0, batch=2, compile=False, dtype="float32"
         )
-    )  # fmt: skip
-    assert (len(seen), len(judged)) == (8, 4) and len(made) == (2 if reuse else 4) + 4  # and the final samples
+    )
+    assert (len(seen), len(judged)) == (8, 4) and len(made) == 4 + 4  # and the final samples
     true, fake = seen[::2], seen[1::2]
     alike = [
         all(map(torch.equal, *two)) and all(torch.equal(*part.chunk(2)) for part in parts)
         for *two, parts in zip(true, fake, judged, strict=True)
     ]
-    assert alike == ([True, False] * 2 if reuse else [True] * 4)
+    assert alike == [True] * 4
     assert not any(torch.equal(a[1], b[1]) for a, b in pairwise(true))  # true videos are new at every step
 
 
@@ -215,7 +200,7 @@ def test_the_log_shows_how_hard_each_loss_pulls_at_the_adapter(files):
         finetune_hybrid.main(
             finetune_hybrid.Config(
                 **files, name=name, steps=2, ratio=1, diffusion_first=1, adapter_start=0, batch=2, log_every=1,
-                compile=False, dtype="float32", cautious=False, **options,
+                compile=False, dtype="float32", **options,
             )
         )  # fmt: skip
         return [json.loads(line) for line in Path(f"runs/{name}/log.jsonl").read_text().splitlines()]

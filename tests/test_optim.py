@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from core import optim
+from finetune_hybrid import watch_gradients
 
 
 @pytest.mark.parametrize(("fast", "error"), [(False, 1e-4), (True, 0.03)])
@@ -112,7 +113,7 @@ def test_what_watches_gradients_changes_none():
     plain = gradients(lambda tensors: list(tensors))
 
     def watch(tensors):
-        return optim.watched(tensors, next(passes))
+        return watch_gradients(tensors, next(passes))
 
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(watch), strict=True))
     outputs = [layer(x).detach() for layer in layers]
@@ -122,7 +123,7 @@ def test_what_watches_gradients_changes_none():
     assert [sum(squares).item() for squares in norms] == [pytest.approx(v.item(), rel=1e-5) for v in (first, second)]
     silent = []
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(optim.watched(outputs, silent), outputs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(watch_gradients(outputs, silent), outputs, strict=True))
     assert not silent
 
 

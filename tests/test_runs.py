@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from core import optim, parallel, runs
+from core.codec import Batch
 from core.config import UserError
 from core.runs import COUNTS, MAY_BE_0, Run, check_options, due
 
@@ -29,6 +30,7 @@ class Options:
     steps: int = 9  # of it
     save_every: int = 2  # steps
     sample_every: int = 100  # steps
+    dtype: str = "float32"  # of it
 
 
 def part(width):
@@ -234,11 +236,26 @@ def test_what_is_due_and_when():
     assert due(0, 4, 0, last=True)  # a run of no steps, or one that is begun again when it is done
 
 
+def steps_of(run, options, start, writes=lambda step: None):
+    """The steps of a run, with checkpoints and samples in between, as in the training scripts' loops."""
+    codec = SimpleNamespace(decode_video=lambda z: z, free=lambda: None)
+    source = SimpleNamespace(batch=lambda *_: Batch(torch.zeros(1, 3, 2, 16, 16), None, None))
+    for step in range(start, options.steps + 1):
+        last = step == options.steps
+        if due(step, options.save_every, start, last):
+            run.save(step, wait=last)
+        if due(step, options.sample_every, start, last):
+            run.write_samples(step, codec, source, lambda batch, number: [batch.x0] if writes(step) is None else [])
+        if last:
+            break
+        yield step
+
+
 def train(folder, values, writes=lambda step: None, save_every=2, **more) -> list[int]:
     """Steps taken of a run whose step n logs values[n], 0 if it is not there."""
     options = Options(save_every=save_every, **more)
     run, taken = Run(folder, options, ALONE, part(4)), []
-    for step in run.steps(run.resume(), writes):
+    for step in steps_of(run, options, run.resume(), writes):
         taken.append(step)
         run.log(step + 1, loss=torch.tensor(values.get(step + 1, 0.5)), grad_norm=1.0)
     return taken
@@ -261,9 +278,11 @@ def test_a_gpu_has_its_next_step_while_the_last_one_is_at_work(tmp_path, monkeyp
 
     monkeypatch.setattr(runs, "fetch", fetch)
     procs = parallel.Processes(0, 1, torch.device("cuda"), None)
-    run, before = Run(tmp_path, Options(log_every=100, save_every=6, sample_every=0), procs, part(4)), []
-    run.save = lambda *_, **__: None
-    for step in run.steps(0, lambda _: None):
+    options = Options(log_every=100, save_every=6, sample_every=0)
+    run, before = Run(tmp_path, options, procs, part(4)), []
+    monkeypatch.setattr(runs.dcp, "async_save", lambda *_, **__: None)
+    monkeypatch.setattr(Run, "publish", lambda *_: None)
+    for step in steps_of(run, options, 0):
         before.append(list(seen))
         run.log(step + 1, loss=torch.tensor(float(step)).as_subclass(Loss))
     assert before == [[], [], [0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [*range(6)], [*range(6)], [*range(7)]]
@@ -302,19 +321,18 @@ def test_what_a_user_keeps_beside_the_checkpoints_is_left_alone(name, tmp_path):
 @pytest.mark.parametrize("limit", [1, 600, 2000])
 def test_a_full_disk_is_told_at_once_and_leaves_nothing_half_written(limit, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def writes(step: int) -> None:
-        if step == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-
-    run, taken = Run(tmp_path, Options(save_every=4, sample_every=3), ALONE, part(64)), []
+    options = Options(save_every=4, log_every=100)
+    run, taken = Run(tmp_path, options, ALONE, part(64)), []
     try:
         with pytest.raises(UserError, match=r"ckpt: a checkpoint can't be written \(.*; make room and run the same"):
-            for step in run.steps(0, writes):
+            for step in steps_of(run, options, 0):
                 taken.append(step)
+                if step == 3:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
                 if step == 4:
                     concurrent.futures.wait([run.written])
                     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+                run.log(step + 1, loss=0.5)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert taken == [0, 1, 2, 3, 4]  # told at the very next step, not at the next checkpoint

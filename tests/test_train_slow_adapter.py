@@ -11,7 +11,6 @@ import train_slow_adapter
 from adapter import (
     AdapterConfig,
     ControlNetAdapter,
-    ControlNetConfig,
     FixedNorm,
     ResNetAdapter,
     read_adapter,
@@ -58,26 +57,8 @@ def test_the_loss_moves_the_adapter_alone():
 
 def test_wan5b_learns_by_adamw_with_a_warm_up():
     cfg = parse_config(Config, ["--preset", "wan5b"], {"wan5b": WAN5B})
-    assert (cfg.lr, cfg.muon, cfg.copied_rate) == (1e-4, False, 0.1) and cfg.warmup > 50
+    assert (cfg.lr, cfg.muon) == (1e-4, False) and cfg.warmup > 50
     assert parse_config(Config, []).muon
-
-
-def test_what_a_controlnet_copies_learns_at_a_tenth_of_the_rate():
-    network = ControlNetAdapter(ControlNetConfig(32, 64, 2, 2, text_dim=16, text_tokens=8, channels=16))
-    optimizer = optim.adamw(network, 0.01, 0.9, network.copied, 0.1)
-    optim.set_lr([optimizer], 1e-4)
-    new, copied = optimizer.param_groups
-    assert (new["lr"], copied["lr"]) == (1e-4, pytest.approx(1e-5))
-    assert new["betas"] == copied["betas"] == (0.9, 0.999)
-    names = {id(p): name for name, p in network.named_parameters()}
-    groups = [{names[id(p)] for p in group["params"]} for group in (new, copied)]
-    assert not groups[0] & groups[1] and groups[0] | groups[1] == set(names.values())
-    assert sum(len(group["params"]) for group in (new, copied)) == len(names)
-    assert groups[0] == {n for n in names.values() if n.startswith(("project.", "patch_embedding."))}
-    assert any(name.startswith("blocks.1.") for name in groups[1]) and "text_embedding.0.weight" in groups[1]
-    light = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
-    (all_new,) = optim.adamw(light, 0.01, 0.9, light.copied, 0.1).param_groups
-    assert all_new["lr_scale"] == 1 and len(all_new["params"]) == len(list(light.parameters()))
 
 
 @pytest.fixture
@@ -152,9 +133,9 @@ def test_maps_are_painted_as_the_new_adapters_config_says(maps, stage_1, monkeyp
     assert seen == {maps} and read_maps("runs/on/slow_adapter.safetensors", "SlowAdapter") == maps
 
 
-def test_a_run_without_muon_moves_copied_layers_ten_times_slower(stage_1):
+def test_a_run_without_muon_has_one_rate_and_trains_a_controlnet(stage_1):
     (optimizer,) = stage_1(kind="controlnet", lr=1e-3, steps=1)
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, pytest.approx(1e-4)]
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3]
     trained = read_adapter("runs/slow_adapter/slow_adapter.safetensors", "SlowAdapter")
     assert isinstance(trained, ControlNetAdapter) and trained.project[0].weight.any()
 

@@ -8,22 +8,26 @@ to adapter", "LCM applied to adapter") and gives no details: what their sources 
 result, `runs/<name>/fast_adapter.safetensors`, is used as stage 3's. To resume, run the same command again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import flow
 from adapter import read_adapter
 from core import optim, parallel
 from core.config import run_script, shipped
-from core.noise import rng, sample_uniform, step_noise
-from core.runs import Run, check_options
+from core.noise import sample_uniform, step_noise
+from core.parallel import Processes
+from core.runs import Run, check_options, due
 from core.weights import save_network
-from data import open_codec, training_data
-from distill_fast import EXIT_STEP, Draw, fake_score_loss, levels_above, student_learns, student_loss
+from data import Source, open_codec, training_data
+from distill_fast import Draw, draw_exit_step, fake_score_loss, levels_above, student_learns, student_loss
+from finetune_hybrid import make_video
 from flow import Velocity
 from model import VideoDiT
 
@@ -86,104 +90,111 @@ def consistency_loss(
     return (predicted - target)[:, :, 1:].square().mean()
 
 
+def averaged(velocity: Velocity, ema: optim.EMA) -> Velocity:
+    """The same velocity, of the averaged adapter."""
+
+    def of_average(x: Tensor, t: Tensor) -> Tensor:
+        with ema.applied():
+            return velocity(x, t)
+
+    return of_average
+
+
+def consistency_step(
+    step: int, cfg: Config, student: Controlled, teacher: Controlled, ema: optim.EMA, optimizers: Sequence[Optimizer],
+    data: Source, procs: Processes,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One update of the adapter by the consistency loss."""
+    losses, shares = [], procs.share(cfg.batch, cfg.accumulate, step)
+    path = flow.sigma_schedule(cfg.path, cfg.shift)
+    for samples in shares:
+        x0, text, traj = data.batch(samples, "box").to(procs.device)
+        noise = step_noise(1, x0.shape[1:], samples, cfg.seed, step)[0].to(procs.device)
+        u = sample_uniform(samples, cfg.batch, cfg.seed, step)
+        first = [int(v * (cfg.path - cfg.skip + 1)) for v in u]
+        high, low = (torch.tensor([path[i + k] for i in first], device=procs.device) for k in (0, cfg.skip))
+        velocity, truth = (partial(network, text=text, traj=traj) for network in (student, teacher))
+        with parallel.autocast(procs.device, cfg.dtype):
+            loss = consistency_loss(velocity, averaged(velocity, ema), truth, x0, noise, high, low)
+        (loss / len(shares)).backward()
+        losses.append(loss.detach())
+    norm = optim.clip_and_step(student.adapter, optimizers, cfg.clip)
+    return {"consistency_loss": torch.stack(losses).mean(), "adapter_grad_norm": norm}
+
+
+def matching_step(
+    step: int, learner: Literal["fake", "adapter"], cfg: Config, student: Controlled, fake_score: Controlled,
+    teacher: Controlled, optimizers: Sequence[Optimizer], data: Source, procs: Processes,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One update of the fake score or of the adapter, by stage 2's losses; every network is told the trajectory."""
+    turn, losses = 2 * step + (learner == "adapter"), []
+    exit_step, sigmas = draw_exit_step(cfg, turn), flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
+    shares = procs.share(cfg.batch, cfg.accumulate, turn)
+    for samples in shares:
+        x0, text, traj = data.batch(samples, "box").to(procs.device)
+        noise = step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
+        u = sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
+        sigma = flow.shift_sigma(levels_above(u, exit_step, cfg.denoising_steps), cfg.shift).clamp(0.02, 0.98)
+        draw = Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
+        makes, fake, real = (partial(n, text=text, traj=traj) for n in (student, fake_score, teacher))
+        with parallel.autocast(procs.device, cfg.dtype):
+            if learner == "fake":
+                loss = fake_score_loss(fake, student=makes, draw=draw)
+            else:
+                loss = student_loss(makes, real_score=real, fake_score=fake, draw=draw)
+        (loss / len(shares)).backward()
+        losses.append(loss.detach())
+    norm = optim.clip_and_step(fake_score if learner == "fake" else student.adapter, optimizers, cfg.clip)
+    return {f"{learner}_loss": torch.stack(losses).mean(), f"{learner}_grad_norm": norm}
+
+
 def main(cfg: Config) -> None:
     check_options(cfg)
     procs = parallel.init_processes()
 
     # 1. The student: the frozen FastGenerator and the adapter that learns. The teacher: the slow networks, frozen.
-    def controlled(generator: str, kind: str) -> Controlled:
+    def read(generator: str, kind: str) -> Controlled:
         network = VideoDiT.from_pretrained(generator, f"{kind}Generator").requires_grad_(False)
         adapter = read_adapter(cfg.slow_adapter, "SlowAdapter").requires_grad_(False)
         prepared = (parallel.prepare(part, procs, cfg.compile, dtype=cfg.dtype) for part in (network, adapter))
         return Controlled(*prepared)
 
-    student, teacher = controlled(cfg.fast_generator, "Fast"), controlled(cfg.slow_generator, "Slow")
+    student, teacher = read(cfg.fast_generator, "Fast"), read(cfg.slow_generator, "Slow")
     adapter = student.adapter.requires_grad_(True)
     optimizers, ema = [optim.adamw(adapter, cfg.weight_decay)], optim.EMA(adapter, cfg.ema)
     parts = {"adapter": (adapter, optimizers, ema)}
     if cfg.loss == "dmd":
-        fake_score = controlled(cfg.slow_generator, "Slow").requires_grad_(True)
+        fake_score = read(cfg.slow_generator, "Slow").requires_grad_(True)
         fake_optimizers = [optim.adamw(fake_score, cfg.weight_decay)]
         parts["fake"] = fake_score, fake_optimizers, None
 
     # 2. What they learn from.
     codec = open_codec(cfg.preset, "", procs.device)
     data, held_out = training_data("", codec, cfg.seed, cfg.batch, adapter.config.maps)
-    sigmas, path = flow.sigma_schedule(cfg.denoising_steps, cfg.shift), flow.sigma_schedule(cfg.path, cfg.shift)
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
 
-    def averaged(velocity: Velocity) -> Velocity:
-        """The same velocity, of the averaged adapter."""
-
-        def of_average(x: Tensor, t: Tensor) -> Tensor:
-            with ema.applied():
-                return velocity(x, t)
-
-        return of_average
-
-    def consistency_step(step: int) -> dict[str, Tensor]:
-        """One update of the adapter by the consistency loss."""
-        losses, shares = [], procs.share(cfg.batch, cfg.accumulate, step)
-        for samples in shares:
-            x0, text, traj = data.batch(samples, "box").to(procs.device)
-            noise = step_noise(1, x0.shape[1:], samples, cfg.seed, step)[0].to(procs.device)
-            u = sample_uniform(samples, cfg.batch, cfg.seed, step)
-            first = [int(v * (cfg.path - cfg.skip + 1)) for v in u]
-            high, low = (torch.tensor([path[i + k] for i in first], device=procs.device) for k in (0, cfg.skip))
-            velocity, truth = (partial(network, text=text, traj=traj) for network in (student, teacher))
-            with parallel.autocast(procs.device, cfg.dtype):
-                loss = consistency_loss(velocity, averaged(velocity), truth, x0, noise, high, low)
-            (loss / len(shares)).backward()
-            losses.append(loss.detach())
-        norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
-        return {"consistency_loss": torch.stack(losses).mean(), "adapter_grad_norm": norm}
-
-    def matching_step(step: int, learner: Literal["fake", "adapter"]) -> dict[str, Tensor]:
-        """One update of the fake score or of the adapter, by stage 2's losses; every network is told the trajectory."""
-        turn, losses = 2 * step + (learner == "adapter"), []
-        exit_step = int(torch.randint(cfg.denoising_steps, (), generator=rng(cfg.seed, turn, EXIT_STEP)))
-        shares = procs.share(cfg.batch, cfg.accumulate, turn)
-        for samples in shares:
-            x0, text, traj = data.batch(samples, "box").to(procs.device)
-            noise = step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
-            u = levels_above(
-                sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device), exit_step, cfg.denoising_steps
-            )
-            sigma = flow.shift_sigma(u, cfg.shift).clamp(0.02, 0.98)
-            draw = Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
-            makes, fake, real = (partial(n, text=text, traj=traj) for n in (student, fake_score, teacher))
-            with parallel.autocast(procs.device, cfg.dtype):
-                if learner == "fake":
-                    loss = fake_score_loss(fake, student=makes, draw=draw)
-                else:
-                    loss = student_loss(makes, real_score=real, fake_score=fake, draw=draw)
-            (loss / len(shares)).backward()
-            losses.append(loss.detach())
-        network, its = (fake_score, fake_optimizers) if learner == "fake" else (adapter, optimizers)
-        norm = optim.clip_and_step(network, its, cfg.clip)
-        return {f"{learner}_loss": torch.stack(losses).mean(), f"{learner}_grad_norm": norm}
-
-    def write_samples(step: int) -> None:
-        """Four held-out trajectories: truth and sample in turn."""
-        x0, text, traj = held_out.batch(list(range(4)), "box").to(procs.device)
-        noise = step_noise(cfg.denoising_steps, x0.shape[1:], range(4), cfg.seed).to(procs.device)
-        with ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            out = flow.sample_fewstep(partial(student, text=text, traj=traj), x0[:, :, :1], noise, sigmas)
-        pairs = torch.stack([codec.decode_video(x0), codec.decode_video(out)], dim=1)
-        run.samples(step, pairs.flatten(0, 1))
-
     # 3. The loop.
-    for step in run.steps(start, write_samples):
+    for step in range(start, cfg.steps + 1):
+        last = step == cfg.steps
+        if due(step, cfg.save_every, start, last):
+            run.save(step, wait=last)
+        if due(step, cfg.sample_every, start, last):
+            with ema.applied():
+                make = partial(make_video, cfg=cfg, generator=student.generator, adapter=adapter)
+                run.write_samples(step, codec, held_out, make, "box")
+        if last:
+            break
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
         if cfg.loss == "lcm":
-            values = consistency_step(step)
+            values = consistency_step(step, cfg, student, teacher, ema, optimizers, data, procs)
             ema.update(step)
         else:
             optim.set_lr(fake_optimizers, optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps))
-            values = matching_step(step, "fake")
+            networks = student, fake_score, teacher
+            values = matching_step(step, "fake", cfg, *networks, fake_optimizers, data, procs)
             if student_learns(step, cfg.ratio):
-                values |= matching_step(step, "adapter")
+                values |= matching_step(step, "adapter", cfg, *networks, optimizers, data, procs)
                 ema.update(step)
         run.log(step + 1, **values)
     weights = ema.weights(keep=procs.rank == 0)

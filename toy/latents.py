@@ -18,8 +18,6 @@ class ToyLatents:
     and maps are rendered on `device`.
     """
 
-    one_shape = True  # all videos are of one size
-
     def __init__(
         self, codec: ToyCodec, maps: Maps | None = None, split: str = "train", seed: int = 0,
         device: torch.device | str = "cpu", **shape,

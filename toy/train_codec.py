@@ -9,17 +9,19 @@ blur where it is unsure, so the amount of detail around a pixel counts too. With
 all networks trained on its latents. To resume, run the same command again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
 
 from core import optim, parallel
 from core.config import run_script
 from core.noise import rng
-from core.runs import Run, check_options
+from core.runs import Run, check_options, due
 from core.weights import save_network
 from model import PRESETS
 from toy.codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
@@ -67,6 +69,27 @@ def decoder_loss(out: Tensor, frames: Tensor, detail: float, energy: float) -> T
     return F.l1_loss(out, frames) + detail * F.l1_loss(*laplacians) + energy * F.l1_loss(*energies)
 
 
+def training_step(step: int, cfg: Config, model: ToyAutoencoder, optimizers: Sequence[Optimizer], world: World) -> dict:
+    """One update of the decoder."""
+    samples = list(range(step * cfg.batch, (step + 1) * cfg.batch))
+    frames = frames_of(world, samples, cfg.frames, cfg.seed)
+    latents = model.encode(frames)
+    noise = torch.randn(latents.shape, generator=rng(cfg.seed, step, 1))
+    loss = decoder_loss(model.decode(latents + cfg.noise * noise), frames, cfg.detail, cfg.energy)
+    loss.backward()
+    return {"loss": loss.detach(), "grad_norm": optim.clip_and_step(model.detail, optimizers, cfg.clip)}
+
+
+@torch.no_grad()
+def write_samples(step: int, run: Run, model: ToyAutoencoder, world: World) -> None:
+    """Held-out videos and maps, with the reconstruction below each."""
+    batch = world.batch(list(range(3)))
+    videos = [clip for pair in zip(batch.video, batch.maps("pixels", "box"), strict=True) for clip in pair]
+    back = [model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos]
+    run.samples(step, [clip for pair in zip(videos, back, strict=True) for clip in pair])
+    run.log(step, always=True, held_out_error=float((torch.stack(back) - torch.stack(videos)).square().mean()))
+
+
 def main(cfg: Config) -> None:
     check_options(cfg)
     procs = parallel.Processes(0, 1, torch.device("cpu"), None)
@@ -82,28 +105,16 @@ def main(cfg: Config) -> None:
     run = Run(f"runs/{cfg.name}", cfg, procs, {"codec": (model, optimizers, None)})
     start = run.resume()
 
-    def train_step(step: int) -> tuple[Tensor, Tensor]:
-        samples = list(range(step * cfg.batch, (step + 1) * cfg.batch))
-        frames = frames_of(world, samples, cfg.frames, cfg.seed)
-        latents = model.encode(frames)
-        noise = torch.randn(latents.shape, generator=rng(cfg.seed, step, 1))
-        loss = decoder_loss(model.decode(latents + cfg.noise * noise), frames, cfg.detail, cfg.energy)
-        loss.backward()
-        return loss.detach(), optim.clip_and_step(decoder, optimizers, cfg.clip)
-
-    @torch.no_grad()
-    def write_samples(step: int) -> None:
-        """Held-out videos and maps, with the reconstruction below each."""
-        batch = held_out.batch(list(range(3)))
-        videos = [clip for pair in zip(batch.video, batch.maps("pixels", "box"), strict=True) for clip in pair]
-        back = [model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos]
-        run.samples(step, [clip for pair in zip(videos, back, strict=True) for clip in pair])
-        run.log(step, always=True, held_out_error=float((torch.stack(back) - torch.stack(videos)).square().mean()))
-
-    for step in run.steps(start, write_samples):
+    for step in range(start, cfg.steps + 1):
+        last = step == cfg.steps
+        if due(step, cfg.save_every, start, last):
+            run.save(step, wait=last)
+        if due(step, cfg.sample_every, start, last):
+            write_samples(step, run, model, held_out)
+        if last:
+            break
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
-        loss, norm = train_step(step)
-        run.log(step + 1, loss=loss, grad_norm=norm)
+        run.log(step + 1, **training_step(step, cfg, model, optimizers, world))
     save_network(Path(f"runs/{cfg.name}/codec.safetensors"), "ToyAutoencoder", model.config, model.state_dict())
 
 

@@ -9,6 +9,7 @@ generator the trajectory. It is trained along and exported too, for stage 1 to s
 noise: only from there did the network learn to read the prompt. To resume, run the same command again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,17 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import adapter as adapters
 import flow
+from adapter import ResNetAdapter, controlled
 from core import optim, parallel
+from core.codec import Batch
 from core.config import UserError, run_script
 from core.noise import sample_noise, sample_uniform
-from core.runs import Run, check_options
+from core.parallel import Processes
+from core.runs import Run, check_options, due
 from core.weights import save_network
 from model import PRESETS, VideoDiT
 from toy.codec import ToyCodec
@@ -36,7 +41,7 @@ SHAPES = [  # of the videos, each after what divides --batch: the first ones, an
     (4, {"size": (64, 64), "frames": 17}),
     (8, {"size": (192, 128)}),
 ]
-TOLD, PURE = 2, 3  # random streams: whose trajectory the guide tells, and which videos are pure noise
+GUIDED, PURE = 2, 3  # random streams: whose trajectory the guide tells, and which videos are pure noise
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,39 @@ def shape_number(step: int, steps: int, small: float, shapes: int) -> int:
     return 0 if step < small * steps or shapes == 1 else 1 + step % (shapes - 1)
 
 
+def training_step(
+    step: int, cfg: Config, model: VideoDiT, guide: ResNetAdapter, optimizers: Sequence[Optimizer],
+    guide_optimizers: Sequence[Optimizer], batch: int, data: ToyLatents, procs: Processes,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One update of the generator and of its guide, on `batch` videos."""
+    losses, shares = [], procs.share(batch, cfg.accumulate, step)
+    for samples in shares:
+        x0, text, traj = data.batch(samples, "box", cfg.sparse, cfg.drop_text).to(procs.device)
+        noise = sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
+        sigma = flow.shift_sigma(sample_uniform(samples, batch, cfg.seed, step).to(procs.device), cfg.shift)
+        pure = cfg.pure_noise * (1 - step / cfg.steps)
+        sigma[sample_uniform(samples, 1, cfg.seed, step, PURE).to(procs.device) < pure] = 1
+        guided = sample_uniform(samples, 1, cfg.seed, step, GUIDED).to(procs.device) < cfg.guided
+        with parallel.autocast(procs.device, cfg.dtype):
+            residuals = [r * guided[:, None, None] for r in guide(traj)]
+            weight = 1 + (cfg.change - 1) * (x0 != 0).any(1, keepdim=True)  # later frames are differences
+            velocity = partial(model, text=text, residuals=residuals)
+            loss = flow.flow_matching_loss(velocity, x0, noise, sigma, model.config.predicts, weight)
+        (loss / len(shares)).backward()
+        losses.append(loss.detach())
+    optim.clip_and_step(guide, guide_optimizers, cfg.clip)
+    norm = optim.clip_and_step(model, optimizers, cfg.clip)
+    return {"loss": torch.stack(losses).mean(), "grad_norm": norm}
+
+
+def make_videos(batch: Batch, number: int, cfg: Config, model: VideoDiT, guide: ResNetAdapter) -> list[Tensor]:
+    """Latents of what the generator makes of a held-out clip: alone, and guided."""
+    noise = sample_noise(batch.x0.shape[1:], [number], cfg.seed).to(batch.x0.device)
+    sigmas = flow.sigma_schedule(20, cfg.shift)
+    velocities = partial(model, text=batch.text), controlled(model, guide, batch.text, batch.traj)
+    return [flow.sample_multistep(velocity, batch.x0[:, :, :1], noise, sigmas) for velocity in velocities]
+
+
 def main(cfg: Config) -> None:
     check_options(cfg)
     if not 0 <= cfg.small <= 1 or cfg.change <= 0:
@@ -84,7 +122,7 @@ def main(cfg: Config) -> None:
         guide = adapters.read_adapter(Path(cfg.init, "slow_adapter.safetensors"), "SlowAdapter")
     else:
         shape = replace(adapters.PRESETS[cfg.preset], maps=cfg.maps)
-        model, guide = VideoDiT(PRESETS[cfg.preset]), adapters.ResNetAdapter(shape)
+        model, guide = VideoDiT(PRESETS[cfg.preset]), ResNetAdapter(shape)
     model, guide = (parallel.prepare(network, procs, cfg.compile, dtype=cfg.dtype) for network in (model, guide))
     optimizers = optim.make_optimizers(model, model.blocks, cfg.weight_decay)
     guide_optimizers = optim.make_optimizers(guide, guide.blocks, cfg.weight_decay)
@@ -101,45 +139,22 @@ def main(cfg: Config) -> None:
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
 
-    def train_step(step: int) -> tuple[Tensor, Tensor]:
-        batch, data = sources[shape_number(step, cfg.steps, cfg.small, len(sources))]
-        losses, shares = [], procs.share(batch, cfg.accumulate, step)
-        for samples in shares:
-            x0, text, traj = data.batch(samples, "box", cfg.sparse, cfg.drop_text).to(procs.device)
-            noise = sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
-            sigma = flow.shift_sigma(sample_uniform(samples, batch, cfg.seed, step).to(procs.device), cfg.shift)
-            pure = cfg.pure_noise * (1 - step / cfg.steps)
-            sigma[sample_uniform(samples, 1, cfg.seed, step, PURE).to(procs.device) < pure] = 1
-            told = sample_uniform(samples, 1, cfg.seed, step, TOLD).to(procs.device) < cfg.guided
-            with parallel.autocast(procs.device, cfg.dtype):
-                residuals = [r * told[:, None, None] for r in guide(traj)]
-                weight = 1 + (cfg.change - 1) * (x0 != 0).any(1, keepdim=True)  # later frames are differences
-                loss = flow.flow_matching_loss(
-                    lambda x, t: model(x, t, text, residuals), x0, noise, sigma, model.config.predicts, weight
-                )
-            (loss / len(shares)).backward()
-            losses.append(loss.detach())
-        optim.clip_and_step(guide, guide_optimizers, cfg.clip)
-        return torch.stack(losses).mean(), optim.clip_and_step(model, optimizers, cfg.clip)
-
-    def write_samples(step: int) -> None:
-        """Four held-out videos: the truth, a sample of the generator alone, and a guided one, of each."""
-        x0, text, traj = held_out.batch(list(range(4)), "box").to(procs.device)
-        noise = sample_noise(x0.shape[1:], range(4), cfg.seed).to(procs.device)
-        with ema.applied(), guide_ema.applied(), torch.no_grad(), parallel.autocast(procs.device, cfg.dtype):
-            sigmas, videos = flow.sigma_schedule(20, cfg.shift), [x0]
-            for residuals in (None, guide(traj)):
-                velocity = partial(model, text=text, residuals=residuals)
-                videos.append(flow.sample_multistep(velocity, x0[:, :, :1], noise, sigmas))
-        run.samples(step, torch.stack([codec.decode_video(video) for video in videos], dim=1).flatten(0, 1))
-
-    for step in run.steps(start, write_samples):
+    for step in range(start, cfg.steps + 1):
+        last = step == cfg.steps
+        if due(step, cfg.save_every, start, last):
+            run.save(step, wait=last)
+        if due(step, cfg.sample_every, start, last):
+            with ema.applied(), guide_ema.applied():
+                run.write_samples(step, codec, held_out, partial(make_videos, cfg=cfg, model=model, guide=guide), "box")
+        if last:
+            break
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
         optim.set_lr([*optimizers, *guide_optimizers], lr)
-        loss, norm = train_step(step)
+        batch, data = sources[shape_number(step, cfg.steps, cfg.small, len(sources))]
+        values = training_step(step, cfg, model, guide, optimizers, guide_optimizers, batch, data, procs)
         ema.update(step)
         guide_ema.update(step)
-        run.log(step + 1, loss=loss, grad_norm=norm, lr=lr)
+        run.log(step + 1, **values, lr=lr)
     weights, guide_weights = (average.weights(keep=procs.rank == 0) for average in (ema, guide_ema))
     if procs.rank == 0:
         save_network(run.folder / "slow_generator.safetensors", "SlowGenerator", model.config, weights)
