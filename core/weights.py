@@ -212,7 +212,7 @@ def load(
         raise UserError(f"{path}: {found}")
     kept = re.compile(getattr(network, "float32", "$^"))
     if dtype == torch.int8:
-        use_int8(network.blocks)
+        use_int8(network)
         fast = torch.cuda.is_available() or fast_bfloat16(torch.device("cpu"))
         dtype = torch.bfloat16 if fast else torch.float32
     for name in own:

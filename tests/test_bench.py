@@ -8,16 +8,21 @@ import torch
 
 from core.config import UserError
 from core.parallel import fast_bfloat16
+from model import DiTConfig
 from tools import bench
+from wan.vae import VAEConfig
 
 pytest.importorskip("diffusers", reason="the reference needs requirements-dev.txt")
+CODEC = VAEConfig(width=8, decoder_width=12)
+SMALL = (DiTConfig(128, 256, 4, 2, 64, 32), (2, 4, 4), 2, (3, 8, 8), CODEC, (5, 32, 32))
 
 
 def test_every_part_gives_rows_with_ratios(tmp_path, capsys, monkeypatch):
     # What is measured here need not be fast: blocks are counted. What the compiler makes of them is tested elsewhere.
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *_, **__: compiled.append(module))
-    bench.main(bench.Config(preset="small", repeats=1, out=str(tmp_path / "b.json")))
+    monkeypatch.setitem(bench.SHAPES, "wide", SMALL)
+    bench.main(bench.Config("wide", "vae,steps,transformer", 1, str(tmp_path / "b.json")))
     rows = json.loads((tmp_path / "b.json").read_text())
     faster = "bfloat16" if fast_bfloat16(torch.device("cpu")) else "float32"
     paired = [row for row in rows if row["unit"] == "s" and row["reference"]]
@@ -38,8 +43,23 @@ def test_every_part_gives_rows_with_ratios(tmp_path, capsys, monkeypatch):
     assert {row["unit"] for row in rows} <= {"s", "GiB"} and all(row["reference"] > 0 for row in rows)
     most = 1.5 if fast_bfloat16(torch.device("cpu")) else math.inf  # elsewhere its products have no one rate
     assert all(row["share_of_limit"] < most for row in paired if row["name"].startswith("DiT"))
-    assert all("python -m tools.bench --preset small" in row["command"] for row in rows)
+    assert all("python -m tools.bench --repeats 1" in row["command"] for row in rows)
     assert capsys.readouterr().out == (tmp_path / "b.md").read_text()
+
+
+def test_what_a_gpu_does_alone_runs_at_a_small_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)  # that would take minutes
+    monkeypatch.setitem(bench.SHAPES, "wide", SMALL)
+    bench.main(bench.Config("wide", "alone", 1, str(tmp_path / "b.json")))
+    rows = json.loads((tmp_path / "b.json").read_text())
+    seconds = {row["name"]: row["ours"] for row in rows if row["unit"] == "s"}
+    assert list(seconds) == [
+        "VAE decode", "VAE encode", "VAE decode, --memory low", "small decoder",
+        "4 steps, resnet, --memory high", "encode, 4 steps, decode", "4 steps, resnet, --memory low",
+    ]  # fmt: skip
+    held = [f"{name}, peak memory" for name in seconds if name != "encode, 4 steps, decode"]
+    assert [row["name"] for row in rows if row["unit"] == "GiB"] == held
+    assert all(row["ours"] > 0 and row["reference"] is row["ratio"] is None for row in rows)
 
 
 def test_what_differs_is_not_timed():
@@ -49,8 +69,8 @@ def test_what_differs_is_not_timed():
         bench.agree(a, a * 1.001, torch.float32, "x")
     with pytest.raises(UserError, match="--repeats 0"):
         bench.main(bench.Config(repeats=0))
-    with pytest.raises(UserError, match=r"--parts forward,growth: growth is none of forward, loop, vae, steps$"):
-        bench.main(bench.Config(parts="forward,growth"))
+    with pytest.raises(UserError, match=r"--parts vae,growth: growth is none of alone, vae, steps, transformer$"):
+        bench.main(bench.Config(parts="vae,growth"))
 
 
 def test_floating_point_operations_of_the_real_transformer():

@@ -1,14 +1,10 @@
-"""Less memory: weights of 8 bits, and blocks that stay in the host's memory."""
+"""Less memory: weights of 8 bits."""
 
-import gc
-import weakref
-
-import pytest
 import torch
 from torch import nn
 
 from core import memory
-from core.memory import Int8Linear, Offload, offload, use_int8
+from core.memory import Int8Linear
 from core.parallel import fast_bfloat16
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
@@ -59,45 +55,6 @@ def test_a_network_read_in_8_bits_is_smaller_and_nearly_the_same(tmp_path):
     bf16 = VideoDiT.from_pretrained(tmp_path / "g.safetensors", "SlowGenerator", torch.bfloat16)
     rounding = ((bf16(x, t, text).float() - want).norm() / want.norm()).item()
     assert (rounding if other == torch.bfloat16 else 1e-3) < error < 0.03
-
-
-@pytest.mark.parametrize("int8", [False, True])
-def test_blocks_kept_aside_give_the_same_bits(int8):
-    model, (x, t, text) = small(), inputs()
-    if int8:
-        weights = {n: m.weight.data for n, m in model.blocks.named_modules() if isinstance(m, nn.Linear)}
-        use_int8(model.blocks)
-        for name, weight in weights.items():
-            model.blocks.get_submodule(name).fill(weight)
-    want = [model(x + n, t, text) for n in range(3)]
-    offload(model, torch.device("cpu"))
-    homes = [p.data_ptr() for p in model.blocks.parameters()]
-    assert all(torch.equal(model(x + n, t, text), want[n]) for n in range(3))
-    assert [p.data_ptr() for p in model.blocks.parameters()] == homes  # back home
-
-
-def test_a_network_that_is_dropped_leaves_its_memory_at_once():
-    model = small()
-    offload(model, torch.device("cpu"))
-    model(*inputs())
-    alive = weakref.ref(model.blocks[0].ffn[0].weight)
-    gc.disable()
-    del model
-    gone = alive() is None
-    gc.enable()
-    assert gone
-
-
-def test_two_blocks_at_a_time_are_on_the_device():
-    model, (x, t, text), seen = small(), inputs(), []
-    for block in model.blocks:
-        block.ffn[0].register_forward_hook(lambda m, *_: seen.append(m.weight.data_ptr()))
-    offload(model, torch.device("cpu"))
-    homes = [b.ffn[0].weight.data_ptr() for b in model.blocks]
-    model(x, t, text), model(x, t, text)
-    assert seen == [seen[0], seen[1]] * 3 and seen[0] != seen[1] and not {*seen} & {*homes}
-    with pytest.raises(ValueError, match="blocks of several shapes"):
-        Offload(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 3)]), torch.device("cpu"))
 
 
 def test_a_peak_that_can_not_be_reset_is_that_since_the_start(monkeypatch):

@@ -175,7 +175,6 @@ def test_processes_that_share_a_video_equal_one(two, processes, size):
 
 BOTH_LOSSES = """
 from discriminator import DiffusionDiscriminator, adversarial_loss
-from finetune_hybrid import diffusion_loss
 
 def main(cfg):
     procs = parallel.init_processes()
@@ -192,14 +191,14 @@ def main(cfg):
         adapter.copy_generator(generator)
         for p in (generator.head.head.weight, *adapter.project.parameters()):
             torch.nn.init.normal_(p, std=0.05)
-        networks = generator.requires_grad_(False), backbone.requires_grad_(False), adapter, Classifier(judge, False)
+        networks = generator.requires_grad_(False), backbone.requires_grad_(False), adapter, Classifier(judge)
         generator, backbone, adapter, classifier = map(prepare, networks)
         true, maps, words, noises = x0[samples], traj[samples], text[samples], noise[:, samples]
 
         def velocity(x, t):
             return generator(x, t, words, adapter(maps, x, t, words))
 
-        diffusion = diffusion_loss(velocity, true, noises[0], torch.full((len(true),), sigmas[1]))
+        diffusion = flow.flow_matching_loss(velocity, true, noises[0], torch.full((len(true),), sigmas[1]), "x0")
         fake = flow.backward_simulation(velocity, true[:, :, :1], noises[:4], sigmas, 3)
         level = flow.frame_sigma(torch.full((len(true),), 0.4), 3)
         verdict = DiffusionDiscriminator(backbone, classifier)(

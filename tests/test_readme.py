@@ -243,10 +243,8 @@ def test_speed_is_the_committed_one_and_ahead_everywhere():
     assert len(flat) == 2 and max(flat) <= 1.01 * min(flat)
     growth = next(row["ratio"] for row in rows if row["name"].startswith("block: b / a"))
     assert 0.8 < growth < 1.25 and f"the ratio of both terms is {growth:.2f} of the predicted" in page
-    error = {row["name"]: row["ours"] for row in rows}
-    assert error["--memory medium: error of a forward pass"] == 0  # "the same result to the bit"
-    error, page = error["--memory low: error of a forward pass"], prose("docs/WAN.md")
-    assert "the same result to the bit" in page and f"differs by a relative {error:.2f}" in page
+    error = next(row["ours"] for row in rows if row["name"] == "--memory low: error of a forward pass")
+    assert f"`low` differs by a relative {error:.2f}" in prose("docs/WAN.md")
 
 
 def test_one_gpu_is_the_committed_one():
@@ -261,11 +259,10 @@ def test_one_gpu_is_the_committed_one():
     assert f"| encoding, four steps, decoding | 8 s | {sum(took):.2f} s |" in page
     assert f"| stage 1 | 33% of the peak | {learned['share_of_peak']:.0%} |" in page
     assert f"took {learned['GB']:.1f} GB" in prose("docs/SCALE.md")
-    for mode in ("low", "medium"):
-        parts = ("encode image and boxes", "denoise", "decode")
-        held = [next(r["GB"] for r in rows if r["name"].startswith(f"--memory {mode}, resnet: {p};")) for p in parts]
-        assert "{:.1f}, {:.1f} and {:.1f} GB with `{}`".format(*held, mode) in prose("docs/WAN.md")
-        assert max(held) < {"low": 11, "medium": 22}[mode] * 2**30 / 1e9
+    held = [row[name]["GB"] for name in ("4 steps, resnet, compiled", "VAE encode", "VAE decode")]
+    held += [gb for name, gb in ((r["name"], r["GB"]) for r in rows) if name.startswith("--memory low, resnet: decode")]
+    said = "four steps took {:.1f} GB, encoding {:.1f} GB and decoding {:.1f} GB, or {:.1f} GB in squares"
+    assert said.format(*held) in prose("docs/WAN.md") and max(held) < 18 and max(held[1], held[3]) < 11
 
 
 def test_compiled_steps_are_the_committed_ones():

@@ -102,9 +102,6 @@ BAD = {
         ["--size", "48x50"],
         "--size 48x50: takes auto, or height x width, both multiples of 8; the nearest is 48x48",
     ),
-    "memory of a GPU that is not there": (GOOD, ["--memory", "medium"], "--memory medium: keeps weights off a GPU"),
-    "a tile without a neighbour": (GOOD, ["--tile", "1"], "--tile 1: at least 2"),
-    "a tile of another preset": (GOOD, ["--tile", "8"], "--tile 8: preset small decodes whole; leave it out"),
     "too long a side": (GOOD, ["--size", "8x16392"], "--size 8x16392: 16384 pixels a side are the most"),
     "too many frames at full size": (
         GOOD,

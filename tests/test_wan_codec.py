@@ -75,6 +75,7 @@ def wan_name(name: str) -> str:
     return name
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("layout", ["wan", "diffusers"])
 def test_text_encoder_of_each_layout_gives_transformers_output(umt5, layout, tmp_path):
     ids = torch.tensor([[5, 9, 33, 1, 0], [7, 7, 8, 9, 1]])
@@ -87,11 +88,13 @@ def test_text_encoder_of_each_layout_gives_transformers_output(umt5, layout, tmp
         named = {wan_name(n): p for n, p in umt5.state_dict().items() if n != "encoder.embed_tokens.weight"}
         assert "blocks.1.ffn.gate.0.weight" in named and "blocks.0.pos_embedding.embedding.weight" in named
         torch.save(named, path)
-    encoder = read_text_encoder(path, SHAPES)
-    with torch.no_grad():
-        wanted = umt5(input_ids=ids, attention_mask=mask).last_hidden_state
-        assert torch.equal(encoder(input_ids=ids, attention_mask=mask).last_hidden_state, wanted)
-    assert wanted.std() > 0.1
+    wanted, exact, short = (
+        network(input_ids=ids, attention_mask=mask).last_hidden_state
+        for network in (umt5, *(read_text_encoder(path, dtype, SHAPES) for dtype in (torch.bfloat16, torch.int8)))
+    )
+    assert torch.equal(exact, wanted) and wanted.std() > 0.1
+    error = (short - wanted).norm() / wanted.norm()
+    assert 0 < error < 0.03  # of 8 bits
 
 
 @pytest.fixture
@@ -158,8 +161,8 @@ class TokenIds(torch.nn.Module):
 def test_token_ids_are_those_of_wans_cleaning(tmp_path, monkeypatch):
     """Of the negative prompt too: ftfy makes plain signs of its 27 full-width ones."""
     write_tokenizer(tmp_path, extra=sorted({*NEGATIVE_PROMPT, *",<>'\"é—"}))
-    monkeypatch.setattr(umt5_module, "read_text_encoder", lambda path: TokenIds())
-    encoder = TextEncoder(tmp_path, tmp_path / "none", torch.device("cpu"), 512)
+    monkeypatch.setattr(umt5_module, "read_text_encoder", lambda path, dtype: TokenIds())
+    encoder = TextEncoder(tmp_path, tmp_path / "none", torch.device("cpu"), 512, torch.bfloat16)
     prompts = [NEGATIVE_PROMPT, PROMPT, *(typed for typed, _ in PROMPTS.values())]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = encoder(prompts)
@@ -174,13 +177,13 @@ def test_token_ids_are_those_of_wans_cleaning(tmp_path, monkeypatch):
 
 def test_missing_ftfy_is_named_before_anything_large_is_read(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)  # an import of it fails
-    monkeypatch.setattr(umt5_module, "read_text_encoder", lambda path: pytest.fail("read for nothing"))
+    monkeypatch.setattr(umt5_module, "read_text_encoder", lambda path, dtype: pytest.fail("read for nothing"))
     with pytest.raises(UserError, match=r"^ftfy: not installed; pip install -r requirements-wan\.txt$"):
         WanCodec(folder, torch.device("cpu")).text_encoder()
 
 
 def test_a_text_encoder_that_is_dropped_leaves_its_memory_at_once(folder):
-    encoder = WanCodec(folder, torch.device("cpu"), offload=True).text_encoder()
+    encoder = WanCodec(folder, torch.device("cpu"), low=True).text_encoder()
     alive = weakref.ref(encoder.network.block[0].layer[0].SelfAttention.q.weight)
     encoder([PROMPT])
     gc.disable()
@@ -197,6 +200,8 @@ def test_videos_pass_through_the_vae(folder):
     assert torch.equal(latents, alone.encode(video)) and latents.dtype == torch.float32
     decoded, wanted = codec.decode_video(latents), alone.decode(latents)
     assert torch.equal(torch.cat(list(codec.pieces(latents)), dim=2).float(), decoded)
+    (tiled,) = WanCodec(folder, torch.device("cpu"), torch.bfloat16, low=True).pieces(latents)
+    assert torch.equal(tiled, decoded)  # it is no larger than a tile
     assert decoded.shape == video.shape and decoded.dtype == torch.float32
     error = (decoded - wanted).norm() / wanted.norm()
     assert 0 < error < 0.05  # bfloat16
@@ -218,7 +223,7 @@ def test_sample_makes_a_video_from_a_published_folder(folder, tmp_path, monkeypa
             sample.Config(
                 image=str(tmp_path / "x.png"), traj=str(tmp_path / "boxes.json"), prompt=prompt, preset="wan5b",
                 text=str(tmp_path / "text.safetensors"), out=str(tmp_path / "o.mp4"), weights=str(folder),
-                generator=str(folder / "transformer"), size="64x96", frames=5, detail=False, tile=3,
+                generator=str(folder / "transformer"), size="64x96", frames=5, detail=False, memory="low",
             )
         )  # fmt: skip
         return iio.imread(tmp_path / "o.mp4")

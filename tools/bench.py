@@ -1,14 +1,14 @@
 """Measure speed: this project's networks beside diffusers', in one process, with the same weights and inputs.
 
     python -m tools.bench                      # a transformer of width 1536 at 4,032 tokens, the VAE at 17 x 256 x 256
-    python -m tools.bench --preset wan5b       # the real shapes; needs a GPU
-    python -m tools.bench --rehearse           # memory of every stage at full size, on pretended GPUs; needs none
-    python -m tools.bench --gpu --out results/bench-h100.json    # on a machine with one GPU
+    python -m tools.bench --out results/bench-h100.json     # on a GPU: the real shapes, and what it does alone
 
 Ours and theirs take turns, and outputs are compared before anything is timed. Each pair gives a ratio (below 1: ours is
-faster); the table has the median. Needs requirements-dev.txt. Writes rows to `--out`, and a Markdown table beside it.
+faster); the table has the median. Alone stand sample.py's four steps, the VAE and the small decoder. Needs
+requirements-dev.txt. Writes rows to `--out`, each as it comes, and a Markdown table beside it.
 """
 
+import contextlib
 import gc
 import math
 import re
@@ -23,32 +23,77 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+import distill_fast
 import flow
+import sample
+import train_slow_adapter
 from adapter import AdapterConfig, ResNetAdapter
-from core import memory, parallel
+from core import parallel
 from core.codec import Batch
 from core.config import UserError, run_script
 from core.files import output_path
-from core.memory import seconds
+from core.memory import peak_memory, reset_peak, seconds, use_int8
 from core.tables import markdown, provenance, three_digits, write_rows
 from core.weights import rename
-from discriminator import Classifier, ClassifierConfig, DiffusionDiscriminator
+from discriminator import Classifier, ClassifierConfig, DiffusionDiscriminator, adversarial_loss
 from model import PRESETS, DiTConfig, VideoDiT
 from wan import vae
 from wan.published import DIFFUSERS_NAMES
+from wan.tiny_decoder import TinyDecoder
 
-PARTS = ("forward", "loop", "vae", "steps")
-SHAPES = {  # the transformer; then frames, height and width of its latents, and of the VAE's video
-    "wide": (DiTConfig(1536, 6144, 12, 8, 4096, 512), (7, 48, 48), (17, 256, 256)),
-    "wan5b": (PRESETS["wan5b"], (31, 44, 80), (121, 704, 1280)),
-    "small": (DiTConfig(128, 256, 4, 2, 64, 32), (3, 8, 8), (5, 32, 32)),
+try:
+    import diffusers
+except ImportError:
+    diffusers = None  # the tests rehearse without it
+ROW = ("name", "ours", "reference", "ratio", "unit", "shape", "dtype", "compiled", "share_of_limit")
+SHAPES = {  # the transformer, its latents; blocks and latents of a training step; the VAE, its frames, height and width
+    "wide": (DiTConfig(1536, 6144, 12, 8, 4096, 512), (7, 48, 48), 4, (8, 32, 32), vae.VAEConfig(), (17, 256, 256)),
+    "wan5b": (PRESETS["wan5b"], (31, 44, 80), 30, (31, 44, 80), vae.VAEConfig(), (121, 704, 1280)),
 }
 
 
-def pairs(ours: Callable, theirs: Callable, repeats: int, device: torch.device) -> tuple[float, float, float]:
-    """Median time of either, and the median ratio of a pair. Both are warm: `agree` has called them."""
-    taken = [(seconds(ours, device), seconds(theirs, device)) for _ in range(repeats)]
-    return (*(statistics.median(t) for t in zip(*taken, strict=True)), statistics.median(a / b for a, b in taken))
+def measure(
+    cfg: "Config", device: torch.device, name: str, ours: Callable, reference: Callable | None,
+    about: tuple[str, str, bool], flop: float = 0, memory: bool = False,
+) -> Iterator[dict]:  # fmt: skip
+    """The row of a call's time, beside the reference's or alone. RuntimeError if that one gives something else.
+
+    `about`: shape, type, whether compiled. `flop`: of a call, if its share of this machine's rate says something.
+    `memory`: a second row, of peak memory beyond what both hold, or without a reference of all that is held.
+    """
+    gc.collect()  # compiled blocks refer to themselves
+    dtype, both = getattr(torch, about[1]), [call for call in (ours, reference) if call]
+    outputs = [call() for call in both]
+    if reference:
+        agree(*outputs, dtype, name)
+    del outputs
+    taken = {"s": [[seconds(call, device) for call in both] for _ in range(cfg.repeats)]}
+    if memory:
+        taken["GiB"] = [[peak(call, device, whole=not reference) for call in both]]
+    for unit, pairs in taken.items():
+        if pairs[0][-1] > 0:  # what fits into memory already held shows no peak
+            medians = (*map(statistics.median, zip(*pairs, strict=True)), None)[:2]
+            ratio = statistics.median(a / b for a, b in pairs) if reference else None
+            share = flop / medians[0] / matmul_rate(dtype, device) if flop and unit == "s" else None
+            label = name if unit == "s" else f"{name}, peak memory"
+            yield dict(zip(ROW, (label, *medians, ratio, unit, *about, share), strict=True))
+
+
+def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype, what: str) -> None:
+    """RuntimeError unless both are the same up to the type's rounding."""
+    theirs = theirs.to(ours.device)  # our VAE decodes into host memory
+    error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+    if not error < (1e-4 if dtype == torch.float32 else 0.05):  # NaN is no agreement
+        raise RuntimeError(f"{what}: ours and the reference differ by {error:.1e}; their times mean nothing")
+
+
+def peak(call: Callable[[], object], device: torch.device, whole: bool) -> float:
+    """The most memory of a call, in GiB: as a whole, or beyond what is held before it."""
+    gc.collect()
+    reset_peak(device)
+    before = 0 if whole else peak_memory(device)
+    call()
+    return peak_memory(device) - before
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -66,56 +111,38 @@ def flop(config: DiTConfig, tokens: int) -> float:
     return config.layers * (block + 4 * tokens * tokens * d + 4 * tokens * length * d)
 
 
-def row(name: str, ours: float, reference: float, ratio: float, unit: str, about: tuple, share=None) -> dict:
-    """A row of the table. `share_of_limit`: of the rate of plain matrix products on this machine."""
-    names = ("name", "ours", "reference", "ratio", "unit", "shape", "dtype", "compiled", "share_of_limit")
-    return dict(zip(names, (name, ours, reference, ratio, unit, *about, share), strict=True))
+def typed(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A network with its parameters in the types in which it is read."""
+    if dtype == torch.int8:
+        use_int8(network)
+        dtype = torch.bfloat16
+    for name, p in network.named_parameters():
+        p.data = p.data.to(torch.float32 if re.search(getattr(network, "float32", "$^"), name) else dtype)
+    return network
 
 
-def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype, what: str) -> None:
-    """RuntimeError unless both are the same up to the type's rounding."""
-    theirs = theirs.to(ours.device)  # our VAE decodes into host memory
-    error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
-    if not error < (1e-4 if dtype == torch.float32 else 0.05):  # NaN is no agreement
-        raise RuntimeError(f"{what}: ours and the reference differ by {error:.1e}; their times mean nothing")
-
-
-def peak(function: Callable, device: torch.device) -> float:
-    """The most memory that a call needs beyond what is held before it, in GiB."""
-    gc.collect()
-    memory.reset_peak(device)
-    before = memory.peak_memory(device)
-    function()
-    return memory.peak_memory(device) - before
-
-
-@dataclass(frozen=True)
-class Config:
-    preset: Literal["wide", "wan5b", "small"] = "wide"  # shapes
-    parts: str = ",".join(PARTS)  # what to measure, separated by commas
-    gpu: bool = False  # what one GPU does, in five minutes: give it --out results/bench-<gpu>.json
-    rehearse: bool = False  # measure nothing: count the memory of every stage on pretended GPUs
-    repeats: int = 3  # timed pairs
-    out: str = "out/bench.json"  # rows; the table goes beside it
+def random(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A network built on the meta device, with random weights in the types in which it is read."""
+    with torch.device("meta"):
+        network = typed(build(), dtype)
+    network.to_empty(device=device)
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.random_(-127, 128) if tensor.dtype == torch.int8 else nn.init.normal_(tensor, std=0.02)
+    return network.eval().requires_grad_(False)
 
 
 def diffusers_transformer(config: DiTConfig) -> nn.Module:
     """The network of diffusers with these shapes."""
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(
+    return diffusers.WanTransformer3DModel(
         patch_size=config.patch, num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads,
         in_channels=config.channels, out_channels=config.channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim, num_layers=config.layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-        eps=config.eps,
+        ffn_dim=config.ffn_dim, num_layers=config.layers, eps=config.eps,
     )  # fmt: skip
 
 
 def diffusers_vae(config: vae.VAEConfig) -> nn.Module:
     """The network of diffusers with these shapes."""
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(
+    return diffusers.AutoencoderKLWan(
         base_dim=config.width, decoder_base_dim=config.decoder_width, z_dim=config.channels,
         dim_mult=list(config.multipliers), num_res_blocks=config.blocks, temperal_downsample=list(config.temporal),
         is_residual=True, in_channels=12, out_channels=12, patch_size=config.patch,
@@ -124,170 +151,180 @@ def diffusers_vae(config: vae.VAEConfig) -> nn.Module:
     )  # fmt: skip
 
 
-def build_pair(config: DiTConfig, dtype: torch.dtype, device: torch.device) -> tuple[VideoDiT, nn.Module]:
-    """Our transformer and diffusers', with the same random weights."""
+def transformer(cfg: "Config", device: torch.device, dtype: torch.dtype, compiled: bool) -> Iterator[dict]:
+    """One forward pass; and four steps with a ResNet adapter, which diffusers' loop calls at every step."""
+    config, (frames, height, width), *_ = SHAPES[cfg.preset]
+    tokens, sigmas = frames * height * width // 4, flow.sigma_schedule(4, 5.0)
+    about = f"{config.layers} blocks of {config.dim}, {tokens} tokens", str(dtype).removeprefix("torch."), compiled
+    torch.manual_seed(0)
     with torch.device(device):
-        ours, theirs = VideoDiT(config), diffusers_transformer(config)
+        ours, adapter = VideoDiT(config), ResNetAdapter(AdapterConfig(config.dim, config.layers))
+        theirs = diffusers_transformer(config)
+        x, traj, *noise = torch.randn(6, 1, config.channels, frames, height, width)
+        text, t = torch.randn(1, config.text_tokens, config.text_dim, dtype=dtype), torch.full((1, frames), 700.0)
+    t[:, 0] = 0  # image-to-video
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.5 * config.dim**-0.5)
     ours.load_state_dict(rename(theirs.state_dict(), DIFFUSERS_NAMES))
-    for network, kept in ((ours, VideoDiT.float32), (theirs, "time_embedder|scale_shift_table|norm[123]")):
-        for name, p in network.named_parameters():  # both leave the same parts in float32, as Wan does
-            p.data = p.data.to(torch.float32 if re.search(kept, name) else dtype)
-    return ours.eval(), theirs.eval()
-
-
-def bench_transformer(cfg: Config, dtype: torch.dtype, compiled: bool, device: torch.device) -> Iterator[dict]:
-    """One forward pass; and four steps with a ResNet adapter, which diffusers' loop calls at every step."""
-    config, (frames, height, width), *_ = SHAPES[cfg.preset]
-    tokens = frames * height * width // 4
-    about = (f"{config.layers} blocks of {config.dim}, {tokens} tokens", str(dtype).removeprefix("torch."), compiled)
-    torch.manual_seed(0)
-    ours, theirs = build_pair(config, dtype, device)
-    adapter = ResNetAdapter(AdapterConfig(config.dim, config.layers)).to(device)
+    theirs.float32 = "time_embedder|scale_shift_table|norm[123]"  # the same parts as ours, as Wan does
+    ours, theirs = (typed(network, dtype).eval() for network in (ours, theirs))
     for block in adapter.blocks:
         nn.init.normal_(block.project.weight, std=0.01)
     for block in (*ours.blocks, *theirs.blocks) if compiled else ():
         block.compile()
-    x, traj = torch.randn(2, 1, config.channels, frames, height, width, device=device)
-    text = torch.randn(1, config.text_tokens, config.text_dim, device=device, dtype=dtype)
-    t = torch.full((1, frames), 700.0, device=device)
-    t[:, 0] = 0  # image-to-video
 
     def reference(x: Tensor, t: Tensor) -> Tensor:
-        return theirs(x.to(dtype), t.repeat_interleave(height * width // 4, 1), text, return_dict=False)[0]
-
-    if "forward" in cfg.parts:
-        both = partial(ours, x, t, text), partial(reference, x, t)
-        agree(*(call() for call in both), dtype, "forward")
-        times = pairs(*both, cfg.repeats, device)
-        share = flop(config, tokens) / times[0] / matmul_rate(dtype, device)
-        yield row("DiT forward", *times, "s", about, share)
-        theirs.fuse_qkv_projections()
-        agree(*(call() for call in both), dtype, "forward, fused")
-        yield row("DiT forward, reference fused", *pairs(*both, cfg.repeats, device), "s", about, share)
-    if "loop" not in cfg.parts or not compiled or dtype == torch.float32:
-        return
+        return theirs(x.to(dtype), t.repeat_interleave(tokens // frames, 1), text, return_dict=False)[0]
 
     def adapted(x: Tensor, t: Tensor) -> Tensor:
         added = iter(adapter(traj))
-        hooks = [b.register_forward_hook(lambda _m, _i, out: out + next(added).type_as(out)) for b in theirs.blocks]
-        v = reference(x, t)
-        for hook in hooks:
-            hook.remove()
-        return v
+        with contextlib.ExitStack() as hooks:
+            for b in theirs.blocks:
+                hooks.enter_context(b.register_forward_hook(lambda _m, _i, out: out + next(added).type_as(out)))
+            return reference(x, t)
 
-    noise, sigmas = torch.randn(4, *x.shape, device=device), flow.sigma_schedule(4, 5.0)
+    both = partial(ours, x, t, text), partial(reference, x, t)
+    yield from measure(cfg, device, "DiT forward", *both, about, flop(config, tokens))
+    theirs.fuse_qkv_projections()
+    yield from measure(cfg, device, "DiT forward, reference fused", *both, about, flop(config, tokens))
+    if compiled and dtype == torch.bfloat16:
+        start = x[:, :, :1], noise, sigmas
+        yield from measure(
+            cfg, device, "4 steps with adapter",
+            lambda: flow.sample_fewstep(partial(ours, text=text, residuals=adapter(traj)), *start),
+            lambda: flow.sample_fewstep(adapted, *start), about,
+        )  # fmt: skip
 
-    def our_loop() -> Tensor:
-        return flow.sample_fewstep(partial(ours, text=text, residuals=adapter(traj)), x[:, :, :1], noise, sigmas)
 
-    their_loop = partial(flow.sample_fewstep, adapted, x[:, :, :1], noise, sigmas)
-    agree(our_loop(), their_loop(), dtype, "loop")
-    yield row("4 steps with adapter", *pairs(our_loop, their_loop, cfg.repeats, device), "s", about)
-
-
-def bench_vae(cfg: Config, device: torch.device) -> Iterator[dict]:
-    """Time and peak memory of decoding and encoding, at the true widths (but for preset small)."""
-    (frames, height, width), dtype = SHAPES[cfg.preset][2], torch.bfloat16
-    config = vae.VAEConfig(width=8, decoder_width=12) if cfg.preset == "small" else vae.VAEConfig()
-    about = (f"{frames} frames of {height}x{width}", "bfloat16", False)
+def codec(cfg: "Config", device: torch.device) -> Iterator[dict]:
+    """Decoding and encoding, at the true widths."""
+    *_, config, (frames, height, width) = SHAPES[cfg.preset]
     with torch.device(device):
         ours, theirs = vae.WanVAE(config), diffusers_vae(config)
     ours.load_state_dict(rename(theirs.state_dict(), vae.diffusers_names(config)))
-    ours, theirs = (network.to(dtype).eval() for network in (ours, theirs))
-    video = torch.rand(1, 3, frames, height, width, device=device, dtype=dtype) * 2 - 1
+    ours, theirs = (network.to(torch.bfloat16).eval() for network in (ours, theirs))
+    video = torch.rand(1, 3, frames, height, width, device=device, dtype=torch.bfloat16) * 2 - 1
     latents = ours.encode(video)
-    mean, std = (x.to(latents) for x in vae.statistics(latents))
-    raw = latents * std + mean  # diffusers' latents are not normalised
-    agree(ours.decode(latents), theirs.decode(raw).sample, dtype, "VAE decode")
-    agree(raw, theirs.encode(video).latent_dist.mode(), dtype, "VAE encode")
-    for name, *both in (
-        ("VAE decode", partial(ours.decode, latents), partial(theirs.decode, raw)),
-        ("VAE encode", partial(ours.encode, video), partial(theirs.encode, video)),
+    mean, std = (x.to(latents) for x in vae.statistics(latents))  # diffusers' latents are not normalised
+    about = (f"{frames} frames of {height}x{width}", "bfloat16", False)
+    for name, mine, other in (
+        ("decode", partial(ours.decode, latents), lambda: theirs.decode(latents * std + mean).sample),
+        ("encode", partial(ours.encode, video), lambda: (theirs.encode(video).latent_dist.mode() - mean) / std),
     ):
-        yield row(name, *pairs(*both, cfg.repeats, device), "s", about)
-        a, b = (peak(call, device) for call in both)
-        if b > 0:  # what fits into memory already held shows no peak
-            yield row(f"{name}, peak memory", a, b, a / b, "GiB", about)
+        yield from measure(cfg, device, f"VAE {name}", mine, other, about, memory=True)
 
 
-def bench_steps(cfg: Config, device: torch.device) -> Iterator[dict]:
+def steps(cfg: "Config", device: torch.device) -> Iterator[dict]:
     """A training step of each stage with blocks recomputed, without the optimizer: compiled, beside not compiled."""
-    from tools.gpu import learning_losses  # it imports every stage
-
-    config, grid, _ = SHAPES[cfg.preset]
-    config = replace(config, layers=min(config.layers, 4))  # with all of wan5b's, three networks would be too large
-    grid = (8, 32, 32) if cfg.preset == "wide" else grid
+    config, _, layers, grid, *_ = SHAPES[cfg.preset]
+    config = replace(config, layers=layers)
     tokens, dtype = math.prod(grid) // 4, torch.bfloat16 if parallel.fast_bfloat16(device) else torch.float32
     about = (f"{config.layers} blocks of {config.dim}, {tokens} tokens", str(dtype).removeprefix("torch."), True)
     torch.manual_seed(0)
     judge = ClassifierConfig(config.dim, config.text_dim, tuple(range(config.layers))[-3:], channels=config.channels)
     with torch.device(device):
         adapter = ResNetAdapter(AdapterConfig(config.dim, config.layers, channels=config.channels))
-        generator, backbone, classifier = VideoDiT(config), VideoDiT(config), Classifier(judge)
+        classifier, sigma = Classifier(judge), torch.full((1,), 0.5)
         x0, traj, *noise = torch.randn(6, 1, config.channels, *grid)
         batch = Batch(x0, torch.randn(1, config.text_tokens, config.text_dim), traj)
-    for network in (generator, backbone):
-        nn.init.normal_(network.head.head.weight, std=0.02)
-    alone = parallel.Processes(0, 1, device, None)
-    networks = [parallel.prepare(n, alone, True, "full") for n in (generator, adapter, backbone, classifier)]
-    discriminator, sigmas = DiffusionDiscriminator(backbone, classifier), flow.sigma_schedule(4, 5.0)
-    losses = learning_losses(generator, adapter, discriminator, batch, torch.stack(noise), sigmas)
-    for stage, loss in losses.items():
-        generator.requires_grad_(stage == "stage 2")
+    generator, backbone = (random(lambda: VideoDiT(config), dtype, device) for _ in range(2))
+    for network in (networks := (generator, adapter, backbone, classifier)):
+        parallel.prepare(network, parallel.Processes(0, 1, device, None), True, "full")
+    first, sigmas, level = x0[:, :, :1], flow.sigma_schedule(4, 5.0), flow.frame_sigma(sigma, grid[0])
+    told = partial(generator, text=batch.text)
 
-        def step(stance: str, loss: Callable[[], Tensor] = loss) -> Tensor:
-            with torch.enable_grad(), torch.compiler.set_stance(stance), parallel.autocast(device, about[1]):
-                value = loss()
-                value.backward()
-            for network in networks:
-                network.zero_grad()
-            return value.detach()
+    def stage_2() -> Tensor:
+        draw = distill_fast.Draw(first, sigmas, 0, noise, noise[1], sigma)
+        return distill_fast.student_loss(told, told, partial(backbone, text=batch.text), draw)
 
-        both = partial(step, "default"), partial(step, "force_eager")
-        agree(*(call() for call in both), dtype, f"step of {stage}")
-        yield row(f"step of {stage}, reference not compiled", *pairs(*both, cfg.repeats, device), "s", about)
+    def stage_3() -> Tensor:
+        velocity = partial(told, residuals=adapter(traj))
+        learned = flow.flow_matching_loss(velocity, x0, noise[1], sigma, "x0")
+        x_t = flow.add_noise(flow.backward_simulation(velocity, first, noise, sigmas, 3), noise[1], level)
+        judged = DiffusionDiscriminator(backbone, classifier)(x_t, flow.timestep(level), batch.text, traj)
+        return learned + adversarial_loss(judged)
+
+    def step(stance: str, loss: Callable[[], Tensor]) -> Tensor:
+        with torch.enable_grad(), torch.compiler.set_stance(stance), parallel.autocast(device, about[1]):
+            value = loss()
+            value.backward()
+        for network in networks:
+            network.zero_grad()
+        return value.detach()
+
+    # Worth so many forward passes. 2: four to learn from the student's last step, and a score each. 3: three of the
+    # sampler that keep nothing; three each of its last, the true video's, the judge's.
+    stage_1 = partial(train_slow_adapter.adapter_loss, generator, adapter, batch, noise[1], sigma)
+    for stage, loss, passes in ((1, stage_1, 3), (2, stage_2, 6), (3, stage_3, 3 + 3 * 3)):
+        generator.requires_grad_(stage == 2)
+        both, work = (partial(step, how, loss) for how in ("default", "force_eager")), passes * flop(config, tokens)
+        yield from measure(cfg, device, f"step of stage {stage}, reference not compiled", *both, about, work)
+
+
+def alone(cfg: "Config", device: torch.device) -> Iterator[dict]:
+    """What sample.py does on a GPU: the codec, and four steps with a ResNet adapter in both modes of --memory."""
+    config, grid, *_, vae_config, _ = SHAPES[cfg.preset]
+    frames, height, width = 4 * grid[0] - 3, 16 * grid[1], 16 * grid[2]
+    about = f"{frames} frames of {height}x{width}", "bfloat16"
+    text = torch.randn(1, config.text_tokens, config.text_dim, device=device, dtype=torch.bfloat16)
+    traj, z = (torch.randn(1, n, *grid, device=device) for n in (config.channels, vae_config.channels))
+    network = random(lambda: vae.WanVAE(vae_config), torch.bfloat16, device)
+    small = random(lambda: TinyDecoder(vae_config.channels), torch.bfloat16, device)
+    decode, encode = partial(network.decode, z), partial(network.encode, torch.rand(1, 3, frames, height, width))
+    for name, call in (
+        ("VAE decode", decode), ("VAE encode", encode), ("VAE decode, --memory low", partial(decode, tile=32)),
+        ("small decoder", lambda: [None for _ in small.frames(z)]),
+    ):  # fmt: skip
+        yield from measure(cfg, device, name, call, None, (*about, False), memory=True)
+    shape = AdapterConfig(config.dim, config.layers, channels=config.channels)
+    for level, dtype in (("high", torch.bfloat16), ("low", torch.int8)):
+        generator = random(lambda: VideoDiT(config), dtype, device)
+        adapter = random(lambda: ResNetAdapter(shape), torch.float32, device)
+        for block in (*generator.blocks, *adapter.blocks):
+            block.compile()
+        job = sample.Config(preset="wan5b", memory=level)
+        four = partial(sample.denoise, job, generator, adapter, traj[:, :, :1], traj, text, text)
+        yield from measure(cfg, device, f"4 steps, resnet, --memory {level}", four, None, (*about, True), memory=True)
+        if level == "high":
+            whole = partial(lambda *parts: [part() for part in parts], encode, four, decode)
+            yield from measure(cfg, device, "encode, 4 steps, decode", whole, None, (*about, True))
+
+
+WAYS = product((torch.float32, torch.bfloat16), (False, True))
+PARTS = {
+    "alone": [alone], "vae": [codec], "steps": [steps],
+    "transformer": [partial(transformer, dtype=dtype, compiled=compiled) for dtype, compiled in WAYS],
+}  # fmt: skip
+GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: Literal["wide", "wan5b"] = "wan5b" if GPU else "wide"  # shapes
+    parts: str = ",".join(list(PARTS)[not GPU :])  # what to measure, separated by commas
+    repeats: int = 3  # times that each is timed
+    out: str = "out/bench.json"  # rows; the table goes beside it
 
 
 def main(cfg: Config) -> None:
     if cfg.repeats < 1:
         raise UserError(f"--repeats {cfg.repeats}: at least 1")
-    parts = set(cfg.parts.split(","))
-    if unknown := parts - set(PARTS):
+    parts = cfg.parts.split(",")
+    if unknown := set(parts) - PARTS.keys():
         raise UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     out = output_path(cfg.out, ".json")
-    if cfg.rehearse or cfg.gpu:
-        from tools import gpu, rehearse, resident  # they import every stage
-
-        device = parallel.init_processes().device if cfg.gpu else torch.device("cpu")
-        if cfg.gpu and device.type != "cuda":
-            raise UserError("--gpu: there is none here; --rehearse needs none")
-        origin, rows = provenance("-m tools.bench", cfg, device), []
-        for counted in gpu.measure(device) if cfg.gpu else chain(rehearse.table(), resident.rows()):
-            print(counted, file=sys.stderr, flush=True)
-            rows.append(counted | origin)
-            write_rows(out, rows, three_digits)  # each as it comes: the run may be cut short
-        print(markdown(rows, three_digits))
-        return
-    try:
-        import diffusers
-    except ImportError:
-        raise UserError("diffusers: not installed; pip install -r requirements-dev.txt") from None
+    if diffusers is None:
+        raise UserError("diffusers: not installed; pip install -r requirements-dev.txt")
     device = parallel.init_processes().device
+    parallel.start_compiler(device)
     origin = provenance("-m tools.bench", cfg, device)
     origin["machine"] += f", diffusers {diffusers.__version__}"
-    ways = product((torch.float32, torch.bfloat16), (False, True)) if parts & {"forward", "loop"} else ()
-    benches = [bench_transformer(cfg, dtype, compiled, device) for dtype, compiled in ways]
-    benches += [bench_vae(cfg, device)] if "vae" in parts else []
-    benches += [bench_steps(cfg, device)] if "steps" in parts else []
     rows = []
     with torch.no_grad():
-        for measured in chain(*benches):  # generators: each row is measured when it is asked for
+        for measured in chain.from_iterable(way(cfg, device) for part in parts for way in PARTS[part]):
             rows.append(measured | origin)
-            line = "{name}, {dtype}: {ours:.4g} {unit}, ratio {ratio:.3f}"
-            print(line.format(**measured), file=sys.stderr, flush=True)
-    write_rows(out, rows, three_digits)
+            write_rows(out, rows, three_digits)  # each as it comes: the run may be cut short
+            print(measured, file=sys.stderr, flush=True)
     print(markdown(rows, three_digits))
 
 

@@ -93,7 +93,8 @@ def training_step(
         guided = sample_uniform(samples, 1, cfg.seed, step, GUIDED).to(procs.device) < cfg.guided
         with parallel.autocast(procs.device, cfg.dtype):
             residuals = [r * guided[:, None, None] for r in guide(traj)]
-            weight = 1 + (cfg.change - 1) * (x0 != 0).any(1, keepdim=True)  # later frames are differences
+            moves = (x0.abs() > 1e-4).any(1, keepdim=True)  # latents of later frames are differences
+            weight = 1 + (cfg.change - 1) * moves
             velocity = partial(model, text=text, residuals=residuals)
             loss = flow.flow_matching_loss(velocity, x0, noise, sigma, model.config.predicts, weight)
         (loss / len(shares)).backward()
@@ -134,10 +135,14 @@ def main(cfg: Config) -> None:
         (max(1, cfg.batch // divisor), ToyLatents(codec, maps, seed=cfg.seed, device=procs.device, **shape))
         for divisor, shape in SHAPES
     ]
+    for batch, _ in sources[: 1 if cfg.small == 1 else None]:
+        procs.share(batch, cfg.accumulate, 0)  # a batch that doesn't divide is refused before anything is trained
     held_out = ToyLatents(codec, maps, "validation")
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
+    if start == 0 and not cfg.init:
+        guide.norm.fit([sources[0][1].batch([n], "box").traj for n in range(16)])  # the same on every rank
 
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps

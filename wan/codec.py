@@ -24,20 +24,20 @@ NEGATIVE_PROMPT = (
 class WanCodec(Codec):
     """Reads Wan2.2-TI2V-5B's `folder` as published, in its own layout or diffusers'.
 
-    The VAE is kept; the text encoder, which is larger than everything else, isn't. With `offload` its blocks stay in
-    host memory. The VAE works in `dtype`, but on a CPU it encodes in float32. It decodes in tiles of `tile` latent
-    positions if that isn't 0. Whole videos stay in host memory. `decoder`: a file of the small decoder, which then
-    makes the pieces. `compile`: in bfloat16, fuse the VAE's norms with SiLU.
+    The VAE is kept; the text encoder, which is larger than everything else, isn't. The VAE works in `dtype`, but on a
+    CPU it encodes in float32. Whole videos stay in host memory. `low`, for little memory: the text encoder has 8 bits,
+    and decoding is done in tiles. `decoder`: a file of the small decoder, which then makes the pieces. `compile`: in
+    bfloat16, fuse the VAE's norms with SiLU.
     """
 
     channels, spatial, temporal, area = 48, 16, 4, 704 * 1280
     text_dim, text_tokens, negative = 4096, 512, NEGATIVE_PROMPT
 
     def __init__(
-        self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32, tile: int = 0,
-        offload: bool = False, decoder: str = "", compile: bool = False,
+        self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32, low: bool = False,
+        decoder: str = "", compile: bool = False,
     ):  # fmt: skip
-        self.folder, self.device, self.dtype, self.tile, self.offload = Path(folder), device, dtype, tile, offload
+        self.folder, self.device, self.dtype, self.low = Path(folder), device, dtype, low
         self.compile = compile
         self.small = TinyDecoder.from_pretrained(decoder, dtype).to(device) if decoder else None
 
@@ -73,7 +73,7 @@ class WanCodec(Codec):
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """[B, 48, F, H, W] -> [B, 3, 4 (F - 1) + 1, 16 H, 16 W] in [-1, 1]."""
-        return self.vae.decode(latents.to(self.device), tile=self.tile, overlap=min(8, self.tile // 2))
+        return self.vae.decode(latents.to(self.device), tile=32 if self.low else 0)
 
     def pieces(self, latents: Tensor, procs: Processes | None = None) -> Iterator[Tensor]:
         """The same as `decode_video`, a few frames at a time. Tiles span all frames, so with them it is one piece.
@@ -81,7 +81,7 @@ class WanCodec(Codec):
         Where there is a small decoder, it makes them. Of several processes, `procs`, each gives the pieces of its own
         turns; tiles and the small decoder are rank 0's work alone.
         """
-        if not self.tile and not self.small:
+        if not self.low and not self.small:
             yield from self.vae.frames(latents.to(self.device), procs=procs)
         elif procs is None or procs.rank == 0:
             yield from self.small.frames(latents.to(self.device)) if self.small else [self.decode_video(latents)]
@@ -90,7 +90,8 @@ class WanCodec(Codec):
         """A function that embeds prompts as `encode_text` does. It holds the whole encoder: drop it when done."""
         tokenizer = self._part("google/umt5-xxl", "tokenizer")
         weights = self._part("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
-        return TextEncoder(tokenizer, weights, self.device, self.text_tokens, self.offload)
+        dtype = torch.int8 if self.low else torch.bfloat16
+        return TextEncoder(tokenizer, weights, self.device, self.text_tokens, dtype)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Prompts -> [B, 512, 4096] bfloat16, padded with zeros. Prompts longer than 512 tokens are cut."""

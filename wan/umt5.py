@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import UserError, reason
-from core.memory import offload
 from core.weights import load, read_checkpoint, read_config, read_folder, read_safetensors, rename, write_safetensors
 
 # Wan's names for the text encoder's parameters -> transformers' names.
@@ -32,8 +31,8 @@ UMT5_XXL = {
 }  # fmt: skip
 
 
-def read_text_encoder(path: Path, shapes: dict | None = None) -> nn.Module:
-    """UMT5's encoder in bfloat16: `models_t5_umt5-xxl-enc-bf16.pth`, or the folder `text_encoder/` of diffusers."""
+def read_text_encoder(path: Path, dtype: torch.dtype = torch.bfloat16, shapes: dict | None = None) -> nn.Module:
+    """UMT5's encoder: `models_t5_umt5-xxl-enc-bf16.pth`, or diffusers' `text_encoder/`. `dtype`: bfloat16 or int8."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     if path.is_dir():
@@ -42,7 +41,7 @@ def read_text_encoder(path: Path, shapes: dict | None = None) -> nn.Module:
     else:
         config = UMT5Config(**(shapes or UMT5_XXL))  # tests give the shapes of a small model
         tensors = rename(read_checkpoint(path), UMT5_NAMES)
-    return load(lambda: UMT5EncoderModel(config).encoder, tensors, path, torch.bfloat16).eval().requires_grad_(False)
+    return load(lambda: UMT5EncoderModel(config).encoder, tensors, path, dtype).eval().requires_grad_(False)
 
 
 def clean_prompt(prompt: str) -> str:
@@ -59,7 +58,7 @@ def clean_prompt(prompt: str) -> str:
 class TextEncoder:
     """`encoder(prompts)` -> [B, length, width] bfloat16, padded with zeros. Longer prompts are cut."""
 
-    def __init__(self, tokenizer: Path, weights: Path, device: torch.device, length: int, offloaded: bool = False):
+    def __init__(self, tokenizer: Path, weights: Path, device: torch.device, length: int, dtype: torch.dtype):
         try:
             from transformers import AutoTokenizer
         except ImportError:
@@ -70,8 +69,7 @@ class TextEncoder:
         except Exception as error:  # several libraries may read it, and they raise all sorts of errors
             raise UserError(f"{tokenizer}: no tokenizer can be read ({reason(error)}); get the folder again") from None
         self.device, self.length = device, length
-        network = read_text_encoder(weights)
-        self.network = offload(network, device) if offloaded else network.to(device)
+        self.network = read_text_encoder(weights, dtype).to(device)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
@@ -84,7 +82,7 @@ class TextEncoder:
         tokens = self.tokenizer(clean, return_tensors="pt", **cut).to(self.device)
         mask = tokens.attention_mask
         text = self.network(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None]
-        return F.pad(text, (0, 0, 0, self.length - text.shape[1]))
+        return F.pad(text.bfloat16(), (0, 0, 0, self.length - text.shape[1]))
 
 
 def save_text(path: Path, prompts: list[str], text: Tensor) -> None:

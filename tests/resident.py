@@ -1,4 +1,4 @@
-"""The rehearsed memory of two small runs beside what they take: part of `python -m tools.bench --rehearse`."""
+"""The rehearsed memory of two small runs beside what they take: the last rows of `python -m tests.rehearse`."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from core.memory import peak_memory, reset_peak
-from tools.rehearse import GPU, rehearse_stage
+from tests.rehearse import GPU, rehearse_stage
 
 
 class Resident:
@@ -24,27 +24,16 @@ class Resident:
     """
 
     def __init__(self):
-        self.before = self.now()
+        self.before = int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
         self._peak_mem = self
 
-    def now(self) -> int:
-        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
     def track_external(self, *_: object) -> None:
-        self.clear()
-
-    def clear(self) -> None:
         reset_peak(torch.device("cpu"))
 
+    clear = __enter__ = __exit__ = track_external
+
     def get_tracker_snapshot(self, _: str) -> dict:
-        most = peak_memory(torch.device("cpu")) * 2**30 - self.before
-        return {GPU: {"Total": most}}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+        return {GPU: {"Total": peak_memory(torch.device("cpu")) * 2**30 - self.before}}
 
 
 # What two processes of a machine with 24 GB can run, with two blocks: stage, adapter, grid.

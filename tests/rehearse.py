@@ -1,4 +1,6 @@
-"""The wan5b commands on GPUs that are not there: `python -m tools.bench --rehearse`, and the tests.
+"""The wan5b commands on GPUs that are not there, for the tests; and the table of what they need of memory:
+
+    python -m tests.rehearse --out results/rehearsed.json
 
 Tensors have shapes and devices but no numbers (torch's FakeTensorMode), and collectives arrive at once (its `fake`
 process group). The scripts' own `main` runs so at full size, as rank 0, and torch's MemTracker counts every live byte.
@@ -7,11 +9,11 @@ What meets a tensor of another device stops it, and so does anything that would 
 
 import contextlib
 import os
-import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import chain, product
 from unittest import mock
 
 import numpy as np
@@ -30,8 +32,12 @@ import sample
 import train_slow_adapter
 from core import parallel, runs
 from core.codec import Batch
-from core.memory import use_int8
+from core.config import run_script
+from core.files import output_path
+from core.tables import markdown, provenance, write_rows
 from model import PRESETS, VideoDiT, rotary_table
+from tools.bench import typed
+from wan import umt5
 from wan.codec import WanCodec
 from wan.vae import WanVAE
 
@@ -45,7 +51,7 @@ class Quiet:
         pass
 
     def __getattr__(self, name: str):
-        return lambda *_, **__: Quiet()
+        return Quiet
 
     def __enter__(self):
         return self
@@ -217,13 +223,6 @@ class Clips:
         return torch.randn(1, 512, 4096)
 
 
-def typed(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A network with its parameters in the types in which it is read."""
-    for name, p in network.named_parameters():
-        p.data = p.data.to(torch.float32 if re.search(getattr(network, "float32", "$^"), name) else dtype)
-    return network
-
-
 def fresh():
     """A tracker of memory that takes frozen networks too."""
     from torch.distributed._tools.mem_tracker import MemTracker
@@ -231,6 +230,22 @@ def fresh():
     tracker = MemTracker()
     tracker._mod_tracker = Quiet()  # it tells modules apart, but wants every parameter to learn
     return tracker
+
+
+def readers(kind: str, layers: int, always: torch.dtype | None = None) -> tuple[Callable, Callable]:
+    """What stands for the reading of a generator and of an adapter, with so many blocks. `always`: of this type."""
+    shape = replace(PRESETS["wan5b"], layers=layers)
+    light = replace(adapters.PRESETS["wan5b"], layers=layers)
+
+    def read(path: str, network: str, dtype: torch.dtype = torch.float32, *_: object, **__: object) -> VideoDiT:
+        return typed(VideoDiT(shape), always or dtype)
+
+    def read_adapter(path: str, network: str, dtype: torch.dtype = torch.float32, **_: object) -> adapters.Adapter:
+        if kind == "resnet":
+            return adapters.ResNetAdapter(light)
+        return typed(adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(shape))), dtype)
+
+    return read, read_adapter
 
 
 STAGES = {"1": train_slow_adapter, "2": distill_fast, "3": finetune_hybrid}
@@ -242,13 +257,11 @@ def rehearse_stage(
 ) -> dict[str, float]:  # fmt: skip
     """GB at the peak of each part of a stage's first cycle on rank 0, with so many blocks: step to export.
 
-    `resident`: a tools.resident.Resident, which measures. This is then one of torchrun's processes on a CPU, and all of
-    it is real.
+    `resident`: a Resident, which measures. This is then one of torchrun's processes on a CPU, and all of it is real.
     """
-    script, shape = STAGES[stage], replace(PRESETS["wan5b"], layers=layers)
-    light = replace(adapters.PRESETS["wan5b"], layers=layers)
-    heavy = adapters.ControlNetConfig(**vars(shape))
+    script, light = STAGES[stage], replace(adapters.PRESETS["wan5b"], layers=layers)
     judge = replace(discriminators.PRESETS["wan5b"], feature_blocks=tuple(range(layers))[-3:])
+    read, read_adapter = readers(kind, layers, torch.float32 if more.get("dtype") == "float32" else None)
     networks, prepare, begin, schedule = [], parallel.prepare, runs.Run.__init__, flow.sigma_schedule
     tracker, peaks = resident or fresh(), {}
 
@@ -256,12 +269,6 @@ def rehearse_stage(
         """The peak since the last part's end is this one's."""
         peaks[part] = max(peaks.get(part, 0), peak(tracker))
         tracker._peak_mem.clear()
-
-    def read(path: str, network: str, dtype: torch.dtype = torch.float32, *_: object, **__: object) -> VideoDiT:
-        return typed(VideoDiT(shape), torch.float32 if more.get("dtype") == "float32" else dtype)
-
-    def read_adapter(path: str, network: str, **_: object) -> adapters.Adapter:
-        return adapters.ResNetAdapter(light) if kind == "resnet" else adapters.ControlNetAdapter(heavy)
 
     def prepared(network: nn.Module, *args: object) -> nn.Module:
         networks.append(prepare(network, *args))
@@ -312,52 +319,52 @@ def rehearse_stage(
     return peaks
 
 
-def sampling(
-    stack: contextlib.ExitStack, mode: str, kind: str, frames: int = 31, layers: int = 2,
-    offload: Callable[[nn.Module, torch.device], nn.Module] = nn.Module.to,
-) -> dict[str, Callable[[], None]]:  # fmt: skip
-    """The parts of making a video on a GPU in a mode of `--memory`, with weights that mean nothing, for as long as the
-    stack is open. From medium on blocks take turns: the GPU holds two, as with two `layers` and no `offload`.
-    """
-    for patch in (
-        (WanCodec, "_part", lambda *_: None), (WanVAE, "from_pretrained", lambda _: WanVAE()),
+def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[str, float]:
+    """GB at the peak of each part of sample.py, with so many blocks: one video, or a table of them with --batch."""
+    from transformers import AutoTokenizer, BatchEncoding, UMT5Config, UMT5EncoderModel
+
+    read, read_adapter = readers(kind, layers)
+    tracker, peaks, pieces = fresh(), {}, WanCodec.pieces
+
+    @contextlib.contextmanager
+    def clock(part: str) -> Iterator[None]:
+        tracker._peak_mem.clear()
+        yield
+        if tracker._peak_mem and not part.startswith("read"):  # what is read is at work later
+            peaks[part] = max(peaks.get(part, 0), peak(tracker))
+
+    def text_encoder(_: object, dtype: torch.dtype) -> nn.Module:
+        return typed(UMT5EncoderModel(UMT5Config(**umt5.UMT5_XXL)).encoder, dtype).eval()
+
+    def tokenize(prompts: list[str], **_: object) -> BatchEncoding:
+        whole = torch.ones(len(prompts), 512, dtype=torch.long)  # as long as can be
+        return BatchEncoding({"input_ids": whole, "attention_mask": whole})
+
+    def inputs(*_: object) -> sample.Inputs:
+        video = torch.empty(3, 9, 704, 1280)  # the VAE's later pieces take no more, either way
+        return sample.Inputs(video[None, :, :1], mock.Mock(maps=lambda *_: video), None)
+
+    def encode_video(codec: WanCodec, video: Tensor) -> Tensor:
+        return torch.empty(1, 48, 1 if codec.vae.encode(video).shape[2] == 1 else GRID[0], *GRID[1:])
+
+    options = {"preset": "wan5b", "memory": mode, "steps": 1, "compile": False, "prompt": "a cat"}
+    patches = [
+        (sample, "find_networks", lambda _: ("", "")), (sample, "read_maps", lambda *_: "outline"),
+        (sample, "read_inputs", inputs), (sample, "check_preset", Quiet), (sample, "check_fit", Quiet),
+        (sample, "read_jobs", lambda _: [{"out": f"{n}.mp4"} for n in range(videos)]), (sample, "write", Quiet),
+        (VideoDiT, "from_pretrained", read), (sample, "read_adapter", read_adapter),
+        (umt5, "read_text_encoder", text_encoder), (AutoTokenizer, "from_pretrained", lambda _: tokenize),
+        (WanCodec, "_part", Quiet), (WanVAE, "from_pretrained", lambda _: WanVAE()),
+        (WanCodec, "encode_video", encode_video), (sample.memory, "Clock", lambda _: clock),
+        (WanCodec, "pieces", lambda codec, latents, procs: pieces(codec, latents[:, :, :3], procs)),
+        (sample, "to_uint8", lambda _: np.zeros((1, 8, 8, 3))), (torch.Tensor, "isfinite", lambda _: np.array(True)),
         (sample, "fastest", lambda *_: contextlib.nullcontext()),
-    ):  # fmt: skip
-        stack.enter_context(mock.patch.object(*patch))
-    cfg = sample.Config(**sample.WAN5B | {"preset": "wan5b", "memory": mode, "compile": False, "steps": 1})
-    shape = replace(PRESETS["wan5b"], layers=layers)
-    codec = WanCodec("", GPU, torch.bfloat16, tile=32 if mode == "low" else 0)
-    if kind == "resnet":
-        adapter = adapters.ResNetAdapter(adapters.AdapterConfig(shape.dim, layers, fixed_norm=True))
-    else:
-        adapter = typed(adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(shape))), torch.bfloat16)
-    networks = [typed(VideoDiT(shape), torch.bfloat16), adapter]
-    for network in networks:
-        if mode == "low" and (kind == "controlnet" or isinstance(network, VideoDiT)):
-            use_int8(network.blocks)
-    latents, text = torch.empty(1, 48, frames, 44, 80), torch.empty(1, 512, 4096, dtype=torch.bfloat16)
-    video = torch.empty(1, 3, 4 * min(frames, 3) - 3, 704, 1280)  # pieces after the second take no more
-
-    def denoise() -> None:
-        turns = [mode != "high" and isinstance(network, VideoDiT) for network in networks]
-        ready = [offload(networks.pop(0), GPU) if turn else networks.pop(0).to(GPU) for turn in turns]
-        given = (z.to(GPU) for z in (latents[:, :, :1], latents, text))
-        sample.denoise(cfg, *ready, *given, None)
-
-    return {
-        "encode image and boxes": lambda: codec.encode_video(video), "denoise": denoise,
-        "decode": lambda: [None for _ in codec.pieces(latents[:, :, :3].to(GPU))],
-    }  # fmt: skip
-
-
-def rehearse_sample(mode: str, kind: str, frames: int = 31, layers: int = 2) -> dict[str, float]:
-    """GB at the peak of each part of making a video."""
-    peaks = {}
-    with pretended() as stack, torch.no_grad():
-        for name, part in sampling(stack, mode, kind, frames, layers).items():
-            with fresh() as tracker:
-                part()
-                peaks[name] = peak(tracker)
+    ]  # fmt: skip
+    options |= {"batch": "jobs.csv"} if videos > 1 else {}
+    with pretended() as stack, tracker, contextlib.redirect_stdout(None):
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        sample.main(sample.Config(**sample.WAN5B | options))
     return peaks
 
 
@@ -382,11 +389,30 @@ def table(layers: tuple[int, int] = (3, 4), cases: list = CASES) -> Iterator[dic
         most = max(peaks, key=peaks.get)
         about = {"stage": stage, "adapter": kind, "GPUs": world, "sequence": sequence}
         yield about | {"GB": round(peaks[most], 1), "peak_at": most, "measured_GB": None}
-    for mode, kind in product(("low", "medium", "high"), ("resnet", "controlnet")):
-        if mode == "high":
-            peaks = reckoned(*(rehearse_sample(mode, kind, layers=n) for n in layers), layers)
-        else:
-            peaks = rehearse_sample(mode, kind)
+    kinds = ("resnet", 1), ("controlnet", 1), ("resnet", 2)
+    for mode, (kind, videos) in product(("low", "high"), kinds):
+        peaks = reckoned(*(rehearse_sample(mode, kind, n, videos) for n in layers), layers)
         for part, most in peaks.items():
-            about = {"stage": f"sample, {mode}", "adapter": kind, "GPUs": 1, "sequence": 1}
+            about = {"stage": f"sample, {mode}{', a table of videos' if videos > 1 else ''}", "adapter": kind}
+            about |= {"GPUs": 1, "sequence": 1}
             yield about | {"GB": round(most, 1), "peak_at": part, "measured_GB": None}
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "out/rehearsed.json"  # rows; the table goes beside it
+
+
+def main(cfg: Config) -> None:
+    from tests import resident
+
+    out, rows = output_path(cfg.out, ".json"), []
+    for row in chain(table(), resident.rows()):
+        print(row, file=sys.stderr, flush=True)
+        rows.append(row | provenance("-m tests.rehearse", cfg, torch.device("cpu")))
+        write_rows(out, rows)
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
