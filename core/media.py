@@ -227,7 +227,7 @@ def write_video(path: Path | str, frames: np.ndarray, fps: int) -> None:
             "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps, "-i", "-",
             "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv,format=yuv420p,"
             "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709",
-            "-c:v", "libx264", "-crf", 5, "-movflags", "+faststart", f"file:{temporary}",
+            "-c:v", "libx264", "-preset", "veryfast", "-crf", 5, "-movflags", "+faststart", f"file:{temporary}",
         )  # fmt: skip
         command.remove("-nostdin")
         encoded = subprocess.run(command, input=np.ascontiguousarray(frames).data, capture_output=True)
