@@ -34,7 +34,7 @@ from torch import Tensor
 import flow
 from adapter import Adapter, check_fit, read_adapter, read_maps
 from core import memory, parallel
-from core.attention import fastest
+from core.attention import gpu_kernels
 from core.codec import Codec
 from core.config import ROOT, UserError, flags, reason, run_script, shipped
 from core.files import keep_inputs, output_path
@@ -290,8 +290,7 @@ def denoise(
     steps = cfg.steps or sampling.steps
     sigmas, shape = flow.sigma_schedule(steps, cfg.shift or sampling.shift), traj.shape[1:]
     velocity = partial(told, text=text)
-    config, tokens = generator.config, traj[0, 0].numel() // math.prod(generator.config.patch)
-    with parallel.autocast(first.device, cfg.dtype), fastest(config.heads, config.dim, tokens, first.device):
+    with parallel.autocast(first.device, cfg.dtype), gpu_kernels(first.device):
         if cfg.speed == "fast":
             noise = step_noise(steps, shape, [0], cfg.seed).to(first.device)
             return flow.sample_fewstep(velocity, first, noise, sigmas)

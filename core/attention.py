@@ -1,41 +1,19 @@
 """Softmax attention: PyTorch's own on GPUs, and two faster ways to compute it on a CPU."""
 
 import contextlib
-from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from core.memory import seconds
-
-BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-
-
-def time_of(backend: SDPBackend, q: Tensor) -> float:
-    """Seconds that self-attention of q takes by this backend; infinite where it can't."""
-    attention = partial(F.scaled_dot_product_attention, q, q, q)
-    with sdpa_kernel(backend):
-        try:
-            attention()  # warm
-            return seconds(attention, q.device)
-        except RuntimeError:  # this GPU or this torch has no such kernel
-            return float("inf")
+# From the likely fastest to the one that every GPU has.
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-@lru_cache
-def ranking(heads: int, dim: int, tokens: int, device: torch.device) -> list[SDPBackend]:
-    """The backends by what they take on this GPU."""
-    q = torch.randn(1, heads, tokens, dim // heads, dtype=torch.bfloat16, device=device)
-    return sorted(BACKENDS, key=lambda backend: time_of(backend, q))
-
-
-def fastest(heads: int, dim: int, tokens: int, device: torch.device) -> contextlib.AbstractContextManager:
-    """Inside, a GPU computes attention by its fastest backend, which depends on the GPU and on torch."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return sdpa_kernel([*ranking(heads, dim, tokens, device), SDPBackend.MATH], set_priority=True)
+def gpu_kernels(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, a GPU computes attention by the first kernel of BACKENDS that it has; a CPU as always."""
+    return sdpa_kernel(BACKENDS, set_priority=True) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
