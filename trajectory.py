@@ -104,8 +104,7 @@ class Trajectory:
         for k, boxes in enumerate(self.boxes):
             known = masks[k] & ~masks[k + 1 :].any(0)
             layers = torch.cat([picture.float(), torch.stack([masks[k].float(), known.float(), whole])])
-            source = extents(np.where(self.masks[k] if self.masks.ndim == 3 else self.masks[k, 0], 0, -1), 1)[0]
-            source = source if np.isnan(boxes[0]).any() else boxes[0]
+            source = extents(np.where(masks[k], 0, -1), 1)[0] if np.isnan(boxes[0]).any() else boxes[0]
             for t in np.flatnonzero(~np.isnan(boxes[:, 0])):
                 # Pixels whose centres lie in the box.
                 x0, y0, x1, y1 = np.ceil(boxes[t] - 0.5).clip(0, [width, height] * 2).astype(int)

@@ -29,7 +29,6 @@ from trajectory import move
 
 FEATURES = 128  # of a video, for the distance
 TURNS = torch.deg2rad(torch.arange(-24.0, 25, 2))  # rotations a frame among which the spin is looked for
-TOLD = ("mask", "box")
 
 
 def things(batch: WorldBatch) -> Tensor:
