@@ -1,7 +1,7 @@
-"""Rectified-flow maths, pure functions: the noise path, the two ways to read a prediction, and the samplers.
+"""Rectified-flow maths, pure functions: the noise path, the loss, guidance and the samplers.
 
-The conventions of the whole project, said once. `sigma` in [0, 1] is the noise level, and the model receives the
-timestep `t = 1000 * sigma`. On the straight path from data to noise
+The project's conventions: `sigma` in [0, 1] is the noise level, and the model receives the timestep `t = 1000 * sigma`.
+On the straight path from data to noise
 
     x_t = (1 - sigma) * x0 + sigma * noise            (1)
     v   = d x_t / d sigma = noise - x0                (2)
@@ -71,7 +71,7 @@ def flow_matching_loss(
     """`|| v(x_t, t) - (noise - x0) ||^2`, averaged over every frame but the given first one.
 
     x0, noise [B,C,F,H,W]; sigma [B]. `on` "x0": the error of the clean video that v gives, sigma times the velocity's.
-    `weight` [B,1,F,H,W]: how much each place counts, in proportion to the others of its video.
+    `weight` [B,1,F,H,W]: how much each place counts, relative to the mean of its video.
     """
     level = frame_sigma(sigma, x0.shape[2])  # (B, F)
     error = velocity(add_noise(x0, noise, level), timestep(level)).float() - (noise - x0)
@@ -92,23 +92,24 @@ def sigma_schedule(steps: int, shift: float) -> list[float]:
 
 
 def guided(
-    told: Velocity, unconditional: Velocity, scale: float, untold: Velocity | None = None, trajectory_scale: float = 1.0
-) -> Velocity:
-    """Classifier-free guidance, `uncond + scale * (told - uncond)`, and the same for the trajectory:
-    `+ (trajectory_scale - 1) * (told - untold)`, so that what the trajectory changes counts `trajectory_scale` times.
+    conditional: Velocity, unconditional: Velocity, scale: float,
+    text_only: Velocity | None = None, trajectory_scale: float = 1.0,
+) -> Velocity:  # fmt: skip
+    """Classifier-free guidance, `uncond + scale * (cond - uncond)`, and the same for the trajectory:
+    `+ (trajectory_scale - 1) * (cond - text_only)`, so what the trajectory changes counts `trajectory_scale` times.
 
-    `untold` has the text, but no adapter. A scale of 1 never evaluates its second velocity.
+    A scale of 1 never evaluates its second velocity.
     """
     if scale == trajectory_scale == 1:
-        return told
+        return conditional
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        result = conditional = told(x, t)
+        result = cond = conditional(x, t)
         if scale != 1:
             uncond = unconditional(x, t)
-            result = uncond + scale * (conditional - uncond)
+            result = uncond + scale * (cond - uncond)
         if trajectory_scale != 1:
-            result = result + (trajectory_scale - 1) * (conditional - untold(x, t))
+            result = result + (trajectory_scale - 1) * (cond - text_only(x, t))
         return result
 
     return velocity
@@ -132,8 +133,8 @@ def backward_simulation(
 ) -> Tensor:
     """The few-step sampler from its start to step `last`, whose prediction of x0 is returned and alone has a gradient.
 
-    first [B,C,1,H,W]; noise [steps,B,C,F,H,W], fresh for every step; returns x0 [B,C,F,H,W] in float32. A generator
-    trained so sees the inputs that it will meet in use, its own earlier predictions (DMD2, section 4.5).
+    first [B,C,1,H,W]; noise [steps,B,C,F,H,W], fresh for every step; returns x0 [B,C,F,H,W] in float32. In training
+    the generator thus sees what it will see in use, its own earlier predictions (DMD2, section 4.5).
     """
     x = torch.cat([first, noise[0][:, :, 1:]], dim=2).float()
     for step in range(last + 1):
