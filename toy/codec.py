@@ -26,7 +26,7 @@ class AutoencoderConfig:
     hidden: int = 64  # width of the decoder
     depth: int = 3  # residual blocks of the decoder
     fine: int = 24  # width of the decoder at full resolution
-    change: float = 1.5  # what frames after the first are multiplied by: of variance 1 where things move
+    change: float = 1.5  # factor of the frames after the first, for variance 1 where things move
 
 
 class ResidualBlock(nn.Module):
@@ -41,8 +41,8 @@ class ResidualBlock(nn.Module):
 
 
 class ToyAutoencoder(nn.Module):
-    """Frames to latents and back. The encoder is linear, principal components of patches, so that latents change as
-    smoothly as pixels do. The decoder is its linear inverse plus a network for what was lost.
+    """Frames to latents and back. The encoder is linear, principal components of patches, so latents change as smoothly
+    as pixels do. The decoder is its linear inverse plus a network for what was lost.
     """
 
     def __init__(self, config: AutoencoderConfig):
@@ -92,23 +92,20 @@ class ToyAutoencoder(nn.Module):
 
 
 class ToyCodec(Codec):
-    """One latent frame per video frame: frame 0's own, and of each later one what it differs from frame 0 by, so that
-    what stays is zero. A word becomes a random vector seeded by its bytes, next to the mean vector of its clause (the
-    words between commas) plus one for the clause's place: "clockwise" then carries which object it is about, as it
-    would after a real text encoder.
+    """One latent frame per video frame: frame 0's own, and the difference of each later one from it, so that what stays
+    is zero. A word becomes a random vector seeded by its bytes, next to the mean vector of its clause (words between
+    commas) plus one for the clause's place: "clockwise" then carries which object it is about, as from a real encoder.
     """
 
-    temporal, area = 1, 128 * 224
+    temporal, area, text_dim, text_tokens = 1, 128 * 224, 64, 32
     weights = ROOT / "checkpoints/small/codec.safetensors"
-    learned_on: ClassVar[dict] = {"size": (64, 64), "frames": 5}  # what stages 1 to 3 read: an economy
+    learned_on: ClassVar[dict] = {"size": (64, 64), "frames": 5}  # what stages 1 to 3 read, to save time
 
-    def __init__(self, weights: Path | str = "", text_dim: int = 64, text_tokens: int = 32):
-        weights = weights or self.weights
-        config, tensors = read_network(weights, "ToyAutoencoder", AutoencoderConfig)
-        network = load(lambda: ToyAutoencoder(config), tensors, weights)
+    def __init__(self, weights: Path | str = ""):
+        config, tensors = read_network(weights or self.weights, "ToyAutoencoder", AutoencoderConfig)
+        network = load(lambda: ToyAutoencoder(config), tensors, weights or self.weights)
         self.network = network.eval().requires_grad_(False)
-        self.channels, self.spatial = self.network.config.channels, self.network.config.spatial
-        self.text_dim, self.text_tokens = text_dim, text_tokens
+        self.channels, self.spatial = config.channels, config.spatial
 
     def encode_video(self, video: Tensor) -> Tensor:
         """[B, 3, T, height, width] in [-1, 1] -> [B, channels, T, height / spatial, width / spatial]."""
