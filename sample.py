@@ -45,8 +45,8 @@ from core.tables import read_table
 from core.weights import split_key
 from data import open_codec
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
-from toy.detail import add_detail, full_size
-from trajectory import Maps, Trajectory, draw_overlay, enlarge, load_trajectory
+from toy.detail import add_detail, enlarge, full_size
+from trajectory import Maps, Trajectory, draw_overlay, load_trajectory
 from wan.codec import NEGATIVE_PROMPT
 from wan.umt5 import read_text, save_text
 

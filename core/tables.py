@@ -6,7 +6,8 @@ import json
 import platform
 import re
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -61,6 +62,19 @@ def cells(rows: Sequence[dict], show: Callable[[object], str] = str) -> list[lis
         return f"{text} ({span[0]} to {span[1]})" if span and span[0] < span[1] else text
 
     return [[key.replace("_", " ") for key in keys], *([cell(row, key) for key in keys] for row in rows)]
+
+
+def over_seeds(rows: Sequence[dict], measures: Sequence[str]) -> list[dict]:
+    """Rows of several seeds, neighbours of one name and number of steps, as one each: mean, range and how many."""
+    merged = []
+    for (name, steps), group in groupby(rows, key=itemgetter("name", "steps")):
+        seeds = list(group)
+        merged.append({"name": name, "steps": steps, "videos": seeds[0]["videos"], "seeds": len(seeds)})
+        for key in measures:
+            values = [row[key] for row in seeds if row[key] is not None]
+            merged[-1] |= {key: round(sum(values) / len(values), 4) if values else None}
+            merged[-1] |= {f"{key}_range": [min(values), max(values)] if values else None}
+    return merged
 
 
 def three_digits(value: object) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
+import numpy as np
 import pytest
 import torch
 import warm
@@ -37,3 +38,14 @@ def here(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def make_trajectory(boxes: list, size: tuple[int, int], masks=None):
+    """Of each object's boxes, one per frame or None, and the masks in frame 0: the first boxes, if none are given."""
+    from core.boxes import fill_box
+    from trajectory import PALETTE, Trajectory
+
+    boxes = np.array([[[np.nan] * 4 if box is None else box for box in track] for track in boxes], dtype=float)
+    masks = [fill_box(track[0], size) for track in boxes] if masks is None else masks
+    colors = np.array(PALETTE[: len(boxes)], dtype=np.uint8)
+    return Trajectory(boxes, np.array(masks), colors, [f"object {k}" for k in range(len(boxes))])

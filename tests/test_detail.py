@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_trajectory
 from PIL import Image
 
 import sample
 from core import parallel
+from core.boxes import move
 from core.media import fit_frames, kept
 from toy.codec import ToyCodec
-from toy.detail import add_detail, full_size
-from trajectory import Trajectory, enlarge, load_trajectory, move
+from toy.detail import add_detail, enlarge, full_size
+from trajectory import load_trajectory
 
 SMALL = (48, 80)
-COLORS = np.array([[128, 32, 32], [32, 128, 32]], np.uint8)
 
 
 def small(picture: np.ndarray) -> np.ndarray:
@@ -49,16 +49,6 @@ def picture():
     return full_size(skimage.data.coffee(), SMALL)  # a cup on a table: [362, 600, 3]
 
 
-def trajectory(boxes, size, masks=None) -> Trajectory:
-    """Of boxes [K, T, 4], whose masks in frame 0 are these, or the boxes."""
-    boxes = np.array(boxes, dtype=float)
-    if masks is None:
-        y, x = np.mgrid[: size[0], : size[1]] + 0.5
-        x0, y0, x1, y1 = boxes[:, 0, :, None, None].transpose(1, 0, 2, 3)
-        masks = (x > x0) & (x < x1) & (y > y0) & (y < y1)
-    return Trajectory(boxes, np.array(masks), COLORS[: len(boxes)], ["a", "b"][: len(boxes)])
-
-
 STILL = [[[100, 40, 220, 200]] * 4]
 # A cup and what is around it go to the right and down, and grow.
 PATH = [[[174, 12, 420, 240], [214, 22, 470, 262], [254, 32, 520, 286], [294, 52, 560, 300]]]
@@ -77,7 +67,7 @@ def pasted(picture: np.ndarray, path: list) -> list[np.ndarray]:
 
 def test_a_still_video_is_the_picture_again(picture):
     video = np.stack([small(picture)] * 4)
-    got = add_detail(video, picture, trajectory(STILL, picture.shape[:2]))
+    got = add_detail(video, picture, make_trajectory(STILL, picture.shape[:2]))
     assert np.array_equal(got[0], picture)
     off = np.abs(got.astype(int) - picture)
     # Pillow rounds and clips between its two passes, which shows beside the brightest lights alone.
@@ -85,14 +75,14 @@ def test_a_still_video_is_the_picture_again(picture):
     # And so it is with the first frame that the networks are given, which is cut by whole small pixels.
     pixels = skimage.data.coffee()
     video = fit_frames(np.stack([pixels] * 2), SMALL).round().byte().permute(1, 2, 3, 0).numpy()
-    got = add_detail(video, picture, trajectory(STILL, picture.shape[:2]))
+    got = add_detail(video, picture, make_trajectory(STILL, picture.shape[:2]))
     correlation, energy = likeness(got[1], picture, slice(None), slice(None))
     assert correlation > 0.99 and 0.9 < energy < 1.05
 
 
 def test_what_moves_along_its_boxes_keeps_its_detail(picture):
     true = pasted(picture, PATH)
-    got = add_detail(np.stack([small(frame) for frame in true]), picture, trajectory(PATH, picture.shape[:2]))
+    got = add_detail(np.stack([small(frame) for frame in true]), picture, make_trajectory(PATH, picture.shape[:2]))
     for t in (1, 2, 3):
         x0, y0, x1, y1 = PATH[0][t]
         inside = slice(y0, y1), slice(x0, x1)
@@ -106,7 +96,7 @@ def test_where_the_networks_made_something_else_the_video_stays_soft(picture):
     """A grey patch, and another photograph altogether."""
     frame = small(picture).copy()
     frame[8:40, 20:60] = 128
-    got = add_detail(np.stack([frame] * 2), picture, trajectory(STILL, picture.shape[:2]))[1]
+    got = add_detail(np.stack([frame] * 2), picture, make_trajectory(STILL, picture.shape[:2]))[1]
     enlarged = soft(frame, picture.shape[:2])
     scale = np.array(picture.shape[:2]) / SMALL
     y0, x0, y1, x1 = (np.array([12, 24, 36, 56]) * np.tile(scale, 2)).astype(int)  # weights reach 4 small pixels far
@@ -116,7 +106,7 @@ def test_where_the_networks_made_something_else_the_video_stays_soft(picture):
     other = small(full_size(skimage.data.chelsea(), SMALL))
     paths = ([[[0, 0, 600, 362], [-60, -40, 660, 400]]], PATH)
     for path in paths:
-        got = add_detail(np.stack([other] * 2), picture, trajectory(path, picture.shape[:2]))[1]
+        got = add_detail(np.stack([other] * 2), picture, make_trajectory(path, picture.shape[:2]))[1]
         added = got - soft(other, picture.shape[:2])
         assert np.square(added).mean() < 0.02 * np.square(fine(picture)).mean()
 
@@ -131,7 +121,7 @@ def test_smeared_things_get_less_detail_than_sharp_ones_and_never_more_than_ther
                 made = (np.roll(made, 1, axis) + 2 * made + np.roll(made, -1, axis)) / 4
         video = np.stack([small(picture), small(picture), made.round().astype(np.uint8)])
         path = [[PATH[0][0], PATH[0][1], PATH[0][2]]]
-        got = add_detail(video, picture, trajectory(path, picture.shape[:2]))[2]
+        got = add_detail(video, picture, make_trajectory(path, picture.shape[:2]))[2]
         energies.append(likeness(got, true, slice(y0, y1), slice(x0, x1))[1])
     assert energies == sorted(energies, reverse=True) and energies[0] > 0.75 and energies[-1] < 0.15
 
@@ -142,7 +132,7 @@ def test_the_one_in_front_hides_the_one_behind(picture):
     path = [[[100, 30, 260, 190], there], [[40, 180, 200, 340], there]]
     for shown in (0, 1):
         true = pasted(picture, [path[shown]])[1]
-        got = add_detail(np.stack([small(picture), small(true)]), picture, trajectory(path, picture.shape[:2]))[1]
+        got = add_detail(np.stack([small(picture), small(true)]), picture, make_trajectory(path, picture.shape[:2]))[1]
         assert likeness(got, true, slice(100, 260), slice(300, 460))[0] > 0.9
 
 
@@ -154,10 +144,10 @@ def test_a_mask_gives_the_things_outline_and_not_its_box(picture):
     moved = np.roll(disc, (60, 100), (0, 1))
     true[moved] = np.roll(picture, (60, 100), (0, 1))[moved]
     video = np.stack([small(picture), small(true)])
-    got = add_detail(video, picture, trajectory(path, picture.shape[:2], disc[None]))[1]
+    got = add_detail(video, picture, make_trajectory(path, picture.shape[:2], disc[None]))[1]
     correlation, energy = likeness(got, true, slice(100, 280), slice(310, 490))
     assert correlation > 0.97 and energy > 0.9
-    boxed = add_detail(video, picture, trajectory(path, picture.shape[:2]))[1]
+    boxed = add_detail(video, picture, make_trajectory(path, picture.shape[:2]))[1]
     assert likeness(boxed, true, slice(100, 280), slice(310, 490))[0] < correlation
 
 
@@ -168,22 +158,21 @@ def test_a_camera_that_moves_and_grows(picture):
     for x0, y0, x1, y1 in path[0][1:]:
         large = np.asarray(Image.fromarray(picture).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR))
         true.append(large[-y0 : 362 - y0, -x0 : 600 - x0])
-    got = add_detail(np.stack([small(frame) for frame in true]), picture, trajectory(path, picture.shape[:2]))
+    got = add_detail(np.stack([small(frame) for frame in true]), picture, make_trajectory(path, picture.shape[:2]))
     for t in (1, 2):
         assert likeness(got[t], true[t], slice(None), slice(None))[0] > 0.95
 
 
 def test_boxes_that_are_not_there_and_boxes_beyond_the_edge(picture):
     """Without a box in frame 0 or in frame t nothing moves; over the edge, what is inside does."""
-    nan = [np.nan] * 4
     video = np.stack([small(picture)] * 3)
-    for path in ([[nan, [0, 0, 90, 90], nan]], [[[0, 0, 90, 90], nan, nan]], [[[700, 0, 800, 9], [9, 9, 70, 70], nan]]):
-        got = add_detail(video, picture, trajectory(path, picture.shape[:2]))
+    for path in ([None, [0, 0, 90, 90], None], [[0, 0, 90, 90], None, None], [[700, 0, 800, 9], [9, 9, 70, 70], None]):
+        got = add_detail(video, picture, make_trajectory([path], picture.shape[:2]))
         assert np.abs(got.astype(int) - picture).max() <= 4
     true = picture.copy()
     true[60:, 80:] = picture[:-60, :-80]
     path = [[[300, 200, 640, 400], [380, 260, 720, 460]]]
-    got = add_detail(np.stack([video[0], small(true)]), picture, trajectory(path, picture.shape[:2]))[1]
+    got = add_detail(np.stack([video[0], small(true)]), picture, make_trajectory(path, picture.shape[:2]))[1]
     assert likeness(got, true, slice(260, None), slice(380, None))[0] > 0.9
 
 

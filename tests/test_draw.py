@@ -14,11 +14,12 @@ from conftest import ROOT
 from PIL import Image
 
 import sample
+from core.boxes import interpolate, place
 from core.codec import best_size
 from core.config import UserError, parse_config
 from core.media import cover
 from toy.codec import ToyCodec
-from trajectory import PALETTE, _interpolate, load_trajectory, place
+from trajectory import PALETTE, load_trajectory
 from wan.codec import WanCodec
 
 pytestmark = needs_chromium
@@ -685,7 +686,7 @@ def test_paths_sizes_and_cuts_are_those_of_the_project(hands):
     for track, (kind, frames, keys) in zip(
         hands.read(f"{json.dumps(given)}.map(([kind, boxes]) => interpolate(boxes, 121, kind))"), cases, strict=True
     ):
-        want = _interpolate(frames, keys.astype(float), 121, kind)
+        want = interpolate(frames, keys.astype(float), 121, kind)
         got = np.array([[np.nan] * 4 if box is None else box for box in track], dtype=float)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
     shapes = rng.integers(1, 5000, (3000, 2)).tolist() + [[n, n] for n in range(1, 200)]

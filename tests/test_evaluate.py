@@ -14,15 +14,13 @@ import torch
 
 import adapter as adapters
 import finetune_hybrid
-from core import parallel
+from core import tables
 from core.config import UserError, parse_config
 from core.weights import save_network
 from model import PRESETS, VideoDiT
 from toy import evaluate
 from toy.codec import ToyCodec
 from toy.world import World, WorldBatch
-
-ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +49,13 @@ def networks(seed: int = 0) -> tuple[VideoDiT, adapters.ResNetAdapter]:
     return generator.requires_grad_(False), adapter.requires_grad_(False)
 
 
-CFG = evaluate.Config(videos=5, batch=2, steps=2, dtype="float32", compile=False)
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("style", ["outline", "pixels"])
-def test_generate_hands_each_video_its_own_inputs(world, style):
-    codec, few = ToyCodec(), world.subset(range(5))
-    seen = []
+def test_generate_hands_each_video_its_own_inputs(world, style, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH", 2)
+    codec, few, seen = ToyCodec(), world.subset(range(5)), []
 
     def truthful(first, text, traj, samples):
         seen.extend(samples)
@@ -68,19 +66,19 @@ def test_generate_hands_each_video_its_own_inputs(world, style):
         assert torch.equal(traj, codec.encode_video(part.maps(style, "box")))
         return latents
 
-    video = evaluate.generate(truthful, few, CFG, ALONE, "truth", style)
+    video = evaluate.generate(truthful, few, CPU, "truth", style)
     truth = codec.decode_video(codec.encode_video(few.video))
     assert torch.allclose(video, truth, atol=1e-4) and seen == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["slow", "fast"])
-def test_samples_do_not_depend_on_the_batch(world, kind):
+def test_samples_do_not_depend_on_the_batch(world, kind, monkeypatch):
     few, codec = world.subset(range(3)), ToyCodec()
 
     def run(batch=2, seed=0):
+        monkeypatch.setattr(evaluate, "BATCH", batch)
         sampler = evaluate.sampler(*networks(), 2, seed, slow=kind == "slow")
-        cfg = dataclasses.replace(CFG, batch=batch)
-        return evaluate.generate(sampler, few, cfg, ALONE, kind, "pixels")
+        return evaluate.generate(sampler, few, CPU, kind, "pixels")
 
     in_pairs = run()
     assert torch.allclose(in_pairs, run(batch=3), atol=1e-4)
@@ -101,7 +99,7 @@ def test_times_are_of_each_sampler(world):
 
         return sample
 
-    a, b = evaluate.seconds_per_video([sampler("a", 0.02), sampler("b", 0.06)], world, CFG, ALONE)
+    a, b = evaluate.seconds_per_video([sampler("a", 0.02), sampler("b", 0.06)], world, CPU)
     assert turns == ["a", "b"] * 6 and 0.02 <= a < 0.05 < b < 0.15
 
 
@@ -112,7 +110,7 @@ def test_adapter_and_captions_reach_the_sample(world):
     adapter.register_forward_hook(lambda *_: calls.append(1))
 
     def run(batch=few, helper=adapter, steps=2, slow=True, style="pixels"):
-        return evaluate.generate(evaluate.sampler(generator, helper, steps, 0, slow), batch, CFG, ALONE, "run", style)
+        return evaluate.generate(evaluate.sampler(generator, helper, steps, 0, slow), batch, CPU, "run", style)
 
     base = run()
     assert len(calls) == 1  # once a clip, whatever the steps
@@ -126,71 +124,68 @@ def test_adapter_and_captions_reach_the_sample(world):
 
 
 def test_broken_weights_are_the_users_fault(world):
-    few = world.subset(range(2))
+    def broken(first, *_):
+        return first.expand(-1, -1, 9, -1, -1) * math.nan
+
     with pytest.raises(UserError, match="fast: generates values that are no numbers"):
-        evaluate.generate(
-            lambda first, *_: first.expand(-1, -1, 9, -1, -1) * math.nan, few, CFG, ALONE, "fast", "pixels"
-        )
+        evaluate.generate(broken, world.subset(range(2)), CPU, "fast", "pixels")
 
 
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def weights(tmp_path) -> dict[str, str]:
-    """Options that name files of four random networks."""
-    options = {}
-    for speed in ("slow", "fast"):
-        for part, net in zip(("generator", "adapter"), networks(len(options)), strict=True):
-            path = tmp_path / f"{speed}_{part}.safetensors"
+def options(tmp_path) -> dict:
+    """Of a script with four random networks, half of them in each of two folders."""
+    for n, speed in enumerate(("slow", "fast")):
+        (tmp_path / speed).mkdir()
+        for part, net in zip(("generator", "adapter"), networks(2 * n), strict=True):
+            path = tmp_path / speed / f"{speed}_{part}.safetensors"
             save_network(path, f"{speed.title()}{part.title()}", net.config, net.state_dict())
-            options[f"{speed}_{part}"] = str(path)
-    return options
+    return {"weights": (str(tmp_path / "slow"), str(tmp_path / "fast")), "compile": False}
 
 
 MEASURES = list(evaluate.MEASURES)
 
 
-def test_main_writes_rows_and_sheet(tmp_path, weights, small_world, capsys):
+def test_main_writes_rows_and_sheet(tmp_path, options, small_world, capsys):
     out = tmp_path / "results" / "rows.json"
-    cfg = evaluate.Config(**weights, out=str(out), videos=6, batch=4, steps=2, compile=False)
-    evaluate.main(cfg)
+    evaluate.main(evaluate.Config(**options, out=str(out), videos=6, steps=2))
     rows = json.loads(out.read_text())
     known = ["true video", "through the codec", "the first frame, still", "pasted by mask", "pasted by box"]
     slow, fast = ("SlowGenerator", "SlowGenerator + SlowAdapter"), ("FastGenerator", "FastGenerator + SlowAdapter",
                                                                     "FastGenerator + FastAdapter")  # fmt: skip
     expected = [(name, 0) for name in known] + [(name, 2) for name in slow] + [(name, 4) for name in fast]
     assert [(row["name"], row["steps"]) for row in rows] == expected and all(row["videos"] == 6 for row in rows)
-    columns = ("clockwise_when_untold", "seconds_per_video", "command", "machine")
+    columns = ("clockwise_unprompted", "seconds_per_video", "command", "machine")
     assert all(list(row) == ["name", "steps", "videos", *MEASURES, *columns] for row in rows)
     true, coded, still, by_mask, _, *made = rows
     assert true["thing_error"] == true["fvd"] == 0 and true["seam"] == true["sharpness"] == 1
     assert coded["thing_error"] < by_mask["thing_error"] < still["thing_error"]
     assert all(row["seconds_per_video"] > 0 and row["fvd"] > 0 for row in made) and true["seconds_per_video"] is None
     assert len({row["thing_error"] for row in made}) == 5  # five ways
-    assert rows[0]["command"].startswith(f"python -m toy.evaluate --slow_generator {weights['slow_generator']}")
-    assert rows[0]["command"].endswith("--videos 6 --steps 2 --batch 4 --compile false")
+    assert rows[0]["command"].startswith(f"python -m toy.evaluate --weights {' '.join(options['weights'])}")
+    assert rows[0]["command"].endswith("--videos 6 --steps 2 --compile false")
     assert "threads, torch" in rows[0]["machine"]
     sheet = iio.imread(out.with_suffix(".png"))
     assert sheet.shape == (3 * ((1 + 6) * 34 + 12), 2 * (9 * 34 + 12), 3)  # three pairs of clips: maps, truth, made
-    assert iio.imread(out.with_suffix(".gif")).shape == (9, 3 * 68, 3 * 68, 3)
-    assert {path.name for path in out.parent.iterdir()} == {f"rows.{kind}" for kind in ("json", "md", "png", "gif")}
+    assert {path.name for path in out.parent.iterdir()} == {f"rows.{kind}" for kind in ("json", "md", "png")}
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1 + len(rows) and len({len(line) for line in printed}) == 1
 
 
 @pytest.mark.parametrize("style", ["outline", "pixels"])
-def test_each_adapter_sees_maps_of_its_own_kind(style, weights, small_world, tmp_path, monkeypatch):
+def test_each_adapter_sees_maps_of_its_own_kind(style, options, small_world, tmp_path, monkeypatch):
     """Here the FastAdapter reads pixels, and the SlowAdapter may not."""
     slow = networks(1)[1]
     config = dataclasses.replace(slow.config, maps=style)
-    save_network(weights["slow_adapter"], "SlowAdapter", config, slow.state_dict())
+    save_network(tmp_path / "slow/slow_adapter.safetensors", "SlowAdapter", config, slow.state_dict())
     seen, generate = [], evaluate.generate
     monkeypatch.setattr(evaluate, "generate", lambda *args: seen.append(args[-2:]) or generate(*args))
-    out = str(tmp_path / "rows.json")
-    evaluate.main(evaluate.Config(**weights, out=out, videos=3, batch=4, steps=1, compile=False))
-    assert seen[1] == ("SlowGenerator + SlowAdapter", style) and seen[3] == ("FastGenerator + SlowAdapter", style)
-    assert seen[4] == ("FastGenerator + FastAdapter", "pixels")
+    evaluate.main(evaluate.Config(**options, out=str(tmp_path / "rows.json"), videos=3, steps=1))
+    assert seen[1] == ("SlowGenerator + SlowAdapter, 1 steps", style)
+    assert seen[3] == ("FastGenerator + SlowAdapter, 4 steps", style)
+    assert seen[4] == ("FastGenerator + FastAdapter, 4 steps", "pixels")
 
 
 def save_run(variant: str, seed: int, weights_seed: int) -> None:
@@ -199,10 +194,10 @@ def save_run(variant: str, seed: int, weights_seed: int) -> None:
     save_network(file, "FastAdapter", net.config, net.state_dict())
 
 
-def test_ablation_reads_the_runs(tmp_path, weights, small_world, monkeypatch, capsys):
+def test_ablation_reads_the_runs(tmp_path, options, small_world, monkeypatch, capsys):
     """Every variant's runs are found, each with its own adapter; the table has mean and range over them."""
     monkeypatch.chdir(tmp_path)
-    cfg = evaluate.Config(**weights, out="rows.json", ablation=True, videos=2, batch=2, steps=5, compile=False)
+    cfg = evaluate.Config(**options, out="rows.json", ablation=True, videos=2, steps=5)
     with pytest.raises(UserError, match=rf"ablation/{evaluate.METHOD}_0.*: no such run"):
         evaluate.main(cfg)
     assert not Path("rows.json").exists()
@@ -213,14 +208,12 @@ def test_ablation_reads_the_runs(tmp_path, weights, small_world, monkeypatch, ca
     raw = json.loads(Path("rows.json").read_text())
     assert len({row["fvd"] for row in raw}) == len(raw) == 2 + 1 + 10 * 2 + 2 * (1 + 7 * 2)  # each its own way
     assert [row["run"] for row in raw[:7]] == ["", "", "", "no_diffusion_0", "no_diffusion_1", "no_gan_0", "no_gan_1"]
-    rows = evaluate.over_seeds(raw)
-    slow, both, method = "SlowGenerator + SlowAdapter", "FastGenerator + SlowAdapter", "FlashMotion: "
+    rows = tables.over_seeds(raw, MEASURES)
+    slow, both = "SlowGenerator + SlowAdapter", "FastGenerator + SlowAdapter"
     assert [(row["name"], row["steps"], row["seeds"]) for row in rows[:3]] == [(slow, 5, 1), (slow, 4, 1), (both, 4, 1)]
     assert [row["steps"] for row in rows[3:]] == [4] * 10 + [2] * 8 + [1] * 8
-    assert {row["name"].removeprefix(method) for row in rows[3:13]} == set(evaluate.VARIANTS.values())
-    assert {row["name"] for row in rows if row["name"].startswith(method)} == {
-        method + evaluate.VARIANTS[evaluate.METHOD]
-    }
+    assert {row["name"] for row in rows[3:13]} == set(evaluate.VARIANTS.values())
+    assert evaluate.VARIANTS[evaluate.METHOD].startswith("FlashMotion: ")
     assert all(row["seeds"] == 2 for row in rows[3:13])
     for row in rows[3:13]:
         for key in (key for key in MEASURES if row[key] is not None):
@@ -239,22 +232,22 @@ def test_ablation_reads_the_runs(tmp_path, weights, small_world, monkeypatch, ca
     evaluate.main(cfg)
     assert "no_video_0/fast_adapter.safetensors: no such run; the table leaves out: disc" in capsys.readouterr().out
     left = json.loads(Path("rows.json").read_text())
-    assert left == [row for row in raw if row["name"] in (slow, both, method + few[evaluate.METHOD])]
+    assert left == [row for row in raw if row["name"] in (slow, both, few[evaluate.METHOD])]
 
 
 def test_a_measure_that_counts_for_no_seed_is_left_empty():
     about = {"name": "a", "steps": 4, "videos": 2}
     seeds = [about | dict.fromkeys(evaluate.MEASURES, value) | {"prompt_accuracy": None} for value in (1.0, 2.0)]
-    (row,) = evaluate.over_seeds(seeds)
+    (row,) = tables.over_seeds(seeds, evaluate.MEASURES)
     assert row["fvd"] == 1.5 and row["fvd_range"] == [1.0, 2.0] and row["seeds"] == 2
-    assert row["prompt_accuracy"] is None and evaluate.markdown([row]).splitlines()[-1].endswith("|  |")
+    assert row["prompt_accuracy"] is None and tables.markdown([row]).splitlines()[-1].endswith("|  |")
 
 
-def test_a_killed_ablation_goes_on_where_it_was(tmp_path, weights, small_world, monkeypatch, capsys):
+def test_a_killed_ablation_goes_on_where_it_was(tmp_path, options, small_world, monkeypatch, capsys):
     """Only what is new is measured: runs added or trained anew, or everything with other settings or networks."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "VARIANTS", {evaluate.METHOD: "hybrid"})
-    cfg = evaluate.Config(**weights, out="rows.json", ablation=True, videos=2, batch=2, steps=2, compile=False)
+    cfg = evaluate.Config(**options, out="rows.json", ablation=True, videos=2, steps=2)
     made, generate = [], evaluate.generate
 
     def counted(*args):
@@ -291,11 +284,11 @@ def test_a_killed_ablation_goes_on_where_it_was(tmp_path, weights, small_world, 
     cfg = dataclasses.replace(cfg, seed=1)
     assert len(measured_by(cfg)) == 11
     net = networks(13)[0]
-    save_network(weights["fast_generator"], "FastGenerator", net.config, net.state_dict())
-    assert len(measured_by(cfg)) == 11
-    for text in ("no rows", "3", '{"a": 1}', "[1]", '[{"name": "a"}]'):
+    save_network("fast/fast_generator.safetensors", "FastGenerator", net.config, net.state_dict())
+    assert len(measured_by(cfg)) == 9  # all but those of the SlowGenerator
+    for text in ("no rows", "3", '{"a": 1}', "[1]", '[{"name": "a"}]', '[{"command": ""}]'):
         Path("rows.json").write_text(text)
-        assert evaluate.measured(Path("rows.json"), {"command": "", "networks": ""}, {"": ""}) == []
+        assert evaluate.earlier_rows(Path("rows.json"), "") == {}
 
 
 @pytest.mark.parametrize(
@@ -303,34 +296,32 @@ def test_a_killed_ablation_goes_on_where_it_was(tmp_path, weights, small_world, 
     [
         ({"videos": 1}, "--videos 1: must be at least 2"),
         ({"steps": 0}, "--steps 0: must be at least 1"),
-        ({"batch": 0}, "--batch 0: must be at least 1"),
         ({"seed": -1}, "--seed -1: must be at least 0"),
         ({"out": "rows.txt"}, "--out rows.txt: the name must end in .json"),
-        ({"fast_generator": "no.safetensors"}, "no.safetensors: no such file"),
+        ({"weights": ("no", "nor")}, "no/slow_generator.safetensors: no such file"),
     ],
 )
-def test_bad_options(changes, words, weights, tmp_path, monkeypatch):
+def test_bad_options(changes, words, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as error:
-        evaluate.main(evaluate.Config(**{**weights, "compile": False, **changes}))
+        evaluate.main(evaluate.Config(**options | changes))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_networks_that_do_not_fit(weights, tmp_path):
-    config = adapters.AdapterConfig(64, 2, hidden=16)
-    path = Path(weights["slow_adapter"])
+def test_networks_that_do_not_fit(options, tmp_path):
+    config, path = adapters.AdapterConfig(64, 2, hidden=16), tmp_path / "slow/slow_adapter.safetensors"
     save_network(path, "SlowAdapter", config, adapters.ResNetAdapter(config).state_dict())
-    wrong = f"{path}: was made for a generator of other shape than {weights['slow_generator']}"
+    wrong = f"{path}: was made for a generator of other shape than {path.with_name('slow_generator.safetensors')}"
     with pytest.raises(UserError, match=re.escape(wrong)):
-        evaluate.main(evaluate.Config(**weights, out=str(tmp_path / "rows.json"), compile=False))
+        evaluate.main(evaluate.Config(**options, out=str(tmp_path / "rows.json")))
 
 
-def test_errors_end_in_one_line(weights, tmp_path, run):
+def test_errors_end_in_one_line(options, tmp_path, run):
     (tmp_path / "file").write_text("")
-    flags = [f"--{name}={value}" for name, value in weights.items()]
-    result = run("toy.evaluate", *flags, f"--out={tmp_path / 'file' / 'rows.json'}", "--compile=false")
+    flags = "--weights", *options["weights"], f"--out={tmp_path / 'file' / 'rows.json'}", "--compile=false"
+    result = run("toy.evaluate", *flags)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("evaluate.py: ") and "file" in result.stderr
 

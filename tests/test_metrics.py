@@ -11,6 +11,7 @@ from torch import Tensor
 from core.frechet import frechet_distance
 from core.noise import rng
 from toy import metrics
+from toy.codec import ToyCodec
 from toy.world import World, WorldBatch
 
 SIZE = 40
@@ -24,7 +25,7 @@ def world() -> WorldBatch:
 def scene(lefts: list[int], side: int = 12, top: int = 10, margin: int = 0, spin: float = 0.0) -> WorldBatch:
     """One video of a square on grey, whose left edge is at lefts[t]. Every other column of it is darker.
 
-    With a margin its box alone tells it, which is so much wider on every side.
+    With a margin it has no mask, and its box is so much wider on every side.
     """
     T = len(lefts)
     video, masks = torch.zeros(1, 3, T, SIZE, SIZE), torch.zeros(1, 2, T, SIZE, SIZE, dtype=torch.bool)
@@ -39,7 +40,7 @@ def scene(lefts: list[int], side: int = 12, top: int = 10, margin: int = 0, spin
         video=video, plate=torch.zeros_like(video), masks=masks, boxes=boxes, used=thing,
         shown=thing[..., None].expand(1, 2, T), by_box=thing if margin else no, cover=masks[:, 1, 0].float(),
         middle=(boxes[..., :2] + boxes[..., 2:]) / 2, spin=torch.tensor([[0, spin]]),
-        captions=["a white rectangle"], told=torch.tensor([True]),
+        captions=["a white rectangle"], says_spin=torch.tensor([True]),
     )  # fmt: skip
 
 
@@ -53,9 +54,9 @@ def test_true_videos_score_the_ceiling(world):
     assert scores["ground_psnr"] == scores["camera_psnr"] == scores["hole_psnr"] == pytest.approx(100)
     assert scores["seam"] == scores["sharpness"] == 1 and scores["fvd"] == pytest.approx(0, abs=1e-6)
     assert scores["prompt_accuracy"] >= 0.9
-    turning = world.spin[~world.told].flatten()
+    turning = world.spin[~world.says_spin].flatten()
     turning = turning[turning != 0]
-    assert scores["clockwise_when_untold"] == pytest.approx((turning > 0).float().mean().item(), abs=0.1)
+    assert scores["clockwise_unprompted"] == pytest.approx((turning > 0).float().mean().item(), abs=0.1)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -66,8 +67,8 @@ def test_errors_are_those_of_things_and_ground_apart():
     inside = batch.masks[:, 1:].expand_as(batch.video)
     worse = torch.where(inside, batch.video - 0.2, batch.video)  # a tenth of the range
     errors = metrics.thing_errors(worse, batch)
-    assert errors["thing_error"] == errors["thing_error_told_by_mask"] == pytest.approx(0.01, rel=1e-4)
-    assert math.isnan(errors["thing_error_told_by_box"]) and math.isnan(errors["thing_error_turning"])
+    assert errors["thing_error"] == errors["thing_error_by_mask"] == pytest.approx(0.01, rel=1e-4)
+    assert math.isnan(errors["thing_error_by_box"]) and math.isnan(errors["thing_error_turning"])
     scores = metrics.score(torch.where(inside, batch.video, batch.video + 0.02), batch)
     assert scores["thing_error"] == 0
     assert scores["ground_psnr"] == scores["hole_psnr"] == pytest.approx(40, abs=0.01)
@@ -77,8 +78,8 @@ def test_errors_are_those_of_things_and_ground_apart():
     assert scores["camera_psnr"] == pytest.approx(40, abs=0.01) and math.isnan(scores["ground_psnr"])
 
 
-def test_errors_are_told_apart_by_how_a_thing_is_told():
-    for changes, name in (({"margin": 2}, "told_by_box"), ({"spin": 0.1}, "turning"), ({}, "told_by_mask")):
+def test_errors_are_split_by_mask_box_and_turning():
+    for changes, name in (({"margin": 2}, "by_box"), ({"spin": 0.1}, "turning"), ({}, "by_mask")):
         batch = scene(STEPS, **changes)
         errors = metrics.thing_errors(batch.video + 0.2, batch)
         assert {key for key, value in errors.items() if value == value} == {"thing_error", f"thing_error_{name}"}
@@ -143,7 +144,7 @@ def test_a_rectangle_of_ground_that_comes_along_is_a_seam():
     assert metrics.seam(along, batch) == pytest.approx(made / true, rel=1e-4)
 
 
-def test_things_told_by_masks_have_no_seams():
+def test_things_with_masks_have_no_seams():
     assert not any(pairs.any() for pairs in metrics.box_edges(scene(STEPS)))
 
 
@@ -156,8 +157,8 @@ def test_blur_is_not_sharp_and_noise_is_too_sharp():
     noisy = batch.video + 0.5 * torch.randn(batch.video.shape, generator=rng(0))
     assert metrics.sharpness(blurred, batch) < 0.3 and metrics.sharpness(noisy, batch) > 1.2
     # Columns of 1 and 0.5 in turn: each differs by 0.5 from two of four neighbours. Columns blurred to a third.
-    energy, pixels = metrics.detail(batch.video, batch.masks[:, 1:])
-    assert pixels.item() == 7 * 8**2 and energy.item() == pytest.approx(7 * 8**2 * 3 * 0.25**2)
+    energy = metrics.detail(batch.video, batch.masks[:, 1:])
+    assert energy.item() == pytest.approx(7 * 8**2 * 3 * 0.25**2)  # of 8 x 8 inner pixels in 7 frames
     columns = F.avg_pool3d(batch.video, (1, 1, 3), 1, (0, 0, 1))
     assert metrics.sharpness(columns, batch) == pytest.approx(1 / 9, rel=1e-3)
     assert math.isnan(metrics.sharpness(batch.video, scene(STEPS, spin=0.1)))  # what turns can't be pasted
@@ -194,14 +195,15 @@ def test_spin_of_a_disc_by_hand():
 
 def test_prompt_accuracy_by_hand():
     spin = torch.tensor([[1.0, -1, 1], [-1, 1, 0], [1, 1, 0], [1, 0, 0]])
-    told = torch.tensor([True, True, False, False])
-    batch = dataclasses.replace(scene(STEPS), spin=spin, told=told)
+    says = torch.tensor([True, True, False, False])
+    batch = dataclasses.replace(scene(STEPS), spin=spin, says_spin=says)
     nan = math.nan
     measured = torch.tensor([[0.2, -0.3, -0.1], [0.0, nan, nan], [0.3, -0.2, nan], [0.1, 0.0, nan]])
-    assert metrics.prompt_accuracy(measured, batch) == pytest.approx(2 / 4)  # no motion is no obedience
-    assert metrics.clockwise_when_untold(measured, batch) == pytest.approx(2 / 3)  # and no direction
-    assert math.isnan(metrics.prompt_accuracy(measured, dataclasses.replace(batch, told=~told & told)))
-    assert math.isnan(metrics.clockwise_when_untold(measured, dataclasses.replace(batch, told=told | ~told)))
+    # No motion is no obedience, and no direction.
+    scores = {"prompt_accuracy": pytest.approx(2 / 4), "clockwise_unprompted": pytest.approx(2 / 3)}
+    assert metrics.spin_scores(measured, batch) == scores
+    for every, name in ((says & ~says, "prompt_accuracy"), (says | ~says, "clockwise_unprompted")):
+        assert math.isnan(metrics.spin_scores(measured, dataclasses.replace(batch, says_spin=every))[name])
 
 
 # --- what a network must beat -----------------------------------------------------------------------------------------
@@ -210,15 +212,16 @@ def test_prompt_accuracy_by_hand():
 def test_what_is_pasted_follows_the_boxes_and_leaves_no_hole():
     batch = scene(STEPS)
     torch.testing.assert_close(metrics.pasted(batch, "mask"), batch.video, atol=1e-4, rtol=0)
-    assert torch.equal(metrics.still(batch)[:, :, 3], batch.video[:, :, 0])
-    still = metrics.score(metrics.still(batch), batch)
+    still = metrics.baselines(batch, ToyCodec())["the first frame, still"]
+    assert torch.equal(still[:, :, 3], batch.video[:, :, 0])
+    still = metrics.score(still, batch)
     assert still["thing_error"] > 0.01 and still["ground_psnr"] == 100 and still["hole_psnr"] < 20
 
 
 def test_pasting_by_box_takes_ground_along(world):
     world = world.subset(range(20))
-    by_mask, by_box = (metrics.score(metrics.pasted(world, told), world) for told in ("mask", "box"))
-    still = metrics.score(metrics.still(world), world)
+    by_mask, by_box = (metrics.score(metrics.pasted(world, kind), world) for kind in ("mask", "box"))
+    still = metrics.score(world.video[:, :, :1].expand_as(world.video), world)
     assert by_box["seam"] > 2 * by_mask["seam"] and by_mask["seam"] < 1.5
     assert still["ground_psnr"] == pytest.approx(100) and by_mask["ground_psnr"] > by_box["ground_psnr"]
     assert by_mask["camera_psnr"] > by_box["camera_psnr"] > still["camera_psnr"]

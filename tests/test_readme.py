@@ -30,9 +30,7 @@ SHORT = {
     "make test": "--dry-run",  # this is what runs it
     "python sample.py": "--steps 2",
     "torchrun --nproc_per_node=2 sample.py": "--steps 2",
-    "python -m toy.evaluate": "--videos 2 --steps 2 --batch 2 --compile false --out runs/e/rows.json"
-        " --slow_generator small/slow_generator.safetensors --slow_adapter small/slow_adapter.safetensors"
-        " --fast_generator small/fast_generator.safetensors --fast_adapter small/fast_adapter.safetensors",
+    "python -m toy.evaluate": "--videos 2 --steps 2 --compile false --out runs/e/rows.json --weights small",
     "python -m toy.train_codec": "--steps 2 --batch 2 --sample_every 0",
     "python -m toy.train_slow_generator": "--steps 2 --batch 2 --compile false --init small --sample_every 0",
     "python train_slow_adapter.py": f"--steps 2 --mask_steps 1 --batch 2 --compile false {SMALL}",

@@ -3,16 +3,18 @@
 import itertools
 import json
 import time
+from dataclasses import replace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from conftest import make_trajectory
 from PIL import Image
 
 from core.config import UserError
 from toy.world import World
-from trajectory import PALETTE, Trajectory, draw_overlay, load_trajectory
+from trajectory import PALETTE, Trajectory, draw_overlay, load_trajectory, random_blackout
 
 CELLS = {".": (0, 0, 0), "a": PALETTE[0], "b": PALETTE[1]}
 
@@ -35,11 +37,10 @@ def load(folder, boxes, frames=9, size=(48, 48), source=None, **fields) -> Traje
 
 
 def two_objects() -> Trajectory:
-    boxes = np.array([[[1, 1, 5, 5], [0, 0, 6, 4]], [[4, 2, 8, 6], [3, 2, 8, 6]]], dtype=float)
     masks = np.zeros((2, 2, 6, 8), dtype=bool)
     masks[0, 0, 1:5, 1:5] = masks[1, 0, 2:6, 4:8] = True
     masks[0, 1, 0:2, 0:2] = masks[1, 1, 1:3, 1:3] = True
-    return Trajectory(boxes, masks, np.array(PALETTE[:2], dtype=np.uint8), ["one", "two"])
+    return make_trajectory([[[1, 1, 5, 5], [0, 0, 6, 4]], [[4, 2, 8, 6], [3, 2, 8, 6]]], (6, 8), masks)
 
 
 FILLED = """
@@ -73,7 +74,7 @@ def test_mask_map_pixel_by_pixel():
 
 def test_first_frame_masks_serve_box_maps_only():
     full = two_objects()
-    first = Trajectory(full.boxes, full.masks[:, 0], full.colors, full.names)
+    first = replace(full, masks=full.masks[:, 0])
     assert torch.equal(first.maps(), full.maps())
     with pytest.raises(ValueError, match="every frame"):
         first.maps("mask")
@@ -90,20 +91,10 @@ def picture(height: int = 20, width: int = 24) -> torch.Tensor:
     return torch.stack([red, green.expand(-1, width), torch.full((height, width), 0.5)])
 
 
-def told(*objects, size=(20, 24)) -> Trajectory:
-    """Each object a list of boxes, one per frame or None, and perhaps its mask; else the first box is filled."""
-    boxes, masks = [], []
-    for item in objects:
-        track, mask = item if isinstance(item, tuple) else (item, None)
-        boxes.append([[np.nan] * 4 if box is None else box for box in track])
-        if mask is None:
-            mask = np.zeros(size, bool)
-            if track[0] is not None:
-                x0, y0, x1, y1 = (max(0, v) for v in track[0])
-                mask[y0:y1, x0:x1] = True
-        masks.append(mask)
-    colors = np.array(PALETTE[: len(boxes)], np.uint8)
-    return Trajectory(np.array(boxes, float), np.stack(masks), colors, [*"abcdef"[: len(boxes)]])
+def pixel_maps(*boxes, image: torch.Tensor | None = None, masks=None) -> torch.Tensor:
+    """Maps of a picture's own pixels for these objects' boxes."""
+    image = picture() if image is None else image
+    return make_trajectory(boxes, image.shape[1:], masks).maps("box", image)
 
 
 def same(a: torch.Tensor, b: torch.Tensor | float) -> bool:
@@ -111,22 +102,22 @@ def same(a: torch.Tensor, b: torch.Tensor | float) -> bool:
 
 
 def test_a_map_of_pixels_shows_the_thing_where_it_is_and_where_it_goes():
-    image, trajectory = picture(), told([[2, 3, 8, 9], [7, 5, 13, 11], [2, 3, 8, 9]])
-    maps = trajectory.maps("box", image)
+    image, boxes = picture(), [[2, 3, 8, 9], [7, 5, 13, 11], [2, 3, 8, 9]]
+    maps = pixel_maps(boxes)
     assert maps.dtype == torch.float32 and maps.shape == (3, 3, 20, 24)
     for t, (x, y) in enumerate(((2, 3), (7, 5), (2, 3))):
         assert same(maps[:, t, y : y + 6, x : x + 6], image[:, 3:9, 2:8])  # moved by whole pixels: copied
         rest = maps[:, t].clone()
         rest[:, y : y + 6, x : x + 6] = -1
         assert (rest == -1).all()  # and black elsewhere
-    assert torch.equal(maps, trajectory.maps("mask", image))
+    assert torch.equal(maps, make_trajectory([boxes], (20, 24)).maps("mask", image))
 
 
 def test_a_box_that_grows_scales_what_is_in_it():
     image = picture()
     red, green = image[0, 0, 2:6], image[1, 2:6, 0]
     step_x, step_y = red[1] - red[0], green[1] - green[0]
-    maps = told([[2, 2, 6, 6], [10, 4, 18, 12], [2.5, 3.25, 6.5, 7.25]]).maps("box", image)
+    maps = pixel_maps([[2, 2, 6, 6], [10, 4, 18, 12], [2.5, 3.25, 6.5, 7.25]])
     # Twice as large: the centres of pixels lie a quarter of a pixel beside the source's. The last see the mask end.
     at = torch.arange(1, 7) / 2 - 0.25
     assert same(maps[0, 1, 5:11, 11:17], (red[0] + at * step_x).expand(6, 6))
@@ -139,13 +130,13 @@ def test_a_box_that_grows_scales_what_is_in_it():
 def test_a_mask_cuts_the_thing_out_of_its_box():
     image, mask = picture(), np.zeros((20, 24), bool)
     mask[3:9, 2:5] = True  # the left half of the box
-    maps = told(([[2, 3, 8, 9], [12, 3, 18, 9]], mask)).maps("box", image)
+    maps = pixel_maps([[2, 3, 8, 9], [12, 3, 18, 9]], masks=[mask])
     assert same(maps[:, 1, 3:9, 12:15], image[:, 3:9, 2:5]) and (maps[:, 1, 3:9, 15:18] == -1).all()
 
 
 def test_later_objects_are_in_front_and_what_they_cover_is_grey():
     image = picture()
-    maps = told([[2, 3, 10, 9], [2, 12, 10, 18]], [[6, 3, 10, 9], [4, 12, 8, 18]]).maps("box", image)
+    maps = pixel_maps([[2, 3, 10, 9], [2, 12, 10, 18]], [[6, 3, 10, 9], [4, 12, 8, 18]])
     assert same(maps[:, 0, 3:9, 2:10], image[:, 3:9, 2:10])  # in frame 0 each shows what is seen of it
     assert same(maps[:, 1, 12:18, 2:4], image[:, 3:9, 2:4])
     assert same(maps[:, 1, 12:18, 4:8], image[:, 3:9, 6:10])  # the second one, in front
@@ -154,17 +145,17 @@ def test_later_objects_are_in_front_and_what_they_cover_is_grey():
 
 def test_what_lies_beyond_the_edge_of_the_first_frame_is_grey():
     image = picture()
-    maps = told([[-4, 3, 4, 9], [6, 3, 14, 9]], size=(20, 24)).maps("box", image)
+    maps = pixel_maps([[-4, 3, 4, 9], [6, 3, 14, 9]])
     assert same(maps[:, 0, 3:9, :4], image[:, 3:9, :4])
     assert (maps[:, 1, 3:9, 6:10] == 0).all() and same(maps[:, 1, 3:9, 10:14], image[:, 3:9, :4])
-    camera = told([[0, 0, 24, 20], [6, 0, 30, 20], [-6, -4, 18, 16]]).maps("box", image)
+    camera = pixel_maps([[0, 0, 24, 20], [6, 0, 30, 20], [-6, -4, 18, 16]])
     assert same(camera[:, 0], image)
     assert same(camera[:, 1, :, 6:], image[:, :, :18]) and (camera[:, 1, :, :6] == -1).all()
     assert same(camera[:, 2, :16, :18], image[:, 4:, 6:])
 
 
 def test_a_thing_that_is_not_in_frame_0_is_grey():
-    maps = told([None, [3, 3, 8, 9], None]).maps("box", picture())
+    maps = pixel_maps([None, [3, 3, 8, 9], None])
     assert (maps[:, 1, 3:9, 3:8] == 0).all() and (maps[:, [0, 2]] == -1).all()
     maps[:, 1, 3:9, 3:8] = -1
     assert (maps == -1).all()
@@ -173,52 +164,42 @@ def test_a_thing_that_is_not_in_frame_0_is_grey():
 def test_a_mask_without_a_box_in_frame_0_is_its_own_box():
     image, mask = picture(), np.zeros((20, 24), bool)
     mask[4:8, 5:9] = True
-    maps = told(([None, [12, 10, 16, 14]], mask)).maps("box", image)
+    maps = pixel_maps([None, [12, 10, 16, 14]], masks=[mask])
     assert same(maps[:, 1, 10:14, 12:16], image[:, 4:8, 5:9])
 
 
-def test_nothing_that_is_told_is_black():
-    maps = told([[2, 3, 8, 9], [4, 3, 10, 9]]).maps("box", torch.full((3, 20, 24), -1.0))
+def test_nothing_that_is_painted_is_black():
+    maps = pixel_maps([[2, 3, 8, 9], [4, 3, 10, 9]], image=torch.full((3, 20, 24), -1.0))
     assert same(maps[:, 0, 3:9, 2:8], -0.9) and same(maps[:, 1, 3:9, 4:10], -0.9)
 
 
 def test_a_box_outside_the_picture_or_between_pixels_shows_nothing():
-    maps = told([[2, 3, 8, 9], [30, 3, 36, 9], [2.6, 3, 3.4, 9]]).maps("box", picture())
-    assert (maps[:, 1:] == -1).all()
+    assert (pixel_maps([[2, 3, 8, 9], [30, 3, 36, 9], [2.6, 3, 3.4, 9]])[:, 1:] == -1).all()
 
 
-def test_maps_of_pixels_go_dark_where_the_trajectory_is_sparse():
-    trajectory, image = told([[2, 3, 8, 9], [7, 5, 13, 11], [9, 5, 15, 11]]), picture()
-    whole, sparse = trajectory.maps("box", image), trajectory.sparse([2]).maps("box", image)
-    assert torch.equal(sparse[:, [0, 2]], whole[:, [0, 2]]) and (sparse[:, 1] == -1).all()
-
-
-def test_given_maps_tell_which_pixels_move():
+def test_given_maps_say_which_pixels_move():
     """Painted maps hold masks and boxes: their colours are not the picture's, and so they are painted anew."""
-    trajectory, image = told([[2, 3, 8, 9], [7, 5, 13, 11]]), picture()
-    given = Trajectory(trajectory.boxes, trajectory.masks, trajectory.colors, trajectory.names, trajectory.maps())
+    trajectory, image = make_trajectory([[[2, 3, 8, 9], [7, 5, 13, 11]]], (20, 24)), picture()
+    given = replace(trajectory, maps_given=trajectory.maps())
     assert torch.equal(given.maps("box", image), trajectory.maps("box", image))
     assert torch.equal(given.maps("box"), trajectory.maps("box"))
 
 
 @pytest.mark.parametrize("size, thickness", [((48, 48), 1), ((704, 1280), 7), ((480, 720), 4)])
 def test_outline_thickness(size, thickness):
-    boxes = np.array([[[10, 10, 40, 40]] * 2], dtype=float)
-    maps = Trajectory(boxes, np.zeros((1, *size), bool), np.array([[128, 32, 32]], np.uint8), ["x"]).maps()
-    lit = maps[0, 1] > -1
-    assert lit[25].nonzero().flatten().tolist() == [*range(10, 10 + thickness), *range(40 - thickness, 40)]
-    assert lit[:, 25].nonzero().flatten().tolist() == [*range(10, 10 + thickness), *range(40 - thickness, 40)]
-    assert not maps[0, 0].gt(-1).any()
+    lit = make_trajectory([[None, [10, 10, 40, 40]]], size).maps()[0] > -1
+    for line in lit[1, 25], lit[1, :, 25]:
+        assert line.nonzero().flatten().tolist() == [*range(10, 10 + thickness), *range(40 - thickness, 40)]
+    assert not lit[0].any()
 
 
 def test_edges_round_to_the_nearest_pixel_and_stay_inside():
-    boxes = np.array([[[0, 0, 1, 1], [1.5, 1.49, 4.5, 4.49], [-3, 2, 20, 4], [6.1, 5.2, 6.2, 5.3], [9, 9, 12, 12]]])
-    maps = Trajectory(boxes, np.zeros((1, 6, 8), bool), np.array(PALETTE[:1], np.uint8), ["x"]).maps()
-    empty = "........ " * 6
+    boxes = [[0, 0, 1, 1], [1.5, 1.49, 4.5, 4.49], [-3, 2, 20, 4], [6.1, 5.2, 6.2, 5.3], [9, 9, 12, 12]]
+    maps = make_trajectory([boxes], (6, 8)).maps()
     assert torch.equal(maps[:, 1], drawn("........ ..aaa... ..a.a... ..aaa... ........ ........"))
     assert torch.equal(maps[:, 2], drawn("........ ........ aaaaaaaa aaaaaaaa ........ ........"))
     assert torch.equal(maps[:, 3], drawn("........ ........ ........ ........ ........ ......a."))  # never nothing
-    assert torch.equal(maps[:, 4], drawn(empty))
+    assert torch.equal(maps[:, 4], drawn("........ " * 6))
 
 
 @pytest.mark.parametrize("box, drawn", [([-10, 5, 0.3, 20], [0, 5, 1, 20]), ([47.8, 47.6, 60, 90], [47, 47, 48, 48])])
@@ -276,24 +257,26 @@ def test_list_of_boxes_and_single_keyframe(tmp_path):
     assert (load(tmp_path, {"3": [1, 2, 3, 4]}).boxes[0] == [1, 2, 3, 4]).all()
 
 
-def test_none_and_sparse_leave_frames_black(tmp_path):
-    box = [4, 4, 20, 20]
-    none = load(tmp_path, {"0": box, "5": box}, interpolate="none")
-    kept = load(tmp_path, {"0": box}).sparse([5])
-    for trajectory in (none, kept):
-        assert np.isfinite(trajectory.boxes[0]).all(1).nonzero()[0].tolist() == [0, 5]
-        lit = (trajectory.maps() > -1).any(0).flatten(1).any(1)
-        assert lit.nonzero().flatten().tolist() == [0, 5]
-        assert trajectory.maps()[0, 0, 4:20, 4:20].gt(-1).all()  # frame 0 is still filled
-    masks = two_objects().sparse([])
-    assert torch.equal(masks.maps("mask")[:, 0], drawn(FILLED)) and (masks.maps("mask")[:, 1] == -1).all()
+@pytest.mark.parametrize(
+    "fields, frames",
+    [
+        ({"boxes": {"0": [4, 4, 20, 20], "5": [4, 4, 20, 20]}, "interpolate": "none"}, [0, 5]),
+        ({"boxes": {"0": [4, 4, 20, 20]}, "visible": [[2, 3], [6, 8]]}, [2, 3, 6, 7, 8]),  # it enters late
+    ],
+)
+def test_other_frames_stay_black(tmp_path, fields, frames):
+    trajectory = load(tmp_path, **fields)
+    assert np.isfinite(trajectory.boxes[0]).all(1).nonzero()[0].tolist() == frames
+    lit = (trajectory.maps() > -1).any(0)
+    assert lit.flatten(1).any(1).nonzero().flatten().tolist() == frames
+    assert lit[0, 4:20, 4:20].all() == (frames[0] == 0)  # frame 0 is filled
 
 
-def test_visible_limits_the_outline_and_the_first_mask(tmp_path):
-    trajectory = load(tmp_path, {"0": [4, 4, 20, 20]}, visible=[[2, 3], [6, 8]])
-    assert np.isfinite(trajectory.boxes[0]).all(1).nonzero()[0].tolist() == [2, 3, 6, 7, 8]
-    lit = (trajectory.maps() > -1).any(0).flatten(1).any(1)
-    assert lit.nonzero().flatten().tolist() == [2, 3, 6, 7, 8]  # it enters late, so frame 0 is empty
+def test_in_a_share_of_draws_a_random_subset_of_frames_is_black():
+    draws = np.array([random_blackout(u, 0.4) for u in np.random.default_rng(0).random((2000, 10))])
+    assert not draws[:, 0].any() and 0.3 < draws.any(1).mean() < 0.4  # some subsets are empty
+    assert 0.15 < draws[:, 1:].mean() < 0.25 and draws[:, 1:].all(1).any()
+    assert not random_blackout(np.zeros(5), 0).any() and random_blackout(np.zeros(5), 1).tolist() == [0, 1, 1, 1]
 
 
 def test_scaling_from_the_source_to_the_generated_size(tmp_path):
@@ -325,9 +308,7 @@ def test_a_frame_of_another_shape_covers_the_video_and_is_cut_to_its_middle(tmp_
         Image.fromarray(mask[..., None] * np.array(PALETTE[0], dtype=np.uint8)).save(maps / f"{t}.png")
     given = load_trajectory(maps, (100, 100), 9)
     assert (given.masks == square.masks).all() and (given.boxes[0] == [-10, 0, 30, 20]).all()
-    with pytest.raises(
-        UserError, match=r"objects\[0\].boxes.*the box of object 0 lies outside what --size 100x50 keeps"
-    ):
+    with pytest.raises(UserError, match=r"objects\[0\].boxes.*box of object 0 lies outside what --size 100x50 keeps"):
         load_trajectory(write(tmp_path, objects=[{"boxes": {"0": [0, 0, 10, 50]}}]), (100, 50), 9, (50, 100))
 
 
@@ -403,11 +384,7 @@ ERRORS = {  # name: (what boxes.json holds, the field the message must name, a p
     "outside right": (at_zero(48.5, 2, 60, 4), 'objects[0].boxes["0"]', "0 to 48"),
     "outside left": (at_zero(-8, 2, -1, 4), 'objects[0].boxes["0"]', "0 to 48"),
     "outside by far": (at_zero(1, 2, 10**400, 4), 'objects[0].boxes["0"]', "outside"),
-    "parts of the picture": (
-        one(boxes={"0": [0.1, 0.2, 0.4, 0.5], "8": [0, 0, 1, 1]}),
-        "objects[0].boxes",
-        "by its size",
-    ),
+    "parts of the picture": (one(boxes={"0": [0.1, 0.2, 0.4, 0.5], "8": [0, 0, 1, 1]}), "objects[0].boxes", "by its"),
     "keyframe beyond": (one(boxes={**BOX, "9": BOX["0"]}), 'objects[0].boxes["9"]', "beyond num_frames 9; use 0 to 8"),
     "keyframe negative": (one(boxes={"-1": BOX["0"]}), 'objects[0].boxes["-1"]', "negative"),
     "keyframe text": (one(boxes={"first": BOX["0"]}), 'objects[0].boxes["first"]', "frame number"),
@@ -478,15 +455,11 @@ def test_error_for_missing_and_large_files(tmp_path):
 
 def moving(size, frames=9, colors=(0, 2)) -> Trajectory:
     """An object that goes right and one that goes down and ends before the last frame."""
-    height, width = size
     t = np.arange(frames)[:, None]
     right = np.array([4, 6, 24, 30]) + t * [2, 0, 2, 0]
-    down = np.array([width - 30, 4, width - 10, 22]) + t * [0, 2, 0, 2]
-    boxes = np.stack([right, down]).astype(float)
-    boxes[1, -1] = np.nan
-    masks = np.zeros((2, height, width), dtype=bool)
-    masks[0, 6:30, 4:24] = masks[1, 4:22, width - 30 : width - 10] = True
-    return Trajectory(boxes, masks, np.array(PALETTE, dtype=np.uint8)[list(colors)], ["right", "down"])
+    down = np.array([size[1] - 30, 4, size[1] - 10, 22]) + t * [0, 2, 0, 2]
+    trajectory = make_trajectory([right, [*down[:-1], None]], size)
+    return replace(trajectory, colors=np.array(PALETTE, dtype=np.uint8)[list(colors)])
 
 
 def frames_of(trajectory: Trajectory) -> np.ndarray:
@@ -542,10 +515,6 @@ def test_png_folder_round_trip_is_exact(tmp_path):
     half = load_trajectory(tmp_path, (24, 32), 12)
     np.testing.assert_array_equal(half.boxes[order], truth.boxes / 2)
     assert half.maps().shape == (3, 12, 24, 32)
-    sparse = found.sparse([4])
-    lit = (sparse.maps() > -1).any(0).flatten(1).any(1)
-    assert lit.nonzero().flatten().tolist() == [0, 4] and np.isnan(sparse.boxes[:, 3]).all()
-    assert (found.maps()[:, 3] > -1).any()  # and the original is untouched
 
 
 def test_map_errors(tmp_path):
@@ -557,8 +526,7 @@ def test_map_errors(tmp_path):
 
     maps = frames_of(moving((64, 96)))
     iio.imwrite(tmp_path / "maps.mp4", maps, plugin="FFMPEG", fps=8, macro_block_size=1)
-    assert "pass --frames 9" in message(tmp_path / "maps.mp4", 8)
-    assert "pass --frames 9" in message(tmp_path / "maps.mp4", 10)
+    assert all("pass --frames 9" in message(tmp_path / "maps.mp4", frames) for frames in (8, 10))
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
     assert "can't be decoded" in message(tmp_path / "bad.mp4")
     folder = tmp_path / "maps"
@@ -573,9 +541,8 @@ def test_map_errors(tmp_path):
     Image.fromarray(maps[0] * 0).save(folder / "0.png")
     assert "frame 0: shows no object" in message(folder)
     blocks = np.arange(96)[None, :] // 4 * 10 + np.arange(64)[:, None] // 4 * 1000
-    Image.fromarray(np.stack([blocks % 256, blocks // 256 * 16 % 256, blocks * 7 % 256], -1).astype(np.uint8)).save(
-        folder / "0.png"
-    )
+    colors = np.stack([blocks % 256, blocks // 256 * 16 % 256, blocks * 7 % 256], -1)
+    Image.fromarray(colors.astype(np.uint8)).save(folder / "0.png")
     assert "over 64" in message(folder)
 
 
@@ -602,9 +569,9 @@ def test_maps_are_cheap_enough_for_a_training_step():
     for paint, most in ways.values():
         seconds = []
         for _ in range(20):
-            start = time.perf_counter()
+            start = time.process_time()
             paint()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         assert min(seconds) < most  # about a fifth; the rest is for a busy machine
 
 
@@ -622,10 +589,9 @@ def test_overlay(tmp_path):
     green = (overlay[-1] == [64, 255, 64]).all(-1)
     assert 0 < green.sum() <= 8 * 4  # no box in the last frame, only dots
     assert draw_overlay(gray, truth).shape == (9, 48, 64, 3)
-    given = Trajectory(truth.boxes, truth.masks, truth.colors, truth.names, truth.maps())
+    given = replace(truth, maps_given=truth.maps())
     assert (draw_overlay(large, given) == overlay).all()
-    with pytest.raises(ValueError, match="trajectory"):
-        draw_overlay(gray[:5], truth)
-    with pytest.raises(ValueError, match="trajectory"):
-        draw_overlay(gray[:, :40], truth)
+    for frames in gray[:5], gray[:, :40]:
+        with pytest.raises(ValueError, match="trajectory"):
+            draw_overlay(frames, truth)
     assert (gray == 128).all() and (large == 128).all()  # drawn on a copy

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from core.boxes import place
 from core.config import UserError, reason, run_script, shipped
 from core.files import keep_inputs, output_path, write_text
 from core.media import (
@@ -40,7 +41,7 @@ from core.media import (
     write_video,
 )
 from core.weights import unpickle
-from trajectory import PALETTE, POINTS, Trajectory, check_input, draw_overlay, load_trajectory, place, read_boxes_json
+from trajectory import PALETTE, POINTS, Trajectory, check_input, draw_overlay, load_trajectory, read_boxes_json
 
 MOST_FRAMES, MOST_BYTES = 10_000, 1 << 30
 # Arrays of point tracks by the names that CoTracker, TAPIR, TAP-Vid, SpatialTracker and others give them.

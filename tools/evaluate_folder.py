@@ -31,13 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.colors import extents, flat_colors, label_pixels
+from core.boxes import extents, flat_colors, label_pixels
 from core.config import UserError, reason, run_script
 from core.files import output_path
 from core.frechet import frechet_distance
 from core.media import BROKEN, MOST_VIDEO, VIDEO_SUFFIXES, read_frames, read_video
 from core.tables import table, write_rows
-from trajectory import check_input, load_trajectory
+from trajectory import MOST_OBJECTS, check_input, load_trajectory
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def read_labels(path: Path, colors: np.ndarray | None = None) -> tuple[list[np.n
     """Which object each pixel shows, a list of frames [h, w] with -1 for none; and the objects' colours [K, 3]."""
     check, labels = partial(check_input, path), []
     for frame in read_frames(path, check):
-        colors = flat_colors(frame) if colors is None else colors
+        colors = flat_colors(frame, MOST_OBJECTS) if colors is None else colors
         check(len(colors) > 0, "frame 0", "shows no object; paint each in a colour of its own")
         labels.append(label_pixels(frame, colors))
     return labels, colors

@@ -34,7 +34,7 @@ from core.runs import check_options
 from core.tables import read_table
 from core.weights import read_config, read_safetensors, write_safetensors
 from data import open_codec
-from trajectory import Maps, dark_frames, load_trajectory
+from trajectory import Maps, load_trajectory, random_blackout
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def read_maps(what: str, path: Path, source: Size, size: Size, frames: int) -> T
 
 def darken(maps: Tensor, share: float, seed: int, number: int) -> Tensor:
     """Box maps [3, T, H, W], in a `share` of the clips blacked out in a random subset of frames, but never frame 0."""
-    dark = dark_frames(np.random.default_rng([seed, number]).random(1 + maps.shape[1]), share)
+    dark = random_blackout(np.random.default_rng([seed, number]).random(1 + maps.shape[1]), share)
     return maps.masked_fill(torch.from_numpy(dark)[:, None, None], -1)
 
 

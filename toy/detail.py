@@ -1,12 +1,14 @@
 """The picture's own detail, put back into a small video wherever the video shows what the picture shows.
 
-The networks make small videos, but what they show is known at full size: the picture where it
-stands still, and its parts where they move along their boxes. So for each frame the picture's parts are moved as the
-boxes say, and what comes of it is made as small as the video. Where both agree, what making it small took away is
-added to the enlarged video. The networks alone decide what is seen: what they made otherwise stays theirs, and soft.
+The networks make small videos, but what they show is known at full size: the picture where it stands still, and its
+parts where they move along their boxes. So for each frame a guess is made: the picture, its parts moved as the boxes
+say. It is shrunk to the video's size, and where both agree, the detail lost by shrinking is added to the enlarged
+video. The networks alone decide what is seen: where they made something else, the video stays theirs, and soft.
 """
 
+from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,13 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from core.media import Size, kept
-from trajectory import Trajectory, move
+from core.boxes import fill_box, move
+from core.media import Size, kept, read_mask
+from trajectory import Trajectory, read_boxes_json
 
 LONGEST = 1280  # pixels, of the longer side of what is written
-# Errors that pass for none, in [0, 1], as a codec leaves them; and the share of the contrast that does, in variance.
-# Tried on photographs whose parts moved: with half the share good copies lose much of their detail, with twice as much
-# smeared ones get doubled lines.
+# Errors that still count as agreement: those of a codec, in [0, 1], and a share of the contrast's variance. Tried on
+# photographs: with half the share good copies lose much of their detail, with twice as much smeared ones get doubled
+# lines.
 NOISE, LENIENCE = 0.02, 0.2
 SMALLER, LARGER, SOFT = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
@@ -42,6 +45,28 @@ def full_size(picture: np.ndarray, size: Size) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((width, height), SMALLER, (left, top, right, bottom)))
 
 
+def enlarge(trajectory: Trajectory, path: str | Path, size: Size) -> Trajectory:
+    """The trajectory that was read from this path, in pixels of the same video at another size, height and width.
+
+    Painted masks are read once more, for their detail; those of a map video are enlarged smoothly.
+    """
+
+    def resize_mask(mask: np.ndarray, box: tuple[float, ...] | None = None) -> np.ndarray:
+        return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size[::-1], LARGER, box)) > 127
+
+    boxes = trajectory.boxes * (np.array(size[::-1] * 2) / (trajectory.size[::-1] * 2))
+    masks = np.stack([resize_mask(mask) for mask in trajectory.masks])
+    for k, item in enumerate(read_boxes_json(Path(path))["objects"] if trajectory.maps_given is None else []):
+        if not trajectory.masks[k].any():
+            continue  # it enters later
+        if "mask" in item:
+            painted = read_mask(Path(path).parent / item["mask"], lambda got: None)
+            masks[k] = resize_mask(painted, kept(painted.shape, trajectory.size))
+        else:
+            masks[k] = fill_box(boxes[k, 0], size)
+    return replace(trajectory, boxes=boxes, masks=masks, maps_given=None)
+
+
 def add_detail(video: np.ndarray, picture: np.ndarray, trajectory: Trajectory) -> np.ndarray:
     """uint8 [T, h, w, 3], and its first frame at full size [H, W, 3] -> [T, H, W, 3]. The trajectory is in its pixels.
 
@@ -51,16 +76,16 @@ def add_detail(video: np.ndarray, picture: np.ndarray, trajectory: Trajectory) -
     shrink = [resizer(*sides, SMALLER) for sides in zip(size, small, strict=True)]  # as the networks' first frame was
     grow, soften = ([resizer(*sides, kind) for sides in zip(small, size, strict=True)] for kind in (LARGER, SOFT))
     known = values(picture)
-    still = resize(known, *shrink)
+    known_small = resize(known, *shrink)
     boxes, masks = torch.from_numpy(trajectory.boxes).float(), torch.from_numpy(trajectory.masks)
     out = np.empty((len(video), *picture.shape), np.uint8)
     out[0] = picture
     for t in range(1, len(video)):
-        made, guess, low = values(video[t]), known.clone(), still  # low: the guess made small
+        made, guess, low = values(video[t]), known.clone(), known_small  # low: the guess, shrunk
         for first, now, mask in zip(boxes[:, 0], boxes[:, t], masks, strict=True):
             if first.isnan().any() or now.isnan().any():
                 continue
-            # All of it happens where the box was and is.
+            # Only the area around both boxes changes.
             corners = torch.cat([torch.minimum(first, now)[:2] - 1, torch.maximum(first, now)[2:] + 1]).round().int()
             x0, y0, x1, y1 = corners.clamp(min=0).tolist()
             rows, columns = slice(y0, y1), slice(x0, x1)
@@ -72,7 +97,7 @@ def add_detail(video: np.ndarray, picture: np.ndarray, trajectory: Trajectory) -
             thing = move(thing, first.numpy() - here, now.numpy() - here, (0, height, 0, width))
             thing, shape = thing.split([3, 1])
             change = thing - shape * guess[:, rows, columns]
-            # Moved or not? Whichever is more like what the networks made.
+            # Moved or not? Whichever looks more like what the networks made.
             inner = shrink[0][:, rows], shrink[1][:, columns]
             both = low, low + resize(change, *inner)
             likeness = torch.stack([agreement(one.clamp(0, 1), made) for one in both]) ** 4
@@ -80,7 +105,7 @@ def add_detail(video: np.ndarray, picture: np.ndarray, trajectory: Trajectory) -
             change *= resize(share, soften[0][rows], soften[1][columns])
             guess[:, rows, columns] += change
             low = low + resize(change, *inner)
-        low = low.clamp(0, 1)  # as pictures are, which Lanczos's filter leaves
+        low = low.clamp(0, 1)  # Lanczos's filter overshoots
         detail = (guess - resize(low, *grow)) * resize(agreement(low, made), *soften)
         frame = (resize(made, *grow) + detail).clamp(0, 1)
         out[t] = (frame * 255).round().byte().permute(1, 2, 0).numpy()
@@ -90,8 +115,8 @@ def add_detail(video: np.ndarray, picture: np.ndarray, trajectory: Trajectory) -
 def agreement(a: Tensor, b: Tensor) -> Tensor:
     """How alike two pictures are around each pixel, from 0 to 1: [3, h, w] in [0, 1], twice -> [1, h, w].
 
-    Differences count relative to the contrast there: an edge a little beside its place is a small error, but where
-    little is to be seen the same error tells another thing.
+    Differences count relative to the contrast there: beside an edge an error may only mean that the edge is slightly
+    off; on a flat area the same error means something else is shown.
     """
 
     def around(x: Tensor, width: int = 5) -> Tensor:

@@ -8,11 +8,11 @@ from core.codec import Batch
 from core.config import UserError
 from toy.codec import ToyCodec
 from toy.world import World
-from trajectory import Maps, dark_frames
+from trajectory import Maps, random_blackout
 
 
 class ToyLatents:
-    """Seed and sample numbers fix everything. Each seed, 0 to 255, means 2^32 other videos of the split.
+    """Seed and sample numbers fix everything: each seed, 0 to 255, has 2^32 videos of the split to itself.
 
     `maps`: how trajectories are painted, if any are asked for. `shape`: size and frames, if not the world's own. Videos
     and maps are rendered on `device`.
@@ -34,7 +34,7 @@ class ToyLatents:
         captions is empty, to train the unconditional branch of guidance.
         """
         samples = [self.offset + s for s in samples]
-        with torch.device(self.device):  # tensors that are made here lie there
+        with torch.device(self.device):  # where all new tensors go
             batch = self.world.batch(samples)
         seeds = ([self.world.first, s, 1] for s in samples)
         chance = np.stack([np.random.default_rng(seed).random(2 + self.world.frames) for seed in seeds])
@@ -44,9 +44,9 @@ class ToyLatents:
             return Batch(x0, text, None)
         if self.maps is None:
             raise ValueError("maps are asked for, and nothing says how they are painted")
-        dark = torch.from_numpy(np.stack([dark_frames(u[1:], sparse) for u in chance]))
-        return Batch(x0, text, self.codec.encode_video(batch.maps(self.maps, kind, dark)))
+        black = torch.from_numpy(np.stack([random_blackout(u[1:], sparse) for u in chance]))
+        return Batch(x0, text, self.codec.encode_video(batch.maps(self.maps, kind, black)))
 
     def unconditional(self) -> Tensor:
-        """Embeddings [1, L, text_dim] of the empty prompt, which guidance goes away from."""
+        """Embeddings [1, L, text_dim] of the empty prompt, which guidance moves away from."""
         return self.codec.encode_text([self.codec.negative])

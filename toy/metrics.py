@@ -1,39 +1,36 @@
 """How good a video of the small world is. The truth is known exactly, so no learned network has to judge.
 
-    thing_error              mean squared error of RGB in [0, 1] inside the things; split by how a thing is told and
-                             whether it spins, for what spins can't be pasted, and its way round can't always be known
+    thing_error              mean squared error of RGB in [0, 1] inside the things; split by whether a thing has a mask
+                             or a box alone, and whether it spins, for what spins can't be pasted
     ground_psnr              of the background that frame 0 shows, in dB, where the camera stands still
     camera_psnr              the same where the camera moves
     hole_psnr                of the background that frame 0 doesn't show; nobody can know it, but blur is a bar
-    seam                     gradient across the told boxes' edges, relative to the true videos: above 1 where a
-                             rectangle of ground came along with its thing
+    seam                     gradient across the edges of boxes without a mask, relative to the true videos: above 1
+                             where a rectangle of ground came along with its thing
     sharpness                detail inside the things; the true video has 1, a blurred one less, a noisy one more
     fvd                      Frechet video distance to the true videos, by features of this project's own
     prompt_accuracy          share of the things that spin as their caption says; chance gets half
-    clockwise_when_untold    share of the spinning things that turn clockwise where the caption doesn't say
+    clockwise_unprompted     share of the spinning things that turn clockwise where the caption doesn't say
 
 Shapes: B videos, K slots, T frames of H x W pixels. Measures leave out frame 0, which is given.
 """
 
 import math
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.boxes import move
 from core.frechet import frechet_distance
 from core.noise import rng
+from toy.codec import ToyCodec
 from toy.world import WorldBatch
-from trajectory import move
 
 FEATURES = 128  # of a video, for the distance
-TURNS = torch.deg2rad(torch.arange(-24.0, 25, 2))  # rotations a frame among which the spin is looked for
-
-
-def things(batch: WorldBatch) -> Tensor:
-    """Masks of the things alone, bool [B,K-1,T,H,W]: slot 0 is the camera."""
-    return batch.masks[:, 1:]
+TURNS = torch.deg2rad(torch.arange(-24.0, 25, 2))  # candidates for the spin, a frame
 
 
 def squared_error(video: Tensor, batch: WorldBatch) -> Tensor:
@@ -42,27 +39,23 @@ def squared_error(video: Tensor, batch: WorldBatch) -> Tensor:
 
 
 def thing_errors(video: Tensor, batch: WorldBatch) -> dict[str, float]:
-    """Mean squared error over all pixels of the set that show a thing: of all, and by "mask"/"box" and "turning".
+    """Mean squared error over all pixels that show a thing: any, one with a mask, with a box alone, or turning.
 
-    Things that appear later are left out: what they look like is not told.
+    Things that appear later are left out: nothing shows what they look like.
     """
-    error, given = squared_error(video, batch), batch.shown[:, 1:, 0]
+    error, given, by_box, still = squared_error(video, batch), batch.shown[..., 0], batch.by_box, batch.spin == 0
+    kinds = {"": given, "_by_mask": given & ~by_box & still, "_by_box": given & by_box & still, "_turning": ~still}
     out = {}
-    for name, which in {
-        "": given,
-        "_told_by_mask": given & ~batch.by_box[:, 1:] & (batch.spin[:, 1:] == 0),
-        "_told_by_box": given & batch.by_box[:, 1:] & (batch.spin[:, 1:] == 0),
-        "_turning": given & (batch.spin[:, 1:] != 0),
-    }.items():
-        inside = (things(batch)[:, :, 1:] & which[:, :, None, None, None]).any(1)
-        out[f"thing_error{name}"] = float(error[inside].mean())
+    for kind, some in kinds.items():
+        inside = (batch.masks & (given & some)[..., None, None, None])[:, 1:, 1:].any(1)  # slot 0 is the camera
+        out[f"thing_error{kind}"] = float(error[inside].mean())
     return out
 
 
 def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
     """Pixels of the background that frame 0 shows, and those that it doesn't: bool [B,T-1,H,W] each.
 
-    Both lie two pixels away from things, shadows, and what hid the background in frame 0. The camera may have moved it.
+    Both lie two pixels away from things, shadows, and what hid the background in frame 0. The camera may have moved.
     """
     T, (height, width) = batch.video.shape[2], batch.video.shape[3:]
     bare = (batch.video == batch.plate).all(1)[:, 1:]  # (B, T-1, H, W)
@@ -79,44 +72,36 @@ def psnr(error: Tensor) -> float:
     return float(-10 * error.mean().clamp(min=1e-10).log10())
 
 
-def box_edges(batch: WorldBatch) -> list[Tensor]:
-    """Pairs of neighbouring pixels of the background between which the edge of a box runs that alone tells a thing.
+def box_edges(batch: WorldBatch) -> tuple[Tensor, Tensor]:
+    """Pairs of neighbouring pixels of the background with the edge of a maskless thing's box between them.
 
-    Frames 1 to T-1: bool [B,T-1,H,W-1] for pairs beside, [B,T-1,H-1,W] for pairs above one another.
+    Frames 1 to T-1: bool [B,T-1,H,W-1] for pairs side by side, [B,T-1,H-1,W] for pairs one above the other.
     """
-    B, _, T, height, width = batch.video.shape
-    beside, above = torch.zeros(B, T, height, width + 1), torch.zeros(B, T, height + 1, width)
-    for b, k in (batch.by_box & batch.used & batch.shown[:, :, 0]).nonzero().tolist():
-        for t in range(1, T):
-            x0, y0, x1, y1 = batch.boxes[b, k, t].round().long().tolist()
-            for x in {x0, x1} & set(range(width + 1)):
-                beside[b, t, max(y0, 0) : max(y1, 0), x] = 1
-            for y in {y0, y1} & set(range(height + 1)):
-                above[b, t, y, max(x0, 0) : max(x1, 0)] = 1
-    free = ~things(batch).any(1)
-    beside = beside[..., 1:-1] * free[..., 1:] * free[..., :-1]
-    above = above[..., 1:-1, :] * free[..., 1:, :] * free[..., :-1, :]
-    return [edges[:, 1:] > 0 for edges in (beside, above)]
+    y, x = (torch.arange(side) for side in batch.video.shape[-2:])
+    x0, y0, x1, y1 = batch.boxes[:, :, 1:, :, None].round().unbind(3)  # (B, K, T-1, 1)
+    inside = ((x >= x0) & (x < x1))[..., None, :] & ((y >= y0) & (y < y1))[..., None]  # (B, K, T-1, H, W)
+    inside &= (batch.by_box & batch.shown[..., 0])[..., None, None, None]
+    free = ~batch.masks[:, 1:, 1:].any(1)
+    beside = (inside[..., 1:] != inside[..., :-1]).any(1) & free[..., 1:] & free[..., :-1]
+    above = (inside[..., 1:, :] != inside[..., :-1, :]).any(1) & free[..., 1:, :] & free[..., :-1, :]
+    return beside, above
 
 
 def seam(video: Tensor, batch: WorldBatch) -> float:
-    """Mean absolute gradient across the edges of boxes that alone tell a thing, relative to the true videos.
-
-    Where such an edge runs over ground, a rectangle of ground that came along with its thing shows as a step.
-    """
-    edges = box_edges(batch)
+    """Mean absolute gradient across `box_edges`, relative to the true videos."""
+    beside, above = box_edges(batch)
 
     def steps(clip: Tensor) -> Tensor:
-        beside, above = (clip[:, :, 1:].diff(dim=dim).abs().mean(1) for dim in (-1, -2))
-        return (beside * edges[0]).double().sum() + (above * edges[1]).double().sum()
+        across, down = (clip[:, :, 1:].diff(dim=dim).abs().mean(1) for dim in (-1, -2))
+        return (across * beside).double().sum() + (down * above).double().sum()
 
     return float(steps(video) / steps(batch.video))
 
 
 def sharpness(video: Tensor, batch: WorldBatch) -> float:
     """Detail inside things that frame 0 shows and that don't turn, relative to the true videos: a ratio of sums."""
-    told = (batch.shown[:, 1:, 0] & (batch.spin[:, 1:] == 0))[..., None, None, None]
-    made, true = (detail(clip, things(batch) & told)[0].sum() for clip in (video, batch.video))
+    given = (batch.shown[:, 1:, 0] & (batch.spin[:, 1:] == 0))[..., None, None, None]
+    made, true = (detail(clip, batch.masks[:, 1:] & given).sum() for clip in (video, batch.video))
     return float(made / true)
 
 
@@ -126,24 +111,23 @@ def laplacian(frames: Tensor) -> Tensor:
     return x[..., 1:-1, :] - (x[..., :-2, :] + x[..., 2:, :] + y[..., :-2] + y[..., 2:]) / 4
 
 
-def detail(video: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared RGB Laplacian summed inside the masks, frames 1 to T-1, and over how many pixels: [B] and [B].
+def detail(video: Tensor, masks: Tensor) -> Tensor:
+    """Squared RGB Laplacian summed inside the masks, frames 1 to T-1: video [B,3,T,S,S], masks [B,K,T,S,S] -> [B].
 
-    video [B,3,T,S,S], masks [B,K,T,S,S]. Masks are eroded by two pixels, over which a codec may smear a silhouette:
-    that is no detail.
+    Masks are eroded by two pixels, over which a codec may smear a silhouette: that is no detail.
     """
     inner_laplacian = laplacian(video)[..., 1:-1, 1:-1]  # as far inside as the eroded masks reach
     inner = -F.max_pool2d(-masks.flatten(0, 2).float()[:, None], 5, stride=1)
     inside = inner[:, 0].unflatten(0, masks.shape[:3]).bool().any(1)[:, 1:]  # (B, T-1, S-4, S-4)
     energy = inner_laplacian[:, :, 1:].square().sum(1) * inside
-    return energy.double().sum((1, 2, 3)), inside.sum((1, 2, 3))
+    return energy.double().sum((1, 2, 3))
 
 
 def spin_rate(video: Tensor, batch: WorldBatch) -> Tensor:
     """Measured rotation of each spinning thing, [B,K] radians a frame, positive clockwise; NaN for all others.
 
-    Six rings around the point that a thing should turn around are read from every frame, where the thing shows. Of the
-    rotations TURNS that one is taken by which the rings of successive frames agree best, by the sum of their products.
+    Six rings around the point that a thing should turn around are read from every frame, where the thing shows. Its
+    spin is the rotation among TURNS by which the rings of successive frames correlate best.
     """
     height, width = video.shape[-2:]
     around, out = torch.deg2rad(torch.arange(0.0, 360, 2)), torch.full(batch.spin.shape, math.nan)
@@ -158,21 +142,19 @@ def spin_rate(video: Tensor, batch: WorldBatch) -> Tensor:
         rings, shown = F.grid_sample(seen, grid, align_corners=False).split([3, 1], 1)  # (T, 3, R, A), (T, 1, R, A)
         mean = (rings * shown).sum(-1, keepdim=True) / shown.sum(-1, keepdim=True).clamp(min=1)
         rings = (rings - mean) * shown
-        fit = torch.stack([(rings[:-1] * rings[1:].roll(-shift, -1)).sum() for shift in shifts])
-        out[b, k] = TURNS[fit.argmax()]
+        correlation = torch.stack([(rings[:-1] * rings[1:].roll(-shift, -1)).sum() for shift in shifts])
+        out[b, k] = TURNS[correlation.argmax()]
     return out
 
 
-def prompt_accuracy(rotation: Tensor, batch: WorldBatch) -> float:
-    """Share of objects [B,K] that spin as told, where captions tell; NaN if none does."""
-    told = batch.told[:, None] & ~rotation.isnan()
-    return float((rotation.sign() == batch.spin.sign())[told].float().mean())
-
-
-def clockwise_when_untold(rotation: Tensor, batch: WorldBatch) -> float:
-    """Share of objects [B,K] that turn clockwise, of those that turn and whose caption doesn't say; NaN if none."""
-    free = rotation[~batch.told]
-    return float((free[free.abs() > 0] > 0).float().mean())
+def spin_scores(rotation: Tensor, batch: WorldBatch) -> dict[str, float]:
+    """Of measured rotations [B,K]: how many are as the caption says, and clockwise where it doesn't; NaN if none."""
+    says, right = batch.says_spin[:, None], rotation.sign() == batch.spin.sign()
+    prompted, unprompted = says & ~rotation.isnan(), ~says & (rotation.abs() > 0)
+    return {
+        "prompt_accuracy": float(right[prompted].float().mean()),
+        "clockwise_unprompted": float((rotation > 0)[unprompted].float().mean()),
+    }
 
 
 def video_features(video: Tensor) -> Tensor:
@@ -193,9 +175,7 @@ def video_features(video: Tensor) -> Tensor:
 
 def score(video: Tensor, batch: WorldBatch) -> dict[str, float]:
     """All measures of video [B,3,T,H,W] against its truth. NaN if none counts."""
-    error, rotation = squared_error(video, batch), spin_rate(video, batch)
-    shown, holes = ground(batch)
-    pans = batch.used[:, 0]
+    error, (shown, holes), pans = squared_error(video, batch), ground(batch), batch.used[:, 0]
     return {
         **thing_errors(video, batch),
         "ground_psnr": psnr(error[~pans][shown[~pans]]),
@@ -204,24 +184,27 @@ def score(video: Tensor, batch: WorldBatch) -> dict[str, float]:
         "seam": seam(video, batch),
         "sharpness": sharpness(video, batch),
         "fvd": frechet_distance(video_features(video), video_features(batch.video)),
-        "prompt_accuracy": prompt_accuracy(rotation, batch),
-        "clockwise_when_untold": clockwise_when_untold(rotation, batch),
+        **spin_scores(spin_rate(video, batch), batch),
     }
 
 
-def still(batch: WorldBatch) -> Tensor:
-    """The first frame all along: what a video has to beat. [B,3,T,H,W]."""
-    return batch.video[:, :, :1].expand_as(batch.video)
+def baselines(batch: WorldBatch, codec: ToyCodec) -> dict[str, Tensor]:
+    """Videos [B,3,T,H,W] that no network makes."""
+    return {
+        "true video": batch.video,
+        "through the codec": torch.cat([codec.decode_video(codec.encode_video(x)) for x in batch.video.split(16)]),
+        "the first frame, still": batch.video[:, :, :1].expand_as(batch.video),
+        "pasted by mask": pasted(batch, "mask"),
+        "pasted by box": pasted(batch, "box"),
+    }
 
 
-def pasted(batch: WorldBatch, told: str) -> Tensor:
-    """What the maps tell, pasted over the first frame, whose holes are filled by blur. [B,3,T,H,W].
+def pasted(batch: WorldBatch, kind: Literal["box", "mask"]) -> Tensor:
+    """What the maps show, pasted over the first frame, whose holes are filled by blur. [B,3,T,H,W].
 
-    told "mask": things are cut out along their masks; "box": as they are told, half of them as rectangles.
+    "mask": things are cut out along their masks; "box": as users draw them, half of them as rectangles.
     """
-    painted = torch.stack(
-        [batch.trajectory(i, told).maps("box", batch.video[i, :, 0]) for i in range(len(batch.video))]
-    )
+    painted = batch.maps("pixels", kind)
     hole = (painted[:, :, 0] > -1).any(1, keepdim=True)
     camera = batch.used[:, 0, None, None, None]
     under = fill(batch.video[:, :, 0], hole & ~camera)[:, :, None].expand_as(batch.video)

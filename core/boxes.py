@@ -1,0 +1,160 @@
+"""Boxes in videos: interpolated, drawn, and found again where a codec has shifted and blended flat colours.
+
+A box is x0, y0, x1, y1 in pixels, x1 and y1 exclusive.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.media import Size, cover
+
+NEAR = 28  # distance in RGB by which a codec may shift a colour
+DARK = 24  # a pixel whose brightest channel is at most this is background, whatever a codec did to it
+
+
+def place(source: Size, target: Size, xy: np.ndarray) -> np.ndarray:
+    """Points [..., 2] or boxes [..., 4] of a source frame, in pixels of the target that covers it."""
+    resized, top, left = cover(source, target)
+    corners = xy.shape[-1] // 2
+    return xy * ([resized[1] / source[1], resized[0] / source[0]] * corners) - [left, top] * corners
+
+
+def interpolate(frames: np.ndarray, keys: np.ndarray, num_frames: int, kind: str) -> np.ndarray:
+    """Keyframes [n] and their boxes [n, 4] -> boxes [T, 4], held before the first and after the last keyframe.
+
+    "smooth" is a monotone cubic per coordinate: Hermite pieces whose slope at an inner keyframe is the weighted
+    harmonic mean of the two secants, 0 where their signs differ (Fritsch & Butland 1984), and at both ends the secant.
+    A side thus stays between its two keyframes, and two keyframes alone make a straight line.
+    """
+    track = np.full((num_frames, 4), np.nan)
+    if kind != "none":
+        at = np.arange(num_frames)
+        track = np.stack([np.interp(at, frames, side) for side in keys.T], axis=1)
+    if kind == "smooth" and len(frames) > 2:
+        h = np.diff(frames)[:, None].astype(float)  # (n - 1, 1)
+        secant = np.diff(keys, axis=0) / h  # (n - 1, 4)
+        slope = np.concatenate([secant[:1], np.zeros_like(secant[1:]), secant[-1:]])  # (n, 4)
+        before, after = 2 * h[1:] + h[:-1], h[1:] + 2 * h[:-1]  # weights of the secants
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean = (before + after) / (before / secant[:-1] + after / secant[1:])
+        slope[1:-1] = np.where(secant[:-1] * secant[1:] > 0, mean, 0)
+        inner = np.arange(frames[0], frames[-1])
+        i = np.searchsorted(frames, inner, side="right") - 1  # the piece that a frame lies in
+        s = (inner - frames[i])[:, None] / h[i]
+        # The Hermite cubic is the chord and a correction that vanishes at both keyframes.
+        track[inner] += h[i] * s * (1 - s) * ((1 - s) * (slope[i] - secant[i]) - s * (slope[i + 1] - secant[i]))
+    track[frames] = keys  # to the last bit
+    return track
+
+
+def move(picture: Tensor, source: np.ndarray, target: np.ndarray, area: tuple[int, int, int, int]) -> Tensor:
+    """The part of a picture in the box `source`, moved and scaled to fill the box `target`.
+
+    picture [C, height, width]; boxes [4]; `area`, (y0, y1, x0, x1): the rows and columns that are wanted
+    -> [C, y1 - y0, x1 - x0], 0 where nothing of the picture comes.
+    """
+    y0, y1, x0, x1 = area
+    height, width = picture.shape[-2:]
+    scale = (source[2:] - source[:2]) / (target[2:] - target[:2])
+    x = (np.arange(x0, x1) + 0.5 - target[0]) * scale[0] + source[0]
+    y = (np.arange(y0, y1) + 0.5 - target[1]) * scale[1] + source[1]
+    x, y = torch.from_numpy(2 * x / width - 1).float(), torch.from_numpy(2 * y / height - 1).float()
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
+    return F.grid_sample(picture[None], grid[None], align_corners=False)[0]
+
+
+def whole_pixels(boxes: np.ndarray, size: Size) -> np.ndarray:
+    """Boxes [..., 4] to whole pixels inside a picture: at least one of any box that shows, none of others or NaN."""
+    edges = size[1], size[0]
+    shows = ((boxes[..., :2] < edges) & (boxes[..., 2:] > 0)).all(-1, keepdims=True)  # false for NaN
+    boxes = boxes.clip(0, edges * 2)
+    low, high = np.floor(boxes[..., :2] + 0.5), np.floor(boxes[..., 2:] + 0.5)
+    thin = high <= low  # in x, in y
+    low = np.where(thin, np.floor((boxes[..., :2] + boxes[..., 2:]) / 2), low)
+    high = np.where(thin, low + 1, high)
+    return np.where(shows, np.concatenate([low, high], axis=-1), 0).astype(int)
+
+
+def fill_box(box: np.ndarray, size: Size) -> np.ndarray:
+    """The mask of a box [4], bool [height, width]."""
+    x0, y0, x1, y1 = whole_pixels(box, size)
+    mask = np.zeros(size, dtype=bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def line_width(size: Size) -> int:
+    """Of outlines, in pixels."""
+    return max(1, min(size) // 100)
+
+
+def draw_outlines(video: np.ndarray, boxes: np.ndarray, color: np.ndarray) -> None:
+    """Draw boxes [T, 4] into a video [3, T, H, W]. The line grows inward, so the outer edge is the box's own."""
+    size = video.shape[2:]
+    width = line_width(size)
+    for t, (x0, y0, x1, y1) in enumerate(whole_pixels(boxes, size).tolist()):
+        video[:, t, y0 : min(y0 + width, y1), x0:x1] = color
+        video[:, t, max(y1 - width, y0) : y1, x0:x1] = color
+        video[:, t, y0:y1, x0 : min(x0 + width, x1)] = color
+        video[:, t, y0:y1, max(x1 - width, x0) : x1] = color
+
+
+def draw_dots(video: np.ndarray, points: np.ndarray, color: np.ndarray) -> None:
+    """Draw a square dot at each of n points [n, 2] into all frames of a video [3, T, H, W]."""
+    size = video.shape[2:]
+    half = np.array([-1, -1, 1, 1]) * line_width(size) / 2
+    for x0, y0, x1, y1 in whole_pixels(np.concatenate([points, points], axis=-1) + half, size):
+        video[..., y0:y1, x0:x1] = color[..., None]
+
+
+def flat_colors(frame: np.ndarray, most: int) -> np.ndarray:
+    """Colours of the objects painted on black, largest first, `most` + 1 of them at most: [H, W, 3] -> float [K, 3]."""
+    # Only pixels like all their neighbours count: at an edge two colours blend into ones that no object has.
+    windows = np.lib.stride_tricks.sliding_window_view(frame, (3, 3), axis=(0, 1))  # (H - 2, W - 2, 3, 3, 3)
+    flat = (windows.max((-1, -2)) - windows.min((-1, -2))).max(-1) <= 16
+    inner = frame[1:-1, 1:-1]
+    pixels = inner[flat & (inner.max(-1) > DARK)].astype(float)  # (n, 3)
+    colors = []
+    while len(pixels) and len(colors) <= most:
+        code = pixels.astype(int) // 8 @ np.array([1024, 32, 1])
+        color = pixels[code == np.bincount(code).argmax()].mean(0)  # of the fullest 8x8x8 cell, then of all around it
+        near = np.linalg.norm(pixels - color, axis=1) < 14
+        if near.sum() < 3 + frame.size // 30000:  # only specks are left
+            break
+        colors.append(pixels[near].mean(0))
+        pixels = pixels[np.linalg.norm(pixels - colors[-1], axis=1) > 24]
+    return np.array(colors).reshape(-1, 3)
+
+
+def label_pixels(frame: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Which of the colours each pixel shows: [height, width, 3] -> int8 [height, width], -1 for none."""
+    # 4:2:0 video halves the chroma of lines one or two pixels thick, so in small frames anything between a colour and
+    # itself at half chroma counts as that colour. Large frames have thicker lines. There, anything narrower than two
+    # pixels is a blend of two colours that may look like a third, and is dropped.
+    thick = min(frame.shape[:2]) >= 300
+    label, bright = np.full(frame.shape[:2], -1, dtype=np.int8), frame.max(-1) > DARK
+    distance = np.empty((len(colors), np.count_nonzero(bright)))
+    for k, color in enumerate(colors):
+        offset = frame[bright] - color  # (n, 3)
+        if not thick:
+            pale = (color @ [0.299, 0.587, 0.114] - color) / 2  # from the colour to half its chroma
+            offset -= (offset @ pale / (pale @ pale + 1e-9)).clip(0, 1)[:, None] * pale
+        distance[k] = np.linalg.norm(offset, axis=1)
+    label[bright] = np.where(distance.min(0) < NEAR, distance.argmin(0), -1)
+    if thick:
+        across = label[:, 1:] == label[:, :-1]
+        square = np.pad(across[1:] & across[:-1] & (label[1:, 1:] == label[:-1, 1:]), 1)  # 2x2 equal labels
+        label[~(square[1:, 1:] | square[1:, :-1] | square[:-1, 1:] | square[:-1, :-1])] = -1
+    return label
+
+
+def extents(label: np.ndarray, count: int) -> np.ndarray:
+    """The box around each label's pixels, [count, 4]; NaN for a label that has none."""
+    boxes = np.full((count, 4), np.nan)
+    for k in range(count):
+        y, x = np.nonzero(label == k)
+        if len(x):
+            boxes[k] = x.min(), y.min(), x.max() + 1, y.max() + 1
+    return boxes
