@@ -85,7 +85,7 @@ class Way(NamedTuple):
 def find_ways(cfg: Config) -> list[Way]:
     """The networks of `--weights`, or the runs of the ablation, in fewer and fewer steps."""
     names = ("slow_generator", "slow_adapter", "fast_generator", "fast_adapter")
-    places = [[Path(folder) / f"{name}.safetensors" for folder in cfg.weights] for name in names]
+    places = [[Path(folder) / f"{name}.safetensors" for folder in cfg.weights or Config.weights] for name in names]
     slow, slow_adapter, fast, fast_adapter = (next(filter(Path.exists, files), files[0]) for files in places)
     if not cfg.ablation:
         return [

@@ -22,9 +22,17 @@ PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "moto
 
 @lru_cache
 def picture_bank(split: str, device: torch.device) -> Tensor:
-    """The pictures of a split, uint8 [N, 3, CANVAS, CANVAS]. Dead leaves are drawn once, in a minute, and cached."""
+    """The pictures of a split, uint8 [N, 3, CANVAS, CANVAS]. Dead leaves are drawn once, in a minute, and cached.
+
+    "photographs": the middle squares of scikit-image's photographs. UserError without the package.
+    """
     if split == "photographs":
-        return photographs().to(device)
+        package = find_spec("skimage")
+        if package is None:
+            raise UserError("photographs: come with scikit-image; pip install -r requirements-dev.txt")
+        files = [Path(package.origin).parent / "data" / name for name in PHOTOGRAPHS]
+        squares = [fit_frames(read_picture(file)[None], (CANVAS, CANVAS)).byte()[None, :, 0] for file in files]
+        return torch.cat(squares).to(device)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = cache / f"flashmotion/dead_leaves_{split}_{BANK[split]}x{CANVAS}.npy"
     if not file.exists():
@@ -33,15 +41,6 @@ def picture_bank(split: str, device: torch.device) -> Tensor:
         with atomic(file) as temporary, temporary.open("wb") as out:
             np.save(out, (pictures * 255).round().astype(np.uint8))
     return torch.from_numpy(np.load(file)).to(device)
-
-
-def photographs() -> Tensor:
-    """The middle squares of scikit-image's photographs, uint8 [N, 3, CANVAS, CANVAS]. UserError without the package."""
-    package = find_spec("skimage")
-    if package is None:
-        raise UserError("photographs: come with scikit-image; pip install -r requirements-dev.txt")
-    files = [Path(package.origin).parent / "data" / name for name in PHOTOGRAPHS]
-    return torch.cat([fit_frames(read_picture(file)[None], (CANVAS, CANVAS)).byte()[None, :, 0] for file in files])
 
 
 def dead_leaves(seed: int) -> np.ndarray:
