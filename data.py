@@ -4,7 +4,7 @@
 
     x0, text, traj = source.batch(samples, kind="box")     # a Batch: core/codec.py
 
-and sample numbers with a seed fix all that it returns. Clips are prepared by `python -m tools.prepare_clips`.
+whose result depends on the sample numbers and a seed alone. `python -m tools.prepare_clips` prepares clips.
 """
 
 from functools import lru_cache
@@ -25,11 +25,10 @@ from wan.codec import WanCodec
 
 
 class ClipLatents:
-    """What training reads of prepared clips, as ToyLatents gives it of the toy world.
+    """Prepared clips, read as ToyLatents reads the toy world.
 
-    Every epoch goes through the clips in another order, which seed and sample numbers fix. Where clips are of several
-    shapes, all `batch` samples of a step are of one. The first four clips of the most frequent shape are held out, as
-    the split "validation".
+    Every epoch has an order of its own. If the clips have several shapes, all `batch` samples of a step share one. The
+    first four clips of the most frequent shape are held out, as the split "validation".
     """
 
     held_out = 4
@@ -38,7 +37,7 @@ class ClipLatents:
         self.folder, self.text_tokens, self.seed, self.step_size = Path(folder), text_tokens, seed, batch
         if not (self.folder / "rejected.csv").exists():
             raise UserError(f"{folder}: holds no finished shards; run python -m tools.prepare_clips")
-        self.maps: Maps = read_config(self.folder / "config.json").get("maps", "outline")  # as they once all were
+        self.maps: Maps = read_config(self.folder / "config.json").get("maps", "outline")  # older folders do not say
         self.latents: dict[str, Stored] = {}
         self.texts: dict[str, Stored] = {}
         for kind, tensors in (("latents", self.latents), ("text", self.texts)):
@@ -66,7 +65,7 @@ class ClipLatents:
     def batch(self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0) -> Batch:
         """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
 
-        `sparse` is not looked at: which clips have frames without boxes was settled when they were encoded.
+        `sparse` is ignored: tools.prepare_clips has chosen the clips that have frames without boxes.
         """
         picked = [self.pick(sample) for sample in samples]
         chance = [np.random.default_rng([self.seed, sample, 1]).random() for sample in samples]
@@ -82,14 +81,14 @@ class ClipLatents:
         return Batch(x0, text, torch.stack([self.latents[f"{n}.{kind}"].read().float() for n in picked]))
 
     def unconditional(self) -> Tensor:
-        """Embeddings [1, L, text_dim] of the negative prompt, which guidance goes away from."""
+        """Embeddings [1, L, text_dim] of guidance's negative prompt."""
         if "negative" not in self.texts:
             raise UserError(f"{self.folder}: holds no negative prompt; prepare the clips anew")
         text = self.texts["negative"].read().float()
         return F.pad(text, (0, 0, 0, self.text_tokens - len(text)))[None]
 
     def pick(self, sample: int) -> int:
-        """The number of the clip that is this sample."""
+        """The clip's number, for a sample's."""
         if self.one_shape:
             epoch, place = divmod(sample, len(self.shapes[0]))
             return self.shapes[0][shuffled(len(self.shapes[0]), self.seed, epoch)[place]]
@@ -98,7 +97,7 @@ class ClipLatents:
         return self.epoch(step // steps)[step % steps][place]
 
     def epoch(self, number: int) -> list[list[int]]:
-        """The clips of every step of an epoch. Where a shape's clips don't fill its last step, its first come again."""
+        """The clips of every step of an epoch. If a shape's clips don't fill its last step, its first ones repeat."""
         batches = []
         for shape, clips in enumerate(self.shapes):
             order = [clips[i] for i in shuffled(len(clips), self.seed, number, shape)]
@@ -122,9 +121,9 @@ def open_codec(preset: str, folder: Path | str, device: torch.device, **options)
 
 
 def training_data(folder: str, codec: Codec, seed: int, batch: int, maps: Maps | None = None) -> tuple[Source, Source]:
-    """What to train on and what is held out: of prepared clips in `folder`, or of the toy world if that is empty.
+    """The training set and the held-out one: prepared clips from `folder`, or the toy world if that is empty.
 
-    `maps`: how the adapter that learns or is used wants trajectories painted; None where no maps are read.
+    `maps`: the style of maps that the adapter reads; None if no maps are read.
     """
     if folder:
         both = tuple(ClipLatents(folder, codec.text_tokens, split, seed, batch) for split in ("train", "validation"))

@@ -4,13 +4,13 @@
     torchrun --nproc_per_node=8 distill_fast.py
 
 Three networks start from the SlowGenerator. The *student* learns to turn noise into clean videos in four steps. The
-frozen *real score* tells where a noisy video should go to look like data; the *fake score*, trained all along on what
-the student makes, where it should go to look like the student's. Their difference is the student's gradient (DMD;
-paper, stage 2). No trajectory takes part; the adapter comes back in stage 3. To resume, run the same command again.
+frozen *real score* says where a noisy video should go to look like data; the *fake score*, trained on the student's
+videos all along, where it should go to look like one of those. Their difference is the student's gradient (DMD; paper,
+stage 2). There is no trajectory; the adapter comes back in stage 3. To resume, run the same command again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -21,12 +21,11 @@ from torch.optim import Optimizer
 import flow
 from core import optim, parallel
 from core.codec import Batch
-from core.config import UserError, run_script, shipped
+from core.config import run_script, shipped
 from core.memory import send
 from core.noise import rng, sample_uniform, step_noise
 from core.parallel import Processes, Recompute
-from core.runs import Run, check_options, due
-from core.weights import save_network
+from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
 from flow import Velocity
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
@@ -35,72 +34,70 @@ EXIT_STEP = 2  # the random stream that draws where backward simulation ends
 
 
 @dataclass(frozen=True)
-class Config:
+class Recipe:
+    """Values that come with the preset. To try others, edit them here or in WAN5B."""
+
+    ratio: int = 5  # fake-score updates for one of the student
+    fake_lr: float = 1e-3  # peak learning rate of the fake score
+    warmup: int = 20  # steps of linear warm-up
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rates after it
+    judge_sigma_max: float = 0.5  # highest noise level at which the scores judge
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.99  # decay of the averaged student, the one exported
+    guidance: float = 1.0  # of the real score; the fake score has none
+
+
+@dataclass(frozen=True)
+class Config(Recipe):
     name: str = "fast_generator"  # run folder under runs/
     preset: Literal["small", "wan5b"] = "small"  # size of the networks
     data: str = ""  # folder of prepared clips (tools.prepare_clips); the small preset's world if empty
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
     generator: str = shipped("checkpoints/small/slow_generator.safetensors")  # the SlowGenerator that all start from
     steps: int = 500  # updates of the fake score; the student learns in every `ratio`-th
-    ratio: int = 5  # fake-score updates for one of the student
-    denoising_steps: int = flow.FAST["small"].steps  # of the student
     batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 1e-4  # peak learning rate of the student
-    fake_lr: float = 1e-3  # peak learning rate of the fake score
-    warmup: int = 20  # steps of linear warm-up
-    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rates after it
-    fake_loss: Literal["velocity", "x0"] = "x0"  # what the fake score's loss compares
-    levels: Literal["above", "all"] = "all"  # where the scores judge: above the next step's noise level, or anywhere
-    judge_sigma_max: float = 0.5  # highest noise level at which the scores judge
-    weight_decay: float = 0.01  # decoupled
-    clip: float = 1.0  # largest gradient norm
-    ema: float = 0.99  # decay of the averaged student, the one exported
-    guidance: float = 1.0  # of the real score; the fake score has none
-    shift: float = flow.FAST["small"].shift  # warp of all noise levels towards noise
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
     sequence: int = 1  # neighbouring processes that share one video
     seed: int = 0  # of data order and noise
-    log_every: int = 20  # steps
     save_every: int = 250  # steps
     sample_every: int = 500  # steps; 0 for no samples
+    wandb: str = ""  # project on Weights & Biases to which the log goes too
 
 
-# Where each value comes from stands beside it, and in --help.
-WAN5B = {
-    "generator": "Wan2.2-TI2V-5B",
-    "steps": 5500,  # (paper)
-    "ratio": 5,  # (Turbo)
-    "denoising_steps": flow.FAST["wan5b"].steps,  # (paper)
-    "batch": 16,  # (Turbo)
-    "lr": 5e-7,  # (Turbo)
-    "fake_lr": 1e-7,  # (Turbo)
-    "warmup": 0,  # (Turbo)
-    "schedule": "constant",  # (Turbo)
-    "fake_loss": "x0",  # (Turbo)
-    "levels": "all",  # (Turbo)
-    "judge_sigma_max": 1.0,  # (Turbo)
-    "weight_decay": 0.01,  # (Turbo)
-    "clip": 10.0,  # (Turbo)
-    "ema": 0.99,  # (Turbo: from step 200 on)
-    "guidance": 7.0,  # (Turbo: written there as cond + 6 (cond - uncond))
-    "shift": flow.FAST["wan5b"].shift,  # (Turbo)
-    "accumulate": 0,
-    "recompute": "full",
-}
+# The source of each value stands beside it.
+WAN5B = replace(
+    Config(),
+    preset="wan5b",
+    generator="Wan2.2-TI2V-5B",
+    steps=5500,  # (paper)
+    ratio=5,  # (Turbo)
+    batch=16,  # (Turbo)
+    lr=5e-7,  # (Turbo)
+    fake_lr=1e-7,  # (Turbo)
+    warmup=0,  # (Turbo)
+    schedule="constant",  # (Turbo)
+    judge_sigma_max=1.0,  # (Turbo)
+    clip=10.0,  # (Turbo)
+    ema=0.99,  # (Turbo: from step 200 on)
+    guidance=7.0,  # (Turbo: written there as cond + 6 (cond - uncond))
+    accumulate=0,
+    recompute="full",
+)
 
 
 class Draw(NamedTuple):
-    """The first frame that a loss is about, the student's schedule, and everything random."""
+    """The first frames that a loss is about, the student's schedule, and everything random."""
 
     first: Tensor  # clean first-frame latents [B,C,1,H,W]
     sigmas: Sequence[float]  # the student's noise levels
     exit_step: int  # the step at which its sampling ends
     noise: Tensor  # of its sampling [steps,B,C,F,H,W]
-    renoise: Tensor  # with which its result is noised again, for the scores to judge [B,C,F,H,W]
-    sigma: Tensor  # how far [B]
+    renoise: Tensor  # added to its result before the scores judge it [B,C,F,H,W]
+    sigma: Tensor  # at this noise level [B]
 
 
 def student_loss(student: Velocity, real_score: Velocity, fake_score: Velocity, draw: Draw) -> Tensor:
@@ -113,34 +110,23 @@ def student_loss(student: Velocity, real_score: Velocity, fake_score: Velocity, 
     # 1. The student makes videos, by the same steps as in use.
     x0 = flow.backward_simulation(student, draw.first, draw.noise, draw.sigmas, draw.exit_step)
     with torch.no_grad():
-        # 2. They are noised again, and both scores say what they see in them.
+        # 2. They are noised again, and both scores predict the clean video.
         level = flow.frame_sigma(draw.sigma, x0.shape[2])
         x_t, t = flow.add_noise(x0, draw.renoise, level), flow.timestep(level)
         x_fake, x_real = (
             flow.velocity_to_x0(x_t, score(x_t, t).float(), level)[:, :, 1:] for score in (fake_score, real_score)
         )
-        # 3. The video should go from where the fake score sees it to where the real score does.
+        # 3. The video should move from the fake score's prediction towards the real score's.
         scale = (x0[:, :, 1:] - x_real).abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-6)
         target = x0[:, :, 1:] - (x_fake - x_real) / scale
     return 0.5 * (x0[:, :, 1:] - target).square().mean()
 
 
-def fake_score_loss(fake_score: Velocity, student: Velocity, draw: Draw, on: str = "velocity") -> Tensor:
-    """The flow-matching loss of the fake score on what the student makes: on the velocity, or on x0."""
+def fake_score_loss(fake_score: Velocity, student: Velocity, draw: Draw, on: str = "x0") -> Tensor:
+    """The flow-matching loss of the fake score on the student's videos, the error of x0 or of the velocity."""
     with torch.no_grad():
         x0 = flow.backward_simulation(student, draw.first, draw.noise, draw.sigmas, draw.exit_step)
     return flow.flow_matching_loss(fake_score, x0, draw.renoise, draw.sigma, on)
-
-
-def levels_above(u: Tensor, exit_step: int, steps: int) -> Tensor:
-    """Uniform u in [0, 1) -> uniform over the levels, before the shift, from the one after `exit_step` to pure noise.
-
-    To that level the sampler noises what `exit_step` predicts, so how its prediction looks with less noise is never
-    seen. If the scores judged it there as well, the vague predictions of the first steps would blend with those of the
-    last step in the fake score, and the last step would overshoot to make up for them. This project's own finding, on
-    the toy (docs/LOG.md); Turbo and Self-Forcing judge over the whole range.
-    """
-    return 1 - (1 - u) * (exit_step + 1) / steps
 
 
 def student_learns(step: int, ratio: int) -> bool:
@@ -148,36 +134,33 @@ def student_learns(step: int, ratio: int) -> bool:
     return (step + 1) % ratio == 0
 
 
-def draw_inputs(
-    samples: list[int], turn: int, exit_step: int, cfg: Config, data: Source, device: torch.device
-) -> tuple[Tensor, Draw]:
-    """Text, and what a loss draws."""
+def make_draw(samples: list[int], turn: int, cfg: Config, data: Source, device: torch.device) -> tuple[Tensor, Draw]:
+    """Captions [B,L,text_dim], and first frames and noise for one loss."""
     x0, text, _ = data.batch(samples).to(device)
-    noise = send(step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn), device)
+    steps, shift, _ = flow.FAST[cfg.preset]
+    noise = send(step_noise(steps + 1, x0.shape[1:], samples, cfg.seed, turn), device)
     u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), device)
-    u = levels_above(u, exit_step, cfg.denoising_steps) if cfg.levels == "above" else u
-    sigma = (cfg.judge_sigma_max * flow.shift_sigma(u, cfg.shift)).clamp(0.02, 0.98)
-    sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
-    return text, Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
+    sigma = (cfg.judge_sigma_max * flow.shift_sigma(u, shift)).clamp(0.02, 0.98)
+    exit_step = draw_exit_step(steps, cfg.seed, turn)
+    return text, Draw(x0[:, :, :1], flow.sigma_schedule(steps, shift), exit_step, noise[:-1], noise[-1], sigma)
 
 
-def draw_exit_step(cfg: Config, turn: int) -> int:
+def draw_exit_step(steps: int, seed: int, turn: int) -> int:
     """Where backward simulation ends: the same on every rank, for they run in lockstep."""
-    return int(torch.randint(cfg.denoising_steps, (), generator=rng(cfg.seed, turn, EXIT_STEP)))
+    return int(torch.randint(steps, (), generator=rng(seed, turn, EXIT_STEP)))
 
 
 def fake_score_step(
     step: int, cfg: Config, student: VideoDiT, fake_score: VideoDiT, optimizers: Sequence[Optimizer], data: Source,
     procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """One update of the fake score, on what the student makes now."""
+    """One update of the fake score, on videos of the student as it is now."""
     turn, losses = 2 * step, []
-    exit_step, shares = draw_exit_step(cfg, turn), procs.share(cfg.batch, cfg.accumulate, turn)
+    shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
-        text, draw = draw_inputs(samples, turn, exit_step, cfg, data, procs.device)
-        generates, fake = (partial(network, text=text) for network in (student, fake_score))
+        text, draw = make_draw(samples, turn, cfg, data, procs.device)
         with parallel.autocast(procs.device, cfg.dtype):
-            loss = fake_score_loss(fake, student=generates, draw=draw, on=cfg.fake_loss)
+            loss = fake_score_loss(partial(fake_score, text=text), partial(student, text=text), draw)
         (loss / len(shares)).backward()
         losses.append(loss.detach())
     norm = optim.clip_and_step(fake_score, optimizers, cfg.clip)
@@ -190,13 +173,12 @@ def student_step(
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the student. negative [1,L,text_dim]: what the real score's guidance goes away from."""
     turn, losses = 2 * step + 1, []
-    exit_step, shares = draw_exit_step(cfg, turn), procs.share(cfg.batch, cfg.accumulate, turn)
+    shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
-        text, draw = draw_inputs(samples, turn, exit_step, cfg, data, procs.device)
+        text, draw = make_draw(samples, turn, cfg, data, procs.device)
         generates, fake, real = (partial(network, text=text) for network in (student, fake_score, real_score))
         with parallel.autocast(procs.device, cfg.dtype):
-            unconditional = partial(real_score, text=negative.expand_as(text))
-            guided = flow.guided(real, unconditional, cfg.guidance)
+            guided = flow.guided(real, partial(real_score, text=negative.expand_as(text)), cfg.guidance)
             loss = student_loss(generates, real_score=guided, fake_score=fake, draw=draw)
         (loss / len(shares)).backward()
         losses.append(loss.detach())
@@ -205,20 +187,17 @@ def student_step(
 
 
 def make_video(batch: Batch, number: int, cfg: Config, student: VideoDiT) -> list[Tensor]:
-    """Latents of what the student makes of a held-out clip's first frame and text."""
-    noise = send(step_noise(cfg.denoising_steps, batch.x0.shape[1:], [number], cfg.seed), batch.x0.device)
-    sigmas = flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
-    return [flow.sample_fewstep(partial(student, text=batch.text), batch.x0[:, :, :1], noise, sigmas)]
+    """Latents of the student's video with a held-out clip's first frame and text."""
+    steps, shift, _ = flow.FAST[cfg.preset]
+    noise = send(step_noise(steps, batch.x0.shape[1:], [number], cfg.seed), batch.x0.device)
+    velocity, sigmas = partial(student, text=batch.text), flow.sigma_schedule(steps, shift)
+    return [flow.sample_fewstep(velocity, batch.x0[:, :, :1], noise, sigmas)]
 
 
 def main(cfg: Config) -> None:
-    check_options(cfg)
-    if not 0 < cfg.judge_sigma_max <= 1:
-        raise UserError(f"--judge_sigma_max {cfg.judge_sigma_max}: greater than 0, and 1 at most")
-    procs = parallel.init_processes(cfg.sequence, PRESETS[cfg.preset].heads)
-    procs.share(cfg.batch, cfg.accumulate, 0)  # a batch that doesn't divide is refused before weights are read
+    procs = start_processes(cfg, PRESETS[cfg.preset].heads)
 
-    # 1. Three copies of the SlowGenerator, one after the other: rank 0 reads the weights, and hands them on.
+    # 1. Three copies of the SlowGenerator, one after the other: rank 0 reads the weights, and sends them to the others.
     def copy(dtype: torch.dtype, learns: bool) -> VideoDiT:
         network = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=procs.rank > 0)
         check_preset(network, cfg.generator, cfg.preset)
@@ -226,11 +205,10 @@ def main(cfg: Config) -> None:
 
     frozen = frozen_dtype(cfg.preset, cfg.dtype)
     student, fake_score, real_score = copy(torch.float32, True), copy(torch.float32, True), copy(frozen, False)
-    optimizers = [optim.adamw(student, cfg.weight_decay)]
-    fake_optimizers = [optim.adamw(fake_score, cfg.weight_decay)]
+    optimizers, fake_optimizers = [optim.adamw(student)], [optim.adamw(fake_score)]
     ema = optim.EMA(student, cfg.ema)
 
-    # 2. What they learn from, and the folder in which a killed run finds itself again.
+    # 2. The data, and the run's folder, from which a killed run resumes.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=frozen)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
     negative = send(data.unconditional(), procs.device)
@@ -239,13 +217,14 @@ def main(cfg: Config) -> None:
     start = run.resume()
 
     # 3. The loop: the fake score follows the student, and every few steps the student learns from both scores.
+    make = partial(make_video, cfg=cfg, student=student)
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps
         if due(step, cfg.save_every, start, last):
-            run.save(step, wait=last)
+            run.save(step, last)
         if due(step, cfg.sample_every, start, last):
             with ema.applied():
-                run.write_samples(step, codec, held_out, partial(make_video, cfg=cfg, student=student))
+                run.write_samples(step, codec, held_out, make)
         if last:
             break
         for learners, peak in ((optimizers, cfg.lr), (fake_optimizers, cfg.fake_lr)):
@@ -257,9 +236,7 @@ def main(cfg: Config) -> None:
         run.log(step + 1, **values)
 
     # 4. The averaged student is the FastGenerator.
-    weights = ema.weights(keep=procs.rank == 0)
-    if procs.rank == 0:
-        save_network(run.folder / "fast_generator.safetensors", "FastGenerator", student.config, weights)
+    run.export("fast_generator", student, ema)
 
 
 if __name__ == "__main__":

@@ -85,18 +85,20 @@ class Config:
     port: int = 7860  # of that page; 0 is any that is free
 
 
-WAN5B = {
-    "weights": "Wan2.2-TI2V-5B",
-    "steps": 0,  # (4 fast: paper; 50 slow: Wan)
-    "guidance": 0.0,  # (5: Wan)
-    "negative": NEGATIVE_PROMPT,  # (Wan)
-    "trajectory_guidance": 1.0,  # (guess)
-    "shift": 0.0,  # (5: Wan, Turbo)
-    "size": "auto",  # (Wan)
-    "frames": 121,  # (Wan)
-    "fps": 24,  # (Wan)
-    "detail": False,
-}
+WAN5B = replace(
+    Config(),
+    preset="wan5b",
+    weights="Wan2.2-TI2V-5B",
+    steps=0,  # (4 fast: paper; 50 slow: Wan)
+    guidance=0.0,  # (5: Wan)
+    negative=NEGATIVE_PROMPT,  # (Wan)
+    trajectory_guidance=1.0,  # (guess)
+    shift=0.0,  # (5: Wan, Turbo)
+    size="auto",  # (Wan)
+    frames=121,  # (Wan)
+    fps=24,  # (Wan)
+    detail=False,
+)
 # Columns of a --batch table -> options: this project's own names, and those of MagicMotion's tables.
 COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | {
     "validation_images": "image", "validation_trajectory_maps": "traj", "validation_prompt": "prompt",
@@ -365,7 +367,7 @@ def serve_page(cfg: Config, codec: Codec, procs: parallel.Processes) -> None:
             network.to(procs.device)
         return text
 
-    usual = vars(Config()) | (WAN5B if cfg.preset == "wan5b" else {})
+    usual = vars(WAN5B if cfg.preset == "wan5b" else Config())
     of_the_page = (*ASKED, "image", "traj", "out", "serve", "port")
     others = {name: value for name, value in vars(cfg).items() if value != usual[name] and name not in of_the_page}
     about = {name: getattr(cfg, name) for name in ("preset", "size", "frames", "fps")}

@@ -5,8 +5,8 @@ This is the reference loop: read it first.
     python train_slow_adapter.py                # preset small on this machine, from the shipped generator
     torchrun --nproc_per_node=8 train_slow_adapter.py
 
-The loss is the generator's own flow-matching loss, but only the adapter learns (paper, stage 1). Training starts with
-dense masks and goes on with boxes, some of them sparse. To resume, run the same command again.
+The loss is the generator's own flow-matching loss, but only the adapter learns (paper, stage 1). Trajectories are dense
+masks at first, then boxes, some of them sparse. To resume, run the same command again.
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,26 @@ from core.config import run_script, shipped
 from core.memory import send
 from core.noise import sample_noise, sample_uniform
 from core.parallel import Processes, Recompute
-from core.runs import Run, check_options, due
-from core.weights import save_network
+from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
+from toy.muon import muon_and_adamw
 from trajectory import Maps
 
 
 @dataclass(frozen=True)
-class Config:
+class Recipe:
+    """Values that come with the preset. To try others, edit them here or in WAN5B."""
+
+    sparse: float = 0.15  # share of boxes with frames blacked out; of clips, tools.prepare_clips chose them
+    muon: bool = True  # Muon for the matrices inside the blocks, AdamW at 0.4 of the rate for the rest; or AdamW alone
+    warmup: int = 50  # steps of linear warm-up before the cosine
+    ema: float = 0.995  # decay of the averaged weights, the ones exported
+    shift: float = 3.0  # warp of training noise levels towards noise
+
+
+@dataclass(frozen=True)
+class Config(Recipe):
     name: str = "slow_adapter"  # run folder under runs/
     preset: Literal["small", "wan5b"] = "small"  # size of the networks
     data: str = ""  # folder of prepared clips (tools.prepare_clips); the small preset's world if empty
@@ -46,46 +57,36 @@ class Config:
     init: str = ""  # a SlowAdapter to go on from, such as stage 0's guide; random weights if empty
     steps: int = 2400  # optimizer steps in all
     mask_steps: int = 480  # first steps with dense masks; boxes from then on
-    sparse: float = 0.15  # share of boxes with frames blacked out; of clips, tools.prepare_clips chose them
     batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-3  # peak learning rate
-    muon: bool = True  # Muon for the matrices inside the blocks, AdamW at 0.4 of the rate for all else; or AdamW alone
-    warmup: int = 50  # steps of linear warm-up before the cosine
-    weight_decay: float = 0.01  # decoupled
-    clip: float = 1.0  # largest gradient norm
-    ema: float = 0.995  # decay of the averaged weights, the ones exported
-    shift: float = 3.0  # warp of training noise levels towards noise
-    drop_text: float = 0.1  # share of empty captions, for guidance
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
     sequence: int = 1  # neighbouring processes that share one video
     seed: int = 1  # of weights, data order and noise
-    log_every: int = 20  # steps
     save_every: int = 500  # steps
     sample_every: int = 1000  # steps; 0 for no samples
+    wandb: str = ""  # project on Weights & Biases to which the log goes too
 
 
-# Where each value comes from stands beside it, and in --help.
-WAN5B = {
-    "generator": "Wan2.2-TI2V-5B",
-    "maps": "outline",  # (paper)
-    "steps": 10000,  # (paper)
-    "mask_steps": 4600,  # (paper)
-    "sparse": 0.15,  # (guess; tools.prepare_clips has applied it)
-    "batch": 16,  # (paper: its 16 GPUs, one video on each)
-    "lr": 1e-4,  # (guess)
-    "muon": False,  # (guess)
-    "warmup": 200,  # (guess, as the cosine after it is)
-    "weight_decay": 0.01,  # (guess)
-    "clip": 1.0,  # (guess)
-    "ema": 0.999,  # (guess)
-    "shift": 5.0,  # (Wan)
-    "drop_text": 0.1,  # (guess)
-    "accumulate": 0,
-    "recompute": "full",
-}
+# The source of each value stands beside it.
+WAN5B = replace(
+    Config(),
+    preset="wan5b",
+    generator="Wan2.2-TI2V-5B",
+    maps="outline",  # (paper)
+    steps=10000,  # (paper)
+    mask_steps=4600,  # (paper)
+    batch=16,  # (paper: its 16 GPUs, one video on each)
+    lr=1e-4,  # (guess)
+    muon=False,  # (guess)
+    warmup=200,  # (guess, as the cosine after it is)
+    ema=0.999,  # (guess)
+    shift=5.0,  # (Wan)
+    accumulate=0,
+    recompute="full",
+)
 
 
 def adapter_loss(generator: VideoDiT, adapter: Adapter, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -97,88 +98,30 @@ def adapter_loss(generator: VideoDiT, adapter: Adapter, batch: Batch, noise: Ten
     return flow.flow_matching_loss(velocity, batch.x0, noise, sigma, generator.config.predicts)
 
 
-def trajectory_kind(step: int, mask_steps: int, sparse: float) -> tuple[Literal["mask", "box"], float]:
-    """How a step's trajectories are drawn, and the share of them that is sparse: dense masks first, then boxes."""
-    return ("mask", 0.0) if step < mask_steps else ("box", sparse)
-
-
 def adapter_step(
     step: int, cfg: Config, generator: VideoDiT, adapter: Adapter, optimizers: Sequence[Optimizer], data: Source,
     procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the adapter, over the micro-batches of this process."""
-    kind, sparse = trajectory_kind(step, cfg.mask_steps, cfg.sparse)
+    kind, sparse = ("mask", 0.0) if step < cfg.mask_steps else ("box", cfg.sparse)
     losses, shares = [], procs.share(cfg.batch, cfg.accumulate, step)
     for samples in shares:
-        batch = data.batch(samples, kind, sparse, cfg.drop_text).to(procs.device)
+        batch = data.batch(samples, kind, sparse, drop_text=0.1).to(procs.device)
         noise = send(sample_noise(batch.x0.shape[1:], samples, cfg.seed, step), procs.device)
         u = send(sample_uniform(samples, cfg.batch, cfg.seed, step), procs.device)
         with parallel.autocast(procs.device, cfg.dtype):
             loss = adapter_loss(generator, adapter, batch, noise, flow.shift_sigma(u, cfg.shift))
         (loss / len(shares)).backward()
         losses.append(loss.detach())
-    norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
+    norm = optim.clip_and_step(adapter, optimizers)
     return {"loss": torch.stack(losses).mean(), "grad_norm": norm}
 
 
 def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adapter: Adapter) -> list[Tensor]:
-    """Latents of what the networks make of a held-out clip's first frame, text and trajectory, in 20 steps."""
+    """Latents of a video with a held-out clip's first frame, text and trajectory, in 20 steps."""
     noise = send(sample_noise(batch.x0.shape[1:], [number], cfg.seed), batch.x0.device)
     velocity, sigmas = controlled(generator, adapter, batch.text, batch.traj), flow.sigma_schedule(20, cfg.shift)
     return [flow.sample_multistep(velocity, batch.x0[:, :, :1], noise, sigmas)]
-
-
-def main(cfg: Config) -> None:
-    check_options(cfg)
-    procs = parallel.init_processes(cfg.sequence, PRESETS[cfg.preset].heads)
-    procs.share(cfg.batch, cfg.accumulate, 0)  # a batch that doesn't divide is refused before weights are read
-    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
-
-    # 1. The frozen generator, and the adapter that learns.
-    dtype = frozen_dtype(cfg.preset, cfg.dtype)
-    elsewhere = procs.rank > 0  # rank 0 reads the weights, and hands them on
-    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=elsewhere)
-    check_preset(generator, cfg.generator, cfg.preset)
-    generator.requires_grad_(False)
-    adapter = new_adapter(cfg, generator, elsewhere)
-    generator, adapter = (
-        parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype) for network in (generator, adapter)
-    )
-    if cfg.muon:
-        optimizers = optim.make_optimizers(adapter, adapter.blocks, cfg.weight_decay)
-    else:
-        optimizers = [optim.adamw(adapter, cfg.weight_decay, 0.9)]
-    ema = optim.EMA(adapter, cfg.ema)
-
-    # 2. What it learns from, and the folder in which a killed run finds itself again.
-    codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
-    data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch, adapter.config.maps)
-    run = Run(f"runs/{cfg.name}", cfg, procs, {"adapter": (adapter, optimizers, ema)})
-    start = run.resume()
-    if start == 0 and not cfg.init and isinstance(getattr(adapter, "norm", None), adapters.FixedNorm):
-        adapter.norm.fit([data.batch([n], "box").traj for n in range(16)])  # the same on every rank
-
-    # 3. The loop. It runs once more than there are steps, to save and to show the last.
-    for step in range(start, cfg.steps + 1):
-        last = step == cfg.steps
-        if due(step, cfg.save_every, start, last):
-            run.save(step, wait=last)
-        if due(step, cfg.sample_every, start, last):
-            with ema.applied():
-                make = partial(make_video, cfg=cfg, generator=generator, adapter=adapter)
-                run.write_samples(step, codec, held_out, make, "box")
-        if last:
-            break
-        lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
-        optim.set_lr(optimizers, lr)
-        values = adapter_step(step, cfg, generator, adapter, optimizers, data, procs)
-        ema.update(step)
-        run.log(step + 1, **values, lr=lr)
-
-    # 4. The averaged weights are the result.
-    weights = ema.weights(keep=procs.rank == 0)
-    if procs.rank == 0:
-        save_network(run.folder / "slow_adapter.safetensors", "SlowAdapter", adapter.config, weights)
 
 
 def new_adapter(cfg: Config, generator: VideoDiT, elsewhere: bool) -> Adapter:
@@ -193,6 +136,51 @@ def new_adapter(cfg: Config, generator: VideoDiT, elsewhere: bool) -> Adapter:
             adapter = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(generator.config), maps=cfg.maps))
         adapter.copy_generator(generator)
     return adapter
+
+
+def main(cfg: Config) -> None:
+    procs = start_processes(cfg, PRESETS[cfg.preset].heads)
+    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
+
+    # 1. The frozen generator, and the adapter that learns.
+    dtype = frozen_dtype(cfg.preset, cfg.dtype)
+    elsewhere = procs.rank > 0  # rank 0 reads the weights, and sends them to the others
+    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=elsewhere)
+    check_preset(generator, cfg.generator, cfg.preset)
+    adapter = new_adapter(cfg, generator.requires_grad_(False), elsewhere)
+    generator, adapter = (
+        parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype) for network in (generator, adapter)
+    )
+    optimizers = muon_and_adamw(adapter, adapter.blocks) if cfg.muon else [optim.adamw(adapter, 0.9)]
+    ema = optim.EMA(adapter, cfg.ema)
+
+    # 2. The data, and the run's folder, from which a killed run resumes.
+    codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
+    data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch, adapter.config.maps)
+    run = Run(f"runs/{cfg.name}", cfg, procs, {"adapter": (adapter, optimizers, ema)})
+    start = run.resume()
+    if start == 0 and not cfg.init and isinstance(getattr(adapter, "norm", None), adapters.FixedNorm):
+        adapter.norm.fit([data.batch([n], "box").traj for n in range(16)])  # the same on every rank
+
+    # 3. The loop. It runs once more than there are steps, to save and to show the last.
+    make = partial(make_video, cfg=cfg, generator=generator, adapter=adapter)
+    for step in range(start, cfg.steps + 1):
+        last = step == cfg.steps
+        if due(step, cfg.save_every, start, last):
+            run.save(step, last)
+        if due(step, cfg.sample_every, start, last):
+            with ema.applied():
+                run.write_samples(step, codec, held_out, make, "box")
+        if last:
+            break
+        lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
+        optim.set_lr(optimizers, lr)
+        values = adapter_step(step, cfg, generator, adapter, optimizers, data, procs)
+        ema.update(step)
+        run.log(step + 1, **values, lr=lr)
+
+    # 4. The averaged weights are the result.
+    run.export("slow_adapter", adapter, ema)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Options and errors. A script is a frozen dataclass of options and a `main(cfg)`; `run_script` joins them."""
 
 import argparse
-import dataclasses
+import ast
 import difflib
 import inspect
 import math
@@ -10,6 +10,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -52,54 +53,46 @@ def _switch(text: str) -> bool:
     return text == "true"
 
 
-def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, dict] = {}, positional: str = ""):
+def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, object] = {}, positional: str = ""):
     """`--lr 1e-4 --compile false` -> an instance of the frozen dataclass. UserError for a wrong flag or value.
 
-    `presets`: the defaults that each `--preset` changes; a comment next to one, such as (paper), says where the value
-    comes from. `positional`: a field that is given without its flag.
+    The fields that the class itself declares are flags; those that it inherits are not. `presets`: the instances that
+    `--preset` starts from, by name. `positional`: a field that is given without its flag.
     """
-    module = inspect.getmodule(config_class)
-    source = inspect.getsource(config_class)  # the comment next to a field is its help text
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", source, flags=re.MULTILINE))
-    code = inspect.getsource(module) + "\n"
-    blocks = {name: re.findall(rf"^{name.upper()} = {{\n(.*?)^}}$", code, re.MULTILINE | re.DOTALL) for name in presets}
-    origins = {
-        name: dict(re.findall(r'^    "(\w+)": [^#\n]*# (\(.*)$', "".join(block), flags=re.MULTILINE))
-        for name, block in blocks.items()
-    }
-    parser = _Parser(
-        description=inspect.getdoc(module), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage=f"%(prog)s {f'{positional} ' if positional else ''}[--flag value ...]",
-    )  # fmt: skip
-    types = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        kind, default, text = types[field.name], field.default, comments.get(field.name, "").replace("%", "%%")
-        shown = flags({"": default}).strip("- ").replace("%", "%%")
-        shown = f" (default: {shown})" if shown else ""
-        for preset, values in presets.items():
-            if field.name in values:
-                value = flags({"": values[field.name]}).strip("- ") or "empty"
-                shown += f"; with {preset}: {value} {origins[preset].get(field.name, '')}".rstrip().replace("%", "%%")
-        options = {"default": default, "help": text + shown}
+    if {"-h", "--help"} & set(argv):
+        print(help_page(config_class, presets))
+        sys.exit(0)
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    names, types = inspect.get_annotations(config_class), typing.get_type_hints(config_class)
+    for name in names:
+        kind = types[name]
         if kind is bool:
-            options |= {"type": _switch, "nargs": "?", "const": True, "metavar": "true|false"}
+            takes = {"type": _switch, "nargs": "?", "const": True}
         elif typing.get_origin(kind) is typing.Literal:
-            options |= {"choices": typing.get_args(kind)}
+            takes = {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "*"}
+            takes = {"nargs": "*"}
         else:
-            options |= {"type": _number if kind is float else kind, "metavar": kind.__name__}
-            options |= {"nargs": "?"} if field.name == positional else {}
-        parser.add_argument(field.name if field.name == positional else f"--{field.name}", **options)
+            takes = {"type": _number if kind is float else kind} | ({"nargs": "?"} if name == positional else {})
+        parser.add_argument(name if name == positional else f"--{name}", **takes)
     argv = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(word, [f"--{name}" for name in types], n=1)
+        near = difflib.get_close_matches(word, [f"--{name}" for name in names], n=1)
         raise UserError(f"unknown flag {word}; {f'did you mean {near[0]}? ' if near else ''}--help lists them all")
-    parser.set_defaults(**presets.get(getattr(known, "preset", ""), {}))
-    values = vars(parser.parse_args(argv))
-    return config_class(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items()}
+    return replace(presets.get(values.get("preset"), config_class()), **values)
+
+
+def help_page(config_class: type, presets: Mapping[str, object]) -> str:
+    """The script's docstring, then its options and presets as they stand in the script, with their comments."""
+    module = inspect.getmodule(config_class)
+    code = inspect.getsource(module)
+    assignments = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+    parts = [inspect.getdoc(module), "Options: `--name value` sets a field of", inspect.getsource(config_class)]
+    parts += [ast.get_source_segment(code, a) for a in assignments if ast.unparse(a.targets[0]).lower() in presets]
+    return "\n\n".join(part.strip() for part in parts)
 
 
 def flags(values: Mapping[str, object]) -> str:
@@ -108,27 +101,26 @@ def flags(values: Mapping[str, object]) -> str:
     return " ".join(f"--{name} {' '.join(v) if isinstance(v, tuple) else v}" for name, v in text.items())
 
 
-def run_script(main: Callable, config_class: type, presets: Mapping[str, dict] = {}, positional: str = "") -> None:
+def run_script(main: Callable, config_class: type, presets: Mapping[str, object] = {}, positional: str = "") -> None:
     """Parse the command line and call `main(cfg)`. A UserError becomes one line on stderr and exit status 2."""
-    status = 0
+    status, message = 0, ""
     try:
         main(parse_config(config_class, sys.argv[1:], presets, positional))
         if dist.is_initialized():
             dist.barrier()  # no process leaves while others still communicate
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        status = 2
+        status, message = 2, str(error)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
-        status = 130
-    except OSError as error:  # what a disk or a file system says of a file, wherever it was touched
+        status, message = 130, "stopped"
+    except OSError as error:  # what the system says of a file, wherever it was used
         if error.filename is None:
             raise
-        print(f"{Path(sys.argv[0]).name}: {error.filename}: {error.strerror}", file=sys.stderr)
-        status = 2
+        status, message = 2, f"{error.filename}: {error.strerror}"
     finally:
         if parallel := dist.is_initialized():
             dist.destroy_process_group()
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     if parallel:
         # Gloo's threads outlive their process group, and one that frees its last tensor while the interpreter shuts
         # down aborts the process. So skip the shutdown.

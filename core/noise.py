@@ -1,7 +1,7 @@
 """Stateless random numbers: a key of integers gives the same numbers on any device, rank and resumed run.
 
-A key is a seed, then a step or turn, a sample where each has its own, and a stream. Streams separate draws that share
-the rest; scripts name theirs. Zeros at a key's end don't count: (3,) and (3, 0) are the same.
+A key is a seed, a step, perhaps a sample, and a stream. Streams separate draws that share the rest; scripts name
+theirs. Zeros at a key's end don't count: (3,) and (3, 0) are the same.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEVEL = 1  # the stream of noise levels and of anything else that is uniform
+LEVEL = 1  # the stream of uniform numbers, such as noise levels
 
 
 def rng(*key: int) -> torch.Generator:
@@ -20,7 +20,7 @@ def rng(*key: int) -> torch.Generator:
 
 
 def sample_noise(shape: Sequence[int], samples: Sequence[int], *key: int) -> Tensor:
-    """Gaussian noise [len(samples), *shape]; each row is seeded by its sample number, whatever rank draws it."""
+    """Gaussian noise [len(samples), *shape]; a row depends on its sample number, not on the rank that draws it."""
     return torch.stack([torch.randn(*shape, generator=rng(*key, sample)) for sample in samples])
 
 

@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,51 +24,46 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.stateful import Stateful
 
+from core import parallel
 from core.codec import Batch, Codec
 from core.config import ROOT, UserError, reason
 from core.files import atomic, write_text
 from core.media import contact_sheet, to_uint8, write_image, write_video
 from core.memory import fetch, peak_memory
-from core.parallel import Processes, autocast
-from core.weights import read_config
+from core.optim import EMA
+from core.parallel import Processes, autocast, full
+from core.weights import read_config, save_network
 
-Part = tuple[nn.Module, Sequence, Stateful | None]  # a network, its optimizers, its EMA if it has one
+Part = tuple[nn.Module, Sequence, EMA | None]  # a network, its optimizers, its EMA if it has one
 KEEP = 2  # how many checkpoints
+LOG_EVERY = 20  # steps
 # Options that may change when a run resumes: how it is computed and shown. Its result changes by rounding at most.
-FREE = ("dtype", "compile", "recompute", "sequence", "accumulate", "log_every", "save_every", "sample_every")
-
-COUNTS = ("steps", "batch", "ratio", "denoising_steps", "log_every", "save_every", "shard")
-MAY_BE_0 = (
-    "accumulate", "sample_every", "warmup", "mask_steps", "seed", "lr", "fake_lr", "classifier_lr", "weight_decay",
-)  # fmt: skip
-SHARES = ("sparse", "drop_text", "ema", "judge_sigma_min", "judge_sigma_max")
-# The least and the greatest that an option may be.
-RANGES = {
-    **dict.fromkeys(COUNTS, (1, math.inf)),
-    **dict.fromkeys(MAY_BE_0, (0, math.inf)),
-    **dict.fromkeys(SHARES, (0, 1)),
-    "shift": (0.01, math.inf),
-}
+FREE = ["dtype", "compile", "recompute", "sequence", "accumulate", "save_every", "sample_every", "wandb"]
+COUNTS, SHARES = ("steps", "batch", "save_every", "shard"), ("small", "sparse", "pure_noise")
 
 
 def check_options(config) -> None:
-    """UserError if the run's name can't be one, or if a number is out of its range."""
+    """UserError if the run's name can't be one, or if a number is negative, a count below 1, or a share above 1."""
     name = getattr(config, "name", "run")
     if {"", ".", ".."} & set(name.split("/")):
         raise UserError(f"--name {name}: is a folder under runs/; give a name, or several with / between them")
-    for name, (least, most) in RANGES.items():
-        if not least <= getattr(config, name, least) <= most:
-            within = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise UserError(f"--{name} {getattr(config, name)}: {within}")
+    for name, value in vars(config).items():
+        least, most = int(name in COUNTS), 1 if name in SHARES else math.inf
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise UserError(f"--{name} {value}: {'from 0 to 1' if most == 1 else f'at least {least}'}")
+
+
+def start_processes(config, heads: int = 0) -> Processes:
+    """torchrun's processes, once the options are right. UserError if not, or if the batch doesn't divide among them."""
+    check_options(config)
+    procs = parallel.init_processes(getattr(config, "sequence", 1), heads)
+    procs.share(config.batch, getattr(config, "accumulate", 1), 0)
+    return procs
 
 
 def due(step: int, every: int, start: int, last: bool) -> bool:
-    """Whether to do, before this step, what is done every so many steps and after the last, but not at the start.
-
-    With `every` 0, never.
-    """
+    """Whether something is due before this step: every so many steps (0: never), at the end, but not at the start."""
     return every > 0 and (last or (step % every == 0 and step > start))
 
 
@@ -81,17 +76,16 @@ class Run:
             name: value.removeprefix(f"{ROOT}{os.sep}") if isinstance(value, str) else value
             for name, value in dataclasses.asdict(config).items()
         }
-        self.writer, self.written = ThreadPoolExecutor(1), Future()
-        self.written.set_result(None)
-        self.unseen: list[tuple[int, dict[str, Callable[[], Tensor]]]] = []  # what the last steps gave
-        self.alone = procs.mesh is None
+        self.saving: tuple[Future, Path] | None = None  # a checkpoint that is being written, and its temporary folder
+        self.unchecked: list[tuple[int, dict[str, Callable[[], Tensor]]]] = []  # values of the last steps
+        self.last_line = time.perf_counter(), 0  # when the last line was printed, and of which step
+        self.alone, self.wandb = procs.mesh is None, None
         # Checkpoint writers communicate from a thread of their own, at the same time as the training's collectives.
         self.writers = None if self.alone else dist.new_group(backend="gloo")
         if self.alone:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist asks
         if procs.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.began, self.told = time.perf_counter(), 0  # when the last line was printed, and of which step
 
     def state(self) -> dict:
         """All that a run needs to go on."""
@@ -102,47 +96,49 @@ class Run:
             # It makes a fresh optimizer's state by a step without gradients, which must not count.
             for kept in (kept for optimizer in fresh for kept in optimizer.state.values() if "step" in kept):
                 kept["step"].zero_()
-            state[name] = {"weights": weights, "optimizers": optim} | ({"ema": ema.state_dict()} if ema else {})
+            state[name] = {"weights": weights, "optimizers": optim} | ({"ema": ema.average} if ema else {})
         return state
 
-    def save(self, step: int, wait: bool = False) -> None:
-        """Write `ckpt/step_00000500/`. Returns once everything is copied to memory or, with `wait`, is on disk."""
+    def save(self, step: int, last: bool = False) -> None:
+        """Write `ckpt/step_00000500/`. Returns once all is copied to memory; with the last one, once it is on disk."""
         self.check_finite(all_steps=True)
-        self.settle()  # one at a time
-        folder, temporary = self.folder / "ckpt" / f"step_{step:08d}", self.folder / "ckpt" / f".step_{step:08d}.tmp"
-        if folder.exists():  # a finished run that was started again
-            return
-        if self.procs.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.procs.barrier()
-        saved = dcp.async_save(self.state(), checkpoint_id=temporary, process_group=self.writers, no_dist=self.alone)
-        self.written = self.writer.submit(self.publish, saved, temporary, folder)
-        if wait:
-            self.settle()
+        self.finish_saving()  # one at a time
+        temporary = self.folder / "ckpt" / f".step_{step:08d}.tmp"
+        if not (temporary.parent / temporary.stem[1:]).exists():  # it does when a finished run is started again
+            if self.procs.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
             self.procs.barrier()
+            place = {"checkpoint_id": temporary, "process_group": self.writers, "no_dist": self.alone}
+            self.saving = dcp.async_save(self.state(), **place), temporary
+        if last:
+            self.finish_saving()
+            self.procs.barrier()
+            if self.wandb:
+                self.wandb.finish()
 
-    def settle(self) -> None:
-        """Wait for the checkpoint that is being written. UserError if it can't be."""
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, rename it, delete old ones. UserError if it can't be written.
+
+        The writers fsync their files.
+        """
+        if self.saving is None:
+            return
+        (written, temporary), self.saving = self.saving, None
         try:
-            self.written.result()
+            written.result()  # on rank 0 this waits for all ranks
+            if self.procs.rank == 0:
+                fsync_folder(temporary)
+                temporary.rename(temporary.parent / temporary.stem[1:])
+                fsync_folder(temporary.parent)
+                for old in self.checkpoints()[:-KEEP]:
+                    shutil.rmtree(old)
         except (OSError, RuntimeError, CheckpointException) as error:
-            failures = getattr(error, "failures", {})
-            cause = next((first for first, _ in failures.values()), error)
-            for left in (self.folder / "ckpt").glob(".step_*.tmp") if self.procs.rank == 0 else ():
-                shutil.rmtree(left, ignore_errors=True)
-            fix = "make room and run the same command again"
-            raise UserError(f"{self.folder / 'ckpt'}: a checkpoint can't be written ({reason(cause)}); {fix}") from None
-
-    def publish(self, saved: Future, temporary: Path, folder: Path) -> None:
-        """Rename a checkpoint once it is on disk (the writers fsync their files), and delete old ones."""
-        saved.result()  # on rank 0 this waits for all ranks
-        if self.procs.rank == 0:
-            fsync_folder(temporary)
-            os.rename(temporary, folder)
-            fsync_folder(folder.parent)
-            for old in self.checkpoints()[:-KEEP]:
-                shutil.rmtree(old)
+            cause = next((first for first, _ in getattr(error, "failures", {}).values()), error)
+            if self.procs.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            fix = "once that is fixed, run the same command again"
+            raise UserError(f"{temporary.parent}: a checkpoint can't be written ({reason(cause)}); {fix}") from None
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first. What else a user keeps beside them is not ours."""
@@ -150,39 +146,39 @@ class Run:
 
     def resume(self) -> int:
         """Load the newest checkpoint. Returns its step, or 0. UserError if the run was started with other options."""
-        found, step, options = self.checkpoints(), 0, self.folder / "config.json"
+        found, step, options, log = self.checkpoints(), 0, self.folder / "config.json", self.folder / "log.jsonl"
         if found:
             before = read_config(options) if options.exists() else {}
             for name, now in self.config.items():
                 if name not in FREE and before.get(name, now) != now:
-                    fix = f"with {now} give the run another --name (or, if it is a file that moved, correct this one)"
-                    began = f"without --{name}" if before[name] == "" else f"with --{name} {before[name]}"
-                    raise UserError(f"{options}: the run began {began}; {fix}")
-            state, index = self.state(), found[-1] / ".metadata"
-            try:
-                if not index.exists() or not index.stat().st_size:
-                    raise ValueError(f"{index}: missing or empty")
-                dcp.load(state, checkpoint_id=found[-1], no_dist=self.alone)
-            except (ValueError, RuntimeError, CheckpointException):  # wrong shapes, missing names or files
-                fix = "delete it, or give the run another --name"
-                raise UserError(f"{found[-1]}: damaged, or of networks of other shapes; {fix}") from None
-            for name, (model, optimizers, ema) in self.parts.items():
-                part = state[name]
-                set_state_dict(model, optimizers, model_state_dict=part["weights"], optim_state_dict=part["optimizers"])
-                if ema:
-                    ema.load_state_dict(part["ema"])
-            step = self.told = int(found[-1].name.removeprefix("step_"))
-        log = self.folder / "log.jsonl"
+                    fix = "give the run another --name (or, if it is a file that moved, correct this one)"
+                    raise UserError(f"{options}: the run began with {name} {before[name]!r}; with {now!r} {fix}")
+            self.load(found[-1])
+            step = int(found[-1].name.removeprefix("step_"))
         if self.procs.rank == 0:
             write_text(options, json.dumps(self.config, indent=1))
-        if self.procs.rank == 0 and log.exists():
-            kind = {"encoding": "utf-8", "errors": "surrogateescape"}  # whatever somebody else wrote there stays
-            lines = log.read_text(**kind).splitlines(keepends=True)
-            if lines and not lines[-1].endswith("\n"):  # cut by a kill
-                del lines[-1]
-            with atomic(log) as temporary:  # without the steps that will be repeated
-                temporary.write_text("".join(line for line in lines if logged_step(line) <= step), **kind)
+            lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+            with atomic(log) as temporary:  # without a line cut by a kill, and without the steps that will be repeated
+                whole = (line for line in lines if line.endswith(b"\n") and logged_step(line) <= step)
+                temporary.write_bytes(b"".join(whole))
+            if self.config.get("wandb"):
+                self.wandb = start_wandb(self.folder, self.config)
+        self.last_line = time.perf_counter(), step
         return step
+
+    def load(self, checkpoint: Path) -> None:
+        """Fill networks, optimizers and averages. UserError if the checkpoint is damaged or of other networks."""
+        state, index = self.state(), checkpoint / ".metadata"
+        try:
+            if not index.exists() or not index.stat().st_size:
+                raise ValueError(f"{index}: missing or empty")
+            dcp.load(state, checkpoint_id=checkpoint, no_dist=self.alone)
+        except (ValueError, RuntimeError, CheckpointException):  # wrong shapes, missing names or files
+            fix = "delete it, or give the run another --name"
+            raise UserError(f"{checkpoint}: damaged, or of networks of other shapes; {fix}") from None
+        for name, (model, optimizers, _) in self.parts.items():  # averages are loaded in place
+            part = state[name]
+            set_state_dict(model, optimizers, model_state_dict=part["weights"], optim_state_dict=part["optimizers"])
 
     def samples(self, step: int, videos: Iterable[Tensor]) -> None:
         """Write videos [3, T, H, W] as a contact sheet of nine frames each, and side by side as an mp4.
@@ -202,7 +198,7 @@ class Run:
     ) -> None:
         """Four held-out clips of `source`: the truth, and the latents that `make(batch, number)` gives, in turn."""
         self.check_finite(all_steps=True)
-        self.settle()  # first the checkpoint: whatever goes wrong with samples, no training is lost
+        self.finish_saving()  # whatever goes wrong with samples, no training is lost
         latents = []
         with torch.no_grad(), autocast(self.procs.device, self.config["dtype"]):
             for number in range(4):
@@ -211,52 +207,70 @@ class Run:
         self.samples(step, (codec.decode_video(z)[0] for z in latents))
         codec.free()
 
+    def export(self, name: str, network: nn.Module, ema: EMA | None) -> None:
+        """Write a network's weights, averaged if there is an average, as runs/<name>/slow_adapter.safetensors."""
+        first = self.procs.rank == 0
+        weights = ema.weights(keep=first) if ema else {n: full(p) for n, p in network.named_parameters()}
+        if first:
+            save_network(self.folder / f"{name}.safetensors", name.title().replace("_", ""), network.config, weights)
+
     def check_finite(self, all_steps: bool) -> None:
-        """UserError if a step gave a loss or gradient that is no finite number; nothing of it has been saved.
+        """UserError if a step gave a loss or gradient that is not finite; nothing of it has been saved.
 
         A GPU is still at work on the last step, and would be waited for. So that one is left out, but for `all_steps`.
         Of the steps before it copies are read: the GPU's own numbers would come after the last step.
         """
-        while len(self.unseen) > (0 if all_steps else 1):
-            step, values = self.unseen.pop(0)
-            wrong = [name for name, read in values.items() if not read().isfinite().all()]
-            if not wrong:
-                continue
-            self.settle()
-            good = f"{kept[-1]} is the last good checkpoint" if (kept := self.checkpoints()) else "nothing was saved"
-            raise UserError(
-                f"{self.folder}: step {step}: {wrong[0]} is no finite number; {good}; lower the learning rate"
-            )
+        while len(self.unchecked) > (0 if all_steps else 1):
+            step, values = self.unchecked.pop(0)
+            if wrong := [name for name, read in values.items() if not read().isfinite().all()]:
+                self.finish_saving()
+                kept = self.checkpoints()
+                good = f"{kept[-1]} is the last good checkpoint" if kept else "nothing was saved"
+                failure = f"step {step}: {wrong[0]} is not a finite number"
+                raise UserError(f"{self.folder}: {failure}; {good}; lower the learning rate")
 
-    def log(self, step: int, always: bool = False, **values: Tensor | float) -> None:
-        """What a step gave, averaged over ranks; written every `log_every` steps, or always. Every rank must call."""
-        self.unseen.append((step, {name: fetch(torch.as_tensor(value).detach()) for name, value in values.items()}))
-        if step % self.config["log_every"] == 0 or always:
+    def log(self, step: int, **values: Tensor | float) -> None:
+        """What a step gave, averaged over ranks; written every LOG_EVERY steps. Every rank must call."""
+        self.unchecked.append((step, {name: fetch(torch.as_tensor(value).detach()) for name, value in values.items()}))
+        if step % LOG_EVERY == 0:
             numbers = {n: self.procs.mean(v) if isinstance(v, Tensor) else v for n, v in values.items()}
             if self.procs.rank == 0 and all(map(math.isfinite, numbers.values())):
                 self.write(step, numbers)
         self.check_finite(all_steps=self.procs.device.type == "cpu")
-        if self.written.done():
-            self.settle()
+        if self.saving and self.saving[0].done():
+            self.finish_saving()
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """A line in log.jsonl, and one to read, with speed, memory and the time that is left."""
+        log, total, (then, before) = self.folder / "log.jsonl", self.config["steps"], self.last_line
         try:
-            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.folder / 'log.jsonl'}: can't be written ({reason(error)}); make room") from None
-        now, total = time.perf_counter(), self.config["steps"]
-        seconds = (now - self.began) / max(1, step - self.told)
-        self.began, self.told = now, step
-        speed = f"{seconds:.2f} s/step  {self.config.get('batch', 1) / seconds:.1f} videos/s"
+        except OSError as error:  # a full disk's has no file name
+            raise UserError(f"{log}: can't be written ({reason(error)})") from None
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+        self.last_line = time.perf_counter(), step
+        seconds = (self.last_line[0] - then) / max(1, step - before)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        left = timedelta(seconds=round(seconds * (total - step)))
-        memory = peak_memory(self.procs.device)
+        speed = f"{seconds:.2f} s/step  {self.config.get('batch', 1) / seconds:.1f} videos/s"
+        memory, left = peak_memory(self.procs.device), timedelta(seconds=round(seconds * (total - step)))
         print(f"step {step}/{total}  {shown}  {speed}  {memory:.1f} GiB  {left} left", flush=True)
 
 
-def logged_step(line: str) -> int:
+def start_wandb(folder: Path, config: dict):
+    """A run on Weights & Biases, in the project that --wandb names. UserError if that package can't be used."""
+    try:
+        import wandb  # no requirement of this project
+
+        return wandb.init(project=config["wandb"], name=config["name"], config=config, dir=folder)
+    except ImportError:
+        raise UserError("--wandb: the package is missing; pip install wandb") from None
+    except wandb.Error as error:
+        raise UserError(f"--wandb {config['wandb']}: {reason(error)}") from None
+
+
+def logged_step(line: bytes) -> int:
     """The step of a line of log.jsonl; 0 of a line that is none."""
     try:
         return int(json.loads(line)["step"])

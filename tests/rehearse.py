@@ -300,21 +300,21 @@ def rehearse_stage(
         (VideoDiT, "from_pretrained", read), (adapters, "read_adapter", read_adapter),
         (finetune_hybrid, "read_adapter", read_adapter), (parallel, "prepare", prepared),
         (discriminators, "PRESETS", {"wan5b": judge}), (adapters, "PRESETS", {"wan5b": light}),
-        (script, "training_data", lambda *_: (Clips(grid), Clips(grid))), (script, "save_network", Quiet),
+        (script, "training_data", lambda *_: (Clips(grid), Clips(grid))), (runs, "save_network", Quiet),
         (runs.Run, "__init__", watched), (runs.Run, "resume", lambda run: 0), (runs.Run, "check_finite", Quiet),
         (runs.Run, "save", save), (runs, "write_image", Quiet), (runs, "write_video", Quiet),
         (runs, "small_frames", lambda video: np.zeros((9, 16, 16, 3), np.uint8)), (adapters.FixedNorm, "fit", Quiet),
         (flow, "sigma_schedule", lambda steps, shift: schedule(min(steps, 2), shift)),
+        (flow, "FAST", {"wan5b": flow.Sampling(2, 5.0)}),
         (WanCodec, "_part", Quiet), (WanVAE, "from_pretrained", lambda _: WanVAE()),
         (WanCodec, "decode_video", decode_video),
     ]  # fmt: skip
-    options |= {} if stage == "1" else {"denoising_steps": 2}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.ExitStack() as stack:
         if resident is None:
             stack.enter_context(pretended(world))
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
-        script.main(script.Config(**script.WAN5B | options | more))
+        script.main(replace(script.WAN5B, **options | more))
         ends("export")
     return peaks
 
@@ -364,7 +364,7 @@ def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[
     with pretended() as stack, tracker, contextlib.redirect_stdout(None):
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
-        sample.main(sample.Config(**sample.WAN5B | options))
+        sample.main(replace(sample.WAN5B, **options))
     return peaks
 
 

@@ -16,6 +16,7 @@ from core.config import UserError
 from core.weights import save_network, write_safetensors
 from model import PRESETS, DiTConfig, VideoDiT
 from toy.codec import ToyCodec
+from toy.muon import muon_and_adamw
 
 
 def networks(kind="resnet"):
@@ -70,7 +71,7 @@ def test_one_step_changes_the_adapter_alone(kind):
     generator.requires_grad_(False)
     frozen = {n: p.clone() for n, p in generator.named_parameters()}
     before = {n: p.clone() for n, p in adapter.named_parameters()}
-    optimizers = optim.make_optimizers(adapter, adapter.blocks, 0.01)
+    optimizers = muon_and_adamw(adapter, adapter.blocks)
     optim.set_lr(optimizers, 1e-2)
     owned = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     assert owned == {id(p) for p in adapter.parameters()}

@@ -43,7 +43,7 @@ def test_only_the_classifier_learns_and_the_gradient_reaches_the_latent():
     discriminator, (x_t, t, text, traj) = build(), inputs()
     frozen = {n: p.clone() for n, p in discriminator.backbone.named_parameters()}
     before = {n: p.clone() for n, p in discriminator.classifier.named_parameters()}
-    optimizer = optim.adamw(discriminator.classifier, 0.0)
+    optimizer = optim.adamw(discriminator.classifier)
     optim.set_lr([optimizer], 1e-3)
     x_t.requires_grad_()
     logits = discriminator(x_t, t, text, traj)
@@ -111,7 +111,7 @@ def test_wan5b_begins_so_that_it_learns_at_its_own_rate(cautious, rate):
     """
     torch.manual_seed(0)
     classifier = Classifier(replace(QUARTER, cautious=cautious))
-    optimizer = optim.adamw(classifier, 0.01)
+    optimizer = optim.adamw(classifier)
     assert optimizer.param_groups[0]["betas"] == (0.0, 0.999)
     optim.set_lr([optimizer], rate)
     draw, way = torch.Generator().manual_seed(1), torch.randn(3, 1, 1, 768)

@@ -9,10 +9,10 @@ from torch import nn
 import distill_fast
 import flow
 from core import optim
-from core.config import parse_config
 from core.weights import save_network
-from distill_fast import WAN5B, Config, Draw, fake_score_loss, levels_above, student_learns, student_loss
+from distill_fast import WAN5B, Config, Draw, fake_score_loss, student_learns, student_loss
 from model import PRESETS, DiTConfig, VideoDiT
+from tools.train_baseline import levels_above
 from toy.latents import ToyLatents
 
 SIGMAS = flow.sigma_schedule(4, 3)
@@ -58,7 +58,7 @@ def test_each_loss_moves_its_own_network_alone():
         with_gradient = [n for n in (student, fake, real) if any(p.grad is not None for p in n.parameters())]
         assert with_gradient == [learner]
         learner.zero_grad()
-    optimizers = [optim.adamw(network, 0.0) for network in (student, fake)]
+    optimizers = [optim.adamw(network) for network in (student, fake)]
     owned = [{id(p) for g in o.param_groups for p in g["params"]} for o in optimizers]
     assert not owned[0] & owned[1] and not (owned[0] | owned[1]) & {id(p) for p in real.parameters()}
 
@@ -115,21 +115,19 @@ def test_fake_score_loss_on_x0_weighs_each_video_by_its_squared_noise_level():
     assert got["x0"] == pytest.approx((sigma**2 * error).mean().item(), rel=1e-5)
     seen = x_t - level[:, None, :, None, None] * v
     assert got["x0"] == pytest.approx((seen - x0)[:, :, 1:].square().mean().item(), rel=1e-4)
-    assert fake_score_loss(fake, student, draw).item() == got["velocity"]  # the toy's
+    assert fake_score_loss(fake, student, draw).item() == got["x0"]
 
 
 def test_wan5b_has_the_values_of_its_sources():
-    cfg = parse_config(Config, ["--preset", "wan5b"], {"wan5b": WAN5B})
-    assert (cfg.batch, cfg.clip, cfg.guidance, cfg.shift, cfg.denoising_steps) == (16, 10, 7, 5, 4)
-    assert (cfg.fake_loss, cfg.levels, cfg.schedule, cfg.warmup) == ("x0", "all", "constant", 0)
-    assert (cfg.lr, cfg.fake_lr, cfg.ema, cfg.weight_decay, cfg.steps, cfg.ratio) == (5e-7, 1e-7, 0.99, 0.01, 5500, 5)
-    toy = parse_config(Config, [])
-    assert (toy.clip, toy.guidance, toy.fake_loss, toy.levels, toy.schedule) == (1, 1, "x0", "all", "cosine")
+    cfg, toy, (optimizer,) = WAN5B, Config(), optim.adamw(nn.Linear(1, 1)).param_groups
+    assert (cfg.batch, cfg.clip, cfg.guidance, cfg.schedule, cfg.warmup) == (16, 10, 7, "constant", 0)
+    assert (cfg.lr, cfg.fake_lr, cfg.ema, cfg.steps, cfg.ratio) == (5e-7, 1e-7, 0.99, 5500, 5)
+    assert (optimizer["betas"], optimizer["weight_decay"], flow.FAST["wan5b"]) == ((0, 0.999), 0.01, (4, 5, 1))
+    assert (toy.clip, toy.guidance, toy.schedule) == (1, 1, "cosine")
 
 
-@pytest.mark.parametrize(("levels", "most"), [("above", 1.0), ("all", 1.0), ("all", 0.5)])
-def test_a_run_judges_where_its_options_say_at_the_rates_they_say(levels, most, here, monkeypatch):
-    """Where "above" leaves the levels alone that the sampler does not noise to."""
+@pytest.mark.parametrize("most", [1.0, 0.5])
+def test_a_run_judges_where_its_recipe_says_at_the_rates_it_says(most, here, monkeypatch):
     torch.manual_seed(0)
     network = VideoDiT(DiTConfig(32, 64, 2, 1, text_dim=64, text_tokens=32, channels=24))
     nn.init.normal_(network.head.head.weight, std=0.02)
@@ -137,9 +135,9 @@ def test_a_run_judges_where_its_options_say_at_the_rates_they_say(levels, most, 
     seen, rates, clips, texts = [], [], [], []
     stepped, rated, guided = optim.clip_and_step, optim.set_lr, flow.guided
 
-    def fake_loss(*args, draw, on, **networks):
-        seen.append((draw.exit_step, draw.sigma, on))
-        return fake_score_loss(*args, draw=draw, on=on, **networks)
+    def fake_loss(fake, student, draw):
+        seen.append((draw.exit_step, draw.sigma))
+        return fake_score_loss(fake, student, draw)
 
     def watched_step(network, optimizers, clip):
         clips.append(clip)
@@ -160,16 +158,14 @@ def test_a_run_judges_where_its_options_say_at_the_rates_they_say(levels, most, 
     monkeypatch.setattr(ToyLatents, "unconditional", lambda self: torch.full((1, 32, 64), 0.5))
     distill_fast.main(
         Config(
-            generator="slow.safetensors", steps=6, batch=4, clip=10.0, guidance=7.0, fake_loss="x0", levels=levels,
+            generator="slow.safetensors", steps=6, batch=4, clip=10.0, guidance=7.0,
             schedule="constant", warmup=0, lr=1e-5, fake_lr=2e-5, compile=False, dtype="float32", ratio=3,
             judge_sigma_max=most,
         )
     )  # fmt: skip
-    assert len(seen) == 6 and {on for *_, on in seen} == {"x0"} and len({step for step, *_ in seen}) > 1
-    for exit_step, sigma, _ in seen:
-        lowest = 1 - (exit_step + 1) / 4 if levels == "above" else 0  # preset small warps by 1: not at all
-        assert max(lowest, 0.02) <= sigma.min() < most * (lowest + 0.26)  # stratified
-        assert 0.74 * most < sigma.max() <= min(0.98, most)
+    assert len(seen) == 6 and len({step for step, _ in seen}) > 1
+    for _, sigma in seen:  # stratified; preset small warps by 1, not at all
+        assert 0.02 <= sigma.min() < 0.26 * most and 0.74 * most < sigma.max() <= min(0.98, most)
     assert set(clips) == {10.0} and rates == [1e-5, 2e-5] * 6
     assert [scale for _, scale in texts] == [7.0, 7.0] and all((text == 0.5).all() for text, _ in texts)
 
@@ -241,7 +237,7 @@ def test_distilled_sampler_matches_a_gaussian_mixture():
     torch.manual_seed(0)
     student, fake, batch, steps = Points(), Points(), 128, 2000
     first, sigmas = torch.zeros(batch, 2, 1, 2, 2), flow.sigma_schedule(4, 1)
-    optimizers = {network: optim.adamw(network, 0.0) for network in (student, fake)}
+    optimizers = {network: optim.adamw(network) for network in (student, fake)}
     ema = optim.EMA(student, 0.99)
 
     def sampled_errors():
@@ -259,7 +255,7 @@ def test_distilled_sampler_matches_a_gaussian_mixture():
             optim.set_lr([optimizers[learner]], 3e-3 * (1 - step / steps))
             optimizers[learner].zero_grad()
             if learner is fake:
-                loss = fake_score_loss(fake, student=student, draw=draw)
+                loss = fake_score_loss(fake, student, draw, on="velocity")
             else:
                 loss = student_loss(student, real_score=mixture_velocity, fake_score=fake, draw=draw)
             loss.backward()
@@ -267,14 +263,6 @@ def test_distilled_sampler_matches_a_gaussian_mixture():
         ema.update(step)
     with ema.applied():
         assert (sampled_errors() < tolerances).all(), sampled_errors()
-
-
-def test_levels_above_what_the_sampler_noises_to():
-    """Each step's prediction is judged from the next step's level up, the last one's everywhere."""
-    u, zero = torch.arange(100) / 100, torch.zeros(())
-    lowest = [flow.shift_sigma(levels_above(zero, k, 4), 3).item() for k in range(4)]
-    assert lowest == pytest.approx(SIGMAS[1:])
-    assert torch.allclose(levels_above(u, 3, 4), u) and levels_above(u, 0, 4).max() < 1
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 5])

@@ -334,4 +334,4 @@ def test_help_describes_every_flag(capsys):
     with pytest.raises(SystemExit):
         parse_config(evaluate.Config, ["--help"])
     text = capsys.readouterr().out
-    assert all(f"--{field.name} " in text for field in dataclasses.fields(evaluate.Config))
+    assert all(f"    {field.name}: " in text for field in dataclasses.fields(evaluate.Config))

@@ -358,7 +358,7 @@ def main(cfg):
             model = VideoDiT(shape)
     model = parallel.prepare(model, procs, False)
     assert all(torch.equal(parallel.full(p), before[name]) for name, p in model.state_dict().items())
-    optimizer, ema = optim.adamw(model, 0.0), optim.EMA(model, 0.9)
+    optimizer, ema = optim.adamw(model), optim.EMA(model, 0.9)
     model(torch.randn(1, 16, 3, 8, 8), torch.zeros(1, 3), torch.randn(1, 8, 16)).sum().backward()
     optimizer.step()
     held = [*model.parameters(), *(p.grad for p in model.parameters()), *ema.average.values()]

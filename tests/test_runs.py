@@ -6,6 +6,7 @@ import json
 import re
 import resource
 import shutil
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -16,33 +17,46 @@ import torch
 from core import optim, parallel, runs
 from core.codec import Batch
 from core.config import UserError
-from core.runs import COUNTS, MAY_BE_0, Run, check_options, due
+from core.runs import COUNTS, SHARES, Run, check_options, due
+from toy.muon import muon_and_adamw
 
 ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of a script that is none."""
+class Recipe:
+    """Values of a script that are no options: a run resumes with these alone, too."""
 
     lr: float = 1e-3  # the rate
-    log_every: int = 1  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Recipe):
+    """Options of a script that is none."""
+
     steps: int = 9  # of it
     save_every: int = 2  # steps
     sample_every: int = 100  # steps
     dtype: str = "float32"  # of it
+    name: str = "a/b"  # of it
+    wandb: str = ""  # a project
+
+
+@pytest.fixture(autouse=True)
+def every_step_is_logged(monkeypatch):
+    monkeypatch.setattr(runs, "LOG_EVERY", 1)
 
 
 def part(width):
     model = torch.nn.Sequential(torch.nn.Linear(4, width))
     model.blocks = model[:]
-    return {"net": (model, optim.make_optimizers(model, model.blocks, 0.0), optim.EMA(model, 0.9))}
+    return {"net": (model, muon_and_adamw(model, model.blocks, 0.0), optim.EMA(model, 0.9))}
 
 
 def test_log_rewinds_to_the_checkpoint_and_survives_a_cut_line(tmp_path):
     run = Run(tmp_path / "r", Options(), ALONE, part(4))
     assert run.resume() == 0
-    run.save(2, wait=True)
+    run.save(2, last=True)
     for step in (1, 2, 3):
         run.log(step, loss=step / 2)
     with (tmp_path / "r" / "log.jsonl").open("a") as file:
@@ -55,7 +69,7 @@ def test_log_rewinds_to_the_checkpoint_and_survives_a_cut_line(tmp_path):
 
 def test_lines_of_the_log_that_somebody_else_wrote_stay(tmp_path):
     run = Run(tmp_path, Options(), ALONE, part(4))
-    run.save(2, wait=True)
+    run.save(2, last=True)
     for step in (1, 3):
         run.log(step, loss=step / 2)
     own = b'{bad}\n{"loss": 3}\n\xff\xfe\n[1]\nmy own note\n'
@@ -75,7 +89,7 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path):
     run.save(1)
     for p in (*model.parameters(), *ema.average.values(), *(s["exp_avg"] for s in adamw.state.values())):
         p.data.fill_(7.0)
-    run.save(2, wait=True)
+    run.save(2, last=True)
     assert [p.name for p in run.checkpoints()] == ["step_00000001", "step_00000002"]
     assert run.resume() == 2 and all((p == 7).all() for p in model.parameters())
     run.checkpoints()[-1].rename(tmp_path / "aside")
@@ -98,7 +112,7 @@ def test_a_write_that_fails_is_not_passed_over(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    Run(tmp_path, Options(), ALONE, part(4)).save(3, wait=True)
+    Run(tmp_path, Options(), ALONE, part(4)).save(3, last=True)
     assert Run(tmp_path, Options(), ALONE, part(4)).resume() == 3
     with pytest.raises(UserError, match="of networks of other shapes; delete it, or give the run another"):
         Run(tmp_path, Options(), ALONE, part(5)).resume()
@@ -107,7 +121,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path):
     run = Run(tmp_path, Options(), ALONE, part(4))
     run.resume()
-    run.save(3, wait=True)
+    run.save(3, last=True)
     (run.checkpoints()[-1] / ".metadata").unlink()
     with pytest.raises(UserError, match="step_00000003: damaged"):
         run.resume()
@@ -116,22 +130,22 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_a_run_goes_on_only_under_the_options_it_began_with(tmp_path):
     run = Run(tmp_path, Options(), ALONE, part(4))
     run.resume()
-    run.save(3, wait=True)
+    run.save(3, last=True)
     before = (tmp_path / "config.json").read_bytes()
     for options in (Options(lr=9.0), Options(steps=7)):
-        with pytest.raises(UserError, match=r"config.json: the run began with --(lr 0.001|steps 9); with "):
+        with pytest.raises(UserError, match=r"json: the run began with (lr 0.001; with 9.0|steps 9; with 7) give "):
             Run(tmp_path, options, ALONE, part(4)).resume()
         assert (tmp_path / "config.json").read_bytes() == before
-    assert Run(tmp_path, Options(log_every=5), ALONE, part(4)).resume() == 3
-    assert json.loads((tmp_path / "config.json").read_text())["log_every"] == 5
+    assert Run(tmp_path, Options(save_every=5), ALONE, part(4)).resume() == 3
+    assert json.loads((tmp_path / "config.json").read_text())["save_every"] == 5
 
 
 def test_a_finished_run_leaves_its_checkpoint_alone(tmp_path):
     run = Run(tmp_path, Options(), ALONE, part(4))
     run.resume()
-    run.save(3, wait=True)
+    run.save(3, last=True)
     times = [file.stat().st_mtime_ns for file in sorted(run.checkpoints()[-1].iterdir())]
-    run.save(run.resume(), wait=True)
+    run.save(run.resume(), last=True)
     assert times == [file.stat().st_mtime_ns for file in sorted(run.checkpoints()[-1].iterdir())]
 
 
@@ -148,7 +162,7 @@ def test_saving_before_the_first_step_changes_no_step(tmp_path):
         return [p.detach().clone() for p in model.parameters()]
 
     plain = trained(lambda parts: None)
-    saved = trained(lambda parts: Run(tmp_path, Options(), ALONE, parts).save(1, wait=True))
+    saved = trained(lambda parts: Run(tmp_path, Options(), ALONE, parts).save(1, last=True))
     assert all(torch.equal(a, b) for a, b in zip(plain, saved, strict=True))
 
 
@@ -202,29 +216,16 @@ def test_a_checkpoint_is_saved_before_samples_are_made(tmp_path):
         assert max(int(p.name[-8:]) for p in (tmp_path / "ckpt").glob("step_*")) == saved
 
 
-@pytest.mark.parametrize("name", ("accumulate", "sample_every", *COUNTS))
-def test_nothing_that_is_counted_may_be_none(name):
-    options = dataclasses.make_dataclass("Counted", [(name, int, 0)], frozen=True)
-    if name in MAY_BE_0:  # one video in each micro-batch; no samples
-        check_options(options())
-        options = dataclasses.make_dataclass("Counted", [(name, int, -1)], frozen=True)
-    with pytest.raises(UserError, match=f"--{name} (0: at least 1|-1: at least 0)$"):
-        check_options(options())
-
-
-@pytest.mark.parametrize(
-    "name, value, within",
-    [
-        ("sparse", 3.0, "from 0 to 1"), ("drop_text", -0.1, "from 0 to 1"), ("ema", 2.0, "from 0 to 1"),
-        ("judge_sigma_max", 7.0, "from 0 to 1"), ("lr", -1.0, "at least 0"), ("warmup", -3, "at least 0"),
-        ("shift", 0.0, "at least 0.01"), ("lr", float("nan"), "at least 0"), ("name", "../x", "a folder under runs/"),
-        ("name", "", "a folder under runs/"), ("name", "/x", "a folder under runs/"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name, value, within", [
+    *((name, 0, "at least 1") for name in COUNTS), *((name, 3.0, "from 0 to 1") for name in SHARES),
+    *((name, -1, "at least 0") for name in ("accumulate", "sample_every", "mask_steps", "diffusion_first", "warmup")),
+    ("sparse", -0.1, "from 0 to 1"), ("lr", -1.0, "at least 0"), ("lr", float("nan"), "at least 0"),
+    *(("name", name, "a folder under runs/") for name in ("../x", "", "/x")),
+])  # fmt: skip
 def test_a_number_out_of_range_or_a_name_outside_of_runs_is_refused(name, value, within):
     with pytest.raises(UserError, match=rf"--{name} {re.escape(str(value))}: .*{within}"):
         check_options(SimpleNamespace(**{name: value}))
-    check_options(SimpleNamespace(name="a/b", sparse=0.0, ema=1.0, lr=0.0, shift=0.3))
+    check_options(SimpleNamespace(name="a/b", sparse=0.0, lr=0.0, accumulate=0, sample_every=0, steps=1))
 
 
 def test_what_is_due_and_when():
@@ -243,7 +244,7 @@ def steps_of(run, options, start, writes=lambda step: None):
     for step in range(start, options.steps + 1):
         last = step == options.steps
         if due(step, options.save_every, start, last):
-            run.save(step, wait=last)
+            run.save(step, last)
         if due(step, options.sample_every, start, last):
             run.write_samples(step, codec, source, lambda batch, number: [batch.x0] if writes(step) is None else [])
         if last:
@@ -278,10 +279,11 @@ def test_a_gpu_has_its_next_step_while_the_last_one_is_at_work(tmp_path, monkeyp
 
     monkeypatch.setattr(runs, "fetch", fetch)
     procs = parallel.Processes(0, 1, torch.device("cuda"), None)
-    options = Options(log_every=100, save_every=6, sample_every=0)
+    options, saved = Options(save_every=6, sample_every=0), concurrent.futures.Future()
+    saved.set_result(None)
+    monkeypatch.setattr(runs, "LOG_EVERY", 100)
     run, before = Run(tmp_path, options, procs, part(4)), []
-    monkeypatch.setattr(runs.dcp, "async_save", lambda *_, **__: None)
-    monkeypatch.setattr(Run, "publish", lambda *_: None)
+    monkeypatch.setattr(runs.dcp, "async_save", lambda *_, **__: saved)
     for step in steps_of(run, options, 0):
         before.append(list(seen))
         run.log(step + 1, loss=torch.tensor(float(step)).as_subclass(Loss))
@@ -294,7 +296,7 @@ def test_a_gpu_has_its_next_step_while_the_last_one_is_at_work(tmp_path, monkeyp
     "step, good", [(1, "nothing"), (5, "step_00000004"), (6, "step_00000004"), (9, "step_00000008")]
 )
 def test_a_run_stops_at_the_first_value_that_is_no_finite_number(value, step, good, tmp_path):
-    with pytest.raises(UserError, match=rf"step {step}: loss is no finite number; .*{good}") as caught:
+    with pytest.raises(UserError, match=rf"step {step}: loss is not a finite number; .*{good}") as caught:
         train(tmp_path, {step: value})
     assert "\n" not in str(caught.value)
     lines = (tmp_path / "log.jsonl").read_text().splitlines() if step > 1 else []
@@ -319,21 +321,57 @@ def test_what_a_user_keeps_beside_the_checkpoints_is_left_alone(name, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1, 600, 2000])
-def test_a_full_disk_is_told_at_once_and_leaves_nothing_half_written(limit, tmp_path):
+def test_a_full_disk_is_reported_at_once_and_leaves_nothing_half_written(limit, tmp_path, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    options = Options(save_every=4, log_every=100)
+    monkeypatch.setattr(runs, "LOG_EVERY", 100)
+    options = Options(save_every=4)
     run, taken = Run(tmp_path, options, ALONE, part(64)), []
     try:
-        with pytest.raises(UserError, match=r"ckpt: a checkpoint can't be written \(.*; make room and run the same"):
+        with pytest.raises(UserError, match=r"ckpt: a checkpoint can't be written \(.*\); once that is fixed, run"):
             for step in steps_of(run, options, 0):
                 taken.append(step)
                 if step == 3:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
                 if step == 4:
-                    concurrent.futures.wait([run.written])
+                    concurrent.futures.wait([run.saving[0]])
                     resource.setrlimit(resource.RLIMIT_FSIZE, before)
                 run.log(step + 1, loss=0.5)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert taken == [0, 1, 2, 3, 4]  # told at the very next step, not at the next checkpoint
     assert not [p for p in (tmp_path / "ckpt").iterdir() if p.name.startswith(".")]
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package: what it is asked for, call by call."""
+    calls = []
+    run = SimpleNamespace(
+        log=lambda numbers, step: calls.append(("log", step, numbers)), finish=lambda: calls.append("finish")
+    )
+    package = SimpleNamespace(init=lambda **more: calls.append(more) or run, Error=type("Error", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    return calls
+
+
+def test_weights_and_biases_gets_the_numbers_of_the_log(wandb, tmp_path):
+    train(tmp_path / "without", {})
+    assert wandb == []
+    train(tmp_path / "with", {2: 0.75}, wandb="flash")
+    begin, *logged, end = wandb
+    config = dataclasses.asdict(Options(wandb="flash"))
+    assert begin == {"project": "flash", "name": "a/b", "config": config, "dir": tmp_path / "with"} and end == "finish"
+    lines = map(json.loads, (tmp_path / "with/log.jsonl").read_text().splitlines())
+    assert logged == [("log", line.pop("step"), line) for line in lines] and len(logged) == 9
+
+
+def test_what_keeps_weights_and_biases_from_starting_is_one_line(wandb, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise sys.modules["wandb"].Error("no API key\nlog in")
+
+    sys.modules["wandb"].init = refuse
+    with pytest.raises(UserError, match=r"^--wandb flash: no API key$"):
+        train(tmp_path, {}, wandb="flash")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"^--wandb: the package is missing; pip install wandb$"):
+        train(tmp_path, {}, wandb="flash")

@@ -5,9 +5,10 @@ import torch
 
 import flow
 from adapter import AdapterConfig, ResNetAdapter, read_adapter
+from core import runs
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
-from tools.train_baseline import Config, Controlled, consistency_loss, main
+from tools.train_baseline import PATH, SKIP, Config, Controlled, consistency_loss, levels_above, main
 
 SHAPE = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)
 
@@ -74,19 +75,18 @@ def test_generator_and_adapter_work_as_one_network():
 
 
 @pytest.mark.parametrize("loss", ["dmd", "lcm"])
-def test_a_run_trains_the_adapter_and_exports_it(here, loss):
+def test_a_run_trains_the_adapter_and_exports_it(here, loss, monkeypatch):
     torch.manual_seed(0)
     adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=24))
-    for kind in ("Slow", "Fast"):
+    for kind in ("slow", "fast"):
         generator = VideoDiT(SHAPE)
         torch.nn.init.normal_(generator.head.head.weight, std=0.02)
-        save_network(f"{kind}.safetensors", f"{kind}Generator", SHAPE, generator.state_dict())
-    save_network("adapter.safetensors", "SlowAdapter", adapter.config, adapter.state_dict())
-    files = {"slow_generator": "Slow.safetensors", "fast_generator": "Fast.safetensors"}
-    options = files | {
-        "slow_adapter": "adapter.safetensors", "batch": 2, "ratio": 2, "warmup": 1, "lr": 1e-2, "log_every": 1,
-        "save_every": 2, "compile": False, "dtype": "float32",
-        "sample_every": 4,
+        save_network(f"{kind}_generator.safetensors", f"{kind.title()}Generator", SHAPE, generator.state_dict())
+    save_network("slow_adapter.safetensors", "SlowAdapter", adapter.config, adapter.state_dict())
+    monkeypatch.setattr(runs, "LOG_EVERY", 1)
+    options = {
+        "weights": ".", "batch": 2, "ratio": 2, "warmup": 1, "lr": 1e-2, "save_every": 2, "sample_every": 4,
+        "compile": False, "dtype": "float32",
     }  # fmt: skip
 
     def run(name, steps):
@@ -102,7 +102,14 @@ def test_a_run_trains_the_adapter_and_exports_it(here, loss):
 
 def test_levels_that_are_to_agree_lie_on_the_path():
     """The highest begins at pure noise, the lowest ends at the clean video."""
-    cfg = Config()
-    path = flow.sigma_schedule(cfg.path, cfg.shift)
-    firsts = [int(u * (cfg.path - cfg.skip + 1)) for u in (0.0, 0.999999)]
-    assert path[firsts[0]] == 1 and path[firsts[1] + cfg.skip] == 0
+    path = flow.sigma_schedule(PATH, 1.0)
+    firsts = [int(u * (PATH - SKIP + 1)) for u in (0.0, 0.999999)]
+    assert path[firsts[0]] == 1 and path[firsts[1] + SKIP] == 0
+
+
+def test_levels_above_what_the_sampler_noises_to():
+    """Each step's prediction is judged from the next step's level up, the last one's everywhere."""
+    u, zero = torch.arange(100) / 100, torch.zeros(())
+    lowest = [flow.shift_sigma(levels_above(zero, k, 4), 3).item() for k in range(4)]
+    assert lowest == pytest.approx(flow.sigma_schedule(4, 3)[1:])
+    assert torch.allclose(levels_above(u, 3, 4), u) and levels_above(u, 0, 4).max() < 1

@@ -18,20 +18,13 @@ from adapter import (
 )
 from core import optim
 from core.codec import Batch
-from core.config import UserError, parse_config
+from core.config import UserError
 from core.weights import save_network
 from model import PRESETS, DiTConfig, VideoDiT
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
 from toy.world import WorldBatch
-from train_slow_adapter import WAN5B, Config, adapter_loss, trajectory_kind
-
-
-def test_masks_come_first_then_boxes_of_which_some_are_sparse():
-    kinds = [trajectory_kind(step, 3, 0.15) for step in range(6)]
-    assert kinds == [("mask", 0.0)] * 3 + [("box", 0.15)] * 3
-    assert trajectory_kind(0, 0, 0.5) == ("box", 0.5)
-    assert Config.mask_steps < Config.steps
+from train_slow_adapter import WAN5B, Config, adapter_loss
 
 
 def test_the_loss_moves_the_adapter_alone():
@@ -56,9 +49,8 @@ def test_the_loss_moves_the_adapter_alone():
 
 
 def test_wan5b_learns_by_adamw_with_a_warm_up():
-    cfg = parse_config(Config, ["--preset", "wan5b"], {"wan5b": WAN5B})
-    assert (cfg.lr, cfg.muon) == (1e-4, False) and cfg.warmup > 50
-    assert parse_config(Config, []).muon
+    assert (WAN5B.lr, WAN5B.muon) == (1e-4, False) and WAN5B.warmup > 50
+    assert Config().muon
 
 
 @pytest.fixture
@@ -117,6 +109,21 @@ def test_an_adapter_to_go_on_from_must_fit(here):
     save_network("a.safetensors", "SlowAdapter", network.config, network.state_dict())
     with pytest.raises(UserError, match=r"a\.safetensors: was made for a generator of other shape"):
         train_slow_adapter.main(Config(init="a.safetensors", compile=False))
+
+
+def test_masks_come_first_then_boxes_of_which_some_are_sparse(stage_1, monkeypatch):
+    kinds, batch = [], ToyLatents.batch
+
+    def watched(data, samples, kind, sparse=0, drop_text=0):
+        kinds.append((kind, sparse, drop_text))
+        return batch(data, samples, kind, sparse, drop_text)
+
+    network = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=24))
+    save_network("a.safetensors", "SlowAdapter", network.config, network.state_dict())
+    monkeypatch.setattr(ToyLatents, "batch", watched)
+    stage_1(init="a.safetensors", steps=5, mask_steps=3)
+    assert kinds == [("mask", 0.0, 0.1)] * 3 + [("box", 0.15, 0.1)] * 2
+    assert Config.mask_steps < Config.steps
 
 
 @pytest.mark.parametrize("maps", ["outline", "pixels"])

@@ -19,14 +19,25 @@ from model import DiTConfig, VideoDiT
 
 SCRIPTS = {
     "toy.train_slow_generator": "slow_generator",
-    "train_slow_adapter.py": "slow_adapter",
-    "distill_fast.py": "fast_generator",
-    "finetune_hybrid.py": "fast_adapter",
+    "train_slow_adapter": "slow_adapter",
+    "distill_fast": "fast_generator",
+    "finetune_hybrid": "fast_adapter",
 }
 STEPS, SAVED = 5, 3  # cut in the middle of a cycle of stage 3
-SHORT = ("--steps", STEPS, "--batch", 2, "--save_every", SAVED, "--sample_every", 0, "--log_every", 1,
-         "--compile", "false", "--dtype", "float32", "--warmup", 2)  # fmt: skip
-HYBRID = ("--ratio", 2, "--diffusion_first", 0, "--adapter_start", 1, "--sparse", 0.5)
+SHORT = ("--steps", STEPS, "--batch", 2, "--save_every", SAVED, "--compile", "false", "--dtype", "float32")
+# Runs a stage by its flags, but for these values: a line for every step, short cycles, and no samples.
+STAGE = """
+import importlib, sys
+from dataclasses import fields, replace
+from core import runs
+from core.config import run_script
+
+runs.LOG_EVERY, script = 1, importlib.import_module(sys.argv.pop(1))
+short = {"warmup": 2, "sparse": 0.5, "ratio": 2, "adapter_start": 1, "sample_every": int(sys.argv.pop(1))}
+short = {field.name: short[field.name] for field in fields(script.Config) if field.name in short}
+if __name__ == "__main__":
+    run_script(lambda cfg: script.main(replace(cfg, **short)), script.Config)
+"""
 # Small networks, but what a preset fixes the width of: the generator of a new adapter, and the classifier's backbone.
 NARROW = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)
 WIDE = DiTConfig(256, 64, 2, 6, text_dim=64, text_tokens=32, channels=24)
@@ -41,6 +52,7 @@ def folder(tmp_path_factory):
 def flags(folder):
     """Flags of a short run: all begin with random networks, and are cut in the middle of their cycle."""
     torch.manual_seed(0)
+    (folder / "stage.py").write_text(STAGE)
 
     def write(name: str, network: str, net: torch.nn.Module) -> Path:
         path = folder / "given" / f"{name}.safetensors"
@@ -55,20 +67,26 @@ def flags(folder):
     networks = (f"--generator={fast}", f"--backbone={backbone}", f"--adapter={helper}")
     return {
         "toy.train_slow_generator": (*SHORT, "--init", slow.parent, "--small", 1),
-        "train_slow_adapter.py": (*SHORT, "--generator", slow, "--init", helper, "--mask_steps", 3, "--sparse", 0.5),
-        "distill_fast.py": (*SHORT, "--generator", slow, "--ratio", 2),
-        "finetune_hybrid.py": (*SHORT, *networks, *HYBRID),
+        "train_slow_adapter": (*SHORT, "--generator", slow, "--init", helper, "--mask_steps", 3),
+        "distill_fast": (*SHORT, "--generator", slow),
+        "finetune_hybrid": (*SHORT, *networks, "--diffusion_first", 0),
         "a new adapter": (*SHORT, "--generator", backbone, "--steps", 4, "--mask_steps", 2, "--batch", 4),
     }
 
 
 @pytest.fixture(scope="module")
-def start(folder):
-    return start_in(folder)
+def start(folder, flags):
+    """start("distill_fast", ...) of a short run with these flags, which has the values of STAGE."""
+
+    def begin(script: str, *more, sample_every: int = 0, **how):
+        given = flags.get(script, ())
+        return start_in(folder)(str(folder / "stage.py"), script, sample_every, *given, *more, **how)
+
+    return begin
 
 
 @pytest.fixture(scope="module")
-def whole(start, folder, flags):
+def whole(start, folder):
     """The log and weights of an uninterrupted run of a script on so many processes, of which some share a video.
 
     With samples at its end, unless two processes have a video each: samples are most of the time of such short runs.
@@ -78,9 +96,8 @@ def whole(start, folder, flags):
     def train(script: str, processes: int, sequence: int = 1):
         name = f"whole{processes}_{sequence}_{SCRIPTS[script]}"
         more = ("--sequence", sequence) if sequence > 1 else ()
-        if processes == sequence:
-            more += ("--sample_every", 1000)
-        finish(start(script, *flags[script], *more, "--name", name, processes=processes))
+        every = 1000 if processes == sequence else 0
+        finish(start(script, *more, "--name", name, processes=processes, sample_every=every))
         return outcome(folder, name, SCRIPTS[script])
 
     return train
@@ -104,24 +121,23 @@ def kill_at_checkpoint(job, folder) -> None:
     job.kill()
 
 
-@pytest.mark.parametrize("script, processes", [*((script, 1) for script in SCRIPTS), ("finetune_hybrid.py", 2)])
-def test_five_steps_equal_three_kill_and_two_more(start, folder, flags, whole, script, processes):
+@pytest.mark.parametrize("script, processes", [*((script, 1) for script in SCRIPTS), ("finetune_hybrid", 2)])
+def test_five_steps_equal_three_kill_and_two_more(start, folder, whole, script, processes):
     network, name = SCRIPTS[script], f"cut{processes}_{SCRIPTS[script]}"
-    job = start(script, *flags[script], "--name", name, processes=processes, wait=False)
+    job = start(script, "--name", name, processes=processes, wait=False)
     kill_at_checkpoint(job, folder / "runs" / name / "ckpt" / "step_00000003")
     assert not (folder / "runs" / name / f"{network}.safetensors").exists()
-    finish(start(script, *flags[script], "--name", name, processes=processes))
-
+    finish(start(script, "--name", name, processes=processes))
     the_same(folder, whole(script, processes), name, network)
 
 
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "finetune_hybrid.py"])
-def test_two_processes_go_on_from_a_checkpoint(start, folder, flags, whole, script):
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "finetune_hybrid"])
+def test_two_processes_go_on_from_a_checkpoint(start, folder, whole, script):
     """As after a kill: what was written later is gone, but for the log."""
     network, name, complete = SCRIPTS[script], f"whole2_1_{SCRIPTS[script]}", whole(script, 2)
     shutil.rmtree(folder / "runs" / name / "ckpt" / "step_00000005")
     (folder / "runs" / name / f"{network}.safetensors").unlink()
-    finish(start(script, *flags[script], "--name", name, processes=2))
+    finish(start(script, "--name", name, processes=2))
     the_same(folder, complete, name, network)
 
 
@@ -146,7 +162,7 @@ def test_two_processes_follow_the_curve_of_one(whole, script, sequence):
 
 def test_two_nodes_of_two_processes_follow_the_curve_of_one(start, folder, flags):
     """Parameters are sharded within a node and replicated over nodes (HSDP), those of a new adapter too."""
-    short = ("train_slow_adapter.py", *flags["a new adapter"], "--name")
+    short = ("train_slow_adapter", *flags["a new adapter"], "--init=", "--name")
     finish(start(*short, "one"))
     finish(start(*short, "nodes", processes=2, nodes=2))
     one, nodes = (outcome(folder, name, "slow_adapter") for name in ("one", "nodes"))
@@ -154,14 +170,13 @@ def test_two_nodes_of_two_processes_follow_the_curve_of_one(start, folder, flags
     same_curve(one, nodes)
 
 
-def test_the_adapter_learns_from_diffusion_then_rests_then_from_both(start, folder, flags):
-    script, more = "finetune_hybrid.py", ("--diffusion_first", 3, "--adapter_start", 2, "--steps", 9, "--ratio", 3)
-    finish(start(script, *flags[script], *more, "--name", "in_turn"))
+def test_the_adapter_learns_from_diffusion_then_rests_then_from_both(start, folder):
+    finish(start("finetune_hybrid", "--diffusion_first", 3, "--steps", 8, "--name", "in_turn"))
     log, _ = outcome(folder, "in_turn", "fast_adapter")
-    assert [line["step"] for line in log if "discriminator_loss" in line] == list(range(4, 10))
+    assert [line["step"] for line in log if "discriminator_loss" in line] == list(range(4, 9))
     learned = {line["step"]: line for line in log if "diffusion_loss" in line}
-    assert list(learned) == [3, 6, 9] and all(line["diffusion_loss"] > 0 for line in learned.values())
-    assert learned[3]["adversarial_loss"] == 0 < min(learned[6]["adversarial_loss"], learned[9]["adversarial_loss"])
+    assert list(learned) == [2, 6, 8] and all(line["diffusion_loss"] > 0 for line in learned.values())
+    assert learned[2]["adversarial_loss"] == 0 < min(learned[6]["adversarial_loss"], learned[8]["adversarial_loss"])
 
 
 def same_curve(one, other) -> None:
@@ -180,14 +195,12 @@ def same_curve(one, other) -> None:
 
 KILLER = """
 import os, pathlib, signal, sys
-from core.config import run_script
-from toy import train_slow_generator
 
 def die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)
 moment, step = sys.argv.pop(1), sys.argv.pop(1)
 if moment == "rename":
-    rename = os.rename
-    os.rename = lambda a, b: die() if step in str(b) else rename(a, b)
+    rename = pathlib.Path.rename
+    pathlib.Path.rename = lambda a, b: die() if step in str(b) else rename(a, b)
 else:  # the second of its writes to that folder
     import torch.distributed.checkpoint as dcp
     save = dcp.async_save
@@ -200,7 +213,9 @@ else:  # the second of its writes to that folder
             die()
         return saved
     dcp.async_save = cut
-run_script(train_slow_generator.main, train_slow_generator.Config)
+sys.path.insert(0, os.path.dirname(__file__))
+import stage
+stage.run_script(lambda cfg: stage.script.main(stage.replace(cfg, **stage.short)), stage.script.Config)
 """
 
 
@@ -209,9 +224,9 @@ def test_kill_while_a_checkpoint_is_written_loses_only_that_one(start, folder, w
     script, (killer, kept) = "toy.train_slow_generator", (folder / "killer.py", folder / "runs" / "k" / "ckpt")
     killer.write_text(KILLER)
     for moment, step, left in (("rename", "00000003", []), ("write", "00000005", ["step_00000003"])):
-        job = start(str(killer), moment, step, *flags[script], "--name", "k")
+        job = start_in(folder)(str(killer), moment, step, script, 0, *flags[script], "--name", "k")
         assert job.returncode == -signal.SIGKILL, job.stderr[-2000:]
         assert sorted(p.name for p in kept.glob("step_*")) == left
-    finish(start(script, *flags[script], "--name", "k"))
+    finish(start(script, "--name", "k"))
     assert outcome(folder, "k", "slow_generator")[0] == whole(script, 1)[0]
     assert sorted(p.name for p in kept.iterdir()) == ["step_00000003", "step_00000005"]

@@ -89,7 +89,7 @@ def small(published, tmp_path, monkeypatch):
 def job(folder, **options) -> sample.Config:
     """What `sample.py --preset wan5b` is told, but for a shorter video."""
     told = {"preset": "wan5b", "image": "x.png", "traj": "boxes.json", "out": "o.mp4", "frames": 5, "prompt": PROMPT}
-    return sample.Config(**sample.WAN5B | told | {"weights": str(folder), "steps": 2} | options)
+    return replace(sample.WAN5B, **told | {"weights": str(folder), "steps": 2} | options)
 
 
 class Recorder:
@@ -203,18 +203,13 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     Stage 2's rates are too small for bfloat16 to show one step of them, so here they are larger.
     """
     write_clips(Path("clips"))
-    clips = prepare_clips.WAN5B | {
-        "preset": "wan5b",
-        "source": "clips",
-        "weights": str(small),
-        "frames": 5,
-        "sparse": 0.5,
-    }
-    prepare_clips.main(prepare_clips.Config(out="shards", **clips))
+    clips = {"source": "clips", "weights": str(small), "frames": 5, "sparse": 0.5}
+    prepare_clips.main(replace(prepare_clips.WAN5B, out="shards", **clips))
     data = ClipLatents("shards", 32, batch=2)
     assert len(data.shapes) == 2 and data.unconditional().any()
     saves, judged, read = [], [], []
-    monkeypatch.setattr(Run, "save", lambda run, step, wait=False: saves.append(step))  # a gigabyte to disk, else
+    monkeypatch.setattr("core.runs.LOG_EVERY", 1)
+    monkeypatch.setattr(Run, "save", lambda run, step, last: saves.append(step))  # a gigabyte to disk, else
     load = model.load
     monkeypatch.setattr(model, "load", lambda *args: read.append(args[3]) or load(*args))
     monkeypatch.setitem(model.FROZEN_DTYPE, "wan5b", torch.bfloat16)  # but --dtype float32 is for all networks
@@ -225,11 +220,11 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
         return loss(student, real_score, fake_score, draw)
 
     monkeypatch.setattr(distill_fast, "student_loss", student_loss)
-    options = {"preset": "wan5b", "data": "shards", "weights": str(small), "steps": 1, "batch": 2, "log_every": 1}
+    options = {"preset": "wan5b", "data": "shards", "weights": str(small), "steps": 1, "batch": 2}
     options |= {"compile": False, "dtype": "float32"}
 
     def run(script, **more):
-        script.main(script.Config(**script.WAN5B | options | more))
+        script.main(replace(script.WAN5B, **options | more))
 
     out = {name: Path(f"runs/{name}/{name}.safetensors") for name in ("slow_adapter", "fast_generator", "fast_adapter")}
     run(train_slow_adapter, generator=str(small), mask_steps=0, warmup=0, lr=1e-2)
@@ -252,7 +247,7 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     assert torch.equal(trained.norm.mean, adapter.norm.mean)  # it goes on with the statistics of stage 1
     assert not torch.equal(trained.blocks[0].project.weight, adapter.blocks[0].project.weight)
     (row,) = map(json.loads, Path("runs/fast_adapter/log.jsonl").read_text().splitlines())
-    assert row["adversarial_pull"] > 0 and row["diffusion_pull"] > 0 and saves == [1, 1, 1]
+    assert row["adversarial_loss"] > 0 and row["diffusion_loss"] > 0 and saves == [1, 1, 1]
     assert read_safetensors("runs/fast_adapter/classifier.safetensors")[0]["network"] == "Classifier"
 
     networks = {"generator": str(out["fast_generator"]), "adapter": str(out["fast_adapter"])}
@@ -272,4 +267,4 @@ def test_clips_from_before_the_negative_prompt_are_refused_by_stage_2_alone(smal
     Path("shards/config.json").write_text("{}")
     options = {"preset": "wan5b", "data": "shards", "weights": str(small), "generator": str(small), "compile": False}
     with pytest.raises(UserError, match="shards: holds no negative prompt; prepare the clips anew"):
-        distill_fast.main(distill_fast.Config(**distill_fast.WAN5B | options | {"steps": 1}))
+        distill_fast.main(replace(distill_fast.WAN5B, **options, steps=1))

@@ -15,7 +15,7 @@ import csv
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -51,11 +51,13 @@ class Config:
     seed: int = 0  # of which clips are sparse, and in which frames
 
 
-WAN5B = {
-    "size": "auto",  # (Wan)
-    "frames": 121,  # (Wan)
-    "maps": "outline",  # (paper)
-}
+WAN5B = replace(
+    Config(),
+    preset="wan5b",
+    size="auto",  # (Wan)
+    frames=121,  # (Wan)
+    maps="outline",  # (paper)
+)
 
 
 @dataclass(frozen=True)

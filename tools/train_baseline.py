@@ -23,43 +23,41 @@ from core import optim, parallel
 from core.config import run_script, shipped
 from core.noise import sample_uniform, step_noise
 from core.parallel import Processes
-from core.runs import Run, check_options, due
-from core.weights import save_network
+from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
-from distill_fast import Draw, draw_exit_step, fake_score_loss, levels_above, student_learns, student_loss
+from distill_fast import Draw, draw_exit_step, fake_score_loss, student_learns, student_loss
 from finetune_hybrid import make_video
 from flow import Velocity
 from model import VideoDiT
 
+PATH, SKIP = 40, 2  # lcm: steps of the slow networks from noise to data, and between two levels that are to agree
+
 
 @dataclass(frozen=True)
-class Config:
-    name: str = "baseline"  # run folder under runs/
-    preset: Literal["small"] = "small"  # size of the networks
-    loss: Literal["dmd", "lcm"] = "dmd"  # distribution matching, or consistency
-    slow_generator: str = shipped("checkpoints/small/slow_generator.safetensors")  # of stage 0
-    slow_adapter: str = shipped("checkpoints/small/slow_adapter.safetensors")  # of stage 1, where training starts
-    fast_generator: str = shipped("checkpoints/small/fast_generator.safetensors")  # of stage 2, frozen
-    steps: int = 400  # of training; with dmd the adapter learns in every `ratio`-th
+class Recipe:
+    """Values to be edited here."""
+
+    preset: str = "small"  # size of the networks
     ratio: int = 5  # dmd: updates of the fake score for one of the adapter
-    denoising_steps: int = flow.FAST["small"].steps  # of the FastGenerator
-    path: int = 40  # lcm: steps of the slow networks from noise to data
-    skip: int = 2  # lcm: how many of them lie between two noise levels that are to agree
     batch: int = 8  # videos a step, over all processes
-    accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-4  # peak learning rate of the adapter
     fake_lr: float = 4e-4  # dmd: peak learning rate of the fake score
     warmup: int = 20  # steps of linear warm-up before the cosine
-    weight_decay: float = 0.01  # decoupled
-    clip: float = 1.0  # largest gradient norm
     ema: float = 0.95  # decay of the averaged adapter: the one exported, and the target of the consistency loss
-    shift: float = flow.FAST["small"].shift  # warp of all noise levels towards noise
+    save_every: int = 50  # steps
+    sample_every: int = 300  # steps
+
+
+@dataclass(frozen=True)
+class Config(Recipe):
+    name: str = "baseline"  # run folder under runs/
+    loss: Literal["dmd", "lcm"] = "dmd"  # distribution matching, or consistency
+    weights: str = shipped("checkpoints/small")  # folder of slow_generator, slow_adapter and fast_generator.safetensors
+    steps: int = 400  # of training; with dmd the adapter learns in every `ratio`-th
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of data order and noise
-    log_every: int = 20  # steps
-    save_every: int = 50  # steps
-    sample_every: int = 300  # steps; 0 for no samples
+    wandb: str = ""  # project on Weights & Biases to which the log goes too
 
 
 class Controlled(nn.Module):
@@ -76,7 +74,7 @@ class Controlled(nn.Module):
 def consistency_loss(
     student: Velocity, averaged: Velocity, teacher: Velocity, x0: Tensor, noise: Tensor, high: Tensor, low: Tensor
 ) -> Tensor:
-    """What the student predicts from noise level `high` is what its average predicts one step of the teacher below.
+    """The student's prediction at noise level `high` should be its average's, one step of the teacher further down.
 
     x0, noise [B,C,F,H,W]; high, low [B], low < high. The teacher takes an Euler step of its path from `high` to `low`;
     at level 0 the average predicts its input (consistency models, eq. 8; latent consistency models, section 4).
@@ -105,67 +103,69 @@ def consistency_step(
     data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the adapter by the consistency loss."""
-    losses, shares = [], procs.share(cfg.batch, cfg.accumulate, step)
-    path = flow.sigma_schedule(cfg.path, cfg.shift)
-    for samples in shares:
-        x0, text, traj = data.batch(samples, "box").to(procs.device)
-        noise = step_noise(1, x0.shape[1:], samples, cfg.seed, step)[0].to(procs.device)
-        u = sample_uniform(samples, cfg.batch, cfg.seed, step)
-        first = [int(v * (cfg.path - cfg.skip + 1)) for v in u]
-        high, low = (torch.tensor([path[i + k] for i in first], device=procs.device) for k in (0, cfg.skip))
-        velocity, truth = (partial(network, text=text, traj=traj) for network in (student, teacher))
-        with parallel.autocast(procs.device, cfg.dtype):
-            loss = consistency_loss(velocity, averaged(velocity, ema), truth, x0, noise, high, low)
-        (loss / len(shares)).backward()
-        losses.append(loss.detach())
-    norm = optim.clip_and_step(student.adapter, optimizers, cfg.clip)
-    return {"consistency_loss": torch.stack(losses).mean(), "adapter_grad_norm": norm}
+    (samples,), path = procs.share(cfg.batch, 1, step), flow.sigma_schedule(PATH, flow.FAST[cfg.preset].shift)
+    x0, text, traj = data.batch(samples, "box").to(procs.device)
+    noise = step_noise(1, x0.shape[1:], samples, cfg.seed, step)[0].to(procs.device)
+    first = [int(v * (PATH - SKIP + 1)) for v in sample_uniform(samples, cfg.batch, cfg.seed, step)]
+    high, low = (torch.tensor([path[i + k] for i in first], device=procs.device) for k in (0, SKIP))
+    velocity, truth = (partial(network, text=text, traj=traj) for network in (student, teacher))
+    with parallel.autocast(procs.device, cfg.dtype):
+        loss = consistency_loss(velocity, averaged(velocity, ema), truth, x0, noise, high, low)
+    loss.backward()
+    return {"consistency_loss": loss.detach(), "adapter_grad_norm": optim.clip_and_step(student.adapter, optimizers)}
+
+
+def levels_above(u: Tensor, exit_step: int, steps: int) -> Tensor:
+    """Uniform u in [0, 1) -> uniform over the levels, before the shift, from the one after `exit_step` to pure noise.
+
+    The sampler noises the prediction of `exit_step` to that level and never shows it with less noise. If the scores
+    judged it there too, the fake score would mix the vague predictions of the first steps with those of the last one,
+    which would overshoot to make up for them (this project's own finding, docs/LOG.md).
+    """
+    return 1 - (1 - u) * (exit_step + 1) / steps
 
 
 def matching_step(
     step: int, learner: Literal["fake", "adapter"], cfg: Config, student: Controlled, fake_score: Controlled,
     teacher: Controlled, optimizers: Sequence[Optimizer], data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """One update of the fake score or of the adapter, by stage 2's losses; every network is told the trajectory."""
-    turn, losses = 2 * step + (learner == "adapter"), []
-    exit_step, sigmas = draw_exit_step(cfg, turn), flow.sigma_schedule(cfg.denoising_steps, cfg.shift)
-    shares = procs.share(cfg.batch, cfg.accumulate, turn)
-    for samples in shares:
-        x0, text, traj = data.batch(samples, "box").to(procs.device)
-        noise = step_noise(cfg.denoising_steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
-        u = sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
-        sigma = flow.shift_sigma(levels_above(u, exit_step, cfg.denoising_steps), cfg.shift).clamp(0.02, 0.98)
-        draw = Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
-        makes, fake, real = (partial(n, text=text, traj=traj) for n in (student, fake_score, teacher))
-        with parallel.autocast(procs.device, cfg.dtype):
-            if learner == "fake":
-                loss = fake_score_loss(fake, student=makes, draw=draw)
-            else:
-                loss = student_loss(makes, real_score=real, fake_score=fake, draw=draw)
-        (loss / len(shares)).backward()
-        losses.append(loss.detach())
-    norm = optim.clip_and_step(fake_score if learner == "fake" else student.adapter, optimizers, cfg.clip)
-    return {f"{learner}_loss": torch.stack(losses).mean(), f"{learner}_grad_norm": norm}
+    """One update of the fake score or of the adapter, by stage 2's losses; every network reads the trajectory."""
+    turn, (steps, shift, _) = 2 * step + (learner == "adapter"), flow.FAST[cfg.preset]
+    exit_step, sigmas = draw_exit_step(steps, cfg.seed, turn), flow.sigma_schedule(steps, shift)
+    (samples,) = procs.share(cfg.batch, 1, turn)
+    x0, text, traj = data.batch(samples, "box").to(procs.device)
+    noise = step_noise(steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
+    u = sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
+    sigma = flow.shift_sigma(levels_above(u, exit_step, steps), shift).clamp(0.02, 0.98)
+    draw = Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
+    makes, fake, real = (partial(n, text=text, traj=traj) for n in (student, fake_score, teacher))
+    with parallel.autocast(procs.device, cfg.dtype):
+        if learner == "fake":
+            loss = fake_score_loss(fake, makes, draw, on="velocity")
+        else:
+            loss = student_loss(makes, real_score=real, fake_score=fake, draw=draw)
+    loss.backward()
+    norm = optim.clip_and_step(fake_score if learner == "fake" else student.adapter, optimizers)
+    return {f"{learner}_loss": loss.detach(), f"{learner}_grad_norm": norm}
 
 
 def main(cfg: Config) -> None:
-    check_options(cfg)
-    procs = parallel.init_processes()
+    procs = start_processes(cfg)
 
     # 1. The student: the frozen FastGenerator and the adapter that learns. The teacher: the slow networks, frozen.
-    def read(generator: str, kind: str) -> Controlled:
-        network = VideoDiT.from_pretrained(generator, f"{kind}Generator").requires_grad_(False)
-        adapter = read_adapter(cfg.slow_adapter, "SlowAdapter").requires_grad_(False)
-        prepared = (parallel.prepare(part, procs, cfg.compile, dtype=cfg.dtype) for part in (network, adapter))
-        return Controlled(*prepared)
+    def read(kind: str) -> Controlled:
+        file = f"{cfg.weights}/{kind.lower()}_generator.safetensors"
+        network = VideoDiT.from_pretrained(file, f"{kind}Generator").requires_grad_(False)
+        adapter = read_adapter(f"{cfg.weights}/slow_adapter.safetensors", "SlowAdapter").requires_grad_(False)
+        return Controlled(*(parallel.prepare(part, procs, cfg.compile, dtype=cfg.dtype) for part in (network, adapter)))
 
-    student, teacher = read(cfg.fast_generator, "Fast"), read(cfg.slow_generator, "Slow")
+    student, teacher = read("Fast"), read("Slow")
     adapter = student.adapter.requires_grad_(True)
-    optimizers, ema = [optim.adamw(adapter, cfg.weight_decay)], optim.EMA(adapter, cfg.ema)
+    optimizers, ema = [optim.adamw(adapter)], optim.EMA(adapter, cfg.ema)
     parts = {"adapter": (adapter, optimizers, ema)}
     if cfg.loss == "dmd":
-        fake_score = read(cfg.slow_generator, "Slow").requires_grad_(True)
-        fake_optimizers = [optim.adamw(fake_score, cfg.weight_decay)]
+        fake_score = read("Slow").requires_grad_(True)
+        fake_optimizers = [optim.adamw(fake_score)]
         parts["fake"] = fake_score, fake_optimizers, None
 
     # 2. What they learn from.
@@ -175,13 +175,13 @@ def main(cfg: Config) -> None:
     start = run.resume()
 
     # 3. The loop.
+    make = partial(make_video, cfg=cfg, generator=student.generator, adapter=adapter)
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps
         if due(step, cfg.save_every, start, last):
-            run.save(step, wait=last)
+            run.save(step, last)
         if due(step, cfg.sample_every, start, last):
             with ema.applied():
-                make = partial(make_video, cfg=cfg, generator=student.generator, adapter=adapter)
                 run.write_samples(step, codec, held_out, make, "box")
         if last:
             break
@@ -197,9 +197,7 @@ def main(cfg: Config) -> None:
                 values |= matching_step(step, "adapter", cfg, *networks, optimizers, data, procs)
                 ema.update(step)
         run.log(step + 1, **values)
-    weights = ema.weights(keep=procs.rank == 0)
-    if procs.rank == 0:
-        save_network(run.folder / "fast_adapter.safetensors", "FastAdapter", adapter.config, weights)
+    run.export("fast_adapter", adapter, ema)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ all networks trained on its latents. To resume, run the same command again.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +25,17 @@ from core.weights import save_network
 from model import PRESETS
 from toy.codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
 from toy.metrics import laplacian
+from toy.muon import muon_and_adamw
 from toy.world import World
 
 SIZE = (64, 64)  # of the videos; a decoder of convolutions serves any
 
 
 @dataclass(frozen=True)
-class Config:
-    name: str = "codec"  # run folder under runs/
-    init: str = ""  # a codec whose decoder to train further; a new codec if empty
+class Recipe:
+    """Values to be edited here."""
+
     fit: int = 256  # videos for the principal components
-    steps: int = 1200  # optimizer steps in all
     batch: int = 16  # videos a step
     frames: int = 4  # of each video; one in four shows its maps
     lr: float = 4e-3  # peak learning rate of the kernels
@@ -44,11 +43,17 @@ class Config:
     noise: float = 0.06  # standard deviation of the noise on the latents, whose mean variance is 1
     detail: float = 0.1  # weight of the error of the Laplacian, for crisp edges
     energy: float = 0.3  # weight of the error of the Laplacian's energy around each pixel, against blur
-    clip: float = 1.0  # largest gradient norm
-    seed: int = 0  # of weights, data order and noise
-    log_every: int = 20  # steps
     save_every: int = 250  # steps
-    sample_every: int = 500  # steps; 0 for no samples
+    sample_every: int = 500  # steps
+
+
+@dataclass(frozen=True)
+class Config(Recipe):
+    name: str = "codec"  # run folder under runs/
+    init: str = ""  # a codec whose decoder to train further; a new codec if empty
+    steps: int = 1200  # optimizer steps in all
+    seed: int = 0  # of weights, data order and noise
+    wandb: str = ""  # project on Weights & Biases to which the log goes too
 
 
 def frames_of(world: World, samples: list[int], number: int, seed: int) -> Tensor:
@@ -77,7 +82,7 @@ def training_step(step: int, cfg: Config, model: ToyAutoencoder, optimizers: Seq
     noise = torch.randn(latents.shape, generator=rng(cfg.seed, step, 1))
     loss = decoder_loss(model.decode(latents + cfg.noise * noise), frames, cfg.detail, cfg.energy)
     loss.backward()
-    return {"loss": loss.detach(), "grad_norm": optim.clip_and_step(model.detail, optimizers, cfg.clip)}
+    return {"loss": loss.detach(), "grad_norm": optim.clip_and_step(model.detail, optimizers)}
 
 
 @torch.no_grad()
@@ -87,7 +92,8 @@ def write_samples(step: int, run: Run, model: ToyAutoencoder, world: World) -> N
     videos = [clip for pair in zip(batch.video, batch.maps("pixels", "box"), strict=True) for clip in pair]
     back = [model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos]
     run.samples(step, [clip for pair in zip(videos, back, strict=True) for clip in pair])
-    run.log(step, always=True, held_out_error=float((torch.stack(back) - torch.stack(videos)).square().mean()))
+    error = (torch.stack(back) - torch.stack(videos)).square().mean()
+    print(f"step {step}: mean squared error of held-out videos and maps {error:.6f}", flush=True)
 
 
 def main(cfg: Config) -> None:
@@ -101,21 +107,21 @@ def main(cfg: Config) -> None:
         model = ToyAutoencoder(AutoencoderConfig(channels=PRESETS["small"].channels))
         model.fit_linear(world.batch(list(range(cfg.fit))).video.transpose(1, 2).flatten(0, 1))
     decoder = model.requires_grad_(False).detail.requires_grad_(True)
-    optimizers = optim.make_optimizers(decoder, decoder, weight_decay=0.01)
+    optimizers = muon_and_adamw(decoder, decoder)
     run = Run(f"runs/{cfg.name}", cfg, procs, {"codec": (model, optimizers, None)})
     start = run.resume()
 
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps
         if due(step, cfg.save_every, start, last):
-            run.save(step, wait=last)
+            run.save(step, last)
         if due(step, cfg.sample_every, start, last):
             write_samples(step, run, model, held_out)
         if last:
             break
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
         run.log(step + 1, **training_step(step, cfg, model, optimizers, world))
-    save_network(Path(f"runs/{cfg.name}/codec.safetensors"), "ToyAutoencoder", model.config, model.state_dict())
+    save_network(run.folder / "codec.safetensors", "ToyAutoencoder", model.config, model.state_dict())
 
 
 if __name__ == "__main__":

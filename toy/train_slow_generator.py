@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 -m toy.train_slow_generator
 
 The paper starts from Wan2.2-TI2V-5B; the toy world has no published generator, so we train one. An adapter on a frozen
-network this small learned slowly (docs/LOG.md). So for a share of the videos an adapter, the *guide*, already tells the
-generator the trajectory. It is trained along and exported too, for stage 1 to start from. Training begins with pure
-noise: only from there did the network learn to read the prompt. To resume, run the same command again.
+network this small learned slowly (docs/LOG.md). So an adapter, the *guide*, is trained along and gives a share of the
+videos their trajectory; stage 1 starts from it. Training begins with pure noise: only from there did the network learn
+to read the prompt. To resume, run the same command again.
 """
 
 from collections.abc import Sequence
@@ -24,53 +24,54 @@ import flow
 from adapter import ResNetAdapter, controlled
 from core import optim, parallel
 from core.codec import Batch
-from core.config import UserError, run_script
+from core.config import run_script
 from core.noise import sample_noise, sample_uniform
 from core.parallel import Processes
-from core.runs import Run, check_options, due
-from core.weights import save_network
+from core.runs import Run, due, start_processes
 from model import PRESETS, VideoDiT
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
+from toy.muon import muon_and_adamw
 from trajectory import Maps
 
-SHAPES = [  # of the videos, each after what divides --batch: the first ones, and then the others in turn
+SHAPES = [  # a divisor of --batch, and the shape of the videos: the first one at first, then the others in turn
     (1, {"size": (64, 64), "frames": 5}),
     (4, {}),
     (8, {"size": (128, 192)}),
     (4, {"size": (64, 64), "frames": 17}),
     (8, {"size": (192, 128)}),
 ]
-GUIDED, PURE = 2, 3  # random streams: whose trajectory the guide tells, and which videos are pure noise
+GUIDED, PURE = 2, 3  # random streams: which videos are guided, and which are pure noise
 
 
 @dataclass(frozen=True)
-class Config:
-    name: str = "slow_generator"  # run folder under runs/
-    preset: Literal["small"] = "small"  # size of the network
-    init: str = ""  # folder with slow_generator.safetensors and slow_adapter.safetensors to start from; random if empty
+class Recipe:
+    """Values to be edited here."""
+
     maps: Maps = "pixels"  # how the trajectories that a new guide reads are painted
-    guided: float = 0.8  # share of videos whose trajectory the guide tells
+    guided: float = 0.8  # share of videos with the guide's help
     sparse: float = 0.15  # share of trajectories with frames blacked out
-    small: float = 0.7  # share of the steps, the first ones, on videos of less width, height and length
     change: float = 4.0  # how much more than the rest a place counts that differs from frame 0
-    steps: int = 13000  # optimizer steps in all
-    batch: int = 32  # videos a step, over all processes
-    accumulate: int = 1  # micro-batches a step; 0 is one video in each
-    lr: float = 6e-3  # peak learning rate of the matrices
     warmup: int = 100  # steps of linear warm-up before the cosine
-    weight_decay: float = 0.05  # decoupled
-    clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights, the ones exported
     shift: float = 2.5  # warp of training noise levels towards noise
+    sample_every: int = 1000  # steps
+
+
+@dataclass(frozen=True)
+class Config(Recipe):
+    name: str = "slow_generator"  # run folder under runs/
+    init: str = ""  # folder with slow_generator.safetensors and slow_adapter.safetensors to start from; random if empty
+    small: float = 0.7  # share of the steps, the first ones, on videos of less width, height and length
+    steps: int = 13000  # optimizer steps in all
+    batch: int = 32  # videos a step, over all processes
+    lr: float = 6e-3  # peak learning rate of the matrices
     pure_noise: float = 1.0  # share of videos at noise level 1, where the prompt counts most; falls linearly to none
-    drop_text: float = 0.1  # share of empty captions, for guidance
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of weights, data order and noise
-    log_every: int = 20  # steps
     save_every: int = 500  # steps
-    sample_every: int = 1000  # steps; 0 for no samples
+    wandb: str = ""  # project on Weights & Biases to which the log goes too
 
 
 def shape_number(step: int, steps: int, small: float, shapes: int) -> int:
@@ -83,29 +84,25 @@ def training_step(
     guide_optimizers: Sequence[Optimizer], batch: int, data: ToyLatents, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the generator and of its guide, on `batch` videos."""
-    losses, shares = [], procs.share(batch, cfg.accumulate, step)
-    for samples in shares:
-        x0, text, traj = data.batch(samples, "box", cfg.sparse, cfg.drop_text).to(procs.device)
-        noise = sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
-        sigma = flow.shift_sigma(sample_uniform(samples, batch, cfg.seed, step).to(procs.device), cfg.shift)
-        pure = cfg.pure_noise * (1 - step / cfg.steps)
-        sigma[sample_uniform(samples, 1, cfg.seed, step, PURE).to(procs.device) < pure] = 1
-        guided = sample_uniform(samples, 1, cfg.seed, step, GUIDED).to(procs.device) < cfg.guided
-        with parallel.autocast(procs.device, cfg.dtype):
-            residuals = [r * guided[:, None, None] for r in guide(traj)]
-            moves = (x0.abs() > 1e-4).any(1, keepdim=True)  # latents of later frames are differences
-            weight = 1 + (cfg.change - 1) * moves
-            velocity = partial(model, text=text, residuals=residuals)
-            loss = flow.flow_matching_loss(velocity, x0, noise, sigma, model.config.predicts, weight)
-        (loss / len(shares)).backward()
-        losses.append(loss.detach())
-    optim.clip_and_step(guide, guide_optimizers, cfg.clip)
-    norm = optim.clip_and_step(model, optimizers, cfg.clip)
-    return {"loss": torch.stack(losses).mean(), "grad_norm": norm}
+    (samples,) = procs.share(batch, 1, step)
+    x0, text, traj = data.batch(samples, "box", cfg.sparse, drop_text=0.1).to(procs.device)
+    noise = sample_noise(x0.shape[1:], samples, cfg.seed, step).to(procs.device)
+    sigma = flow.shift_sigma(sample_uniform(samples, batch, cfg.seed, step).to(procs.device), cfg.shift)
+    pure = cfg.pure_noise * (1 - step / cfg.steps)
+    sigma[sample_uniform(samples, 1, cfg.seed, step, PURE).to(procs.device) < pure] = 1
+    guided = sample_uniform(samples, 1, cfg.seed, step, GUIDED).to(procs.device) < cfg.guided
+    with parallel.autocast(procs.device, cfg.dtype):
+        residuals = [r * guided[:, None, None] for r in guide(traj)]
+        moves = (x0.abs() > 1e-4).any(1, keepdim=True)  # latents of later frames are differences
+        velocity, weight = partial(model, text=text, residuals=residuals), 1 + (cfg.change - 1) * moves
+        loss = flow.flow_matching_loss(velocity, x0, noise, sigma, model.config.predicts, weight)
+    loss.backward()
+    optim.clip_and_step(guide, guide_optimizers)
+    return {"loss": loss.detach(), "grad_norm": optim.clip_and_step(model, optimizers)}
 
 
 def make_videos(batch: Batch, number: int, cfg: Config, model: VideoDiT, guide: ResNetAdapter) -> list[Tensor]:
-    """Latents of what the generator makes of a held-out clip: alone, and guided."""
+    """Latents of two videos from a held-out clip's first frame and text: the generator's alone, and guided."""
     noise = sample_noise(batch.x0.shape[1:], [number], cfg.seed).to(batch.x0.device)
     sigmas = flow.sigma_schedule(20, cfg.shift)
     velocities = partial(model, text=batch.text), controlled(model, guide, batch.text, batch.traj)
@@ -113,20 +110,17 @@ def make_videos(batch: Batch, number: int, cfg: Config, model: VideoDiT, guide: 
 
 
 def main(cfg: Config) -> None:
-    check_options(cfg)
-    if not 0 <= cfg.small <= 1 or cfg.change <= 0:
-        raise UserError(f"--small {cfg.small} --change {cfg.change}: a share from 0 to 1, and a number above 0")
-    procs = parallel.init_processes()
+    procs = start_processes(cfg)
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     if cfg.init:
         model = VideoDiT.from_pretrained(Path(cfg.init, "slow_generator.safetensors"), "SlowGenerator")
         guide = adapters.read_adapter(Path(cfg.init, "slow_adapter.safetensors"), "SlowAdapter")
     else:
-        shape = replace(adapters.PRESETS[cfg.preset], maps=cfg.maps)
-        model, guide = VideoDiT(PRESETS[cfg.preset]), ResNetAdapter(shape)
+        model = VideoDiT(PRESETS["small"])
+        guide = ResNetAdapter(replace(adapters.PRESETS["small"], maps=cfg.maps))
     model, guide = (parallel.prepare(network, procs, cfg.compile, dtype=cfg.dtype) for network in (model, guide))
-    optimizers = optim.make_optimizers(model, model.blocks, cfg.weight_decay)
-    guide_optimizers = optim.make_optimizers(guide, guide.blocks, cfg.weight_decay)
+    optimizers = muon_and_adamw(model, model.blocks, weight_decay=0.05)
+    guide_optimizers = muon_and_adamw(guide, guide.blocks, weight_decay=0.05)
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
     codec = ToyCodec()
     codec.network.to(procs.device)
@@ -136,7 +130,7 @@ def main(cfg: Config) -> None:
         for divisor, shape in SHAPES
     ]
     for batch, _ in sources[: 1 if cfg.small == 1 else None]:
-        procs.share(batch, cfg.accumulate, 0)  # a batch that doesn't divide is refused before anything is trained
+        procs.share(batch, 1, 0)  # a batch that doesn't divide is refused before anything is trained
     held_out = ToyLatents(codec, maps, "validation")
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
@@ -144,13 +138,14 @@ def main(cfg: Config) -> None:
     if start == 0 and not cfg.init:
         guide.norm.fit([sources[0][1].batch([n], "box").traj for n in range(16)])  # the same on every rank
 
+    make = partial(make_videos, cfg=cfg, model=model, guide=guide)
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps
         if due(step, cfg.save_every, start, last):
-            run.save(step, wait=last)
+            run.save(step, last)
         if due(step, cfg.sample_every, start, last):
             with ema.applied(), guide_ema.applied():
-                run.write_samples(step, codec, held_out, partial(make_videos, cfg=cfg, model=model, guide=guide), "box")
+                run.write_samples(step, codec, held_out, make, "box")
         if last:
             break
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
@@ -160,10 +155,8 @@ def main(cfg: Config) -> None:
         ema.update(step)
         guide_ema.update(step)
         run.log(step + 1, **values, lr=lr)
-    weights, guide_weights = (average.weights(keep=procs.rank == 0) for average in (ema, guide_ema))
-    if procs.rank == 0:
-        save_network(run.folder / "slow_generator.safetensors", "SlowGenerator", model.config, weights)
-        save_network(run.folder / "slow_adapter.safetensors", "SlowAdapter", guide.config, guide_weights)
+    run.export("slow_generator", model, ema)
+    run.export("slow_adapter", guide, guide_ema)
 
 
 if __name__ == "__main__":
