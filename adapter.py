@@ -1,7 +1,6 @@
 """Trajectory adapters: networks that read the drawn trajectory and add one residual to every block of a VideoDiT.
 
-An adapter has as many blocks as the DiT. Block i's output passes a projection that starts at zero and is added to the
-output of DiT block i, so a fresh adapter changes nothing, to the bit.
+A projection, zero at first, takes block i's output to DiT block i, so a fresh adapter changes nothing, to the bit.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.config import UserError
-from core.parallel import own_tokens
+from core.parallel import TokenSplit
 from core.weights import load, read_network
 from flow import Velocity
 from model import OTHER_FILE, DiTConfig, PatchEmbedding, VideoDiT, init_xavier
@@ -32,7 +31,7 @@ class AdapterConfig:
     channels: int = 48  # of the trajectory latent
     patch: tuple[int, int, int] = (1, 2, 2)
     fixed_norm: bool = False  # trajectory latents normed by fixed statistics, not by the clip's own
-    maps: Maps = "outline"  # how the trajectories that it reads are painted: Trajectory.maps
+    maps: Maps = "outline"  # how its trajectories are painted: Trajectory.maps
 
 
 PRESETS = {
@@ -43,15 +42,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class ControlNetConfig(DiTConfig):
-    """That of the generator which a ControlNetAdapter serves, and how its trajectories are painted."""
+    """Its generator's config, and how its trajectories are painted."""
 
     maps: Maps = "outline"
 
 
 class FixedNorm(nn.Module):
-    """Channels of trajectory latents to mean 0 and deviation 1, by statistics of many: a line weighs the same however
-    much of the picture the boxes cover. [B, C, F, H, W] -> the same shape.
-    """
+    """Norms channels of trajectory latents [B, C, F, H, W] by statistics of many clips: lines do not depend on area."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -71,9 +68,7 @@ class FixedNorm(nn.Module):
 
 
 class ResNetBlock(nn.Module):
-    """A 3x3 convolution in space, then one of 3 frames in time, with a skip; and the projection to the DiT's width."""
-
-    group = None  # processes that share a video's tokens
+    """A 3x3 convolution in space and one of 3 frames in time, with a skip; then a projection to the DiT's width."""
 
     def __init__(self, hidden: int, dim: int):
         super().__init__()
@@ -82,28 +77,29 @@ class ResNetBlock(nn.Module):
         self.time = nn.Conv3d(hidden, hidden, (3, 1, 1))
         self.project = nn.Linear(hidden, dim)  # the zero-initialised 1x1 convolution, on tokens
 
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, split: TokenSplit) -> tuple[Tensor, Tensor]:
         """h [B, hidden, F, h, w] -> the next h, and this block's residual [B, N, dim]."""
         y = self.space(F.silu(self.norm1(h)))
-        # Where Conv3d itself pads two frames in bfloat16, oneDNN leaves a part of the weight's gradient unwritten.
+        # Not padded by Conv3d: for two frames in bfloat16 oneDNN then leaves a part of the weight's gradient unwritten.
         h = h + self.time(F.pad(F.silu(self.norm2(y)), (0, 0, 0, 0, 1, 1)))
         tokens = F.silu(self.norm3(h)).flatten(2).transpose(1, 2)
-        return h, self.project(own_tokens(tokens, h.shape[2], self.group))
+        return h, self.project(split.own_tokens(tokens, h.shape[2]))
 
 
 class ResNetAdapter(nn.Module):
-    """The light adapter (paper: base + adapter = 5.02B). It reads only the trajectory: it runs once a clip."""
+    """The light adapter (paper: base + adapter = 5.02B). It reads the trajectory alone, so it runs once a clip."""
 
     static = True  # its output depends on neither x, t nor text
+    split = TokenSplit()  # `prepare` gives another where processes share a video
 
     def __init__(self, config: AdapterConfig):
         super().__init__()
         self.config = config
-        # A codec's latent of black is far from 0 and most of a map is black: without this, constants drown the lines.
-        norm = FixedNorm if config.fixed_norm else partial(nn.GroupNorm, config.channels)
-        self.norm = norm(config.channels)
-        # Every frame sees its own map beside frame 0's masks, so identity needs no long reach in time.
-        self.patch_embedding = nn.Linear(2 * config.channels * config.patch[1] * config.patch[2], config.hidden)
+        # Most of a map is black, whose latent is far from 0: without a norm, constants drown the lines.
+        c = config.channels
+        self.norm = FixedNorm(c) if config.fixed_norm else nn.GroupNorm(c, c)
+        # Every frame has frame 0's masks beside its own map, so identity needs no long reach in time.
+        self.patch_embedding = nn.Linear(2 * c * config.patch[1] * config.patch[2], config.hidden)
         self.blocks = nn.ModuleList(ResNetBlock(config.hidden, config.dim) for _ in range(config.layers))
         if not self.patch_embedding.weight.is_meta:  # there, weights are about to be read
             self.init_weights()
@@ -113,34 +109,31 @@ class ResNetAdapter(nn.Module):
         nn.init.xavier_uniform_(self.patch_embedding.weight)
         nn.init.zeros_(self.patch_embedding.bias)
         for block in self.blocks:
-            for layer in (block.space, block.time):
-                nn.init.kaiming_normal_(layer.weight)
+            for layer in (block.space, block.time, block.project):
                 nn.init.zeros_(layer.bias)
+            nn.init.kaiming_normal_(block.space.weight)
+            nn.init.kaiming_normal_(block.time.weight)
             nn.init.zeros_(block.project.weight)
-            nn.init.zeros_(block.project.bias)
 
     def forward(self, traj: Tensor, *_x_t_text: Tensor) -> list[Tensor]:
         """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""
         return list(self.residuals(traj))
 
     def residuals(self, traj: Tensor, *_x_t_text: Tensor) -> Iterator[Tensor]:
-        """The same, each made when it is asked for."""
-        traj = self.norm(traj)
+        """The same one by one, each made when it is asked for."""
+        traj, (_, q, r) = self.norm(traj), self.config.patch
         traj = torch.cat([traj, traj[:, :, :1].expand_as(traj)], dim=1)
-        _, q, r = self.config.patch
         tokens = rearrange(traj, "b c f (h q) (w r) -> b f h w (c q r)", q=q, r=r)
         h = rearrange(self.patch_embedding(tokens), "b f h w c -> b c f h w")
         for block in self.blocks:
-            h, residual = block(h)
+            h, residual = block(h, self.split)
             yield residual
 
 
 class ControlNetAdapter(VideoDiT):
-    """The heavy adapter (paper: base + adapter = 10.28B): a copy of the generator, which sees the trajectory's latent
-    beside the noisy one and gives each block's output to a projection. It runs at every step.
-    """
+    """The heavy adapter (paper: base + adapter = 10.28B): a copy of the generator that sees the trajectory too."""
 
-    static = False  # its output depends on the noisy latent
+    static = False  # its output depends on the noisy latent, so it runs at every step
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)
@@ -155,19 +148,17 @@ class ControlNetAdapter(VideoDiT):
     @torch.no_grad()
     def copy_generator(self, generator: VideoDiT) -> None:
         """Start from a generator's weights; those for the trajectory's channels start at zero."""
-        own = generator.state_dict()
-        weight = own["patch_embedding.weight"]
-        parts = weight.split(self.config.channels, dim=1)  # the latent's, and perhaps frame 0's
+        own = {name: value for name, value in generator.state_dict().items() if not name.startswith("head.")}
+        parts = own["patch_embedding.weight"].split(self.config.channels, dim=1)  # the latent's, and perhaps frame 0's
         own["patch_embedding.weight"] = torch.cat([w for part in parts for w in (part, torch.zeros_like(part))], dim=1)
-        own = {name: value for name, value in own.items() if not name.startswith("head.")}
-        self.load_state_dict(own | {n: p for n, p in self.state_dict().items() if n.startswith("project.")})
+        self.load_state_dict(own | {f"project.{n}": p for n, p in self.project.state_dict().items()})
 
     def forward(self, traj: Tensor, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
         """traj, x [B,C,F,H,W], t [B,F], text [B,L,text_dim] -> one residual [B,N,dim] per DiT block."""
         return list(self.residuals(traj, x, t, text))
 
     def residuals(self, traj: Tensor, x: Tensor, t: Tensor, text: Tensor) -> Iterator[Tensor]:
-        """The same, each made when it is asked for: then the generator needs no memory for all of them."""
+        """The same one by one, each made when it is asked for: so the memory never holds all of them."""
         tokens, _, e, text, rope = self.embed(torch.cat([x, traj.to(x)], dim=1), t, text)
         for block, project in zip(self.blocks, self.project, strict=True):
             tokens = block(tokens, e, text, rope)
@@ -177,32 +168,26 @@ class ControlNetAdapter(VideoDiT):
 Adapter = ResNetAdapter | ControlNetAdapter
 
 
-def controlled(generator: VideoDiT, adapter: Adapter, text: Tensor, traj: Tensor) -> Velocity:
+def with_adapter(generator: VideoDiT, adapter: Adapter, text: Tensor, traj: Tensor) -> Velocity:
     """The generator's velocity with the adapter's residuals: those of a static one are made once, for all calls."""
     if adapter.static:
         return partial(generator, text=text, residuals=adapter(traj))
     return lambda x, t: generator(x, t, text, adapter(traj, x, t, text))
 
 
-def fits(adapter: Adapter, generator: VideoDiT) -> bool:
-    """Is the adapter's output of the generator's shape, and its input of the same codec?"""
-    return all(
-        getattr(adapter.config, n) == getattr(generator.config, n) for n in ("dim", "layers", "channels", "patch")
-    )
-
-
 def check_fit(adapter: Adapter, path: Path | str, generator: VideoDiT, generator_path: Path | str) -> None:
-    """UserError, which names their files, if they don't fit."""
-    if not fits(adapter, generator):
-        raise UserError(f"{path}: was made for a generator of other shape than {generator_path}; {OTHER_FILE}")
+    """UserError unless the adapter's output has the generator's shape, and its input is of the same codec."""
+    for name in ("dim", "layers", "channels", "patch"):
+        if getattr(adapter.config, name) != getattr(generator.config, name):
+            raise UserError(f"{path}: was made for a generator of other shape than {generator_path}; {OTHER_FILE}")
 
 
 def read_adapter(
     path: Path | str, network: str, dtype: torch.dtype = torch.float32, shapes_only: bool = False
 ) -> Adapter:
-    """The adapter in an own export, of either kind. `network`: the name it must carry. `shapes_only` as for a VideoDiT.
+    """The adapter in an own export, of either kind. `network`: the name it must carry. `shapes_only` as in `load`.
 
-    `dtype` is a ControlNetAdapter's; a ResNetAdapter stays in float32, for it is small and runs once.
+    `dtype` is a ControlNetAdapter's; a ResNetAdapter stays in float32, because it is small and runs once.
     """
     config, tensors = read_network(path, network, AdapterConfig, ControlNetConfig)
     if isinstance(config, AdapterConfig):
@@ -211,5 +196,5 @@ def read_adapter(
 
 
 def read_maps(path: Path | str, network: str) -> Maps:
-    """How the trajectories that an adapter reads are painted, by its file's header. UserError as in `read_adapter`."""
+    """How an adapter's trajectories are painted, from its file's header. UserError as in `read_adapter`."""
     return read_network(path, network, AdapterConfig, ControlNetConfig)[0].maps

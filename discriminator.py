@@ -1,8 +1,8 @@
 """The diffusion discriminator: is this noisy latent a real video that follows its trajectory? And the two GAN losses.
 
-The backbone is the frozen SlowGenerator, which reads a noisy latent; features of some of its blocks go to a classifier,
-the only part that learns. There a learned query looks at the first frame and the text, then at the trajectory, then at
-the video, and one number judges what it saw (paper, section on the diffusion discriminator).
+The backbone is the frozen SlowGenerator, which reads a noisy latent. Features of some of its blocks go to a classifier,
+the only part that learns: a learned query attends to the first frame and the text, then to the trajectory, then to the
+video, and becomes one logit (paper, section on the diffusion discriminator).
 """
 
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class ClassifierConfig:
     heads: int = 4
     channels: int = 48  # of the trajectory latent
     patch: tuple[int, int, int] = (1, 2, 2)
-    position_dim: int = 64  # the backbone's head width: its rotary angles tell where a token lies
+    position_dim: int = 64  # the backbone's head width, for its rotary angles as positions
     semantic: bool = True  # self-attention of the query with first-frame and text tokens
     trajectory: bool = True  # cross-attention to the trajectory's tokens
     video: bool = True  # cross-attention to the video's tokens
-    cautious: bool = False  # starts almost silent, for a small world that it might learn by heart
+    cautious: bool = False  # starts almost silent, for a small world that it might memorise
 
 
 PRESETS = {
@@ -84,12 +84,10 @@ class Classifier(nn.Module):
             self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier matrices. A cautious classifier starts with attention almost uniform, the video's alone at work, and
-        a logit of zero.
+        """Xavier matrices. A cautious classifier starts with nearly uniform attention to the video alone.
+        Else, on a small data set, it soon recognises training videos by their text and trajectory.
 
-        On a small data set the query would else soon know whose text and trajectory it sees, and with them the videos
-        that it has learned from. Where there is no attention to the video all are at work: if nothing is, nothing can
-        be learned.
+        Without attention to the video the other attentions start active, or nothing could be learned.
         """
         init_xavier(self)
         for block in self.blocks:
@@ -117,14 +115,14 @@ class Classifier(nn.Module):
 
 
 class DiffusionDiscriminator(nn.Module):
-    """`discriminator(x_t, t, text, traj)` -> logits [B]. The gradient passes through the backbone, which stays."""
+    """`discriminator(x_t, t, text, traj)` -> logits [B]. Gradients pass through the frozen backbone."""
 
     def __init__(self, backbone: VideoDiT, classifier: Classifier):
         super().__init__()
         self.backbone, self.classifier = backbone.requires_grad_(False), classifier
 
     def features(self, x_t: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
-        """What `feature_blocks` make of a noisy latent [B,C,F,H,W]: [B,N,D] each."""
+        """The outputs of `feature_blocks` for a noisy latent [B,C,F,H,W]: [B,N,D] each."""
         return self.backbone(x_t, t, text, feature_blocks=self.classifier.config.feature_blocks)[1]
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> Tensor:
@@ -132,7 +130,7 @@ class DiffusionDiscriminator(nn.Module):
 
 
 def adversarial_loss(fake: Tensor) -> Tensor:
-    """`softplus(-D(fake))` [paper, L_G]: falls as the discriminator takes the fake for real. Logits [B] -> scalar."""
+    """`softplus(-D(fake))` [paper, L_G]: falls as the fake looks more real. Logits [B] -> scalar."""
     return F.softplus(-fake).mean()
 
 

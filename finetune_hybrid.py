@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import discriminator as discriminators
 import flow
-from adapter import Adapter, check_fit, controlled, read_adapter
+from adapter import Adapter, check_fit, read_adapter, with_adapter
 from core import optim, parallel
 from core.codec import Batch
 from core.config import UserError, run_script, shipped
@@ -170,7 +170,7 @@ def discriminator_step(
         x0, text, traj, noise, renoise, level = make_draw(samples, turn, cfg, data, procs.device)
         with parallel.autocast(procs.device, cfg.dtype):
             with torch.no_grad():
-                fake = flow.sample_fewstep(controlled(generator, adapter, text, traj), x0[:, :, :1], noise, sigmas)
+                fake = flow.sample_fewstep(with_adapter(generator, adapter, text, traj), x0[:, :, :1], noise, sigmas)
                 # One after the other: one batch would take twice the memory, and a compiled block of its own.
                 seen = [
                     discriminator.features(flow.add_noise(video, renoise, level), flow.timestep(level), text)
@@ -220,7 +220,7 @@ def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adap
     """Latents of a video with a held-out clip's first frame, text and trajectory."""
     sigmas = flow.sigma_schedule(*flow.FAST[cfg.preset][:2])
     noise = send(step_noise(len(sigmas) - 1, batch.x0.shape[1:], [number], cfg.seed), batch.x0.device)
-    velocity = controlled(generator, adapter, batch.text, batch.traj)
+    velocity = with_adapter(generator, adapter, batch.text, batch.traj)
     return [flow.sample_fewstep(velocity, batch.x0[:, :, :1], noise, sigmas)]
 
 

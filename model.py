@@ -6,9 +6,9 @@ layer, one row per latent frame, because image-to-video gives frame 0 another ti
 latent channels, F latent frames, H W latent size, N = F*h*w tokens, D width, L text tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from core.attention import attend
 from core.config import UserError
-from core.parallel import all_tokens, heads_to_tokens, own_tokens, tokens_to_heads, true_tokens
-from core.weights import load, read_network, read_safetensors, split_key
-from wan.lora import merge
+from core.parallel import TokenSplit
+from core.weights import Stored, load, read_network, read_safetensors, split_key
 from wan.published import read_generator
 
 
@@ -54,18 +53,14 @@ FROZEN_DTYPE = {"small": torch.float32, "wan5b": torch.bfloat16}
 
 
 def frozen_dtype(preset: str, dtype: str) -> torch.dtype:
-    """Of the weights of networks that do not learn. The option `--dtype float32` means theirs too."""
+    """dtype of frozen networks' weights: the preset's, or float32 if the option `--dtype` is."""
     return torch.float32 if dtype == "float32" else FROZEN_DTYPE[preset]
 
 
 @lru_cache(maxsize=8)
 def rotary_table(frames: int, height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of 3D rotary position embedding, float32, [N, head_dim / 2] each.
-
-    The pairs of a head are shared out over time, height and width as 22/21/21 of 64 (Wan's split), theta 10000. Angles
-    are computed in float64 once per grid and cached.
-    """
-    per_axis = (head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6)
+    """Cosine and sine of 3D rotary position embedding, theta 10000, float32, [N, head_dim / 2] each."""
+    per_axis = (head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6)  # of 64 pairs 22, 21, 21, as in Wan
     grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (frames, height, width)), indexing="ij")
     angles = [
         position.flatten()[:, None] * 10000.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
@@ -75,45 +70,35 @@ def rotary_table(frames: int, height: int, width: int, head_dim: int, device: to
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-def check_preset(network: "VideoDiT", path: Path | str, preset: str) -> None:
-    """UserError if a generator, read from `path`, takes other latents or prompts than the preset's."""
-    if any(getattr(network.config, name) != getattr(PRESETS[preset], name) for name in ("channels", "text_dim")):
-        raise UserError(f"{path}: is no network of preset {preset}; {OTHER_FILE}")
-
-
 class Rope(NamedTuple):
-    """Rotary tables of this process's tokens, and which of all processes' tokens attention may look at."""
+    """Rotary tables of this process's tokens, and how processes share the tokens in attention."""
 
     cos: Tensor  # [N, head_dim / 2]
     sin: Tensor
-    true: Tensor | None  # their places, where others were added so that several processes get equally many
+    split: TokenSplit
+    not_padding: Tensor | None  # TokenSplit.not_padding
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of neighbouring pairs. x [B, N, heads, head_dim], cos and sin [N, head_dim / 2]."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # the compiler fuses real numbers alone
-        (even, odd), cos, sin = pairs.unbind(-1), cos[:, None], sin[:, None]
-        pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    else:
-        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)[:, None])
-    return pairs.flatten(-2).type_as(x)
+    (even, odd), cos, sin = x.float().unflatten(-1, (-1, 2)).unbind(-1), cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`x * (1 + scale) + shift` with one row per latent frame. x [B, N, D]; shift, scale [B, F, D]."""
-    per_frame = x.unflatten(1, (shift.shape[1], -1))  # (B, F, h*w, D)
-    return torch.addcmul(shift[:, :, None], per_frame, 1 + scale[:, :, None]).flatten(1, 2)
+    x = x.unflatten(1, (shift.shape[1], -1))  # (B, F, h*w, D)
+    return torch.addcmul(shift[:, :, None], x, 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def add_gated(x: Tensor, y: Tensor, amount: Tensor) -> Tensor:
     """`x + y * amount` with one row per latent frame, in float32. x, y [B, N, D]; amount [B, F, D] -> x's dtype."""
-    frames = (amount.shape[1], -1)
-    return torch.addcmul(*(z.unflatten(1, frames) for z in (x, y)), amount[:, :, None]).flatten(1, 2).type_as(x)
+    x, y = (z.unflatten(1, (amount.shape[1], -1)) for z in (x, y))
+    return torch.addcmul(x, y, amount[:, :, None]).flatten(1, 2).type_as(x)
 
 
 class FloatLayerNorm(nn.LayerNorm):
-    """Layer norm computed in float32 whatever the weights are; returns float32."""
+    """Layer norm in float32, whatever the weights' dtype; returns float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
@@ -121,14 +106,14 @@ class FloatLayerNorm(nn.LayerNorm):
 
 
 class FloatRMSNorm(nn.RMSNorm):
-    """RMS norm computed in float32 whatever the weights are; returns x's dtype."""
+    """RMS norm in float32, whatever the weights' dtype; returns x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
 
 
 class PatchEmbedding(nn.Module):
-    """Wan's patch convolution as the matrix product it is: kernel equals stride, so each patch is one row."""
+    """Wan's patch convolution as a matrix product: its kernel equals its stride, so each patch is one row."""
 
     def __init__(self, channels: int, patch: tuple[int, int, int], dim: int):
         super().__init__()
@@ -151,9 +136,7 @@ def init_xavier(model: nn.Module) -> None:
 
 
 class Attention(nn.Module):
-    """Attention with RMS norm of queries and keys over the full width. Serves self- and cross-attention."""
-
-    group = None  # processes that share the queries' tokens
+    """Self- or cross-attention, with RMS norm of queries and keys over the full width."""
 
     def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
@@ -162,24 +145,24 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (FloatRMSNorm(dim, eps=eps) for _ in range(2))
 
     def forward(self, x: Tensor, context: Tensor, rope: Rope | None = None) -> Tensor:
-        """x [B, N, dim] attends to a context [B, L, dim]; with `rope` to itself."""
+        """x [B, N, dim] attends to a context [B, L, dim], or, with `rope`, to itself."""
         k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))
         v = self.v(context).unflatten(-1, (self.heads, -1))
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
         if rope is not None:
             q, k = (rotate(y, rope.cos, rope.sin) for y in (q, k))
         q, k = q.to(v.dtype), k.to(v.dtype)
-        shared = self.group is not None and rope is not None  # other processes hold the rest of the video's tokens
+        shared = rope is not None and rope.split.group is not None  # other processes hold the video's other tokens
         if shared:
-            q, k, v = tokens_to_heads(torch.cat([q, k, v]), self.group).chunk(3)
-            if rope.true is not None:
-                k, v = k[:, rope.true], v[:, rope.true]
+            q, k, v = rope.split.to_heads(torch.cat([q, k, v])).chunk(3)
+            if rope.not_padding is not None:
+                k, v = k[:, rope.not_padding], v[:, rope.not_padding]
         out = attend(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
-        return self.o((heads_to_tokens(out, self.group) if shared else out).flatten(-2))
+        return self.o((rope.split.to_tokens(out) if shared else out).flatten(-2))
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to text, feed-forward; the first and last modulated by the timestep."""
+    """Self-attention, cross-attention to text and a feed-forward; the timestep modulates the first and the last."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -219,8 +202,8 @@ class Head(nn.Module):
 class VideoDiT(nn.Module):
     """The generator. `forward(x, t, text)` predicts the velocity `noise - x0` (flow.py, eq. 2)."""
 
-    float32 = r"^time_|modulation$|norm"  # parameters that stay so in a network read in bfloat16, as in Wan
-    group = None  # processes that share a video's tokens
+    float32 = r"^time_|modulation$|norm"  # parameters that stay float32 in a network read in bfloat16, as in Wan
+    split = TokenSplit()  # `prepare` gives another where processes share a video
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -236,43 +219,36 @@ class VideoDiT(nn.Module):
             self.init_weights()
 
     def init_weights(self) -> None:
-        """All initialisation in one place: Xavier matrices, small embeddings, a head that starts at zero."""
+        """Xavier matrices, small embeddings, and a head that starts at zero."""
         init_xavier(self)
         for layer in (self.time_embedding[0], self.time_embedding[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (self.text_embedding[0], self.text_embedding[2]):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # Wan's 0.02 is about that of its 4,096 inputs
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # about 0.02, Wan's, for its 4,096 inputs
         for part in (*self.blocks, self.head):
             nn.init.normal_(part.modulation, std=self.config.dim**-0.5)
         nn.init.zeros_(self.head.head.weight)
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: Path | str,
-        network: str,
-        dtype: torch.dtype = torch.float32,
-        lora: str = "",
-        shapes_only: bool = False,
-    ) -> "VideoDiT":
-        """Read an own export, or a generator as others publish it: wan/published.py says which forms are read.
+        cls, path: Path | str, network: str, dtype: torch.dtype = torch.float32, shapes_only: bool = False,
+        edit: Callable[[dict[str, Stored]], dict[str, Stored]] | None = None,
+    ) -> "VideoDiT":  # fmt: skip
+        """Read an own export, or a generator as others publish it (wan/published.py).
 
         `path`: a file or folder; `file.pt:key` chooses among the networks of a training checkpoint. `network`: the name
-        that an own export must carry, "SlowGenerator" or "FastGenerator"; foreign files carry none. `lora`: a file of
-        changes to merge, `file.safetensors:strength`. `shapes_only`: another process reads the weights.
+        that an own export must carry, "SlowGenerator" or "FastGenerator"; foreign files carry none. `shapes_only` as in
+        `load`. `edit`: changes the tensors before they are read, as wan/lora.py's `merge` does.
         """
         path, key = split_key(path)
-        own = path.suffix == ".safetensors" and "network" in read_safetensors(path)[0]
-        if own:
+        if path.suffix == ".safetensors" and "network" in read_safetensors(path)[0]:
             if key:
                 raise UserError(f"{path}:{key}: this file holds one network; leave out :{key}")
             config, tensors = read_network(path, network, DiTConfig)
         else:
             shapes, tensors = read_generator(path, key)
             config = replace(PRESETS["wan5b"], **shapes)
-        if lora:
-            tensors = merge(tensors, lora)
-        return load(lambda: cls(config), tensors, path, dtype, shapes_only)
+        return load(lambda: cls(config), edit(tensors) if edit else tensors, path, dtype, shapes_only)
 
     def grid(self, x: Tensor) -> tuple[int, ...]:
         """How many tokens a latent [B,C,F,H,W] has in time, height and width."""
@@ -286,7 +262,7 @@ class VideoDiT(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
     def embed(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Rope]:
-        """What the blocks work on: tokens [B,N,D], timestep [B,F,D] and [B,F,6,D], text [B,L,D], rotary tables.
+        """The blocks' inputs: tokens [B,N,D], timestep [B,F,D] and [B,F,6,D], text [B,L,D], rotary tables.
 
         Here and in the blocks N counts this process's tokens, if several share a video.
         """
@@ -294,9 +270,9 @@ class VideoDiT(nn.Module):
         if self.config.sees_first:
             x = torch.cat([x, x[:, :, :1].expand_as(x)], dim=1)
         tables = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
-        tokens, *tables = (own_tokens(y, frames, self.group) for y in (self.patch_embedding(x), *tables))
-        rope = Rope(*tables, true_tokens(frames, height * width, self.group, x.device))
-        with torch.autocast(x.device.type, enabled=False):  # as Wan: every layer hangs on these few rows
+        tokens, cos, sin = (self.split.own_tokens(y, frames) for y in (self.patch_embedding(x), *tables))
+        rope = Rope(cos, sin, self.split, self.split.not_padding(frames, height * width, x.device))
+        with torch.autocast(x.device.type, enabled=False):  # as Wan: every layer depends on these few rows
             e = self.time_embedding(self.time_features(t).to(self.time_embedding[0].weight.dtype))
             e6 = self.time_projection(e).unflatten(-1, (6, -1)).float()
         text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
@@ -313,18 +289,21 @@ class VideoDiT(nn.Module):
         """
         tokens, e, e6, text, rope = self.embed(x, t, text)
         (frames, height, width), (p, q, r) = self.grid(x), self.config.patch
-        gathered = partial(all_tokens, frames=frames, count=height * width, group=self.group)
         features, added = [], repeat(None, len(self.blocks)) if residuals is None else residuals
         for i, (block, residual) in enumerate(zip(self.blocks, added, strict=True)):
             tokens = block(tokens, e6, text, rope)
             if residual is not None:
                 tokens = tokens + residual.type_as(tokens)
             if i in feature_blocks:
-                features.append(gathered(tokens))
-        out = rearrange(
-            gathered(self.head(tokens, e.float())), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
-            f=frames, h=height, p=p, q=q, r=r,
-        )  # fmt: skip
+                features.append(self.split.all_tokens(tokens, frames, height * width))
+        out = self.split.all_tokens(self.head(tokens, e.float()), frames, height * width)
+        out = rearrange(out, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=frames, h=height, p=p, q=q, r=r)
         if self.config.predicts == "x0":
             out = (x - out.float()) / (t / 1000).clamp(min=LEAST_SIGMA)[:, None, :, None, None]
         return (out, features) if feature_blocks else out
+
+
+def check_preset(network: VideoDiT, path: Path | str, preset: str) -> None:
+    """UserError unless a generator, read from `path`, takes the preset's latents and prompts."""
+    if any(getattr(network.config, name) != getattr(PRESETS[preset], name) for name in ("channels", "text_dim")):
+        raise UserError(f"{path}: is no network of preset {preset}; {OTHER_FILE}")

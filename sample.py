@@ -48,6 +48,7 @@ from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 from toy.detail import add_detail, enlarge, full_size
 from trajectory import Maps, Trajectory, draw_overlay, load_trajectory
 from wan.codec import NEGATIVE_PROMPT
+from wan.lora import merge
 from wan.umt5 import read_text, save_text
 
 SAMPLING = {"fast": flow.FAST, "slow": flow.SLOW}
@@ -256,12 +257,13 @@ def read_inputs(job: Config, codec: Codec) -> Inputs:
 def load(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:
     """Generator and adapter, ready to work. UserError if they don't fit the preset or one another."""
     name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg.preset, cfg.dtype)
-    generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype, cfg.lora)
+    edit = partial(merge, text=cfg.lora) if cfg.lora else None
+    generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype, edit=edit)
     check_preset(generator, files[0], cfg.preset)
     adapter = read_adapter(files[1], f"{name}Adapter", dtype)
     check_fit(adapter, files[1], generator, files[0])
     for network in (generator, adapter):
-        parallel.split_sequence(network, procs.group)
+        network.split = procs.split
         for block in network.blocks if cfg.compile else ():
             block.forward = torch.compile(block.forward)
         network.to(procs.device)
@@ -386,7 +388,7 @@ def main(cfg: Config) -> None:
         parallel.start_compiler(device)
     codec = open_codec(
         cfg.preset, cfg.weights, device, dtype=frozen_dtype(cfg.preset, cfg.dtype), low=cfg.memory == "low",
-        decoder=cfg.decoder, compile=cfg.compile,
+        decoder=cfg.decoder,
     )  # fmt: skip
     codec.check_size(cfg.size, cfg.frames)
     if cfg.serve:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import adapter as adapters
 import flow
-from adapter import Adapter, controlled
+from adapter import Adapter, with_adapter
 from core import optim, parallel
 from core.codec import Batch
 from core.config import run_script, shipped
@@ -94,7 +94,7 @@ def adapter_loss(generator: VideoDiT, adapter: Adapter, batch: Batch, noise: Ten
 
     noise [B,C,F,H,W], sigma [B].
     """
-    velocity = controlled(generator, adapter, batch.text, batch.traj)
+    velocity = with_adapter(generator, adapter, batch.text, batch.traj)
     return flow.flow_matching_loss(velocity, batch.x0, noise, sigma, generator.config.predicts)
 
 
@@ -120,7 +120,7 @@ def adapter_step(
 def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adapter: Adapter) -> list[Tensor]:
     """Latents of a video with a held-out clip's first frame, text and trajectory, in 20 steps."""
     noise = send(sample_noise(batch.x0.shape[1:], [number], cfg.seed), batch.x0.device)
-    velocity, sigmas = controlled(generator, adapter, batch.text, batch.traj), flow.sigma_schedule(20, cfg.shift)
+    velocity, sigmas = with_adapter(generator, adapter, batch.text, batch.traj), flow.sigma_schedule(20, cfg.shift)
     return [flow.sample_multistep(velocity, batch.x0[:, :, :1], noise, sigmas)]
 
 

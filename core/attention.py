@@ -1,4 +1,4 @@
-"""Softmax attention: PyTorch's own on GPUs, and two faster ways to compute it on a CPU."""
+"""Softmax attention: PyTorch's own, and two ways that are faster on a CPU."""
 
 import contextlib
 
@@ -7,24 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# From the likely fastest to the one that every GPU has.
+# Likely the fastest first; every GPU has the last.
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def gpu_kernels(device: torch.device) -> contextlib.AbstractContextManager:
-    """Inside, a GPU computes attention by the first kernel of BACKENDS that it has; a CPU as always."""
+    """Inside, a GPU uses the first kernel of BACKENDS that it has. On a CPU nothing changes."""
     return sdpa_kernel(BACKENDS, set_priority=True) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention. q [B, heads, N, head_dim]; k, v [B, heads, L, head_dim] -> [B, heads, N, head_dim]."""
     scale = q.shape[-1] ** -0.5
-    # In training, fused attention's backward is slow on a CPU; on small grids the plain formula is three times as fast.
+    # On a CPU fused attention's backward pass is slow: on small grids the plain formula is three times as fast.
     if q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= 1024**2:
         weights = (q * scale @ k.transpose(-1, -2)).float().softmax(-1)
         return weights.to(v.dtype) @ v
-    # In bfloat16, fused attention reaches 40% of the speed of matrix products on a CPU. Compiled, in chunks of a few
-    # hundred queries whose weights fit into the cache, attention reaches 70%.
+    # On a CPU fused attention in bfloat16 has 40% of the speed of matrix products. Compiled, in chunks of a few hundred
+    # queries whose weights fit into the cache, it has 70%.
     if q.device.type == "cpu" and not q.requires_grad and q.dtype == torch.bfloat16 and torch.compiler.is_compiling():
         k, v, outputs = k.contiguous(), v.contiguous(), []
         for chunk in q.split(max(256, q.shape[2] // 16), dim=2):

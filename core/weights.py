@@ -39,11 +39,10 @@ class Stored:
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str], dtype=torch.bfloat16) -> None:
     """Write tensors, all in one dtype, and a header."""
+    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
         try:
-            safetensors.torch.save_file(
-                {n: t.to("cpu", dtype).contiguous() for n, t in tensors.items()}, temporary, header
-            )
+            safetensors.torch.save_file(tensors, temporary, header)
         except safetensors.SafetensorError as error:
             raise OSError(reason(error)) from None
 
@@ -62,7 +61,7 @@ def read_network(path: Path | str, network: str, *shapes: type) -> tuple[Any, di
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["config"]).items()}
     except (KeyError, ValueError, AttributeError):
         config = {}
-    for shape in shapes:  # the config becomes the first that fits; an older file may lack fields that have a default
+    for shape in shapes:  # the first that the config fits; an older file may lack fields that have a default
         types, optional = typing.get_type_hints(shape), {f.name: f.default for f in fields(shape)}
         values = {name: value for name, value in (optional | config).items() if value is not MISSING}
         if values.keys() == types.keys() and all(is_a(value, types[name]) for name, value in values.items()):
@@ -71,7 +70,7 @@ def read_network(path: Path | str, network: str, *shapes: type) -> tuple[Any, di
 
 
 def is_a(value: object, kind: Any) -> bool:
-    """Whether a value is of this type, as a config's field says it."""
+    """Whether a value is of the type of a config's field."""
     origin = typing.get_origin(kind)
     return value in typing.get_args(kind) if origin is typing.Literal else type(value) is (origin or kind)
 
@@ -79,8 +78,7 @@ def is_a(value: object, kind: Any) -> bool:
 def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored]]:
     """The header and tensors of a safetensors file."""
 
-    def read(name: str) -> Tensor:
-        # Opened again for every tensor, because an open file keeps in memory what was read from it.
+    def read(name: str) -> Tensor:  # opens the file again: an open one keeps in memory what was read from it
         with safetensors.safe_open(path, "pt") as file:
             return file.get_tensor(name)
 
@@ -101,10 +99,7 @@ def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
     if not index.exists():
         shards = sorted(folder.glob(f"{stem}-*.safetensors")) or [folder / f"{stem}.safetensors"]
         return {name: tensor for shard in shards for name, tensor in read_safetensors(shard)[1].items()}
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{index}: not a JSON object with a weight_map; get it again") from None
+    shards = read_config(index, "weight_map")["weight_map"]
     files = {shard: read_safetensors(folder / shard)[1] for shard in sorted(set(shards.values()))}
     if absent := sorted(name for name, shard in shards.items() if name not in files[shard]):
         raise UserError(f"{index}: lists tensors that its shards lack: {brief(absent)}")
@@ -129,11 +124,10 @@ def split_key(text: Path | str) -> tuple[Path, str]:
 def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -> dict[str, Stored]:
     """The tensors of a `torch.save` file: a dict of them, or the one in it under `key`, else under the first of `keys`.
 
-    Where several of `keys` are there, a line on stderr says which is taken.
+    Where several of `keys` are there, a line on stderr says which is read.
     """
 
-    def read(key: str) -> object:
-        # Anew for every tensor, as above.
+    def read(key: str) -> object:  # reads the file again, as above
         whole = unpickle(path, zipfile.is_zipfile(path))
         return whole.get(key) if key and isinstance(whole, dict) else whole
 
@@ -142,9 +136,8 @@ def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -
         if isinstance(tensors, dict) and not key and (held := [k for k in keys if isinstance(tensors.get(k), dict)]):
             key, tensors = held[0], tensors[held[0]]
             if len(held) > 1:
-                print(
-                    f"{path}: holds {', '.join(held)}; {key} is taken ({path}:{held[1]} for another)", file=sys.stderr
-                )
+                says = f"holds {', '.join(held)}; {key} is taken ({path}:{held[1]} for another)"
+                print(f"{path}: {says}", file=sys.stderr)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; correct the path") from None
     except pickle.UnpicklingError:
@@ -158,8 +151,8 @@ def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -
     return {n: Stored(tuple(t.shape), lambda n=n: read(key)[n]) for n, t in tensors.items()}
 
 
-def read_config(path: Path) -> dict:
-    """The JSON object in a file. UserError if there is none."""
+def read_config(path: Path, *fields: str) -> dict:
+    """The JSON object in a file. UserError if there is none, or if it lacks one of the fields."""
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -168,17 +161,16 @@ def read_config(path: Path) -> dict:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object")
+    if missing := [name for name in fields if name not in config]:
+        raise UserError(f"{path}: fields are missing: {', '.join(missing)}; give the folder as it was published")
     return config
 
 
-def rename(tensors: dict[str, Stored], table: Sequence[tuple[str, str]]) -> dict[str, Stored]:
+def rename(tensors: dict[str, Any], table: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Apply every (pattern, replacement) of the table to every name, in order."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in table:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
+    for pattern, replacement in table:
+        tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def brief(names: Sequence[str], most: int = 8) -> str:
@@ -192,39 +184,35 @@ def load(
 ) -> nn.Module:  # fmt: skip
     """Build a network on the meta device and fill it tensor by tensor. UserError if a name or shape doesn't match.
 
-    Parameters get `dtype`, except that names matching the network's regex `float32` stay in float32. With int8, only
-    the linear layers inside the blocks are quantised; other parameters get bfloat16, or float32 where that is
-    faster. `shapes_only`: it stays on the meta device; another process reads the weights and hands them on.
+    Parameters get `dtype`, but those that match the network's regex `float32` stay in float32. With int8, linear layers
+    inside the blocks are quantised; other parameters get the faster of bfloat16 and float32. `shapes_only`: the network
+    stays on the meta device; another process reads the weights and hands them on.
     """
     with torch.device("meta"):
         network = build()
     own = network.state_dict()
-    problems = {
-        "missing": sorted(own.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - own.keys()),
-        "wrong shape": [
-            f"{name} is {list(tensors[name].shape)}, expected {list(own[name].shape)}"
-            for name in sorted(own.keys() & tensors.keys())
-            if tuple(own[name].shape) != tensors[name].shape
-        ],
-    }
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(own[name].shape)}"
+        for name in sorted(own.keys() & tensors.keys())
+        if tuple(own[name].shape) != tensors[name].shape
+    ]
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
     if found := "; ".join(f"{problem}: {brief(names)}" for problem, names in problems.items() if names):
         raise UserError(f"{path}: {found}")
-    kept = re.compile(getattr(network, "float32", "$^"))
     if dtype == torch.int8:
         use_int8(network)
         fast = torch.cuda.is_available() or fast_bfloat16(torch.device("cpu"))
         dtype = torch.bfloat16 if fast else torch.float32
     for name in own:
-        path_to, _, leaf = name.rpartition(".")
-        module, kind = network.get_submodule(path_to), torch.float32 if kept.search(name) else dtype
+        parent, _, leaf = name.rpartition(".")
+        module, kept = network.get_submodule(parent), re.search(getattr(network, "float32", "$^"), name)
         tensor = own[name] if shapes_only else tensors[name].read()
         if not shapes_only and tensor.is_floating_point() and not tensor.to(torch.float32).isfinite().all():
             raise UserError(f"{path}: {name} holds values that are no finite numbers; get the file again")
-        tensor = tensor.to(kind, copy=True)
+        tensor = tensor.to(torch.float32 if kept else dtype, copy=True)
         if isinstance(module, Int8Linear) and leaf == "weight":
             module.fill(tensor)
-        else:
-            # Not strict, because it gets one tensor at a time; names and shapes were checked above.
+        else:  # not strict, because it gets one tensor at a time; names and shapes were checked above
             module.load_state_dict({leaf: tensor}, strict=False, assign=True)
     return network

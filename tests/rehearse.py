@@ -9,6 +9,7 @@ What meets a tensor of another device stops it, and so does anything that would 
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,9 +35,9 @@ from core import parallel, runs
 from core.codec import Batch
 from core.config import run_script
 from core.files import output_path
+from core.memory import use_int8
 from core.tables import markdown, provenance, write_rows
 from model import PRESETS, VideoDiT, rotary_table
-from tools.bench import typed
 from wan import umt5
 from wan.codec import WanCodec
 from wan.vae import WanVAE
@@ -60,8 +61,8 @@ class Quiet:
         pass
 
 
-def moved(module: nn.Module, function, recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply` with new parameters: the old ones are watched, and torch would refuse to swap them."""
+def apply(module: nn.Module, function, recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` with new parameters: the tracker holds the old ones, so torch would refuse to swap them."""
     for child in module.children():
         child._apply(function)
     for held in (module._parameters, module._buffers):
@@ -73,7 +74,7 @@ def moved(module: nn.Module, function, recurse: bool = True) -> nn.Module:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
-    """The attention of GPUs: torch chooses it by asking one. No network here masks anything."""
+    """Attention on GPUs: torch would ask one which kernel it has. No network here masks anything."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
@@ -81,12 +82,12 @@ make_subclass, to = torch.Tensor._make_subclass, torch.Tensor.to
 
 
 def on_meta(*args: object, dispatch_device: bool = False, **options: object) -> Tensor:
-    """A fake tensor is of a GPU to Python and of the meta device to C++: autograd there asks no GPU for its streams."""
+    """A fake tensor is on a GPU for Python and on the meta device for C++, where autograd asks no GPU for streams."""
     return make_subclass(*args, **options)
 
 
 def to_device(tensor: Tensor, *args: object, **options: object) -> Tensor:
-    """`Tensor.to`, which would copy what is on its GPU already. What goes to the meta device goes there too."""
+    """`Tensor.to`, which would copy what is on its GPU already. The meta device too stands for that GPU."""
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
     where = options.pop("device", None)
@@ -100,7 +101,7 @@ def to_device(tensor: Tensor, *args: object, **options: object) -> Tensor:
 
 
 class Factories(TorchDispatchMode):
-    """What C++ makes after the pattern of such a tensor, zeros for a gradient say, belongs to the GPU."""
+    """Puts what C++ makes like such a tensor, zeros for a gradient say, on the GPU."""
 
     def __torch_dispatch__(self, function, types, args=(), options=None):
         options = dict(options or {})
@@ -110,9 +111,9 @@ class Factories(TorchDispatchMode):
 
 
 class Autocast(TorchFunctionMode):
-    """What autocast does on GPUs, of which C++ would see none: these functions in bfloat16, those in float32."""
+    """Autocast on GPUs, of which C++ sees none: `short` functions in bfloat16, `long` ones in float32."""
 
-    # Of torch's lists (ATen/autocast_mode.h), what can be called here.
+    # From torch's lists (ATen/autocast_mode.h), what can be called here.
     short = ("linear", "conv2d", "conv3d", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
     long = ("layer_norm", "rms_norm", "group_norm", "softmax", "log_softmax", "exp", "log", "pow", "rsqrt", "sum",
             "reciprocal", "softplus", "mse_loss", "l1_loss")  # fmt: skip
@@ -148,9 +149,9 @@ def backward(loss: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def pretended(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
-    """Inside, this is rank 0 of so many processes, with a GPU each, in nodes of `node`. The stack takes more."""
-    import torch._dynamo  # it lists torch's functions: before any is replaced
+def pretend_gpus(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
+    """Inside, this is rank 0 of `world` processes, each with a GPU, in nodes of `node`. The stack takes more."""
+    import torch._dynamo  # lists torch's functions: before any is replaced
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -177,7 +178,7 @@ def pretended(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
         (torch.Tensor, "_make_subclass", on_meta), (torch.Tensor, "to", to_device),
         (torch.Tensor, "backward", backward),
         (torch.Tensor, "__int__", lambda tensor: 0 if tensor.device.type == "cpu" else tensor.item()),
-        (FSDPParamGroup, "_validate_no_meta_params", Quiet), (nn.Module, "_apply", moved),
+        (FSDPParamGroup, "_validate_no_meta_params", Quiet), (nn.Module, "_apply", apply),
         (dist, "init_process_group", start), (dist, "new_group", lambda *_, **__: new_group(backend="fake")),
         (torch.nn.functional, "scaled_dot_product_attention", flash), (parallel, "init_processes", init_processes),
         (parallel.Processes, "wait_for_first", Quiet), (parallel.Processes, "mean", lambda *_: 0.5),
@@ -193,7 +194,7 @@ def pretended(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
             stack.enter_context(casts)
             yield stack
         finally:
-            rotary_table.cache_clear()  # no pretended table must be found later
+            rotary_table.cache_clear()  # no fake table must be found later
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -223,27 +224,37 @@ class Clips:
         return torch.randn(1, 512, 4096)
 
 
-def fresh():
-    """A tracker of memory that takes frozen networks too."""
+def new_tracker():
+    """torch's tracker of memory, for frozen networks too."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     tracker = MemTracker()
-    tracker._mod_tracker = Quiet()  # it tells modules apart, but wants every parameter to learn
+    tracker._mod_tracker = Quiet()  # it counts by module, but wants every parameter to learn
     return tracker
 
 
+def cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A network with its parameters in the dtypes that `load` gives them."""
+    if dtype == torch.int8:
+        use_int8(network)
+        dtype = torch.bfloat16
+    for name, p in network.named_parameters():
+        p.data = p.data.to(torch.float32 if re.search(getattr(network, "float32", "$^"), name) else dtype)
+    return network
+
+
 def readers(kind: str, layers: int, always: torch.dtype | None = None) -> tuple[Callable, Callable]:
-    """What stands for the reading of a generator and of an adapter, with so many blocks. `always`: of this type."""
+    """Replacements of the functions that read a generator and an adapter, with so many blocks. `always`: a dtype."""
     shape = replace(PRESETS["wan5b"], layers=layers)
     light = replace(adapters.PRESETS["wan5b"], layers=layers)
 
     def read(path: str, network: str, dtype: torch.dtype = torch.float32, *_: object, **__: object) -> VideoDiT:
-        return typed(VideoDiT(shape), always or dtype)
+        return cast(VideoDiT(shape), always or dtype)
 
     def read_adapter(path: str, network: str, dtype: torch.dtype = torch.float32, **_: object) -> adapters.Adapter:
         if kind == "resnet":
             return adapters.ResNetAdapter(light)
-        return typed(adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(shape))), dtype)
+        return cast(adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(shape))), dtype)
 
     return read, read_adapter
 
@@ -255,26 +266,26 @@ def rehearse_stage(
     stage: str, kind: str, world: int, sequence: int, layers: int, grid: tuple[int, int, int] = GRID,
     resident: object = None, **more: object,
 ) -> dict[str, float]:  # fmt: skip
-    """GB at the peak of each part of a stage's first cycle on rank 0, with so many blocks: step to export.
+    """Peak GB of each part of a stage's first cycle on rank 0, with so many blocks: step to export.
 
-    `resident`: a Resident, which measures. This is then one of torchrun's processes on a CPU, and all of it is real.
+    `resident`: a Resident, to measure. This is then one of torchrun's processes on a CPU, and all of it is real.
     """
     script, light = STAGES[stage], replace(adapters.PRESETS["wan5b"], layers=layers)
     judge = replace(discriminators.PRESETS["wan5b"], feature_blocks=tuple(range(layers))[-3:])
     read, read_adapter = readers(kind, layers, torch.float32 if more.get("dtype") == "float32" else None)
     networks, prepare, begin, schedule = [], parallel.prepare, runs.Run.__init__, flow.sigma_schedule
-    tracker, peaks = resident or fresh(), {}
+    tracker, peaks = resident or new_tracker(), {}
 
     def ends(part: str) -> None:
-        """The peak since the last part's end is this one's."""
+        """The peak since the last part's end is this part's."""
         peaks[part] = max(peaks.get(part, 0), peak(tracker))
         tracker._peak_mem.clear()
 
-    def prepared(network: nn.Module, *args: object) -> nn.Module:
+    def keep(network: nn.Module, *args: object) -> nn.Module:
         networks.append(prepare(network, *args))
         return networks[-1]
 
-    def watched(run: runs.Run, folder: str, config: object, procs: parallel.Processes, parts: dict) -> None:
+    def start_run(run: runs.Run, folder: str, config: object, procs: parallel.Processes, parts: dict) -> None:
         tracker.track_external(*networks, *(list(ema.average.values()) for _, _, ema in parts.values() if ema))
         stack.enter_context(tracker)  # building is over
         begin(run, folder, config, procs, parts)
@@ -298,10 +309,10 @@ def rehearse_stage(
     decode = WanCodec.decode_video
     patches = [
         (VideoDiT, "from_pretrained", read), (adapters, "read_adapter", read_adapter),
-        (finetune_hybrid, "read_adapter", read_adapter), (parallel, "prepare", prepared),
+        (finetune_hybrid, "read_adapter", read_adapter), (parallel, "prepare", keep),
         (discriminators, "PRESETS", {"wan5b": judge}), (adapters, "PRESETS", {"wan5b": light}),
         (script, "training_data", lambda *_: (Clips(grid), Clips(grid))), (runs, "save_network", Quiet),
-        (runs.Run, "__init__", watched), (runs.Run, "resume", lambda run: 0), (runs.Run, "check_finite", Quiet),
+        (runs.Run, "__init__", start_run), (runs.Run, "resume", lambda run: 0), (runs.Run, "check_finite", Quiet),
         (runs.Run, "save", save), (runs, "write_image", Quiet), (runs, "write_video", Quiet),
         (runs, "small_frames", lambda video: np.zeros((9, 16, 16, 3), np.uint8)), (adapters.FixedNorm, "fit", Quiet),
         (flow, "sigma_schedule", lambda steps, shift: schedule(min(steps, 2), shift)),
@@ -311,7 +322,7 @@ def rehearse_stage(
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.ExitStack() as stack:
         if resident is None:
-            stack.enter_context(pretended(world))
+            stack.enter_context(pretend_gpus(world))
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         script.main(replace(script.WAN5B, **options | more))
@@ -320,11 +331,11 @@ def rehearse_stage(
 
 
 def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[str, float]:
-    """GB at the peak of each part of sample.py, with so many blocks: one video, or a table of them with --batch."""
+    """Peak GB of each part of sample.py, with so many blocks: one video, or a table of them with --batch."""
     from transformers import AutoTokenizer, BatchEncoding, UMT5Config, UMT5EncoderModel
 
     read, read_adapter = readers(kind, layers)
-    tracker, peaks, pieces = fresh(), {}, WanCodec.pieces
+    tracker, peaks, pieces = new_tracker(), {}, WanCodec.pieces
 
     @contextlib.contextmanager
     def clock(part: str) -> Iterator[None]:
@@ -334,7 +345,7 @@ def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[
             peaks[part] = max(peaks.get(part, 0), peak(tracker))
 
     def text_encoder(_: object, dtype: torch.dtype) -> nn.Module:
-        return typed(UMT5EncoderModel(UMT5Config(**umt5.UMT5_XXL)).encoder, dtype).eval()
+        return cast(UMT5EncoderModel(UMT5Config(**umt5.UMT5_XXL)).encoder, dtype).eval()
 
     def tokenize(prompts: list[str], **_: object) -> BatchEncoding:
         whole = torch.ones(len(prompts), 512, dtype=torch.long)  # as long as can be
@@ -361,7 +372,7 @@ def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[
         (sample, "gpu_kernels", lambda _: contextlib.nullcontext()),
     ]  # fmt: skip
     options |= {"batch": "jobs.csv"} if videos > 1 else {}
-    with pretended() as stack, tracker, contextlib.redirect_stdout(None):
+    with pretend_gpus() as stack, tracker, contextlib.redirect_stdout(None):
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         sample.main(replace(sample.WAN5B, **options))
@@ -376,8 +387,8 @@ CASES = [
 ]
 
 
-def reckoned(few: dict[str, float], more: dict[str, float], layers: tuple[int, int]) -> dict[str, float]:
-    """Peaks with all blocks, from those with two small numbers of them: memory is linear in the number."""
+def extrapolate(few: dict[str, float], more: dict[str, float], layers: tuple[int, int]) -> dict[str, float]:
+    """Peaks with all blocks, from those with two small numbers of blocks: memory is linear in the number."""
     steps = (PRESETS["wan5b"].layers - layers[0]) / (layers[1] - layers[0])
     return {part: few[part] + steps * (more[part] - few[part]) for part in few}
 
@@ -385,13 +396,13 @@ def reckoned(few: dict[str, float], more: dict[str, float], layers: tuple[int, i
 def table(layers: tuple[int, int] = (3, 4), cases: list = CASES) -> Iterator[dict]:
     """Rows of the memory table: a stage's highest peak, and that of each part of making a video."""
     for stage, kind, world, sequence in cases:
-        peaks = reckoned(*(rehearse_stage(stage, kind, world, sequence, n) for n in layers), layers)
+        peaks = extrapolate(*(rehearse_stage(stage, kind, world, sequence, n) for n in layers), layers)
         most = max(peaks, key=peaks.get)
         about = {"stage": stage, "adapter": kind, "GPUs": world, "sequence": sequence}
         yield about | {"GB": round(peaks[most], 1), "peak_at": most, "measured_GB": None}
     kinds = ("resnet", 1), ("controlnet", 1), ("resnet", 2)
     for mode, (kind, videos) in product(("low", "high"), kinds):
-        peaks = reckoned(*(rehearse_sample(mode, kind, n, videos) for n in layers), layers)
+        peaks = extrapolate(*(rehearse_sample(mode, kind, n, videos) for n in layers), layers)
         for part, most in peaks.items():
             about = {"stage": f"sample, {mode}{', a table of videos' if videos > 1 else ''}", "adapter": kind}
             about |= {"GPUs": 1, "sequence": 1}

@@ -7,30 +7,13 @@ import torch
 
 import flow
 from core.config import UserError
-from core.weights import save_network
+from core.weights import rename, save_network
 from model import PRESETS, DiTConfig, VideoDiT
 from tools import bench
+from wan.published import DIFFUSERS_NAMES
 
 SMALL = DiTConfig(128, 256, 4, 3, text_dim=40, text_tokens=7)
 ONE_WIDE_BLOCK = dataclasses.replace(PRESETS["wan5b"], layers=1)
-
-
-def to_diffusers(name: str) -> str:
-    """Our parameter names (the original ones) in diffusers' vocabulary."""
-    if name.startswith("blocks."):
-        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"), ("norm3", "norm2"), (".q.", ".to_q."),
-                             (".k.", ".to_k."), (".v.", ".to_v."), (".o.", ".to_out.0."), ("ffn.0", "ffn.net.0.proj"),
-                             ("ffn.2", "ffn.net.2"), ("modulation", "scale_shift_table")):  # fmt: skip
-            name = name.replace(ours, theirs)
-        return name
-    for ours, theirs in (("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
-                         ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-                         ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
-                         ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-                         ("time_projection.1", "condition_embedder.time_proj"), ("head.head", "proj_out"),
-                         ("head.modulation", "scale_shift_table")):  # fmt: skip
-        name = name.replace(ours, theirs)
-    return name
 
 
 def diffusers_model(config: DiTConfig):
@@ -44,11 +27,10 @@ CASES = {"small": (SMALL, (3, 8, 12)), "wan5b block": (ONE_WIDE_BLOCK, (2, 4, 6)
 @pytest.mark.parametrize("config, grid", CASES.values(), ids=CASES.keys())
 def test_parity_with_diffusers(config, grid):
     torch.manual_seed(0)
-    model = VideoDiT(config)
-    for p in model.parameters():
+    model, reference = VideoDiT(config), diffusers_model(config)
+    for p in reference.parameters():
         torch.nn.init.normal_(p, std=0.5 * config.dim**-0.5)  # nothing at zero: every parameter takes part
-    reference = diffusers_model(config)
-    reference.load_state_dict({to_diffusers(n): p for n, p in model.state_dict().items()})  # strict
+    model.load_state_dict(rename(reference.state_dict(), DIFFUSERS_NAMES))  # strict
     x, text = torch.randn(2, 48, *grid), torch.randn(2, config.text_tokens, config.text_dim)
     t = torch.tensor([700.0, 311.5])[:, None].repeat(1, grid[0])
     t[:, 0] = 0  # image-to-video: the first frame is clean

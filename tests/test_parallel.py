@@ -145,7 +145,7 @@ def main(cfg):
                                                                     if p.grad is not None] + [noisy.grad]
 
         outputs, grads = outcome()
-        parallel.split_sequence(networks, procs.group)
+        model.split = adapter.split = procs.split
         for compiled in (False, True):
             if compiled:
                 for block in (*model.blocks, *adapter.blocks):
@@ -277,8 +277,6 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 
 def test_what_does_not_divide_is_refused(run):
-    one = torch.randn(1, 3 * 9, 4)
-    assert parallel.own_tokens(one, 3, None) is one
     flags = ("--steps", 1, "--batch", 3, "--compile", "false", "--generator", "none")  # before anything is read
     job = run("train_slow_adapter.py", *flags, processes=2)
     assert job.returncode != 0 and "--batch 3 does not divide into 2 processes x 1 micro-batches" in job.stderr

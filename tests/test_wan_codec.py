@@ -209,10 +209,10 @@ def test_videos_pass_through_the_vae(folder):
 
 def test_sample_makes_a_video_from_a_published_folder(folder, tmp_path, monkeypatch):
     """The whole way of preset wan5b in small; the second time without a text encoder."""
-    small = DiTConfig(64, 128, 2, 2, text_dim=32, text_tokens=512)
+    small = DiTConfig(128, 128, 1, 2, text_dim=32, text_tokens=512)
     monkeypatch.setitem(model.PRESETS, "wan5b", small)
     diffusers_model(small).save_pretrained(folder / "transformer")
-    shape = adapters.AdapterConfig(64, 2, hidden=16)
+    shape = adapters.AdapterConfig(128, 2, hidden=16)
     save_network(folder / "fast_adapter.safetensors", "FastAdapter", shape, adapters.ResNetAdapter(shape).state_dict())
     iio.imwrite(tmp_path / "x.png", np.full((200, 100, 3), 90, np.uint8))
     boxes = {"objects": [{"boxes": {"0": [10, 80, 40, 110], "4": [50, 80, 80, 110]}}]}

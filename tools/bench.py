@@ -3,13 +3,15 @@
     python -m tools.bench                      # a transformer of width 1536 at 4,032 tokens, the VAE at 17 x 256 x 256
     python -m tools.bench --out results/bench-h100.json     # on a GPU: the real shapes, and what it does alone
 
-Ours and theirs take turns, and outputs are compared before anything is timed. Each pair gives a ratio (below 1: ours is
-faster); the table has the median. Alone stand sample.py's four steps, the VAE and the small decoder. Needs
-requirements-dev.txt. Writes rows to `--out`, each as it comes, and a Markdown table beside it.
+Ours and theirs take turns, after their outputs are compared. Each pair gives a ratio (below 1: ours is faster); the
+table has the median. sample.py's four steps, the VAE and the small decoder are timed alone. Needs requirements-dev.txt.
+Writes rows to `--out`, each as it comes, and a Markdown table beside it.
 """
 
 import contextlib
 import gc
+import importlib.metadata
+import importlib.util
 import math
 import re
 import statistics
@@ -32,19 +34,15 @@ from core import parallel
 from core.codec import Batch
 from core.config import UserError, run_script
 from core.files import output_path
-from core.memory import peak_memory, reset_peak, seconds, use_int8
+from core.memory import peak_memory, reset_peak, seconds
 from core.tables import markdown, provenance, three_digits, write_rows
-from core.weights import rename
+from core.weights import Stored, load, rename
 from discriminator import Classifier, ClassifierConfig, DiffusionDiscriminator, adversarial_loss
 from model import PRESETS, DiTConfig, VideoDiT
 from wan import vae
-from wan.published import DIFFUSERS_NAMES
+from wan.published import DIFFUSERS_NAMES, vae_names
 from wan.tiny_decoder import TinyDecoder
 
-try:
-    import diffusers
-except ImportError:
-    diffusers = None  # the tests rehearse without it
 ROW = ("name", "ours", "reference", "ratio", "unit", "shape", "dtype", "compiled", "share_of_limit")
 SHAPES = {  # the transformer, its latents; blocks and latents of a training step; the VAE, its frames, height and width
     "wide": (DiTConfig(1536, 6144, 12, 8, 4096, 512), (7, 48, 48), 4, (8, 32, 32), vae.VAEConfig(), (17, 256, 256)),
@@ -56,31 +54,30 @@ def measure(
     cfg: "Config", device: torch.device, name: str, ours: Callable, reference: Callable | None,
     about: tuple[str, str, bool], flop: float = 0, memory: bool = False,
 ) -> Iterator[dict]:  # fmt: skip
-    """The row of a call's time, beside the reference's or alone. RuntimeError if that one gives something else.
+    """The row of a call's time, beside the reference's or alone. RuntimeError if their outputs differ.
 
-    `about`: shape, type, whether compiled. `flop`: of a call, if its share of this machine's rate says something.
-    `memory`: a second row, of peak memory beyond what both hold, or without a reference of all that is held.
+    `about`: shape, dtype, whether compiled. `flop`: of a call, to state its share of this machine's rate. `memory`:
+    another row, of peak memory beyond what both hold before; without a reference, of all that is held.
     """
     gc.collect()  # compiled blocks refer to themselves
-    dtype, both = getattr(torch, about[1]), [call for call in (ours, reference) if call]
-    outputs = [call() for call in both]
+    dtype, calls = getattr(torch, about[1]), [call for call in (ours, reference) if call]
+    outputs = [call() for call in calls]
     if reference:
         agree(*outputs, dtype, name)
     del outputs
-    taken = {"s": [[seconds(call, device) for call in both] for _ in range(cfg.repeats)]}
+    measured = {name: ("s", [[seconds(call, device) for call in calls] for _ in range(cfg.repeats)])}
     if memory:
-        taken["GiB"] = [[peak(call, device, whole=not reference) for call in both]]
-    for unit, pairs in taken.items():
+        measured[f"{name}, peak memory"] = "GiB", [[peak(call, device, whole=not reference) for call in calls]]
+    for label, (unit, pairs) in measured.items():
         if pairs[0][-1] > 0:  # what fits into memory already held shows no peak
             medians = (*map(statistics.median, zip(*pairs, strict=True)), None)[:2]
             ratio = statistics.median(a / b for a, b in pairs) if reference else None
             share = flop / medians[0] / matmul_rate(dtype, device) if flop and unit == "s" else None
-            label = name if unit == "s" else f"{name}, peak memory"
             yield dict(zip(ROW, (label, *medians, ratio, unit, *about, share), strict=True))
 
 
 def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype, what: str) -> None:
-    """RuntimeError unless both are the same up to the type's rounding."""
+    """RuntimeError unless both are the same up to the dtype's rounding."""
     theirs = theirs.to(ours.device)  # our VAE decodes into host memory
     error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
     if not error < (1e-4 if dtype == torch.float32 else 0.05):  # NaN is no agreement
@@ -111,29 +108,19 @@ def flop(config: DiTConfig, tokens: int) -> float:
     return config.layers * (block + 4 * tokens * tokens * d + 4 * tokens * length * d)
 
 
-def typed(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A network with its parameters in the types in which it is read."""
-    if dtype == torch.int8:
-        use_int8(network)
-        dtype = torch.bfloat16
-    for name, p in network.named_parameters():
-        p.data = p.data.to(torch.float32 if re.search(getattr(network, "float32", "$^"), name) else dtype)
-    return network
-
-
 def random(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A network built on the meta device, with random weights in the types in which it is read."""
+    """A network with random weights, read as from a file."""
     with torch.device("meta"):
-        network = typed(build(), dtype)
-    network.to_empty(device=device)
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.random_(-127, 128) if tensor.dtype == torch.int8 else nn.init.normal_(tensor, std=0.02)
-    return network.eval().requires_grad_(False)
+        shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
+    tensors = {n: Stored(tuple(s), partial(torch.normal, 0.0, 0.02, s, device=device)) for n, s in shapes.items()}
+    return load(build, tensors, "random", dtype).eval().requires_grad_(False)
 
 
 def diffusers_transformer(config: DiTConfig) -> nn.Module:
-    """The network of diffusers with these shapes."""
-    return diffusers.WanTransformer3DModel(
+    """diffusers' transformer of these shapes."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
         patch_size=config.patch, num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads,
         in_channels=config.channels, out_channels=config.channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
         ffn_dim=config.ffn_dim, num_layers=config.layers, eps=config.eps,
@@ -141,8 +128,10 @@ def diffusers_transformer(config: DiTConfig) -> nn.Module:
 
 
 def diffusers_vae(config: vae.VAEConfig) -> nn.Module:
-    """The network of diffusers with these shapes."""
-    return diffusers.AutoencoderKLWan(
+    """diffusers' VAE of these shapes."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
         base_dim=config.width, decoder_base_dim=config.decoder_width, z_dim=config.channels,
         dim_mult=list(config.multipliers), num_res_blocks=config.blocks, temperal_downsample=list(config.temporal),
         is_residual=True, in_channels=12, out_channels=12, patch_size=config.patch,
@@ -152,22 +141,23 @@ def diffusers_vae(config: vae.VAEConfig) -> nn.Module:
 
 
 def transformer(cfg: "Config", device: torch.device, dtype: torch.dtype, compiled: bool) -> Iterator[dict]:
-    """One forward pass; and four steps with a ResNet adapter, which diffusers' loop calls at every step."""
+    """One forward pass, and four steps with a ResNet adapter, which diffusers' loop calls at every step."""
     config, (frames, height, width), *_ = SHAPES[cfg.preset]
     tokens, sigmas = frames * height * width // 4, flow.sigma_schedule(4, 5.0)
     about = f"{config.layers} blocks of {config.dim}, {tokens} tokens", str(dtype).removeprefix("torch."), compiled
     torch.manual_seed(0)
     with torch.device(device):
-        ours, adapter = VideoDiT(config), ResNetAdapter(AdapterConfig(config.dim, config.layers))
-        theirs = diffusers_transformer(config)
+        theirs, adapter = diffusers_transformer(config), ResNetAdapter(AdapterConfig(config.dim, config.layers))
         x, traj, *noise = torch.randn(6, 1, config.channels, frames, height, width)
         text, t = torch.randn(1, config.text_tokens, config.text_dim, dtype=dtype), torch.full((1, frames), 700.0)
     t[:, 0] = 0  # image-to-video
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.5 * config.dim**-0.5)
-    ours.load_state_dict(rename(theirs.state_dict(), DIFFUSERS_NAMES))
-    theirs.float32 = "time_embedder|scale_shift_table|norm[123]"  # the same parts as ours, as Wan does
-    ours, theirs = (typed(network, dtype).eval() for network in (ours, theirs))
+    weights = rename(theirs.state_dict(), DIFFUSERS_NAMES)
+    tensors = {name: Stored(tuple(p.shape), p.clone) for name, p in weights.items()}
+    ours = load(lambda: VideoDiT(config), tensors, "copy", dtype).eval()
+    for name, p in theirs.eval().named_parameters():  # in float32 the same parts as ours
+        p.data = p.data.to(torch.float32 if re.search("time_embedder|scale_shift_table|norm[123]", name) else dtype)
     for block in adapter.blocks:
         nn.init.normal_(block.project.weight, std=0.01)
     for block in (*ours.blocks, *theirs.blocks) if compiled else ():
@@ -189,11 +179,11 @@ def transformer(cfg: "Config", device: torch.device, dtype: torch.dtype, compile
     yield from measure(cfg, device, "DiT forward, reference fused", *both, about, flop(config, tokens))
     if compiled and dtype == torch.bfloat16:
         start = x[:, :, :1], noise, sigmas
-        yield from measure(
-            cfg, device, "4 steps with adapter",
+        both = (
             lambda: flow.sample_fewstep(partial(ours, text=text, residuals=adapter(traj)), *start),
-            lambda: flow.sample_fewstep(adapted, *start), about,
-        )  # fmt: skip
+            lambda: flow.sample_fewstep(adapted, *start),
+        )
+        yield from measure(cfg, device, "4 steps with adapter", *both, about)
 
 
 def codec(cfg: "Config", device: torch.device) -> Iterator[dict]:
@@ -201,17 +191,16 @@ def codec(cfg: "Config", device: torch.device) -> Iterator[dict]:
     *_, config, (frames, height, width) = SHAPES[cfg.preset]
     with torch.device(device):
         ours, theirs = vae.WanVAE(config), diffusers_vae(config)
-    ours.load_state_dict(rename(theirs.state_dict(), vae.diffusers_names(config)))
+    ours.load_state_dict(rename(theirs.state_dict(), vae_names(config.blocks)))
     ours, theirs = (network.to(torch.bfloat16).eval() for network in (ours, theirs))
     video = torch.rand(1, 3, frames, height, width, device=device, dtype=torch.bfloat16) * 2 - 1
     latents = ours.encode(video)
     mean, std = (x.to(latents) for x in vae.statistics(latents))  # diffusers' latents are not normalised
     about = (f"{frames} frames of {height}x{width}", "bfloat16", False)
-    for name, mine, other in (
-        ("decode", partial(ours.decode, latents), lambda: theirs.decode(latents * std + mean).sample),
-        ("encode", partial(ours.encode, video), lambda: (theirs.encode(video).latent_dist.mode() - mean) / std),
-    ):
-        yield from measure(cfg, device, f"VAE {name}", mine, other, about, memory=True)
+    decode = partial(ours.decode, latents), lambda: theirs.decode(latents * std + mean).sample
+    encode = partial(ours.encode, video), lambda: (theirs.encode(video).latent_dist.mode() - mean) / std
+    yield from measure(cfg, device, "VAE decode", *decode, about, memory=True)
+    yield from measure(cfg, device, "VAE encode", *encode, about, memory=True)
 
 
 def steps(cfg: "Config", device: torch.device) -> Iterator[dict]:
@@ -231,16 +220,16 @@ def steps(cfg: "Config", device: torch.device) -> Iterator[dict]:
     for network in (networks := (generator, adapter, backbone, classifier)):
         parallel.prepare(network, parallel.Processes(0, 1, device, None), True, "full")
     first, sigmas, level = x0[:, :, :1], flow.sigma_schedule(4, 5.0), flow.frame_sigma(sigma, grid[0])
-    told = partial(generator, text=batch.text)
+    velocity = partial(generator, text=batch.text)
 
     def stage_2() -> Tensor:
         draw = distill_fast.Draw(first, sigmas, 0, noise, noise[1], sigma)
-        return distill_fast.student_loss(told, told, partial(backbone, text=batch.text), draw)
+        return distill_fast.student_loss(velocity, velocity, partial(backbone, text=batch.text), draw)
 
     def stage_3() -> Tensor:
-        velocity = partial(told, residuals=adapter(traj))
-        learned = flow.flow_matching_loss(velocity, x0, noise[1], sigma, "x0")
-        x_t = flow.add_noise(flow.backward_simulation(velocity, first, noise, sigmas, 3), noise[1], level)
+        adapted = partial(velocity, residuals=adapter(traj))
+        learned = flow.flow_matching_loss(adapted, x0, noise[1], sigma, "x0")
+        x_t = flow.add_noise(flow.backward_simulation(adapted, first, noise, sigmas, 3), noise[1], level)
         judged = DiffusionDiscriminator(backbone, classifier)(x_t, flow.timestep(level), batch.text, traj)
         return learned + adversarial_loss(judged)
 
@@ -252,8 +241,8 @@ def steps(cfg: "Config", device: torch.device) -> Iterator[dict]:
             network.zero_grad()
         return value.detach()
 
-    # Worth so many forward passes. 2: four to learn from the student's last step, and a score each. 3: three of the
-    # sampler that keep nothing; three each of its last, the true video's, the judge's.
+    # Passes that a step costs. 2: four to learn from the student's last step, and one of each score. 3: three of the
+    # sampler without gradients; three each of its last, the true video's and the discriminator's.
     stage_1 = partial(train_slow_adapter.adapter_loss, generator, adapter, batch, noise[1], sigma)
     for stage, loss, passes in ((1, stage_1, 3), (2, stage_2, 6), (3, stage_3, 3 + 3 * 3)):
         generator.requires_grad_(stage == 2)
@@ -271,10 +260,9 @@ def alone(cfg: "Config", device: torch.device) -> Iterator[dict]:
     network = random(lambda: vae.WanVAE(vae_config), torch.bfloat16, device)
     small = random(lambda: TinyDecoder(vae_config.channels), torch.bfloat16, device)
     decode, encode = partial(network.decode, z), partial(network.encode, torch.rand(1, 3, frames, height, width))
-    for name, call in (
-        ("VAE decode", decode), ("VAE encode", encode), ("VAE decode, --memory low", partial(decode, tile=32)),
-        ("small decoder", lambda: [None for _ in small.frames(z)]),
-    ):  # fmt: skip
+    calls = {"VAE decode": decode, "VAE encode": encode, "VAE decode, --memory low": partial(decode, tile=32)}
+    calls["small decoder"] = lambda: [None for _ in small.frames(z)]
+    for name, call in calls.items():
         yield from measure(cfg, device, name, call, None, (*about, False), memory=True)
     shape = AdapterConfig(config.dim, config.layers, channels=config.channels)
     for level, dtype in (("high", torch.bfloat16), ("low", torch.int8)):
@@ -291,10 +279,8 @@ def alone(cfg: "Config", device: torch.device) -> Iterator[dict]:
 
 
 WAYS = product((torch.float32, torch.bfloat16), (False, True))
-PARTS = {
-    "alone": [alone], "vae": [codec], "steps": [steps],
-    "transformer": [partial(transformer, dtype=dtype, compiled=compiled) for dtype, compiled in WAYS],
-}  # fmt: skip
+PARTS = {"alone": [alone], "vae": [codec], "steps": [steps]}
+PARTS["transformer"] = [partial(transformer, dtype=dtype, compiled=compiled) for dtype, compiled in WAYS]
 GPU = torch.cuda.is_available()
 
 
@@ -313,12 +299,12 @@ def main(cfg: Config) -> None:
     if unknown := set(parts) - PARTS.keys():
         raise UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     out = output_path(cfg.out, ".json")
-    if diffusers is None:
+    if not importlib.util.find_spec("diffusers"):
         raise UserError("diffusers: not installed; pip install -r requirements-dev.txt")
     device = parallel.init_processes().device
     parallel.start_compiler(device)
     origin = provenance("-m tools.bench", cfg, device)
-    origin["machine"] += f", diffusers {diffusers.__version__}"
+    origin["machine"] += f", diffusers {importlib.metadata.version('diffusers')}"
     rows = []
     with torch.no_grad():
         for measured in chain.from_iterable(way(cfg, device) for part in parts for way in PARTS[part]):

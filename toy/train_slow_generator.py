@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 import adapter as adapters
 import flow
-from adapter import ResNetAdapter, controlled
+from adapter import ResNetAdapter, with_adapter
 from core import optim, parallel
 from core.codec import Batch
 from core.config import run_script
@@ -105,7 +105,7 @@ def make_videos(batch: Batch, number: int, cfg: Config, model: VideoDiT, guide: 
     """Latents of two videos from a held-out clip's first frame and text: the generator's alone, and guided."""
     noise = sample_noise(batch.x0.shape[1:], [number], cfg.seed).to(batch.x0.device)
     sigmas = flow.sigma_schedule(20, cfg.shift)
-    velocities = partial(model, text=batch.text), controlled(model, guide, batch.text, batch.traj)
+    velocities = partial(model, text=batch.text), with_adapter(model, guide, batch.text, batch.traj)
     return [flow.sample_multistep(velocity, batch.x0[:, :, :1], noise, sigmas) for velocity in velocities]
 
 

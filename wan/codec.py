@@ -12,9 +12,9 @@ from core.config import UserError
 from core.parallel import Processes
 from wan.tiny_decoder import TinyDecoder
 from wan.umt5 import TextEncoder
-from wan.vae import NormSiLU, WanVAE, norm_silu
+from wan.vae import WanVAE
 
-# Of Wan2.2's configuration: what its videos shall not show. Guidance goes away from it.
+# What videos should not show, from Wan2.2's configuration: guidance's other branch.
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
@@ -26,8 +26,7 @@ class WanCodec(Codec):
 
     The VAE is kept; the text encoder, which is larger than everything else, isn't. The VAE works in `dtype`, but on a
     CPU it encodes in float32. Whole videos stay in host memory. `low`, for little memory: the text encoder has 8 bits,
-    and decoding is done in tiles. `decoder`: a file of the small decoder, which then makes the pieces. `compile`: in
-    bfloat16, fuse the VAE's norms with SiLU.
+    and the VAE decodes in tiles. `decoder`: a file of the small decoder, which then makes the pieces.
     """
 
     channels, spatial, temporal, area = 48, 16, 4, 704 * 1280
@@ -35,26 +34,19 @@ class WanCodec(Codec):
 
     def __init__(
         self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32, low: bool = False,
-        decoder: str = "", compile: bool = False,
+        decoder: str = "",
     ):  # fmt: skip
         self.folder, self.device, self.dtype, self.low = Path(folder), device, dtype, low
-        self.compile = compile
         self.small = TinyDecoder.from_pretrained(decoder, dtype).to(device) if decoder else None
 
     @cached_property
     def vae(self) -> WanVAE:
         vae = WanVAE.from_pretrained(self._part("Wan2.2_VAE.pth", "vae")).requires_grad_(False)
-        parts = [vae.conv2, vae.decoder]
         if self.device.type == "cuda":  # faster and half as large; random weights gave latents that differ by 1.4%
-            parts += [vae.conv1, vae.encoder]
-        for part in parts:
+            return vae.to(self.device, self.dtype)
+        for part in (vae.conv2, vae.decoder):
             part.to(self.dtype)
-        faster = self.compile and self.dtype == torch.bfloat16  # in float32 a CPU gains nothing by it, or loses
-        fused = torch.compile(norm_silu, dynamic=True) if faster else None
-        for module in vae.modules():
-            if isinstance(module, NormSiLU):
-                module.fused = fused
-        return vae.to(self.device)
+        return vae
 
     def free(self) -> None:
         vars(self).pop("vae", None)
@@ -62,7 +54,7 @@ class WanCodec(Codec):
             torch.cuda.empty_cache()
 
     def _part(self, *names: str) -> Path:
-        """The first of these names that the folder has: one per layout."""
+        """The first of these files that the folder has: one per layout."""
         if found := [self.folder / name for name in names if (self.folder / name).exists()]:
             return found[0]
         raise UserError(f"{self.folder}: holds no {' or '.join(names)}; give Wan2.2-TI2V-5B as published")
@@ -78,8 +70,8 @@ class WanCodec(Codec):
     def pieces(self, latents: Tensor, procs: Processes | None = None) -> Iterator[Tensor]:
         """The same as `decode_video`, a few frames at a time. Tiles span all frames, so with them it is one piece.
 
-        Where there is a small decoder, it makes them. Of several processes, `procs`, each gives the pieces of its own
-        turns; tiles and the small decoder are rank 0's work alone.
+        The small decoder makes them where there is one. Processes, `procs`, take turns and give their own pieces; tiles
+        and the small decoder are rank 0's work.
         """
         if not self.low and not self.small:
             yield from self.vae.frames(latents.to(self.device), procs=procs)

@@ -36,46 +36,47 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
-    """A transformer's tensors with a LoRA's changes: float32 when read. UserError if a name or shape finds no match."""
+    """A transformer's tensors with the changes of a LoRA, `parse_lora`'s text: float32 when they are read.
+
+    UserError if a name or shape of the LoRA finds no match.
+    """
     path, strength = parse_lora(text)
     header, parts = read_safetensors(path)
-    layers: dict[str, dict[str, Stored]] = {}
-    unknown = []
     flat = {name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in tensors}
+    changes: dict[str, dict[str, Stored]] = {}  # tensor's name -> its changes by kind
+    unknown = []
     for name, stored in parts.items():
         found = PART.match(name)
         layer = own_name(found[1], flat) if found else ""
-        if not found or f"{layer}.weight" not in tensors:
+        if f"{layer}.weight" not in tensors:
             unknown.append(name)
-            continue
-        kind = "diff_b" if found[3] == "bias" else KINDS.get(found[2], found[2])  # lora_B.bias adds to the bias
-        layers.setdefault(layer, {})[kind] = stored
-    if unknown or not layers:
+        elif found[2] == "diff_b" or found[3] == "bias":  # lora_B.bias adds to the bias
+            changes.setdefault(f"{layer}.bias", {})["diff"] = stored
+        else:
+            changes.setdefault(f"{layer}.weight", {})[KINDS.get(found[2], found[2])] = stored
+    if unknown or not changes:
         raise UserError(
             f"{path}: a LoRA of another network; no layer here is called {brief(unknown) or 'like its own'}"
         )
-    alpha = adapter_alpha(header)
-    merged = dict(tensors)
-    for layer, changes in layers.items():
-        bias = changes.pop("diff_b", None)
-        for target, its_changes in ((f"{layer}.weight", changes), (f"{layer}.bias", {"diff": bias} if bias else {})):
-            if its_changes.keys() - {"alpha"}:
-                if target not in tensors or not fits(its_changes, tensors[target].shape):
-                    raise UserError(f"{path}: {target} is of another shape here; the file was made for another network")
-                merged[target] = changed(tensors[target], its_changes, strength, alpha)
+    alpha, merged = read_alpha(header), dict(tensors)
+    for target, own in changes.items():
+        if own.keys() != {"alpha"}:
+            if target not in tensors or not have_shape(own, tensors[target].shape):
+                raise UserError(f"{path}: {target} is of another shape here; the file was made for another network")
+            merged[target] = add(tensors[target], own, strength, alpha)
     return merged
 
 
 def own_name(layer: str, flat: dict[str, str]) -> str:
-    """A layer's name in Wan's own words."""
+    """A layer's name as Wan's files have it."""
     if layer.startswith("lora_unet_"):
         return flat.get(layer.removeprefix("lora_unet_"), layer)
     names = (*WRAPPERS, (r"^(base_model\.model\.)", ""), *PREFIXES, *DIFFUSERS_NAMES)
     return next(iter(rename({f"{layer}.": None}, names))).removesuffix(".")
 
 
-def adapter_alpha(header: dict[str, str]) -> float | None:
-    """alpha / rank as diffusers keeps them in the header, if it does."""
+def read_alpha(header: dict[str, str]) -> float | None:
+    """alpha / rank, if the header has both, as diffusers writes them."""
     try:
         said = json.loads(header.get("lora_adapter_metadata", "{}"))
         values = {key.rpartition(".")[2]: value for key, value in said.items()}
@@ -84,17 +85,15 @@ def adapter_alpha(header: dict[str, str]) -> float | None:
         return None
 
 
-def fits(changes: dict[str, Stored], shape: tuple[int, ...]) -> bool:
-    """Do the changes have the shapes that a tensor of this shape needs?"""
-    if ("down" in changes) != ("up" in changes):
+def have_shape(changes: dict[str, Stored], shape: tuple[int, ...]) -> bool:
+    """Whether the changes add up to a tensor of this shape."""
+    down, up, diff = (changes[kind].shape if kind in changes else None for kind in ("down", "up", "diff"))
+    if (down or up) and not (down and up and up[:2] == (shape[0], down[0]) and down[1:] == shape[1:]):
         return False
-    pair = "down" not in changes or (
-        changes["up"].shape[:2] == (shape[0], changes["down"].shape[0]) and changes["down"].shape[1:] == shape[1:]
-    )
-    return pair and ("diff" not in changes or changes["diff"].shape == shape)
+    return diff is None or diff == shape
 
 
-def changed(target: Stored, changes: dict[str, Stored], strength: float, alpha: float | None) -> Stored:
+def add(target: Stored, changes: dict[str, Stored], strength: float, alpha: float | None) -> Stored:
     """A tensor that adds its changes when it is read."""
 
     def read() -> Tensor:

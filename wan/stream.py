@@ -10,12 +10,8 @@ from core.parallel import Processes
 class Stream(dict[nn.Module, Tensor | None]):
     """What layers remember of a video between its chunks: layer -> its last input frames. Empty when a video starts."""
 
-    def __init__(self):
-        super().__init__()
-        self.kernels: dict[nn.Module, Tensor] = {}  # weights made from others, once a video
-
     def turn(self, chunk: int, chunks: int, seen: int) -> bool:
-        """A chunk of so many begins, after `seen` latent frames. Whether this process has it."""
+        """Called before each chunk, after `seen` latent frames: whether this process decodes it."""
         return True
 
     def before(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor | None:
@@ -23,26 +19,26 @@ class Stream(dict[nn.Module, Tensor | None]):
         return self.get(layer)
 
     def wait(self) -> None:
-        """Until nothing is on its way."""
+        """Wait until everything sent has arrived."""
 
 
 class Relay(Stream):
-    """The stream of processes that take the chunks in turn: what a layer remembers goes to the next process at once.
+    """The stream of processes that take chunks in turn: what a layer remembers goes to the next process at once.
 
-    That one is at work on its chunk, a layer behind, before this one is done. The pixels are those of one process.
+    That process starts on its own chunk, a layer behind, before this one is done. The pixels are those of one process.
     """
 
     def __init__(self, procs: Processes):
         super().__init__()
         self.rank, self.world, self.sending, self.seen, self.last = procs.rank, procs.world, [], 0, False
-        # From the last process to the first there is another connection. With two processes and one connection, what
-        # goes there would stand in line behind what is on its way back.
+        # The last process sends to the first over a second connection: with two processes and a single one, that would
+        # queue behind what comes back.
         self.groups = dist.new_group(), dist.new_group()
 
     def turn(self, chunk: int, chunks: int, seen: int) -> bool:
         if chunk % self.world != self.rank:
             return False
-        self.wait()  # for the last turn's
+        self.wait()  # for the last turn's sends
         self.seen, self.last = seen, chunk == chunks - 1
         return True
 

@@ -1,7 +1,7 @@
 """A small decoder for Wan2.2's latents, of the community's TAEHV family (`taew2_2`): fast, light, a little softer.
 
-It reads the DiT's latents as they are, frame by frame. A block sees its own input and that of the frame before, so a
-video streams through and memory does not grow with its length. Parameter names are those of `taew2_2.pth`.
+It reads the DiT's latents frame by frame. A block sees its own input and that of the frame before, so memory does not
+grow with a video's length. Parameter names are those of `taew2_2.pth`.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class MemoryBlock(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, before: Tensor | None) -> Tensor:
-        """x: frames in their order; `before`: the one before the first, None for a video's first."""
+        """x: frames in their order; `before`: the input's frame before them, None at a video's start."""
         past = torch.cat([torch.zeros_like(x[:1]) if before is None else before, x[:-1]])
         return F.relu(self.conv(torch.cat([x, past], dim=1)) + x)
 
@@ -70,7 +70,7 @@ class TinyDecoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: Path | str, dtype: torch.dtype = torch.float32) -> "TinyDecoder":
-        """Read `taew2_2.pth`, or the same as safetensors. What the file says of an encoder is passed over."""
+        """Read `taew2_2.pth`, or the same as safetensors, without the encoder in it."""
         read = read_safetensors(path)[1] if Path(path).suffix == ".safetensors" else read_checkpoint(path)
         tensors = {name: stored for name, stored in read.items() if not name.startswith("encoder.")}
         grow = "decoder.7.conv.weight"

@@ -45,9 +45,7 @@ def read_text_encoder(path: Path, dtype: torch.dtype = torch.bfloat16, shapes: d
 
 
 def clean_prompt(prompt: str) -> str:
-    """A prompt as Wan gives it to its tokenizer: mended by ftfy, which turns full-width commas into plain ones too,
-    HTML entities resolved twice, white space folded.
-    """
+    """A prompt as Wan cleans it: ftfy (also plain commas for full-width ones), entities twice, white space folded."""
     try:
         import ftfy
     except ImportError:
@@ -77,8 +75,8 @@ class TextEncoder:
         cut = {"padding": "longest", "truncation": True, "max_length": self.length}
         for prompt, whole in zip(prompts, self.tokenizer(clean).input_ids, strict=True):
             if len(whole) > self.length:
-                said = f"{prompt[:40]!r}...: has {len(whole)} tokens; Wan reads the first {self.length}"
-                print(said, file=sys.stderr)
+                says = f"has {len(whole)} tokens; Wan reads the first {self.length}"
+                print(f"{prompt[:40]!r}...: {says}", file=sys.stderr)
         tokens = self.tokenizer(clean, return_tensors="pt", **cut).to(self.device)
         mask = tokens.attention_mask
         text = self.network(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from core.config import UserError
 from core.parallel import Processes
 from core.weights import load, read_checkpoint, read_config, read_folder, rename
+from wan.published import vae_names
 from wan.stream import Relay, Stream
 
 # Statistics of the latents, per channel, as published: the DiT works on (z - MEAN) / STD.
@@ -60,9 +61,6 @@ class Layers(nn.Sequential):
 class CausalConv3d(nn.Conv3d):
     """A convolution that doesn't see the future: a video starts after frames of zeros. [B,C,T,H,W] -> the same T."""
 
-    # On a GPU, frames in pairs would move more memory than they save in products: not until one has been measured.
-    paired_on = ("cpu",)
-
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3), skips: int = 0):
         """`skips`: how many of a video's first latent frames go past it."""
         super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
@@ -75,7 +73,8 @@ class CausalConv3d(nn.Conv3d):
             stream[self] = x[:, :, -past:].clone(memory_format=torch.channels_last_3d)
             if before is None and x.shape[2] == past + 1:  # frame 0 of the video: all before it is zero
                 return F.conv3d(x[:, :, -1:], self.weight[:, :, -1:], self.bias, padding=self.padding)
-        paired = self.kernel_size == (3, 3, 3) and x.device.type in self.paired_on
+        # On a GPU, Winograd's way would move more memory than it saves in products.
+        paired = self.kernel_size == (3, 3, 3) and x.device.type == "cpu"
         return conv_pairs(x, self.weight, self.bias) if paired else super().forward(x)
 
 
@@ -101,34 +100,6 @@ def conv_pairs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def doubling_kernel(weight: Tensor) -> Tensor:
-    """What `double_and_conv` needs of a 3x3 convolution's weight: [O,C,3,3] -> [4 O,C,2,2]."""
-    # Of three neighbouring new pixels two are copies of one old pixel, so the weights add up to a 2x2 kernel.
-    sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(weight)  # [new pixel, old pixel, weight]
-    return torch.einsum("aru,bsv,ocuv->abocrs", sums, sums, weight).flatten(0, 2)
-
-
-def double_and_conv(frames: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution: [n,C,h,w] -> [n,O,2h,2w]."""
-    (n, _, h, w), width = frames.shape, len(bias)
-    parts = F.conv2d(frames, kernel, bias.repeat(4), padding=1).split(width, dim=1)  # (n, O, h + 1, w + 1) each
-    shape = (n, width, 2 * h, 2 * w)
-    out = torch.empty(shape, dtype=frames.dtype, device=frames.device, memory_format=torch.channels_last)
-    for (a, b), part in zip(product(range(2), repeat=2), parts, strict=True):
-        out[:, :, a::2, b::2] = part[:, :, a : a + h, b : b + w]
-    return out
-
-
-def norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """RMS norm over axis 1, the channels, scaled by gamma."""
-    size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
-    return (x * (x.shape[1] ** 0.5 / size).type_as(x)).mul_(gamma)
-
-
-def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    return F.silu(norm(x, gamma), inplace=True)
-
-
 class RMSNorm(nn.Module):
     """RMS norm over the channels of every position; gamma is [C, 1, 1(, 1)], as published."""
 
@@ -137,22 +108,15 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm(x, self.gamma)
+        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+        return (x * (x.shape[1] ** 0.5 / size).type_as(x)).mul_(self.gamma)
 
 
 class NormSiLU(RMSNorm):
     """The norm, and SiLU of it."""
 
-    fused: Callable[[Tensor, Tensor], Tensor] | None = None  # `norm_silu` compiled: one pass over memory
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused is None:
-            return norm_silu(x, self.gamma)
-        # As positions by channels, so that all resolutions are alike to the compiler. And not as views: it asks how a
-        # view's base lies in memory, and makes a variant for every answer.
-        last = x.movedim(1, -1).contiguous()
-        flat, gamma = last.view(-1, x.shape[1]).data, self.gamma.flatten().data
-        return self.fused(flat, gamma).view(last.shape).movedim(-1, 1)
+        return F.silu(super().forward(x), inplace=True)
 
 
 class AttentionBlock(nn.Module):
@@ -219,7 +183,7 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int, temporal: bool):
         super().__init__()
-        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(width, width, 3, padding=1))  # named as published
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1))
         self.time_conv = CausalConv3d(width, 2 * width, (3, 1, 1), skips=1) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
@@ -229,10 +193,7 @@ class Upsample(nn.Module):
             if rest.shape[2]:
                 rest = rearrange(self.time_conv(rest, stream), "b (p c) t h w -> b c (t p) h w", p=2)
             x = torch.cat([first, rest], dim=2)
-        conv = self.resample[1]
-        if self not in stream.kernels:
-            stream.kernels[self] = doubling_kernel(conv.weight)
-        return by_frame(lambda frames: double_and_conv(frames, stream.kernels[self], conv.bias), x)
+        return by_frame(self.resample, x)
 
 
 class DownBlock(nn.Module):
@@ -332,22 +293,19 @@ class WanVAE(nn.Module):
         path = Path(path)
         if not path.is_dir():
             return load(lambda: cls(config), read_checkpoint(path), path, dtype)
-        file = path / "config.json"
+        file, mend = path / "config.json", "give the vae folder of Wan2.2-TI2V-5B-Diffusers"
         theirs = read_config(file)
         if theirs.get("_class_name") != "AutoencoderKLWan" or not theirs.get("is_residual"):
-            raise UserError(f"{file}: not the VAE of Wan2.2; give the vae folder of Wan2.2-TI2V-5B-Diffusers")
+            raise UserError(f"{file}: not the VAE of Wan2.2; {mend}")
+        for name, ours in (("latents_mean", MEAN), ("latents_std", STD)):  # by which latents are normalised
+            if theirs.get(name, list(ours)) != list(ours):
+                raise UserError(f"{file}: {name} is not that of Wan2.2; {mend}")
         names = (  # in VAEConfig's order
             "base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "patch_size"
         )  # fmt: skip
-        if absent := [name for name in names if name not in theirs]:
-            raise UserError(f"{file}: fields are missing: {', '.join(absent)}; give the folder as it was published")
-        for name, ours in (("latents_mean", MEAN), ("latents_std", STD)):  # by which latents are normalised
-            if name in theirs and theirs[name] != list(ours):
-                raise UserError(
-                    f"{file}: {name} is not that of Wan2.2; give the vae folder of Wan2.2-TI2V-5B-Diffusers"
-                )
-        config = VAEConfig(*(tuple(v) if isinstance(v := theirs[name], list) else v for name in names))
-        tensors = rename(read_folder(path, "diffusion_pytorch_model"), diffusers_names(config))
+        values = map(read_config(file, *names).get, names)
+        config = VAEConfig(*(tuple(value) if isinstance(value, list) else value for value in values))
+        tensors = rename(read_folder(path, "diffusion_pytorch_model"), vae_names(config.blocks))
         return load(lambda: cls(config), tensors, path, dtype)
 
     @torch.no_grad()
@@ -400,38 +358,15 @@ class WanVAE(nn.Module):
 
 
 def tiles(length: int, tile: int, overlap: int, spatial: int) -> list[tuple[slice, Tensor]]:
-    """Tiles of an axis of `length` latent positions, and a weight per pixel; at every pixel the weights add up to 1."""
+    """Tiles of an axis of `length` latent positions, with weights for their pixels that add up to 1 at every pixel."""
     if not 0 < tile < length:
         return [(slice(0, length), torch.ones(spatial * length))]
     if not 0 < 2 * overlap <= tile:
         raise ValueError(f"tile {tile}, overlap {overlap}: neighbours may share half a tile at most, and 1 at least")
-    number = -(-(length - overlap) // (tile - overlap))
-    starts = [min(n * (tile - overlap), length - tile) for n in range(number)]
+    starts = [min(n, length - tile) for n in range(0, length - overlap, tile - overlap)]
+    edges = [(spatial * n, spatial * (n + tile)) for n in starts]
     place = torch.arange(spatial * length) + 0.5
-    inside = [torch.minimum(place - spatial * n, spatial * (n + tile) - place) for n in starts]
-    depth = [x.clamp(0, spatial * overlap) for x in inside]  # distance from a tile's edge, level after `overlap`
-    total = torch.stack(depth).sum(0)
-    spans = [slice(spatial * n, spatial * (n + tile)) for n in starts]
-    return [(slice(n, n + tile), (d / total)[s]) for n, d, s in zip(starts, depth, spans, strict=True)]
-
-
-def diffusers_names(config: VAEConfig) -> list[tuple[str, str]]:
-    """Patterns and replacements that turn the parameter names of diffusers' AutoencoderKLWan into Wan's."""
-    return [
-        (r"^quant_conv", "conv1"),
-        (r"^post_quant_conv", "conv2"),
-        (r"coder\.conv_in", "coder.conv1"),
-        (r"coder\.norm_out", "coder.head.0"),
-        (r"coder\.conv_out", "coder.head.2"),
-        (r"mid_block\.resnets\.0", "middle.0"),
-        (r"mid_block\.attentions\.0", "middle.1"),
-        (r"mid_block\.resnets\.1", "middle.2"),
-        (r"(down|up)_blocks\.(\d)\.resnets", r"\1samples.\2.\1samples"),
-        (r"down_blocks\.(\d)\.downsampler", rf"downsamples.\1.downsamples.{config.blocks}"),
-        (r"up_blocks\.(\d)\.upsampler", rf"upsamples.\1.upsamples.{config.blocks + 1}"),
-        (r"(samples\.\d|middle\.[02])\.norm1", r"\1.residual.0"),
-        (r"(samples\.\d|middle\.[02])\.conv1", r"\1.residual.2"),
-        (r"(samples\.\d|middle\.[02])\.norm2", r"\1.residual.3"),
-        (r"(samples\.\d|middle\.[02])\.conv2", r"\1.residual.6"),
-        (r"conv_shortcut", "shortcut"),
-    ]
+    # For each tile the distance of every pixel from its edge, constant beyond `overlap`.
+    depths = [torch.minimum(place - a, b - place).clamp(0, spatial * overlap) for a, b in edges]
+    total = torch.stack(depths).sum(0)
+    return [(slice(n, n + tile), (d / total)[a:b]) for n, (a, b), d in zip(starts, edges, depths, strict=True)]
