@@ -199,7 +199,7 @@ def adapter_step(
         x0, text, traj, noise, renoise, level = make_draw(samples, turn, cfg, data, procs.device)
         diffusion = adversarial = torch.zeros((), device=procs.device)
         with parallel.autocast(procs.device, cfg.dtype):
-            velocity = controlled(generator, adapter, text, traj)
+            velocity = with_adapter(generator, adapter, text, traj)
             if cfg.use_diffusion:  # the true video, noised to one of the sampler's levels
                 u = sample_uniform(samples, cfg.batch, cfg.seed, turn, DIFFUSION_STEP)
                 sigma = send(torch.tensor([sigmas[int(v * (len(sigmas) - 1))] for v in u]), procs.device)

@@ -32,6 +32,7 @@ SLOW = {"small": Sampling(50, 2.0), "wan5b": Sampling(50, 5.0, 5.0)}
 FAST = {"small": Sampling(4, 1.0), "wan5b": Sampling(4, 5.0)}
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,F,H,W], t [B,F]) -> v [B,C,F,H,W]
+OnStep = Callable[[int], None]  # called before each step of a sampler, with its number from 1
 
 
 def shift_sigma(u: Tensor | float, shift: float) -> Tensor | float:
@@ -91,46 +92,39 @@ def sigma_schedule(steps: int, shift: float) -> list[float]:
     return [shift_sigma(1 - i / steps, shift) for i in range(steps + 1)]
 
 
-def guided(
-    conditional: Velocity, unconditional: Velocity, scale: float,
-    text_only: Velocity | None = None, trajectory_scale: float = 1.0,
-) -> Velocity:  # fmt: skip
-    """Classifier-free guidance, `uncond + scale * (cond - uncond)`, and the same for the trajectory:
-    `+ (trajectory_scale - 1) * (cond - text_only)`, so what the trajectory changes counts `trajectory_scale` times.
-
-    A scale of 1 never evaluates its second velocity.
-    """
-    if scale == trajectory_scale == 1:
+def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:
+    """Classifier-free guidance, `uncond + scale * (cond - uncond)`. A scale of 1 never evaluates `unconditional`."""
+    if scale == 1:
         return conditional
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        result = cond = conditional(x, t)
-        if scale != 1:
-            uncond = unconditional(x, t)
-            result = uncond + scale * (cond - uncond)
-        if trajectory_scale != 1:
-            result = result + (trajectory_scale - 1) * (cond - text_only(x, t))
-        return result
+        cond, uncond = conditional(x, t), unconditional(x, t)
+        return uncond + scale * (cond - uncond)
 
     return velocity
 
 
 @torch.no_grad()
-def sample_multistep(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
+def sample_multistep(
+    velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float], on_step: OnStep | None = None
+) -> Tensor:
     """Integrate (2) from noise to data with Euler steps: the slow sampler.
 
     first [B,C,1,H,W] is the clean first-frame latent, noise [B,C,F,H,W]; returns x0 [B,C,F,H,W] in float32.
     """
     x = torch.cat([first, noise[:, :, 1:]], dim=2).float()
-    for sigma, following in pairwise(sigmas):
+    for step, (sigma, following) in enumerate(pairwise(sigmas), start=1):
+        if on_step:
+            on_step(step)
         level = frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])  # (B, F)
         x[:, :, 1:] += (following - sigma) * velocity(x, timestep(level))[:, :, 1:].float()
     return x
 
 
 def backward_simulation(
-    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float], last: int
-) -> Tensor:
+    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float], last: int,
+    on_step: OnStep | None = None,
+) -> Tensor:  # fmt: skip
     """The few-step sampler from its start to step `last`, whose prediction of x0 is returned and alone has a gradient.
 
     first [B,C,1,H,W]; noise [steps,B,C,F,H,W], fresh for every step; returns x0 [B,C,F,H,W] in float32. In training
@@ -138,6 +132,8 @@ def backward_simulation(
     """
     x = torch.cat([first, noise[0][:, :, 1:]], dim=2).float()
     for step in range(last + 1):
+        if on_step:
+            on_step(step + 1)
         level = frame_sigma(x.new_full((x.shape[0],), sigmas[step]), x.shape[2])
         with torch.set_grad_enabled(torch.is_grad_enabled() and step == last):
             x0 = velocity_to_x0(x, velocity(x, timestep(level)).float(), level)  # frame 0 has sigma 0: unchanged
@@ -149,10 +145,11 @@ def backward_simulation(
 
 @torch.no_grad()
 def sample_fewstep(
-    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float]
-) -> Tensor:
+    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float],
+    on_step: OnStep | None = None,
+) -> Tensor:  # fmt: skip
     """Predict x0, noise it again to the next level, repeat: the sampler of distilled generators (DMD, consistency).
 
     `sigmas` as `sigma_schedule` makes them, 0 at the end. Shapes as in `backward_simulation`.
     """
-    return backward_simulation(velocity, first, noise, sigmas, len(sigmas) - 2)
+    return backward_simulation(velocity, first, noise, sigmas, len(sigmas) - 2, on_step)

@@ -33,7 +33,7 @@ from core.boxes import (
     place,
 )  # fmt: skip
 from core.config import UserError
-from core.media import BROKEN, VIDEO_SUFFIXES, Size, fit_nearest, read_frames, read_mask
+from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover_nearest, read_frames, read_mask
 
 # Half-intensity colours, as MagicMotion draws them; its first two are these. Any two are at least 45 apart in RGB.
 PALETTE = [
@@ -344,7 +344,7 @@ def _read_mask(check: Check, field: str, file: Path, sizes: set[Size], image_siz
     except BROKEN:
         check(False, field, f"{file} is not an image; save the mask as PNG")
     check(mask.any(), field, f"{file} is empty; paint the object in any colour but black")
-    mask = fit_nearest(mask, image_size)
+    mask = cover_nearest(mask, image_size)
     check(mask.any(), field, f"{file} vanishes at {image_size[1]}x{image_size[0]}; paint a larger object")
     return mask
 
@@ -364,10 +364,10 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check) -> T
             continue  # only to count them
         label = label_pixels(frame, colors)
         if count == 1:
-            masks = fit_nearest(label, image_size) == np.arange(len(colors))[:, None, None]
+            masks = cover_nearest(label, image_size) == np.arange(len(colors))[:, None, None]
             mend = f"is cut away at {image_size[1]}x{image_size[0]}; change the size"
             check(masks.any((1, 2)).all(), "frame 0", f"an object {mend}")
-        maps[count - 1] = fit_nearest(frame, image_size)
+        maps[count - 1] = cover_nearest(frame, image_size)
         boxes.append(extents(label, len(colors)))
     check(count == num_frames, "", f"{count} maps but the video has {num_frames} frames; pass --frames {count}")
     given = torch.from_numpy(maps).permute(3, 0, 1, 2).float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""What all codecs share: they turn videos and prompts into latents and embeddings, and latents back into videos."""
+"""What all codecs share. They turn videos and prompts into latents and embeddings, and latents back into videos."""
 
 import re
 from typing import NamedTuple
@@ -16,31 +16,30 @@ class Batch(NamedTuple):
 
     x0: Tensor  # latents of the videos [B, C, F, H, W]
     text: Tensor  # embeddings of their captions [B, L, text_dim]
-    traj: Tensor | None  # latents of their trajectory maps [B, C, F, H, W], if asked for
+    traj: Tensor | None  # latents of the videos that steer them [B, C, F, H, W], if asked for
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(None if part is None else send(part, device) for part in self))
 
 
 class Codec:
-    """What the codecs of all presets share. Each adds how it encodes videos and prompts, and decodes latents."""
+    """The base of all presets' codecs. Each adds how it encodes videos and prompts, and decodes latents."""
 
     channels: int  # of the latent
     spatial: int  # pixels per latent position, in height and width
     temporal: int  # video frames per latent frame; frame 0 has one to itself
     patch = 2  # latent positions per token, in height and width
-
+    fps: int  # of the videos that the networks learned from
     negative = ""  # the prompt that guidance goes away from
     area: int  # most pixels of a picture that `--size auto` asks for
 
     def free(self) -> None:
-        """Let go of the memory of networks that can be read again."""
+        """Release networks that can be read again."""
 
-    def check_size(self, size: str, frames: int, picture: tuple[int, int] | None = None) -> tuple[int, int]:
-        """ "704x1280" -> (704, 1280); "auto" -> what fits the picture's (height, width) best.
+    def video_size(self, size: str, frames: int, picture: tuple[int, int] | None = None) -> tuple[int, int]:
+        """ "704x1280" -> (704, 1280); "auto" -> what fits the picture's (height, width) best, or (0, 0) without one.
 
-        UserError if the networks can't make such a video, or if it can't be written. Without a picture "auto" is only
-        checked, as (0, 0).
+        UserError if the networks can't make such a video, or if it can't be written.
         """
         unit = self.spatial * self.patch
         if frames < 2 or (frames - 1) % self.temporal:

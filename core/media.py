@@ -1,10 +1,11 @@
-"""Images and videos: read in any common format, resized and cropped, written for viewing."""
+"""Images and videos: read them in any common format, resize and crop them, write them for viewing."""
 
 import contextlib
 import io
 import re
 import struct
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +19,16 @@ from einops import rearrange
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
-from core.config import reason
+from core.config import UserError, reason
 from core.files import atomic
 
 Size = tuple[int, int]  # height, width in pixels
 MOST_VIDEO_SIDE = 16384  # x264 takes no more
 MOST_PICTURE, MOST_VIDEO = 1 << 26, 1 << 30  # pixels of one picture; of all frames of a video that is held in memory
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's modes of one channel of more than 8 bits
-HD = 720  # lines: players take an untagged video of so many for BT.709, and a smaller one for BT.601
+HD = 720  # lines: players take an untagged video of this height or more for BT.709, a smaller one for BT.601
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif"}
-# What imageio and Pillow raise on broken files, and on small files that decompress to gigantic pictures.
+# What readers raise on broken files, and on small files that decompress to gigantic pictures.
 BROKEN = (
     OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError
 )  # fmt: skip
@@ -42,14 +43,14 @@ def cover(source: Size, target: Size) -> tuple[Size, int, int]:
     return resized, (resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2
 
 
-def kept(source: Size, target: Size) -> tuple[float, float, float, float]:
-    """What `cover` keeps of a picture, in the picture's own pixels: left, top, right, bottom."""
+def crop_box(source: Size, target: Size) -> tuple[float, float, float, float]:
+    """The part of the source that `cover` keeps, in its own pixels: left, top, right, bottom."""
     (height, width), top, left = cover(source, target)
     y, x = source[0] / height, source[1] / width
     return left * x, top * y, (left + target[1]) * x, (top + target[0]) * y
 
 
-def fit_nearest(image: np.ndarray, size: Size) -> np.ndarray:
+def cover_nearest(image: np.ndarray, size: Size) -> np.ndarray:
     """Nearest-neighbour resize and centre crop, as in `cover`: [height, width, ...] -> [*size, ...]."""
     resized, *corner = cover(image.shape[:2], size)
     rows, columns = (  # each pixel takes the value under its centre
@@ -59,7 +60,7 @@ def fit_nearest(image: np.ndarray, size: Size) -> np.ndarray:
     return image[rows[:, None], columns]
 
 
-def fit_frames(frames: np.ndarray, size: Size) -> Tensor:
+def cover_frames(frames: np.ndarray, size: Size) -> Tensor:
     """Smooth resize and centre crop, as in `cover`: uint8 [T, height, width, 3] -> float32 [3, T, *size], 0 to 255."""
     (height, width), top, left = cover(frames.shape[1:3], size)
     box = (left, top, left + size[1], top + size[0])
@@ -70,63 +71,66 @@ def fit_frames(frames: np.ndarray, size: Size) -> Tensor:
 def read_picture(path: Path | str) -> np.ndarray:
     """uint8 [height, width, 3] in sRGB, upright as its EXIF says; an animation's first frame. Raises one of BROKEN.
 
-    Grey of 16 bits or floats keeps its shades. What is transparent shows white, as in most viewers. Colours of another
-    profile are converted.
+    Grey of 16 bits or floats keeps its shades. What is transparent shows white, as in most viewers.
     """
-    with Image.open(path) as image:
-        image.load()
-        upright(image)
-        if image.mode in DEEP:
-            return np.repeat((grey(image) * 255).round().astype(np.uint8)[..., None], 3, axis=2)
-        profile, alpha = image.info.get("icc_profile"), None
-        if has_alpha(image):
-            image = image.convert("RGBA")
-            alpha = image.getchannel("A")
-        elif image.mode not in ("L", "CMYK"):
-            image = image.convert("RGB")
-        if profile:
-            image = to_srgb(image.convert("RGB") if alpha else image, profile)
+    image = open_upright(path)
+    if image.mode in DEEP:
+        return np.repeat((grey(image) * 255).round().astype(np.uint8)[..., None], 3, axis=2)
+    profile, alpha = image.info.get("icc_profile"), None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    if alpha or image.mode not in ("L", "CMYK"):
         image = image.convert("RGB")
-        if alpha:
-            image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-        return np.asarray(image)
+    if profile:
+        image = to_srgb(image, profile)
+    image = image.convert("RGB")
+    return np.asarray(Image.composite(image, Image.new("RGB", image.size, "white"), alpha) if alpha else image)
 
 
-def pictures(path: Path | str) -> int:
-    """How many pictures an animation or a document of pages holds. A photo's embedded previews don't count."""
-    with Image.open(path) as image:
-        return getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "TIFF") else 1
+def load_image(path: Path | str) -> np.ndarray:
+    """`read_picture`, or UserError if it can't be used. A line on stderr says if the file holds more pictures."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such image; give a PNG or JPEG with --image")
+    try:
+        with Image.open(path) as image:  # a photo's embedded previews don't count
+            count = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "TIFF") else 1
+        if count > 1:
+            print(f"{path}: holds {count} pictures; the first is taken", file=sys.stderr)
+        return read_picture(path)
+    except BROKEN as error:
+        mend = f"give a PNG or JPEG of at most {MOST_PICTURE // 10**6} million pixels"
+        raise UserError(f"{path}: not a readable image ({reason(error)}); {mend}") from None
 
 
-def read_mask(path: Path | str, check: Callable[[tuple[int, int]], None]) -> np.ndarray:
+def read_mask(path: Path | str, check: Callable[[Size], None]) -> np.ndarray:
     """A picture as a mask, bool [height, width]: what is at least half as bright as the brightest, or as opaque.
 
     `check` is given (height, width) before anything is decoded. Raises one of BROKEN.
     """
     with Image.open(path) as image:
         check((image.height, image.width))
-        image.load()
-        upright(image)
-        if image.mode in DEEP:
-            strength = grey(image)
-        else:
-            rgba = np.asarray(image.convert("RGBA"))
-            cut_out = has_alpha(image) and rgba[..., 3].min() < 255  # else alpha says nothing
-            strength = rgba[..., 3] if cut_out else rgba[..., :3].max(-1)
+    image = open_upright(path)
+    if image.mode in DEEP:
+        strength = grey(image)
+    else:
+        rgba = np.asarray(image.convert("RGBA"))
+        cut_out = image.has_transparency_data and rgba[..., 3].min() < 255  # else alpha says nothing
+        strength = rgba[..., 3] if cut_out else rgba[..., :3].max(-1)
     return (strength > 0) & (strength >= strength.max() / 2)
 
 
-def upright(image: Image.Image) -> None:
+def open_upright(path: Path | str) -> Image.Image:
+    """A picture, turned as its EXIF says."""
+    image = Image.open(path)
+    image.load()
     with contextlib.suppress(Exception):  # a garbled EXIF block can raise anything; the picture is fine
         ImageOps.exif_transpose(image, in_place=True)
-
-
-def has_alpha(image: Image.Image) -> bool:
-    return "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
+    return image
 
 
 def grey(image: Image.Image) -> np.ndarray:
-    """A picture of one deep channel as values from 0 to 1: of 16 bits, or of floats, which are 0 to 1, 255 or 65535."""
+    """A picture in one of DEEP's modes as values from 0 to 1. Floats may be from 0 to 1, to 255 or to 65535."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("holds values that are no numbers")
@@ -136,12 +140,12 @@ def grey(image: Image.Image) -> np.ndarray:
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Colours of this ICC profile as sRGB; as they are where the profile can't be used."""
+    """Convert from this ICC profile to sRGB, or leave the colours as they are if the profile can't be used."""
     try:
         return ImageCms.profileToProfile(
             image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
         )
-    except (ImageCms.PyCMSError, OSError, ValueError):  # garbled, or a profile of another kind of picture
+    except (ImageCms.PyCMSError, OSError, ValueError):  # garbled, or of another kind of picture
         return image
 
 
@@ -152,29 +156,24 @@ def ffmpeg(*arguments: object) -> list[str]:
 def read_video(path: Path) -> Iterator[np.ndarray]:
     """The pictures [height, width, 3] uint8 that a video file holds, in their order. Raises one of BROKEN."""
     said = subprocess.run(ffmpeg("-i", f"file:{path}"), capture_output=True).stderr.decode(errors="replace")
-    stream = re.search(r"Stream #\S+ .*?Video: (.*)", said)
-    if not stream:
-        raise ValueError("holds no video")
-    about, size = stream[1], re.search(r"[ ,](\d+)x(\d+)[ ,\[]", stream[1] + ",")
+    about = next(iter(re.findall(r"Stream #\S+ .*?Video: (.*)", said)), "")
+    size = re.search(r"[ ,](\d+)x(\d+)[ ,\[]", f"{about},")
     if not size:
-        raise ValueError("holds no picture that can be decoded")
+        raise ValueError("holds no picture that can be decoded" if about else "holds no video")
     width, height = int(size[1]), int(size[2])
     if width * height > MOST_PICTURE:
         raise ValueError(f"a frame of {width}x{height} is larger than {MOST_PICTURE} pixels")
     if hdr := re.search("smpte2084|arib-std-b67", about):
         raise ValueError(f"is HDR ({hdr[0]}); convert it to SDR first")
-    told = re.search(r"\((?:[^()]*, )?(bt709|smpte170m|bt470bg|bt2020|gbr|fcc|smpte240m)", about)
-    matrix = [] if told or height < HD or "rgb" in about or "gbr" in about else ["-vf", "scale=in_color_matrix=bt709"]
+    tagged = re.search(r"\((?:[^()]*, )?(bt709|smpte170m|bt470bg|bt2020|gbr|fcc|smpte240m)", about)
+    matrix = [] if tagged or height < HD or "rgb" in about or "gbr" in about else ["-vf", "scale=in_color_matrix=bt709"]
     command = ffmpeg("-v", "error", "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough", *matrix,
                      "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-")  # fmt: skip
     pixels = None
     with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as job:
         try:
-            while head := job.stdout.readline():
-                if head != b"P6\n":
-                    raise RuntimeError("ends amid a picture")
-                width, height = map(int, job.stdout.readline().split())
-                job.stdout.readline()
+            while head := b"".join(job.stdout.readline() for _ in range(3)):  # P6, width and height, 255
+                width, height = map(int, head.split()[1:3])
                 pixels = job.stdout.read(3 * width * height)
                 if len(pixels) < 3 * width * height:
                     raise RuntimeError("ends amid a picture")
@@ -185,7 +184,7 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
             if pixels is None:
                 raise ValueError("holds no picture that can be decoded")
         finally:
-            job.kill()  # whoever has read enough leaves the rest
+            job.kill()  # the caller may have read enough
 
 
 def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator[np.ndarray]:
@@ -203,7 +202,7 @@ def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator
         else:
             yield from read_video(path)
     except BROKEN as error:
-        check(False, "", f"can't be decoded ({reason(error)}); save the maps as an H.264 mp4 or as PNG files")
+        check(False, "", f"can't be decoded ({reason(error)}); save it as an H.264 mp4 or as PNG files")
 
 
 def to_uint8(video: Tensor, scale: int = 1) -> np.ndarray:
@@ -229,7 +228,6 @@ def write_video(path: Path | str, frames: np.ndarray, fps: int) -> None:
             "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709",
             "-c:v", "libx264", "-preset", "veryfast", "-crf", 5, "-movflags", "+faststart", f"file:{temporary}",
         )  # fmt: skip
-        command.remove("-nostdin")
         encoded = subprocess.run(command, input=np.ascontiguousarray(frames).data, capture_output=True)
         listed = subprocess.run(ffmpeg("-v", "error", "-i", f"file:{temporary}", "-c", "copy", "-f", "framecrc", "-"),
                                 capture_output=True).stdout.splitlines()  # fmt: skip

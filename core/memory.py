@@ -43,14 +43,14 @@ def use_int8(network: nn.Module) -> None:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting until a GPU is done with what it was given before."""
+    """Move to the device, without waiting for a GPU's earlier work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to host memory. What is returned gives the copy, and waits for nothing else.
+    """Begin to copy a tensor to host memory. Calling what is returned waits for the copy alone, and gives it.
 
-    Who reads the GPU's own tensor later waits for all the work that the GPU was given in between.
+    To read the GPU's own tensor later is to wait for all the work that the GPU was given in between.
     """
     if tensor.device.type != "cuda":
         return lambda: tensor
@@ -65,7 +65,7 @@ def fetch(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let `peak_memory` start again from here."""
+    """Make `peak_memory` count from here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -84,7 +84,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes, until the GPU is done too."""
+    """How long a call takes, the GPU's part included."""
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     wait()
     began = time.perf_counter()

@@ -1,45 +1,18 @@
-"""Tables: reads CSV files; writes rows of results as JSON, Markdown and text, with the command that made them."""
+"""Rows of results as JSON, Markdown and text, with the command that made them."""
 
-import csv
 import dataclasses
 import json
 import platform
 import re
 from collections.abc import Callable, Sequence
-from itertools import groupby, islice
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
 import torch
 
-from core.config import UserError, flags
+from core.config import flags
 from core.files import write_text
-
-MOST_ROWS = 100_000
-
-
-def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """A CSV file's columns and rows, "" for missing cells. UserError if it isn't a table of 1 to MOST_ROWS rows."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="", strict=True)
-            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
-            filled = (row for row in reader if any("".join(cell).strip() for cell in row.values()))
-            rows = list(islice(filled, MOST_ROWS + 1))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; correct the path") from None
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable CSV file ({error}); save it as UTF-8 text with commas") from None
-    if len(columns) == 1 and (other := re.search("[;\t]", columns[0])):
-        raise UserError(f"{path}: columns are separated by {other[0]!r}; save it as UTF-8 text with commas")
-    if not 0 < len(rows) <= MOST_ROWS:
-        raise UserError(f"{path}: {'no' if not rows else 'too many'} rows; give 1 to {MOST_ROWS}")
-    if twice := next((name for name in columns if columns.count(name) > 1), None):
-        raise UserError(f"{path}: two columns are called {twice!r}; rename or delete one")
-    for number, row in enumerate(rows, start=1):
-        if any(cell.strip() for cell in row.pop(None, ())):  # DictReader's key for what is left over
-            raise UserError(f"{path}: row {number} has more cells than columns; put texts with commas in quotes")
-    return columns, rows
 
 
 def provenance(script: str, config, device: torch.device) -> dict[str, str]:

@@ -351,9 +351,9 @@ def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[
         whole = torch.ones(len(prompts), 512, dtype=torch.long)  # as long as can be
         return BatchEncoding({"input_ids": whole, "attention_mask": whole})
 
-    def inputs(*_: object) -> sample.Inputs:
+    def condition(*_: object) -> sample.Condition:
         video = torch.empty(3, 9, 704, 1280)  # the VAE's later pieces take no more, either way
-        return sample.Inputs(video[None, :, :1], mock.Mock(maps=lambda *_: video), None)
+        return sample.Condition(video[None, :, :1], mock.Mock(maps=lambda *_: video), None)
 
     def encode_video(codec: WanCodec, video: Tensor) -> Tensor:
         return torch.empty(1, 48, 1 if codec.vae.encode(video).shape[2] == 1 else GRID[0], *GRID[1:])
@@ -361,7 +361,7 @@ def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[
     options = {"preset": "wan5b", "memory": mode, "steps": 1, "compile": False, "prompt": "a cat"}
     patches = [
         (sample, "find_networks", lambda _: ("", "")), (sample, "read_maps", lambda *_: "outline"),
-        (sample, "read_inputs", inputs), (sample, "check_preset", Quiet), (sample, "check_fit", Quiet),
+        (sample, "read_condition", condition), (sample, "check_preset", Quiet), (sample, "check_fit", Quiet),
         (sample, "read_jobs", lambda _: [{"out": f"{n}.mp4"} for n in range(videos)]), (sample, "write", Quiet),
         (VideoDiT, "from_pretrained", read), (sample, "read_adapter", read_adapter),
         (umt5, "read_text_encoder", text_encoder), (AutoTokenizer, "from_pretrained", lambda _: tokenize),

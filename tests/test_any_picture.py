@@ -86,7 +86,7 @@ def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here):
     box = [left, top, left + side, top + side]
     (here / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": box, "8": box}}]}))
     job = sample.Config(weights="checkpoints/small", image="x.png", traj="b.json", steps=1, detail=False)
-    image, trajectory, _ = sample.read_inputs(job, ToyCodec())
+    image, trajectory, _ = sample.read_condition(job, ToyCodec())
     size = best_size((height, width), ToyCodec.area, 8)
     assert image.shape == (1, 3, 1, *size) and trajectory.size == size
     red = torch.nonzero(image[0, 0, 0] > image[0, 1, 0] + 0.7)
@@ -100,7 +100,7 @@ def test_any_number_of_objects_is_fine(here, capsys):
     iio.imwrite("x.png", np.full((64, 64, 3), 60, np.uint8))
     boxes = [{"boxes": {"0": [16 * k, 4, 16 * k + 12, 20]}} for k in range(4)] * 3
     (here / "b.json").write_text(json.dumps({"objects": boxes}))
-    _, trajectory, _ = sample.read_inputs(sample.Config(image="x.png", traj="b.json"), ToyCodec())
+    _, trajectory, _ = sample.read_condition(sample.Config(image="x.png", traj="b.json"), ToyCodec())
     assert len(trajectory.names) == 12 and not capsys.readouterr().err
 
 
@@ -108,6 +108,10 @@ def test_any_number_of_objects_is_fine(here, capsys):
     ("auto", 120, "--frames 120: must be 4 n + 1, at least 2; 121 is"),
     ("auto", 119, "--frames 119: must be 4 n + 1, at least 2; 117 is"),
     ("auto", 1, "--frames 1: must be 4 n + 1, at least 2; 5 is"),
+    ("704x1280", 2, "--frames 2: must be 4 n + 1, at least 2; 5 is"),
+    ("704x1280", 122, "--frames 122: must be 4 n + 1, at least 2; 121 is"),
+    ("704x1280", 123, "--frames 123: must be 4 n + 1, at least 2; 121 is"),
+    ("1x1", 121, "--size 1x1: takes auto, or height x width, both multiples of 32; the nearest is 32x32"),
     ("720x1280", 121, "--size 720x1280: takes auto, or height x width, both multiples of 32; the nearest is 704x1280"),
     ("700x1290", 121, "--size 700x1290: takes auto, or height x width, both multiples of 32; the nearest is 704x1280"),
     ("0x5", 121, "--size 0x5: takes auto, or height x width, both multiples of 32; the nearest is 32x32"),
@@ -118,15 +122,15 @@ def test_any_number_of_objects_is_fine(here, capsys):
 def test_a_wrong_size_or_length_is_told_the_nearest(size, frames, message, tmp_path):
     codec = WanCodec(tmp_path, torch.device("cpu"))
     with pytest.raises(UserError) as caught:
-        codec.check_size(size, frames, (704, 1280))
+        codec.video_size(size, frames, (704, 1280))
     assert str(caught.value) == message
 
 
 def test_without_a_picture_auto_is_fine_and_the_length_still_counts(tmp_path):
     codec = WanCodec(tmp_path, torch.device("cpu"))
-    codec.check_size("auto", 121)
+    assert codec.video_size("auto", 121) == (0, 0) and codec.video_size("480x832", 121) == (480, 832)
     with pytest.raises(UserError, match="--frames 120"):
-        codec.check_size("auto", 120)
+        codec.video_size("auto", 120)
 
 
 def test_a_box_outside_what_is_kept_is_one_line(tmp_path):

@@ -50,7 +50,7 @@ def prepared(tmp_path_factory):
         for number, kind in enumerate(kinds):
             write_clip(root / name, number, SIZES[kind])
         prepare_clips.main(
-            prepare_clips.Config(source=str(root / name), out=str(root / f"{name} shards"), size="auto", shard=8)
+            prepare_clips.Config(source=str(root / name), out=str(root / f"{name} shards"), size="auto")
         )
     patch.undo()
     return root
@@ -162,7 +162,7 @@ def test_shards_of_another_preset_and_a_lost_caption_are_one_line(both, tmp_path
         training_data(str(both), WanCodec(tmp_path, torch.device("cpu")), 0, 2)
     shutil.copytree(both, tmp_path / "lost")
     (tmp_path / "lost/text-00001.safetensors").unlink()
-    with pytest.raises(UserError, match="lost: clip 8 has no caption; run python -m"):
+    with pytest.raises(UserError, match="lost: clip 16 has no caption; run python -m"):
         training_data(str(tmp_path / "lost"), ToyCodec(), 0, 2)
 
 

@@ -53,11 +53,11 @@ def test_boxes_to_maps_and_back_within_a_pixel(tmp_path, middle, large):
 def test_a_folder_of_maps_is_exact_and_a_preview_shows_the_image(tmp_path):
     source = boxes_json(tmp_path)
     iio.imwrite(tmp_path / "image.png", np.full((48, 48, 3), 60, np.uint8))
-    flags = {"preview": str(tmp_path / "look.mp4"), "image": str(tmp_path / "image.png")}
+    flags = {"image": str(tmp_path / "image.png")}
     convert.main(Config(str(source), str(tmp_path / "maps"), **SMALL, **flags))
     read, want = (load_trajectory(p, (48, 48), 9).maps() for p in (tmp_path / "maps", source))
     assert np.array_equal(to_uint8(read), to_uint8(want))
-    look = iio.imread(tmp_path / "look.mp4")
+    look = iio.imread(tmp_path / "maps.preview.mp4")
     assert look.shape == (9, 48, 48, 3) and abs(np.median(look) - 60.0) < 4
 
 
@@ -113,44 +113,38 @@ class Evil:
         return (print, ("code ran",))
 
 
-BAD = {
-    "absent": ("no.npy", {}, "no.npy: no such file"),
-    "two axes": ("flat.npy", {}, r"flat.npy: is \[9, 2\]; give \[T, K, 2\]"),
-    "not an array": ("text.npy", {}, "text.npy: can't be read as point tracks"),
-    "pickled": ("object.npy", {}, "object.npy: can't be read as point tracks"),
-    "code": ("evil.pth", {}, "evil.pth: holds more than tensors"),
-    "no names": ("other.npz", {}, "other.npz: holds points; name the tracks tracks or pred_tracks or"),
-    "depth": ("depth.npy", {}, "depth.npy: the third number of a point is visibility, 0 to 1; leave it out"),
-    "nowhere": ("nan.npy", {}, "nan.npy: no point has a place in any frame"),
-    "a list": ("list.pt", {}, "list.pt: holds a list, neither an array nor a dict of them; give"),
-    "a broken header": ("header.npy", {}, "header.npy: can't be read as point tracks"),
-    "its own source": ("maps.json", {"to": "maps.json"}, "--to: would overwrite maps.json, which --source reads"),
-    "its own picture": (
-        "plain.npy",
-        {"preview": "p.mp4", "image": "p.mp4"},
-        "--preview: would overwrite p.mp4, which --image",
-    ),
-    "one file twice": ("plain.npy", {"to": "x.mp4", "preview": "./x.mp4"}, "--preview ./x.mp4: is what --to writes"),
-    "no frames": ("plain.npy", {"frames": 0}, "--frames 0: at least 1, and at most 466033 of 48x48"),
-    "words": ("words.txt", {}, "words.txt: can't be read as point tracks"),
-    "uneven": ("uneven.txt", {}, "uneven.txt: can't be read as point tracks"),
-    "visibility": ("short.npz", {}, r"short.npz: visibility: is \[8, 2\]; give \[9, 2\]"),
-    "too long": ("long.npy", {}, "long.npy: has 10001 frames; 10000 is the most"),
-    "frames": ("plain.npy", {"frames": 5}, "9 frames but the video has 5; pass --frames"),
-    "hidden at first": ("late.npy", {}, "late.npy: point 1 is not to be seen in frame 0; leave it out with --pick"),
-    "too many": ("many.npy", {}, "many.npy: 21 points, 20 at most; choose some with --pick"),
-    "pick": ("plain.npy", {"pick": "0,2"}, "--pick 0,2: takes numbers from 0 to 1"),
-    "pick words": ("plain.npy", {"pick": "a"}, "--pick a: takes numbers"),
-    "box": ("plain.npy", {"box": "0x5"}, "--box 0x5: takes height x width"),
-    "size": ("plain.npy", {"size": "big"}, "--size big: takes height x width"),
-    "to": ("plain.npy", {"to": "x.gif"}, "--to x.gif: give a .json, an .mp4, or a folder"),
-    "preview": ("plain.npy", {"preview": "x.png"}, "--preview x.png: the name must end in .mp4"),
-    "image": ("plain.npy", {"image": "words.txt", "to": "x.json"}, "--image words.txt: not a readable image"),
-}
+BAD = [
+    ("no.npy", {}, "no.npy: no such file"),
+    ("flat.npy", {}, r"flat.npy: is \[9, 2\]; give \[T, K, 2\]"),
+    ("text.npy", {}, "text.npy: can't be read as point tracks"),
+    ("object.npy", {}, "object.npy: can't be read as point tracks"),
+    ("evil.pth", {}, "evil.pth: holds more than tensors"),
+    ("other.npz", {}, "other.npz: holds points; name the tracks tracks or pred_tracks or"),
+    ("depth.npy", {}, "depth.npy: the third number of a point is visibility, 0 to 1; leave it out"),
+    ("nan.npy", {}, "nan.npy: no point has a place in any frame"),
+    ("list.pt", {}, "list.pt: holds a list, neither an array nor a dict of them; give"),
+    ("header.npy", {}, "header.npy: can't be read as point tracks"),
+    ("maps.json", {"to": "maps.json"}, "--to: would overwrite maps.json, which --source reads"),
+    ("plain.npy", {"to": "p.json", "image": "p.preview.mp4"}, "--to: would overwrite p.preview.mp4, which --image"),
+    ("plain.npy", {"frames": 0}, "--frames 0: at least 1, and at most 466033 of 48x48"),
+    ("words.txt", {}, "words.txt: can't be read as point tracks"),
+    ("uneven.txt", {}, "uneven.txt: can't be read as point tracks"),
+    ("short.npz", {}, r"short.npz: visibility: is \[8, 2\]; give \[9, 2\]"),
+    ("long.npy", {}, "long.npy: has 10001 frames; 10000 is the most"),
+    ("plain.npy", {"frames": 5}, "9 frames but the video has 5; pass --frames"),
+    ("late.npy", {}, "late.npy: point 1 is not to be seen in frame 0; leave it out with --pick"),
+    ("many.npy", {}, "many.npy: 21 points, 20 at most; choose some with --pick"),
+    ("plain.npy", {"pick": "0,2"}, "--pick 0,2: takes numbers from 0 to 1"),
+    ("plain.npy", {"pick": "a"}, "--pick a: takes numbers"),
+    ("plain.npy", {"box": "0x5"}, "--box 0x5: takes height x width"),
+    ("plain.npy", {"size": "big"}, "--size big: takes height x width"),
+    ("plain.npy", {"to": "x.gif"}, "--to x.gif: give a .json, an .mp4, or a folder"),
+    ("plain.npy", {"image": "words.txt", "to": "x.json"}, "words.txt: not a readable image"),
+]
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("source, flags, message", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(source, flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     files(tmp_path)
     np.save("flat.npy", POINTS[:, 0])
@@ -171,10 +165,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     torch.save([torch.tensor(POINTS)], "list.pt")
     (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + b"((((".ljust(118))
     (tmp_path / "maps.json").write_text((ROOT / "examples/balloons.json").read_text())
-    (tmp_path / "p.mp4").write_text("")
+    (tmp_path / "p.preview.mp4").write_text("")
     before = sorted(p.name for p in tmp_path.rglob("*"))
-    source, flags, message = BAD[name]
-    with pytest.raises((UserError, UserError), match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         convert.main(Config(source, **{"to": "out.json", **SMALL, **flags}))
     assert "\n" not in str(caught.value) and "code ran" not in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
@@ -215,10 +208,10 @@ def test_points_and_preview_are_cut_as_the_image_is(tmp_path):
     image[15:25, 55:65] = 255
     iio.imwrite(tmp_path / "image.png", image)
     flags = {"source_size": "48x144", "box": "10x10", "image": str(tmp_path / "image.png"), **SMALL}
-    convert.main(Config(str(tmp_path / "t.npy"), str(tmp_path / "t.json"), str(tmp_path / "look.mp4"), **flags))
+    convert.main(Config(str(tmp_path / "t.npy"), str(tmp_path / "t.json"), **flags))
     made = load_trajectory(tmp_path / "t.json", (48, 48), 9)
     assert made.boxes[0, 0].tolist() == [7, 15, 17, 25]  # 48 columns are cut from either side
-    bright = (iio.imread(tmp_path / "look.mp4")[4, 17:23].mean(-1) > 128).nonzero()[1]
+    bright = (iio.imread(tmp_path / "t.preview.mp4")[4, 17:23].mean(-1) > 128).nonzero()[1]
     assert bright.min() >= 7 and bright.max() <= 16
 
 

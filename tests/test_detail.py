@@ -16,7 +16,7 @@ from PIL import Image
 import sample
 from core import parallel
 from core.boxes import move
-from core.media import fit_frames, kept
+from core.media import cover_frames, crop_box
 from toy.codec import ToyCodec
 from toy.detail import add_detail, enlarge, full_size
 from trajectory import load_trajectory
@@ -74,7 +74,7 @@ def test_a_still_video_is_the_picture_again(picture):
     assert off.max() <= 4 and np.mean(off > 1) < 1e-3 and off.mean() < 0.3
     # And so it is with the first frame that the networks are given, which is cut by whole small pixels.
     pixels = skimage.data.coffee()
-    video = fit_frames(np.stack([pixels] * 2), SMALL).round().byte().permute(1, 2, 3, 0).numpy()
+    video = cover_frames(np.stack([pixels] * 2), SMALL).round().byte().permute(1, 2, 3, 0).numpy()
     got = add_detail(video, picture, make_trajectory(STILL, picture.shape[:2]))
     correlation, energy = likeness(got[1], picture, slice(None), slice(None))
     assert correlation > 0.99 and 0.9 < energy < 1.05
@@ -190,12 +190,12 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(name):
     source, size, written = SIZES[name]
-    assert ToyCodec().check_size("auto", 9, source) == size
+    assert ToyCodec().video_size("auto", 9, source) == size
     y, x = (np.linspace(0, 200, n, dtype=np.float32) for n in source)
     pixels = np.stack(np.broadcast_arrays(y[:, None], x[None], np.float32(90)), -1).round().astype(np.uint8)
     picture = full_size(pixels, size)
     assert picture.shape == (*written, 3) and max(written) <= 1280 and not any(n % 2 for n in written)
-    first = fit_frames(pixels[None], size)[:, 0].permute(1, 2, 0).numpy()
+    first = cover_frames(pixels[None], size)[:, 0].permute(1, 2, 0).numpy()
     shown = np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BOX))
     assert np.abs(shown - first)[2:-2, 2:-2].max() < 3  # the same part of it as the networks see
 
@@ -203,7 +203,7 @@ def test_sizes(name):
 def test_a_picture_that_is_not_made_smaller_keeps_its_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)
     picture = full_size(pixels, SMALL)
-    top = int(kept(pixels.shape[:2], SMALL)[1])
+    top = int(crop_box(pixels.shape[:2], SMALL)[1])
     assert any(np.array_equal(picture, pixels[y : y + len(picture)]) for y in (top, top + 1))
 
 
@@ -243,7 +243,7 @@ def test_an_enlarged_trajectory_has_its_masks_at_full_size(tmp_path):
     ]
     (tmp_path / "b.json").write_text(json.dumps({"objects": objects}))
     picture = full_size(np.zeros((427, 640, 3), np.uint8), SMALL)
-    top = round((sum(kept((427, 640), SMALL)[1::2]) - len(picture)) / 2)
+    top = round((sum(crop_box((427, 640), SMALL)[1::2]) - len(picture)) / 2)
     read = load_trajectory(tmp_path / "b.json", SMALL, 9, (427, 640))
     large = enlarge(read, tmp_path / "b.json", picture.shape[:2])
     assert large.size == picture.shape[:2] and np.isnan(large.boxes[2, 0]).all()
@@ -266,7 +266,7 @@ def test_an_enlarged_trajectory_has_its_masks_at_full_size(tmp_path):
     assert np.abs(large.boxes[0, 8] - [291, 101 - top, 387, 203 - top]).max() < 1.5
 
 
-def test_videos_are_as_large_as_their_pictures_alone_in_a_table_and_in_the_page(here):
+def test_videos_are_as_large_as_their_pictures_alone_in_a_table_and_in_the_page(here, monkeypatch):
     """And with --detail false as small as the networks make them."""
     shapes, rows = {"tall": (200, 120), "wide": (120, 380), "dot": (20, 24)}, ["image,traj,prompt,out"]
     for name, (height, width) in shapes.items():
@@ -275,9 +275,9 @@ def test_videos_are_as_large_as_their_pictures_alone_in_a_table_and_in_the_page(
         (here / f"{name}.json").write_text(json.dumps({"objects": boxes}))
         rows.append(f"{name}.png,{name}.json,,{name}.mp4")
     (here / "jobs.csv").write_text("\n".join(rows))
-    codec, written, made = ToyCodec(), {}, {}
+    codec, written, made, files = ToyCodec(), {}, {}, []
     for name, shape in shapes.items():
-        made[name] = (9, *codec.check_size("auto", 9, shape), 3)
+        made[name] = (9, *codec.video_size("auto", 9, shape), 3)
         written[name] = (9, *full_size(np.zeros((*shape, 3), np.uint8), made[name][1:3]).shape)
     assert written == {"tall": (9, 216, 128, 3), "wide": (9, 120, 370, 3), "dot": (9, 152, 184, 3)}
 
@@ -291,16 +291,12 @@ def test_videos_are_as_large_as_their_pictures_alone_in_a_table_and_in_the_page(
     sample.main(sample.Config(image="tall.png", traj="tall.json", out="one.mp4", **options))
     assert iio.imread("one.mp4").shape == iio.imread("one.boxes.mp4").shape == written["tall"]
 
-    cfg, procs = sample.Config(**options), parallel.init_processes(0, 4)
     request = {"image": base64.b64encode((here / "wide.png").read_bytes()).decode(), "masks": [""], "prompt": "",
                "boxes": json.loads((here / "wide.json").read_text()), "seed": 0, "steps": 1, "size": "auto",
                "frames": 9}  # fmt: skip
-    networks = sample.load(cfg, sample.find_networks(cfg), procs)
     (here / "page").mkdir()
-    files = sample.answer(
-        request, here / "page", lambda **event: None, cfg=cfg, codec=codec, networks=networks,
-        embed=lambda prompt: codec.encode_text([prompt]), procs=procs,
-    )  # fmt: skip
+    monkeypatch.setattr("tools.serve.serve", lambda about, answer: files.extend(answer(request, here / "page", dict)))
+    sample.main(sample.Config(serve=True, **options))
     assert [iio.imread(file).shape for file in files] == [written["wide"]] * 2
 
 

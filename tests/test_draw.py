@@ -17,7 +17,7 @@ import sample
 from core.boxes import interpolate, place
 from core.codec import best_size
 from core.config import UserError, parse_config
-from core.media import cover
+from core.media import cover, load_image
 from toy.codec import ToyCodec
 from trajectory import PALETTE, load_trajectory
 from wan.codec import WanCodec
@@ -552,7 +552,7 @@ def test_lengths_are_those_that_the_networks_make(hands, photo):
         hands.page.fill("#frames", asked)
         hands.press("Tab")
         assert hands.see("state.frames") == taken and (str(taken) in hands.note) == (asked != str(taken))
-        WanCodec.check_size(WanCodec, "auto", taken)
+        WanCodec.video_size(WanCodec, "auto", taken)
     hands.page.select_option("#preset", "small")
     hands.page.fill("#frames", "1")
     hands.press("Tab")
@@ -591,7 +591,7 @@ def test_the_command_for_wan5b_finds_what_it_needs(hands, photo, tmp_path, monke
     assert [str(path) for path in sample.find_networks(cfg)] == [cfg.generator, cfg.adapter]
     size = best_size((64, 96), WanCodec.area, 32)
     load_trajectory(cfg.traj, size, cfg.frames, (64, 96))
-    assert sample.load_image(cfg.image).shape == (64, 96, 3)
+    assert load_image(cfg.image).shape == (64, 96, 3)
 
 
 def test_the_example_is_the_shipped_one_and_the_page_says_what_networks_know(hands, tmp_path):
@@ -654,7 +654,7 @@ def test_400_drawings_are_the_same_in_the_page_and_in_trajectory_py(hands, tmp_p
         source, codec = (drawing["height"], drawing["width"]), {"small": ToyCodec, "wan5b": WanCodec}[drawing["preset"]]
         if codec is not WanCodec:
             codec.spatial = 4
-        size = codec.check_size(codec, drawing["size"], drawing["frames"], source)
+        size = codec.video_size(codec, drawing["size"], drawing["frames"], source)
         assert list(size) == page["target"], (drawing, size)
         file.write_text(json.dumps(page["boxes"]))
         try:

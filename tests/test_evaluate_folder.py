@@ -53,8 +53,9 @@ def world(tmp_path, monkeypatch):
     for n in range(4):
         video(tmp_path / "generated", f"v{n}", n)
         video(tmp_path / "true", f"v{n}", 10 + n)
-    for name, network in (("inception", Inception()), ("i3d", I3D()), ("lpips", LPIPS())):
-        torch.jit.script(network).save(f"{name}.pt")
+    for name, network in (("inception-2015-12-05", Inception()), ("i3d_torchscript", I3D()), ("lpips", LPIPS())):
+        (tmp_path / "networks").mkdir(exist_ok=True)
+        torch.jit.script(network).save(f"networks/{name}.pt")
     return tmp_path
 
 
@@ -64,7 +65,7 @@ def rows(folder) -> list[dict]:
 
 def test_distances_are_those_of_a_matrix_square_root(world):
     scipy = pytest.importorskip("scipy.linalg", reason="the reference needs requirements-dev.txt")
-    evaluate_folder.main(Config(inception="inception.pt", i3d="i3d.pt", lpips="lpips.pt"))
+    evaluate_folder.main(Config(networks="networks"))
     (row,) = rows(world)
     sets = [
         [evaluate_folder.read_whole(world / side / f"v{n}.mp4") for n in range(4)] for side in ("generated", "true")
@@ -86,10 +87,14 @@ def test_distances_are_those_of_a_matrix_square_root(world):
 def test_overlaps_worked_out_by_hand(world):
     """One object shifted by half its width: IoU 1/3; a second one that is lost in one of two frames."""
     for n in range(4):
-        masks(world / "m", f"v{n}", [[[0, 0, 20, 20], None]] * 2 if n else [[[0, 0, 20, 20], [30, 10, 50, 30]]] * 2)
-        masks(world / "f", f"v{n}", [[[10, 0, 30, 20], None]] * 2 if n else
+        masks(
+            world / "true/masks",
+            f"v{n}",
+            [[[0, 0, 20, 20], None]] * 2 if n else [[[0, 0, 20, 20], [30, 10, 50, 30]]] * 2,
+        )
+        masks(world / "generated/masks", f"v{n}", [[[10, 0, 30, 20], None]] * 2 if n else
               [[[0, 0, 20, 20], [30, 10, 50, 30]], [[0, 0, 20, 20], None]])  # fmt: skip
-    evaluate_folder.main(Config(masks="m", found="f"))
+    evaluate_folder.main(Config())
     everyone, one, two = rows(world)
     assert [r["objects"] for r in (everyone, one, two)] == ["all", 1, 2] and [one["videos"], two["videos"]] == [3, 1]
     for measure in ("mask_iou", "box_iou"):
@@ -98,43 +103,78 @@ def test_overlaps_worked_out_by_hand(world):
         assert everyone[measure] == pytest.approx((3 / 3 + 0.75) / 4, abs=1e-4)
     for n in range(4):
         objects = [{"boxes": {"0": [0, 0, 20, 20]}}, {"boxes": {"0": [30, 10, 50, 30]}}][: 1 if n else 2]
-        (world / f"boxes/v{n}.json").parent.mkdir(exist_ok=True)
-        (world / f"boxes/v{n}.json").write_text(json.dumps({"objects": objects}))
-    evaluate_folder.main(Config(masks="m", found="f", boxes="boxes"))
+        (world / "true/boxes").mkdir(exist_ok=True)
+        (world / f"true/boxes/v{n}.json").write_text(json.dumps({"objects": objects}))
+    evaluate_folder.main(Config())
     assert [r["box_iou"] for r in rows(world)] == [r["box_iou"] for r in (everyone, one, two)]
 
 
-BAD = {
-    "no videos": ({"generated": "empty"}, "--generated empty: holds no .mp4 files"),
-    "no true one": ({"true": "empty"}, "--true empty: holds no v0.mp4, which is generated; 4 are missing"),
-    "no video": ({"true": "broken"}, "broken/v0.mp4: can't be decoded"),
-    "boxes alone": ({"boxes": "m"}, "--boxes m: are compared with masks"),
-    "another network": ({"i3d": "wrong.pt"}, "wrong.pt: can't be called as --help says"),
-    "masks alone": ({"masks": "m"}, "--masks, --found: mask IoU compares both"),
-    "no masks of a video": ({"masks": "empty", "found": "empty"}, "empty/v0: no such folder or video"),
-    "not a network": ({"i3d": "text.txt"}, "text.txt: no TorchScript file"),
-    "another size": ({"true": "small"}, r"v0.mp4: \[12, 3, 48, 64\] generated, \[12, 3, 24, 32\] true"),
-    "ending": ({"out": "x.txt"}, "--out x.txt: the name must end in .json"),
-    "too few masks": ({"masks": "m", "found": "short"}, "short/v0: has not as many frames as the true masks"),
-    "no objects": ({"masks": "black", "found": "m"}, "black/v0: frame 0: shows no object"),
+def two_masks(world, place):
+    """Masks of two frames for every video."""
+    for n in range(4):
+        masks(world / place, f"v{n}", [[[0, 0, 20, 20], None]] * 2)
+
+
+BAD = {  # what is wrong -> what makes it so, options, message
+    "no videos": (None, {"generated": "empty"}, "--generated empty: holds no .mp4 files"),
+    "no true one": (None, {"true": "empty"}, "--true empty: holds no v0.mp4, which is generated; 4 are missing"),
+    "no video": (lambda world: (world / "true/v0.mp4").write_bytes(b"no video"), {}, "true/v0.mp4: can't be decoded"),
+    "boxes alone": (lambda world: (world / "true/boxes").mkdir(), {}, "true/boxes: is compared with true/masks"),
+    "masks alone": (
+        lambda world: two_masks(world, "generated/masks"),
+        {},
+        "generated/masks: is compared with true/masks",
+    ),
+    "another network": (
+        lambda world: torch.jit.script(torch.nn.ReLU()).save(world / "networks/i3d_torchscript.pt"),
+        {"networks": "networks"},
+        "i3d_torchscript.pt: can't be called as --help says",
+    ),
+    "not a network": (
+        lambda world: (world / "networks/lpips.pt").write_text("no network"),
+        {"networks": "networks"},
+        "lpips.pt: no TorchScript file",
+    ),
+    "no networks": (None, {"networks": "empty"}, "--networks empty: holds no inception-2015-12-05.pt, i3d_torchscript"),
+    "no masks of a video": (
+        lambda world: two_masks(world, "true/masks"),
+        {},
+        "generated/masks/v0: no such folder or video; every generated video needs one",
+    ),
+    "another size": (
+        lambda world: write_video(world / "true/v0.mp4", np.zeros((12, 24, 32, 3), np.uint8), fps=8),
+        {},
+        r"v0.mp4: \[12, 3, 48, 64\] generated, \[12, 3, 24, 32\] true",
+    ),
+    "ending": (None, {"out": "x.txt"}, "--out x.txt: the name must end in .json"),
+    "too few masks": (
+        lambda world: (
+            two_masks(world, "true/masks"),
+            two_masks(world, "generated/masks"),
+            (world / "generated/masks/v0/1.png").unlink(),
+        ),
+        {},
+        "generated/masks/v0: has not as many frames as the true masks",
+    ),
+    "no objects": (
+        lambda world: (
+            two_masks(world, "true/masks"),
+            two_masks(world, "generated/masks"),
+            masks(world / "true/masks", "v0", [[None, None]] * 2),
+        ),
+        {},
+        "true/masks/v0: frame 0: shows no object",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(world, name):
-    flags, message = BAD[name]
     (world / "empty").mkdir()
-    (world / "text.txt").write_text("no network")
-    (world / "broken").mkdir()
-    for n in range(4):
-        (world / f"broken/v{n}.mp4").write_bytes(b"no video")
-    torch.jit.script(torch.nn.ReLU()).save(world / "wrong.pt")
-    for n in range(4):
-        masks(world / "m", f"v{n}", [[[0, 0, 20, 20], None]] * 2)
-        masks(world / "short", f"v{n}", [[[0, 0, 20, 20], None]])
-        masks(world / "black", f"v{n}", [[None, None]] * 2)
-        write_video(world / f"small/v{n}.mp4", np.zeros((12, 24, 32, 3), np.uint8), fps=8)
-    with pytest.raises((UserError, UserError), match=message) as caught:
+    make, flags, message = BAD[name]
+    if make:
+        make(world)
+    with pytest.raises(UserError, match=message) as caught:
         evaluate_folder.main(Config(**flags))
     assert "\n" not in str(caught.value) and not (world / "out").exists()
 
@@ -149,16 +189,16 @@ def test_help_says_which_files_to_bring(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_config(Config, ["--help"])
     page = capsys.readouterr().out
-    assert caught.value.code == 0 and all(f"--{name} FILE" in page for name in ("inception", "i3d", "lpips"))
+    assert caught.value.code == 0 and all(f"networks/{file}" in page for file, _ in evaluate_folder.NETWORKS.values())
 
 
 def test_videos_without_a_counterpart_are_told_of(world, capsys):
     (world / "generated/v3.mp4").unlink()
     (world / "generated/v2.mp4").rename(world / "generated/v2.MP4")  # as some cameras name them
-    evaluate_folder.main(Config(lpips="lpips.pt"))
+    evaluate_folder.main(Config(networks="networks"))
     assert "--generated generated: v3.mp4 is missing, 1 in all; they are left out" in capsys.readouterr().err
     rows = json.loads((world / Config().out).read_text())
     assert rows[0]["videos"] == 3
     (world / "true/v0.mp4").unlink()
     with pytest.raises(UserError, match=r"--true true: holds no v0.mp4, which is generated; 1 are missing"):
-        evaluate_folder.main(Config(lpips="lpips.pt"))
+        evaluate_folder.main(Config(networks="networks"))

@@ -59,37 +59,39 @@ def test_multistep_integrates_the_ode():
     assert errors[1] < errors[0] / 5 and errors[1] < 0.02
 
 
-def test_guidance():
-    def one(x, t):
-        return x + 1
-
-    def boom(x, t):
-        raise AssertionError("evaluated for nothing")
-
-    x = torch.zeros(1)
-    assert flow.guided(one, boom, 1)(x, x) == 1
-    assert flow.guided(one, lambda x, t: x, 6)(x, x) == 6
-
-
-def test_what_the_trajectory_changes_counts_as_often_as_asked():
+def test_guidance_calls_each_velocity_once_and_none_for_nothing():
     x, t, calls = torch.randn(2, 3), torch.zeros(2, 1), []
 
     def velocity(name, factor):
-        def call(x, t):
-            calls.append(name)
-            return factor * x
+        return lambda x, t: calls.append(name) or factor * x
 
-        return call
-
-    full, uncond, textual = velocity("full", 2.0), velocity("uncond", 0.5), velocity("textual", 1.5)
-    assert flow.guided(full, uncond, 1, textual, 1) is full and not calls
-    for scale, strength in ((1, 0.0), (1, 3.0), (5, 1.5), (5, 1), (0, 2)):
+    cond, uncond = velocity("cond", 2.0), velocity("uncond", 0.5)
+    assert flow.guided(cond, uncond, 1) is cond
+    for scale in (0, 5, 6):
         calls.clear()
-        got = flow.guided(full, uncond, scale, textual, strength)(x, t)
-        torch.testing.assert_close(got, (0.5 + scale * 1.5 + (strength - 1) * 0.5) * x)
-        expected = ["full", *["uncond"] * (scale != 1), *["textual"] * (strength != 1)]
-        assert calls == expected  # each once, and none for nothing
-    torch.testing.assert_close(flow.guided(full, uncond, 1, textual, 0)(x, t), textual(x, t))  # as without a trajectory
+        torch.testing.assert_close(flow.guided(cond, uncond, scale)(x, t), (0.5 + scale * 1.5) * x)
+        assert calls == ["cond", "uncond"]
+
+
+@pytest.mark.parametrize("sample", [flow.sample_multistep, flow.sample_fewstep])
+def test_samplers_tell_each_step_before_it_and_can_be_stopped_there(sample):
+    told, first, noise = [], torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 2, 2, 2)
+    noise = noise if sample is flow.sample_multistep else [noise] * 3
+
+    def velocity(x, t):
+        told.append("velocity")
+        return x
+
+    sample(velocity, first, noise, [1, 0.5, 0.2, 0], told.append)
+    assert told == [1, "velocity", 2, "velocity", 3, "velocity"]
+    told.clear()
+    with pytest.raises(KeyboardInterrupt):
+        sample(velocity, first, noise, [1, 0.5, 0.2, 0], lambda step: step < 3 or stop())
+    assert told == ["velocity", "velocity"]
+
+
+def stop():
+    raise KeyboardInterrupt
 
 
 def test_loss_on_x0_is_the_velocitys_times_sigma_squared():

@@ -8,7 +8,7 @@ import pytest
 
 from core.config import UserError
 from core.weights import read_checkpoint
-from sample import read_jobs
+from tools.batch import read_jobs
 from tools.convert import read_points
 from trajectory import Trajectory, load_trajectory
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from core.config import UserError
-from sample import read_jobs
+from tools.batch import read_jobs
 
 SMALL = ("--size", "48x64")
 GOOD = {"image": "balloons.jpg", "traj": "balloons.json", "prompt": "a blob"}
@@ -85,20 +85,6 @@ def test_an_empty_cell_is_not_the_example(run, table):
     job = run("sample.py", *SMALL, "--batch", path, "--steps", 1)
     assert job.returncode == 2 and [p.name for p in path.parent.glob("*[0-9].mp4")] == ["jobs_00002.mp4"]
     assert "jobs_00000.mp4: --image: empty; name a file" in job.stderr and "jobs_00001.mp4: --traj: empty" in job.stderr
-
-
-def test_one_file_of_embeddings_serves_the_whole_table(run, table):
-    """Written by two processes, read by one that has a single video left."""
-    path = table([{**GOOD, "prompt": f"a {color} disc", "out": f"{color}.mp4"} for color in ("red", "blue", "green")])
-    flags = ("--batch", path, "--steps", 1, "--text", "t.safetensors")
-    assert run("sample.py", *SMALL, *flags, processes=2).returncode == 0
-    blue = path.parent / "blue.mp4"
-    first = iio.imread(blue)
-    blue.unlink()
-    job = run("sample.py", *SMALL, *flags)
-    assert job.returncode == 0 and np.array_equal(iio.imread(blue), first), job.stderr
-    job = run("sample.py", *SMALL, "--prompt", "a cat", "--text", "t.safetensors")
-    assert job.returncode == 2 and 't.safetensors: holds no embeddings of "a cat"; give another file' in job.stderr
 
 
 def test_tables_of_magicmotion(table):

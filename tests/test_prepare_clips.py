@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 import shutil
 import subprocess
 import time
@@ -81,7 +80,7 @@ def shards(folder):
 
 @pytest.fixture(scope="module")
 def prepared(magic):
-    prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(magic / "shards"), shard=4, **LIKE_MAGIC))
+    prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(magic / "shards"), **LIKE_MAGIC))
     return magic / "shards"
 
 
@@ -89,12 +88,12 @@ def test_shards_hold_the_clips_and_a_report_of_those_rejected(magic, prepared, w
     with (prepared / "rejected.csv").open(newline="") as file:
         rejected = {row["path"].split("/")[-1][:6]: row["reason"] for row in csv.DictReader(file)}
     assert rejected == REJECTED
-    assert len(list(prepared.glob("latents-*.safetensors"))) == 6
-    codec, batch = ToyCodec(), world.subset([4, 5])
+    assert len(list(prepared.glob("latents-*.safetensors"))) == 2
+    codec, batch = ToyCodec(), world.subset([16, 17])
     with safe_open(prepared / "latents-00001.safetensors", "pt") as file:
-        assert sorted(file.keys()) == [f"{n}.{kind}" for n in (4, 5, 6) for kind in ("box", "mask", "video")]
+        assert sorted(file.keys()) == [f"{n}.{kind}" for n in range(16, 24) for kind in ("box", "mask", "video")]
         read = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    for i, number in enumerate((4, 5)):
+    for i, number in enumerate((16, 17)):
         latent, other = codec.encode_video(batch.video[[i, 1 - i]])
         error = (read[f"{number}.video"] - latent).abs().mean()
         assert error < 0.2 < (read[f"{number}.video"] - other).abs().mean()  # an mp4 lies between
@@ -105,47 +104,32 @@ def test_shards_hold_the_clips_and_a_report_of_those_rejected(magic, prepared, w
         assert not torch.equal(box[:, 1:], read[f"{number}.mask"][:, 1:])
     with safe_open(prepared / "text-00001.safetensors", "pt") as file:
         text = codec.encode_text(batch.captions)[0]
-        assert torch.equal(file.get_tensor("4"), text[text.any(-1)].bfloat16())
+        assert torch.equal(file.get_tensor("16"), text[text.any(-1)].bfloat16())
         assert file.get_tensor("empty").shape == (0, 64)
 
 
 def test_killed_or_shared_out_it_makes_the_same_shards(magic, prepared, run, tmp_path):
-    flags = ("--source", magic / "MagicData.csv", "--size", "48x48", "--maps", "outline", "--shard", 4, "--out")
+    flags = ("--source", magic / "MagicData.csv", "--size", "48x48", "--maps", "outline", "--out")
     job = run("tools.prepare_clips", *flags, tmp_path / "killed", wait=False)
-    while not (tmp_path / "killed/latents-00001.safetensors").exists():
+    while not (tmp_path / "killed/latents-00000.safetensors").exists():
         assert job.poll() is None
         time.sleep(0.01)
     job.kill()
     assert not (tmp_path / "killed/rejected.csv").exists()
     with subprocess.Popen(["true"]) as ended:
         pass
-    left = f".tmp{ended.pid}-{zlib.crc32(b'latents-00002.safetensors'):08x}.safetensors"  # as a kill leaves it
+    left = f".tmp{ended.pid}-{zlib.crc32(b'latents-00001.safetensors'):08x}.safetensors"  # as a kill leaves it
     (tmp_path / "killed" / left).write_text("half-written")
     for folder, processes in (("killed", 1), ("shared", 2)):
         job = run("tools.prepare_clips", *flags, tmp_path / folder, processes=processes)
         assert job.returncode == 0, job.stderr
-        assert "20 clips in 6 shards; 4 rejected" in job.stdout
+        assert "20 clips in 2 shards; 4 rejected" in job.stdout
         assert shards(tmp_path / folder) == shards(prepared)
 
 
 def test_stage_1_trains_on_them(prepared, run):
-    flags = (
-        "--data",
-        prepared,
-        "--steps",
-        3,
-        "--mask_steps",
-        1,
-        "--batch",
-        2,
-        "--compile",
-        "false",
-        "--maps",
-        "outline",
-        "--sample_every",
-        0,
-    )
-    job = run("train_slow_adapter.py", *flags)
+    flags = "--steps 3 --mask_steps 1 --batch 2 --compile false --maps outline --sample_every 0"
+    job = run("train_slow_adapter.py", "--data", prepared, *flags.split())
     assert job.returncode == 0, job.stderr
     job = run("train_slow_adapter.py", "--data", prepared.parent, "--steps", 3)
     assert job.returncode == 2 and "holds no finished shards" in job.stderr
@@ -183,18 +167,22 @@ def test_the_authors_own_columns_name_maps_and_their_frames(tmp_path, world):
         prepare_clips.read_clip(short, lambda _: (48, 48), 9)
 
 
+def write_plain(folder, name, boxes, video=None, caption="a square", **top):
+    """A clip of a plain folder: by default nine grey frames."""
+    write_video(folder / f"{name}.mp4", np.full((9, 48, 48, 3), 90, np.uint8) if video is None else video, fps=8)
+    (folder / f"{name}.txt").write_text(caption)
+    (folder / f"{name}.json").write_text(json.dumps({**top, "objects": [{"boxes": boxes, "interpolate": "linear"}]}))
+
+
 def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path, world):
-    batch = world
     for i, name in enumerate("abc"):
-        write_video(tmp_path / f"{name}.mp4", to_uint8(batch.video[i]), fps=8)
         boxes = {str(t): [4 + 2 * t, 8, 16 + 2 * t, 20] for t in range(9)}
-        (tmp_path / f"{name}.json").write_text(json.dumps({"objects": [{"boxes": boxes}]}))
-        (tmp_path / f"{name}.txt").write_text(batch.captions[i] + "\n")
+        write_plain(tmp_path, name, boxes, to_uint8(world.video[i]), world.captions[i] + "\n")
     (tmp_path / "b.json").write_text("{}")
     (tmp_path / "c.txt").unlink()
     first, second, third = prepare_clips.find_clips(tmp_path)
     parts = prepare_clips.read_clip(first, lambda _: (48, 48), 9)
-    assert set(parts) == {"video", "box"} and first.caption == batch.captions[0]
+    assert set(parts) == {"video", "box"} and first.caption == world.captions[0]
     x0, y0, x1, y1 = 12, 8, 24, 20
     lit = (parts["box"][0, 4] > -1).nonzero()
     assert lit.amin(0).tolist() == [y0, x0] and lit.amax(0).tolist() == [y1 - 1, x1 - 1]
@@ -210,55 +198,36 @@ def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path, world):
 
 
 def test_boxes_for_a_whole_video_are_cut_as_it_is(tmp_path):
-    write_video(tmp_path / "a.mp4", np.full((12, 48, 48, 3), 90, np.uint8), fps=8)
-    (tmp_path / "a.txt").write_text("a square")
-    boxes = {"0": [4, 4, 16, 16], "11": [26, 4, 38, 16]}
-    told = {"num_frames": 12, "objects": [{"boxes": boxes, "interpolate": "linear"}]}
-    (tmp_path / "a.json").write_text(json.dumps(told))
+    video = np.full((12, 48, 48, 3), 90, np.uint8)
+    write_plain(tmp_path, "a", {"0": [4, 4, 16, 16], "11": [26, 4, 38, 16]}, video, num_frames=12)
     (clip,) = prepare_clips.find_clips(tmp_path)
     box = prepare_clips.read_clip(clip, lambda _: (48, 48), 9)["box"]
     assert box.shape[1] == 9 and (box[:, 8] > -1).any(0).any(0).nonzero()[0].item() == 4 + 2 * 8
-    (tmp_path / "a.json").write_text(
-        json.dumps(told | {"num_frames": 5, "objects": [{"boxes": {"0": [4, 4, 16, 16]}}]})
-    )
+    write_plain(tmp_path, "a", {"0": [4, 4, 16, 16]}, video, num_frames=5)
     with pytest.raises(UserError, match="num_frames is 5 but the video has 9 frames"):
         prepare_clips.read_clip(clip, lambda _: (48, 48), 9)
 
 
-def test_other_clips_of_the_same_number_are_not_taken_for_those_before(tmp_path):
+def test_shards_go_on_with_the_same_clips_and_maps_alone(tmp_path):
     for name in ("b", "c"):
-        write_video(tmp_path / f"{name}.mp4", np.full((9, 48, 48, 3), 90, np.uint8), fps=8)
-        (tmp_path / f"{name}.txt").write_text(f"a square, {name}")
-        (tmp_path / f"{name}.json").write_text(json.dumps({"objects": [{"boxes": {"0": [4, 4, 16, 16]}}]}))
+        write_plain(tmp_path, name, {"0": [4, 4, 16, 16]}, caption=f"a square, {name}")
     (tmp_path / "._b.mp4").write_bytes(b"what macOS leaves on other disks")
     cfg = Config(source=str(tmp_path), out=str(tmp_path / "out"), size="48x48")
     prepare_clips.main(cfg)
     prepare_clips.main(cfg)
     assert (tmp_path / "out/rejected.csv").read_text() == "path,reason\n"
+    assert json.loads((tmp_path / "out/config.json").read_text())["maps"] == "pixels"
+    with pytest.raises(UserError, match=r"shards of other clips lie here \(maps pixels\); give another --out"):
+        prepare_clips.main(replace(cfg, maps="outline"))
     for suffix in (".mp4", ".txt", ".json"):
         (tmp_path / f"c{suffix}").rename(tmp_path / f"a{suffix}")
     with pytest.raises(UserError, match=r"shards of other clips lie here \(other captions or videos\); give another"):
         prepare_clips.main(cfg)
 
 
-def test_shards_go_on_with_maps_of_their_own_style_alone(tmp_path):
-    write_video(tmp_path / "a.mp4", np.full((9, 64, 64, 3), 90, np.uint8), fps=8)
-    (tmp_path / "a.txt").write_text("a square")
-    (tmp_path / "a.json").write_text(json.dumps({"objects": [{"boxes": {"0": [4, 4, 16, 16]}}]}))
-    cfg = Config(source=str(tmp_path), out=str(tmp_path / "out"))
-    prepare_clips.main(cfg)
-    assert json.loads((tmp_path / "out/config.json").read_text())["maps"] == "pixels"
-    wanted = f"{tmp_path}/out: holds pixels maps, and --maps is outline; pass --maps pixels, or give another --out"
-    with pytest.raises(UserError, match=f"^{re.escape(wanted)}$"):
-        prepare_clips.main(replace(cfg, maps="outline"))
-
-
-@pytest.mark.parametrize(
-    "options, message", [({"seed": -1}, "--seed -1: at least 0"), ({"sparse": 7.0}, "--sparse 7.0: from 0 to 1")]
-)
-def test_numbers_out_of_range_are_refused_before_anything_is_written(options, message, tmp_path, magic):
-    with pytest.raises(UserError, match=message):
-        prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(tmp_path / "out"), **options))
+def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, magic):
+    with pytest.raises(UserError, match=r"--sparse 7\.0: from 0 to 1"):
+        prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(tmp_path / "out"), sparse=7.0))
     assert not (tmp_path / "out").exists()
 
 
@@ -274,9 +243,9 @@ def test_a_torn_config_and_a_negative_frame_are_named(tmp_path, magic):
 
 def test_a_share_of_the_clips_loses_boxes_in_some_frames():
     maps = torch.ones(3, 9, 4, 4)
-    dark = [(prepare_clips.darken(maps, 0.5, 0, n)[0, :, 0, 0] < 0).tolist() for n in range(200)]
+    dark = [(prepare_clips.darken(maps, 0.5, n)[0, :, 0, 0] < 0).tolist() for n in range(200)]
     assert not any(row[0] for row in dark) and 60 < sum(any(row) for row in dark) < 110
-    assert torch.equal(prepare_clips.darken(maps, 0.0, 0, 1), maps)
+    assert torch.equal(prepare_clips.darken(maps, 0.0, 1), maps)
 
 
 def test_bad_input_is_one_line(tmp_path, prepared, magic):
@@ -295,5 +264,5 @@ def test_bad_input_is_one_line(tmp_path, prepared, magic):
     refused("--size 48x50", source=str(magic / "MagicData.csv"), size="48x50")
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
-    with pytest.raises(UserError, match=r"shards of other clips lie here \(shard 4\)"):
-        prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(copy), **LIKE_MAGIC))
+    with pytest.raises(UserError, match=r"shards of other clips lie here \(sparse 0.15\)"):
+        prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(copy), sparse=0.5, **LIKE_MAGIC))

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 import flow
 import sample
 from core.config import UserError, run_script
-from core.media import fit_frames, read_picture
+from core.media import cover_frames, load_image, read_picture
 from core.weights import save_network
 from model import PRESETS, DiTConfig, VideoDiT
 from toy.codec import ToyCodec
@@ -92,100 +92,60 @@ def image(path: Path, shape=(48, 48, 3)) -> None:
     iio.imwrite(path, np.full(shape, 90, np.uint8))
 
 
-# name -> (what to put in boxes.json, or None to leave it out; further flags; what the line must say)
-BAD = {
-    "missing image": (GOOD, ["--image", "none.png"], "none.png: no such image"),
-    "not an image": (GOOD, ["--image", "text.png"], "text.png: not a readable image"),
-    "a cut image": (GOOD, ["--image", "cut.png"], "cut.png: not a readable image"),
-    "size": (
-        GOOD,
-        ["--size", "48x50"],
-        "--size 48x50: takes auto, or height x width, both multiples of 8; the nearest is 48x48",
-    ),
-    "too long a side": (GOOD, ["--size", "8x16392"], "--size 8x16392: 16384 pixels a side are the most"),
-    "too many frames at full size": (
-        GOOD,
-        ["--image", "large.png", "--frames", "4000"],
-        "--frames 4000: 1098304000 pixels; 1073741824 is the most; add --detail false",
-    ),
-    "detail of wan5b": (
-        GOOD,
-        ["--preset", "wan5b", "--detail", "true"],
-        "--detail true: preset wan5b makes large videos as it is; leave it out",
-    ),
-    "the size of the video by another option": (GOOD, ["--scale", "4"], "unknown flag --scale"),
-    "a folder for an adapter": (GOOD, ["--adapter", "."], "--adapter .: is a folder; give the file in it"),
-    "a key of a file that has none": (
-        GOOD,
-        ["--generator", f"{ROOT}/checkpoints/small/fast_generator.safetensors:ema"],
-        "fast_generator.safetensors:ema: this file holds one network; leave out :ema",
-    ),
-    "its own trajectory": (GOOD, ["--traj", "b.mp4", "--out", "b.mp4"], "--out: would overwrite b.mp4, which --traj"),
-    "its own trajectory, with boxes": (
-        GOOD,
-        ["--traj", "b.boxes.mp4", "--out", "./b.mp4"],
-        "--out: would overwrite b.boxes.mp4, which --traj reads; give another name",
-    ),
-    "half a size": (GOOD, ["--size", "48"], "--size 48: takes auto, or height x width, both multiples of 8, as 32x48"),
-    "frames of wan5b": (GOOD, ["--preset", "wan5b", "--frames", "9", "--size", "64x50"], "--size 64x50"),
-    "more frames of wan5b": (
-        GOOD,
-        ["--preset", "wan5b", "--frames", "8"],
-        "--frames 8: must be 4 n + 1, at least 2; 9 is",
-    ),
-    "nothing of wan5b": (
-        GOOD,
-        ["--preset", "wan5b", "--frames", "9"],
-        "fast_generator.safetensors: no such file",
-    ),
-    "missing boxes": (None, [], "boxes.json: no such file"),
-    "not JSON": ("{,", [], "boxes.json: line 1: not valid JSON"),
-    "not an object": ([], [], "boxes.json: holds a list"),
-    "unknown field": ({**GOOD, "boxs": 1}, [], "boxes.json: boxs: unknown field"),
-    "unknown object field": (boxes(colour=[1, 2, 3]), [], "boxes.json: objects[0].colour: unknown field"),
-    "no objects": ({"objects": []}, [], "boxes.json: objects: "),
-    "outside": (boxes(boxes={"0": [4, 50, 20, 60]}), [], 'objects[0].boxes["0"]: [4, 50, 20, 60] lies outside'),
-    "zero area": (boxes(boxes={"0": [4, 4, 4, 20]}), [], 'objects[0].boxes["0"]: [4, 4, 4, 20] has no area'),
-    "keyframe beyond": (boxes(boxes={"0": [4, 4, 9, 9], "9": [4, 4, 9, 9]}), [], "frame 9 is beyond num_frames 9"),
-    "NaN": (boxes(boxes={"0": [4, float("nan"), 9, 9]}), [], 'objects[0].boxes["0"]: [4, NaN, 9, 9] is not a box'),
-    "num_frames": ({**GOOD, "num_frames": 49}, [], "num_frames is 49 but the video has 9 frames"),
-    "mask of another size": (boxes(mask="wide.png"), [], "objects[0].mask: "),
-    "mask missing": (boxes(mask="none.png"), [], "objects[0].mask: "),
-    "unknown flag": (GOOD, ["--stpes", "3"], "unknown flag --stpes; did you mean --steps? --help"),
-    "flag's type": (GOOD, ["--steps", "few"], "argument --steps: invalid int value: 'few'"),
-    "no steps": (GOOD, ["--steps", "-1"], "--steps -1: at least 1"),
-    "guidance where none is": (GOOD, ["--guidance", "2"], "--guidance 2.0: the fast networks have none"),
-    "trajectory guidance where none is": (
-        GOOD,
-        ["--trajectory_guidance", "2"],
-        "--trajectory_guidance 2.0: the fast networks have none; add --speed slow",
-    ),
-    "negative shift": (GOOD, ["--shift", "-1"], "--shift -1.0: greater than 0, or 0 for the sampler's own"),
-    "a decoder of another preset": (
-        GOOD,
-        ["--decoder", "t.pth"],
-        "--decoder t.pth: preset small has one of its own",
-    ),
-    "no such LoRA": (GOOD, ["--lora", "l.safetensors:0.5"], "--lora l.safetensors:0.5: no such file"),
-    "not an mp4": (GOOD, ["--out", "out/x.avi"], "--out out/x.avi: the name must end in .mp4"),
-    "no weights": (GOOD, ["--weights", "nowhere"], "nowhere/fast_generator.safetensors: no such file"),
-    "another preset": (
-        GOOD,
-        ["--generator", "other/fast_generator.safetensors"],
-        "other/fast_generator.safetensors: is no network of preset small",
-    ),
-    "wrong network": (
-        GOOD,
-        ["--generator", "swapped/fast_generator.safetensors"],
-        "holds a SlowAdapter, expected a FastGenerator",
-    ),
-    "broken weights": (GOOD, ["--generator", "broken/fast_generator.safetensors"], "not a readable safetensors file"),
+# What boxes.json holds, or None where there is none; what the line must say.
+BAD_BOXES = [
+    (None, "boxes.json: no such file"),
+    ("{,", "boxes.json: line 1: not valid JSON"),
+    ([], "boxes.json: holds a list"),
+    ({**GOOD, "boxs": 1}, "boxes.json: boxs: unknown field"),
+    (boxes(colour=[1, 2, 3]), "boxes.json: objects[0].colour: unknown field"),
+    ({"objects": []}, "boxes.json: objects: "),
+    (boxes(boxes={"0": [4, 50, 20, 60]}), 'objects[0].boxes["0"]: [4, 50, 20, 60] lies outside'),
+    (boxes(boxes={"0": [4, 4, 4, 20]}), 'objects[0].boxes["0"]: [4, 4, 4, 20] has no area'),
+    (boxes(boxes={"0": [4, 4, 9, 9], "9": [4, 4, 9, 9]}), "frame 9 is beyond num_frames 9"),
+    (boxes(boxes={"0": [4, float("nan"), 9, 9]}), 'objects[0].boxes["0"]: [4, NaN, 9, 9] is not a box'),
+    ({**GOOD, "num_frames": 49}, "num_frames is 49 but the video has 9 frames"),
+    (boxes(mask="wide.png"), "objects[0].mask: "),
+    (boxes(mask="none.png"), "objects[0].mask: "),
+]
+# Flags, with a good boxes.json -> what the line must say.
+BAD_FLAGS = {
+    "--image none.png": "none.png: no such image",
+    "--image text.png": "text.png: not a readable image",
+    "--image cut.png": "cut.png: not a readable image",
+    "--size 48x50": "--size 48x50: takes auto, or height x width, both multiples of 8; the nearest is 48x48",
+    "--size 8x16392": "--size 8x16392: 16384 pixels a side are the most",
+    "--image large.png --frames 4000": "--frames 4000: 1098304000 pixels; 1073741824 is the most; add --detail false",
+    "--preset wan5b --detail true": "--detail true: preset wan5b makes large videos as it is; leave it out",
+    "--scale 4": "unknown flag --scale",
+    "--adapter .": "--adapter .: is a folder; give the file in it",
+    "--generator checkpoints/small/fast_generator.safetensors:ema": "this file holds one network; leave out :ema",
+    "--traj b.mp4 --out b.mp4": "--out: would overwrite b.mp4, which --traj",
+    "--traj b.boxes.mp4 --out ./b.mp4": "--out: would overwrite b.boxes.mp4, which --traj reads; give another name",
+    "--size 48": "--size 48: takes auto, or height x width, both multiples of 8, as 32x48",
+    "--preset wan5b --frames 9 --size 64x50": "--size 64x50",
+    "--preset wan5b --frames 8": "--frames 8: must be 4 n + 1, at least 2; 9 is",
+    "--preset wan5b --frames 9": "fast_generator.safetensors: no such file",
+    "--stpes 3": "unknown flag --stpes; did you mean --steps? --help",
+    "--steps few": "argument --steps: invalid int value: 'few'",
+    "--steps -1": "--steps -1: at least 1",
+    "--guidance 2": "--guidance 2.0: the fast networks have none",
+    "--shift -1": "--shift -1.0: greater than 0, or 0 for the sampler's own",
+    "--decoder t.pth": "--decoder t.pth: preset small has one of its own",
+    "--lora l.safetensors:0.5": "--lora l.safetensors:0.5: no such file",
+    "--out out/x.avi": "--out out/x.avi: the name must end in .mp4",
+    "--weights nowhere": "nowhere/fast_generator.safetensors: no such file",
+    "--generator other/fast_generator.safetensors": "other/fast_generator.safetensors: is no network of preset small",
+    "--generator swapped/fast_generator.safetensors": "holds a SlowAdapter, expected a FastGenerator",
+    "--generator broken/fast_generator.safetensors": "not a readable safetensors file",
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, capsys):
-    content, flags, message = BAD[name]
+BAD = [*((content, "", message) for content, message in BAD_BOXES), *((GOOD, *case) for case in BAD_FLAGS.items())]
+
+
+@pytest.mark.parametrize("content, flags, message", BAD, ids=[message[:50] for *_, message in BAD])
+def test_bad_input_is_one_line_and_leaves_nothing(content, flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     image(tmp_path / "x.png")
@@ -195,19 +155,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:60])
     if content is not None:
         (tmp_path / "boxes.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    if name == "another preset":
-        config = DiTConfig(64, 64, 2, 1, text_dim=64, text_tokens=32)
-        path = tmp_path / "other/fast_generator.safetensors"
-        save_network(path, "FastGenerator", config, VideoDiT(config).state_dict())
-    if name == "wrong network":
-        save_network(tmp_path / "swapped/fast_generator.safetensors", "SlowAdapter", PRESETS["small"], {})
-    if name == "broken weights":
-        (tmp_path / "broken").mkdir()
-        (tmp_path / "broken/fast_generator.safetensors").write_bytes(os.urandom(4096))
+    config = DiTConfig(64, 64, 2, 1, text_dim=64, text_tokens=32)
+    save_network(tmp_path / "other/fast_generator.safetensors", "FastGenerator", config, VideoDiT(config).state_dict())
+    save_network(tmp_path / "swapped/fast_generator.safetensors", "SlowAdapter", PRESETS["small"], {})
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/fast_generator.safetensors").write_bytes(os.urandom(4096))
     for video in ("b.mp4", "b.boxes.mp4"):
         (tmp_path / video).write_text("maps")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--image", "x.png", "--traj", "boxes.json", *flags])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--image", "x.png", "--traj", "boxes.json", *flags.split()])
     with pytest.raises(SystemExit) as caught:
         run_script(sample.main, sample.Config, presets={"wan5b": sample.WAN5B})
     out, err = capsys.readouterr()
@@ -272,8 +228,8 @@ def test_exit_status_of_the_script_itself(run, tmp_path):
 
 def fitted(path: Path, size: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int]]:
     """The first frame of a video of this size, and the picture's own."""
-    pixels = sample.load_image(str(path))
-    return fit_frames(pixels[None], size)[None] / 127.5 - 1, pixels.shape[:2]
+    pixels = load_image(str(path))
+    return cover_frames(pixels[None], size)[None] / 127.5 - 1, pixels.shape[:2]
 
 
 def test_an_image_of_another_size_is_resized_and_cut_to_its_middle(tmp_path):

@@ -17,13 +17,14 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from browser import Hands, browser, needs_chromium, picture
 from conftest import ROOT, start_in
 
 import sample
-from core import serve
 from core.config import UserError, parse_config
 from core.media import read_video
+from tools import serve
 
 __all__ = ["browser"]
 EXAMPLE = json.loads((ROOT / "examples/balloons.json").read_text())
@@ -58,7 +59,7 @@ class Work:
 @pytest.fixture
 def server(tmp_path):
     work = Work()
-    found = serve.Server(ROOT / "tools/draw.html", {"preset": "small"}, work, 0)
+    found = serve.Server({"preset": "small"}, work, 0)
     found.work = work
     thread = threading.Thread(target=found.serve_forever)
     thread.start()
@@ -275,7 +276,7 @@ class Served:
     """sample.py --serve in a process of its own."""
 
     def __init__(self, folder: Path, *flags: object):
-        self.job = start_in(folder)("sample.py", "--serve", "--port", 0, *flags, wait=False)
+        self.job = start_in(folder)("sample.py", "--serve", *flags, wait=False)
         deadline = time.monotonic() + 120
         while not (found := re.search(r"Open (http://(127.0.0.1:(\d+))/#(\S+))", self.job.read("out"))):
             assert self.job.poll() is None and time.monotonic() < deadline, self.job.read("err")
@@ -365,26 +366,28 @@ def test_what_is_wrong_in_a_request_is_named(served, tmp_path):
 
 def test_options_of_the_server_are_in_the_page_s_command(monkeypatch):
     about = {}
-    monkeypatch.setattr(sample, "load", lambda *_: ())
-    monkeypatch.setattr(sample, "find_networks", lambda cfg: ())
-    monkeypatch.setattr(sample, "serve", lambda page, told, make, port: about.update(told, port=port))
-    words = shlex.split(
-        "--serve --port 7000 --speed slow --weights 'a b' --guidance 2 --frames 5 --fps 9 --dtype float32"
-    )
+    monkeypatch.setattr(sample, "load_networks", lambda *_: [torch.nn.Linear(1, 1)] * 2)
+    monkeypatch.setattr(sample, "find_networks", lambda cfg: ("", ""))
+    monkeypatch.setattr(sample, "read_maps", lambda *_: "outline")
+    monkeypatch.setattr(serve, "serve", lambda told, answer: about.update(told))
+    words = shlex.split("--serve --speed slow --weights 'a b' --guidance 2 --frames 5 --steps 8 --dtype float32")
     cfg = parse_config(sample.Config, words, {"wan5b": sample.WAN5B})
     sample.main(cfg)
-    assert about["port"] == 7000 and about["frames"] == 5 and about["steps"] == 50 and about["fps"] == 9
+    assert about["frames"] == 5 and about["steps"] == 8 and about["fps"] == 8
     again = parse_config(sample.Config, shlex.split(about["options"]), {"wan5b": sample.WAN5B})
     assert (again.speed, again.weights, again.guidance, again.dtype) == ("slow", "a b", 2.0, "float32")
-    assert not again.serve and again.frames == 9
-    for flags in ("--batch jobs.csv", "--text x.safetensors"):
-        with pytest.raises(UserError, match="--serve: goes without"):
-            sample.main(parse_config(sample.Config, ["--serve", *flags.split()]))
+    assert not again.serve and again.frames == 9 and again.steps == 8
+    with pytest.raises(UserError, match="--serve: goes without"):
+        sample.main(parse_config(sample.Config, ["--serve", "--batch", "jobs.csv"]))
 
 
-def test_a_taken_port_is_named(server, run):
-    job = run("sample.py", "--serve", "--port", server.server_port)
-    assert job.returncode == 2 and job.stderr.startswith(f"sample.py: --port {server.server_port}: can't be opened")
+def test_where_its_port_is_taken_it_takes_another(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "PORT", server.server_port)
+    monkeypatch.setattr(serve.Server, "serve_forever", lambda other: ports.append(other.server_port))
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    ports = []
+    serve.serve({}, server.work)
+    assert ports and ports[0] not in (0, server.server_port)
 
 
 def test_killed_while_generating_and_ended_while_generating(tmp_path):

@@ -118,15 +118,6 @@ def test_guidance_goes_away_from_the_negative_prompt_with_the_adapter_in_both_br
     assert iio.imread("o.mp4").shape == (5, 32, 64, 3)
 
 
-def test_trajectory_guidance_adds_the_difference_that_the_adapter_makes(small, monkeypatch):
-    recorder = Recorder(monkeypatch)
-    sample.main(job(small, speed="slow", steps=1, trajectory_guidance=2.0))
-    told = [added is not None for _, added, _ in recorder.calls]
-    text = WanCodec(small, torch.device("cpu")).encode_text([PROMPT, NEGATIVE_PROMPT])
-    assert told == [True, True, False]  # with the prompt, with the negative one, and with the prompt untold
-    assert torch.equal(recorder.calls[0][0], text[:1]) and torch.equal(recorder.calls[2][0], text[:1])
-
-
 @pytest.mark.parametrize("shift", [0.0, 2.0])
 @pytest.mark.parametrize("speed", ["slow", "fast"])
 def test_shift_warps_the_noise_levels(speed, shift, small, monkeypatch):

@@ -1,7 +1,7 @@
 """Convert trajectories: boxes.json, map videos, folders of PNG maps and point tracks, into any of the first three.
 
     python -m tools.convert maps.mp4 --to boxes.json --frames 121
-    python -m tools.convert boxes.json --to maps --preview out/look.mp4              # a folder of PNG maps
+    python -m tools.convert boxes.json --to maps --image x.png  # PNG maps, and maps.preview.mp4: boxes over the image
     python -m tools.convert tracks.npy --to boxes.json --size 704x1280 --box 80x60 --pick 0,4,7  # a box around a point
 
 Point tracks are x and y in pixels for every frame: `.npy` of [T, K, 2], or of [T, K, 3] with visibility (above 0.5)
@@ -25,21 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from core import media
 from core.boxes import place
 from core.config import UserError, reason, run_script, shipped
-from core.files import keep_inputs, output_path, write_text
-from core.media import (
-    BROKEN,
-    MOST_VIDEO,
-    VIDEO_SUFFIXES,
-    Size,
-    fit_nearest,
-    read_frames,
-    read_picture,
-    to_uint8,
-    write_image,
-    write_video,
-)
+from core.files import output_path, write_text
 from core.weights import unpickle
 from trajectory import PALETTE, POINTS, Trajectory, check_input, draw_overlay, load_trajectory, read_boxes_json
 
@@ -48,16 +37,14 @@ MOST_FRAMES, MOST_BYTES = 10_000, 1 << 30
 TRACKS = ("tracks", "pred_tracks", "target_points", "trajs", "trajectories")
 VISIBLE = ("visibility", "visibilities", "pred_visibility", "visible", "visibles", "vis")
 HIDDEN = ("occluded", "occlusion", "occlusions", "pred_occluded")
-ASIDE = ("video", "frames", "fps", "query_points", "queries", "uncertainty", "expected_dist")  # say nothing of where
-FLAGS = f"which points are seen is told by {', '.join(VISIBLE)}, or {', '.join(HIDDEN)}"
+IGNORED = ("video", "frames", "fps", "query_points", "queries", "uncertainty", "expected_dist")
 
 
 @dataclass(frozen=True)
 class Config:
     source: str = shipped("examples/balloons.json")  # what to read
     to: str = "out/maps.mp4"  # what to write: a .json, an .mp4 of maps, or a folder of PNG maps
-    preview: str = ""  # an .mp4 that shows the trajectory over the image
-    image: str = ""  # behind the preview; gray if empty
+    image: str = ""  # a picture: a video of it with the boxes drawn over it is written too, <to>.preview.mp4
     size: str = ""  # height x width of the video, in whose pixels everything is written; the source's own if empty
     frames: int = 9  # length of the video
     source_size: str = ""  # height x width in whose pixels the points are, and boxes that don't say; size if empty
@@ -65,7 +52,7 @@ class Config:
     pick: str = ""  # numbers of the points to take, separated by commas; all if empty
 
 
-def read_size(name: str, text: str) -> Size:
+def read_size(name: str, text: str) -> media.Size:
     """ "704x1280" -> (704, 1280)."""
     sides = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
     if not sides:
@@ -73,16 +60,15 @@ def read_size(name: str, text: str) -> Size:
     return int(sides[1]), int(sides[2])
 
 
-def numbers(array: np.ndarray | torch.Tensor) -> np.ndarray:
-    """As float64. Tensors may be of any type, and parts of a graph."""
-    return np.asarray(array.detach().double() if isinstance(array, torch.Tensor) else array, dtype=float)
-
-
 def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A file of point tracks: positions [T, K, 2], and which are visible [T, K]. UserError if it is none.
 
-    `frames`: how many T is, which tells [T, K, 2] from [K, T, 2].
+    `frames`: how many T is, to tell [T, K, 2] from [K, T, 2].
     """
+
+    def numbers(array: np.ndarray | torch.Tensor) -> np.ndarray:
+        return np.asarray(array.detach().double() if isinstance(array, torch.Tensor) else array, dtype=float)
+
     check = partial(check_input, path)
     check(path.is_file(), "", "no such file; correct the path")
     check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; are these point tracks?")
@@ -114,8 +100,9 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
             held = [str(name) for name in points]
             names, flags = ([name for name in known if name in held] for known in (TRACKS, (*VISIBLE, *HIDDEN)))
             check(len(names) == 1, "", f"holds {', '.join(held)}; name the tracks {' or '.join(TRACKS)}")
-            unknown = [name for name in held if name not in (*names, *flags, *ASIDE)]
-            check(not unknown, "", f"{', '.join(unknown)}: not understood; {FLAGS}")
+            unknown = [name for name in held if name not in (*names, *flags, *IGNORED)]
+            seen = f"which points are seen is told by {', '.join((*VISIBLE, *HIDDEN))}"
+            check(not unknown, "", f"{', '.join(unknown)}: not understood; {seen}")
             check(len(flags) < 2, "", f"holds {' and '.join(flags)}; leave one out")
             shown = numbers(points[flags[0]]) if flags else None
             shown = 1 - shown if flags and flags[0] in HIDDEN else shown
@@ -123,7 +110,7 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
         points = numbers(points)
     except pickle.UnpicklingError:
         check(False, "", f"holds more than tensors, code perhaps, or is garbled, so it is not opened; {form}")
-    except (*BROKEN, TypeError, MemoryError, zipfile.BadZipFile, tokenize.TokenError) as error:
+    except (*media.BROKEN, TypeError, MemoryError, zipfile.BadZipFile, tokenize.TokenError) as error:
         check(False, "", f"can't be read as point tracks ({reason(error)}); {form}")
     points = points[0] if points.ndim == 4 and len(points) == 1 else points
     shown = shown if shown is None or shown.ndim < 3 else shown.reshape([n for n in shown.shape if n > 1] or [1])
@@ -145,21 +132,21 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return points, (shown > 0.5) & np.isfinite(points).all(-1)
 
 
-def own_size(path: Path) -> Size:
-    """Height and width of the frame in whose pixels the source is. UserError if it doesn't say."""
+def own_size(path: Path) -> media.Size:
+    """Height and width of the frame that the source was made for. UserError if it doesn't say."""
     check = partial(check_input, path)
     check(path.exists(), "", "no such file; correct the path")
-    if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
-        return next(read_frames(path, check)).shape[:2]
+    if path.is_dir() or path.suffix.lower() in media.VIDEO_SUFFIXES:
+        return next(media.read_frames(path, check)).shape[:2]
     if path.suffix.lower() in POINTS:
-        read_points(path)  # if it can't be read, that comes first
+        read_points(path)  # a file that can't be read is the first thing to report
     elif "width" in (top := read_boxes_json(path)):
         return top["height"], top["width"]
     raise UserError(f"{path}: doesn't say how large its frame is; give --size, height x width as in 704x1280")
 
 
-def from_points(cfg: Config, size: Size, source_size: Size) -> Trajectory:
-    """A box of one size around every point, cut at the video's edge."""
+def from_points(cfg: Config, size: media.Size, source_size: media.Size) -> Trajectory:
+    """A trajectory with a box of one size around every point, cut at the video's edge."""
     check = partial(check_input, Path(cfg.source))
     points, shown = read_points(Path(cfg.source), cfg.frames)
     check(len(points) == cfg.frames, "", f"{len(points)} frames but the video has {cfg.frames}; pass --frames")
@@ -189,16 +176,16 @@ def write_boxes(path: Path, trajectory: Trajectory) -> None:
     height, width = trajectory.size
     cut = trajectory.boxes.clip(0, (width, height) * 2).round(3)  # NaN stays
     drawn = (cut[..., 2:] > cut[..., :2]).all(-1)  # (K, T)
+    if not drawn.any(1).all():
+        name = trajectory.names[drawn.any(1).argmin()]
+        raise UserError(f"--to {path}: {name} has no box inside the video in any frame; change --size")
     objects = []
     for k, name in enumerate(trajectory.names):
-        if not drawn[k].any():
-            raise UserError(f"--to {path}: {name} has no box inside the video in any frame; change --size")
         boxes = {str(t): cut[k, t].tolist() for t in np.flatnonzero(drawn[k])}
         kind, color = "linear" if drawn[k].all() else "none", trajectory.colors[k].tolist()
         mask = f"{path.stem}_mask_{k}.png"
+        media.write_image(path.with_name(mask), trajectory.masks[k].astype(np.uint8) * 255)
         objects.append({"name": name, "mask": mask, "color": color, "interpolate": kind, "boxes": boxes})
-    for item, mask in zip(objects, trajectory.masks, strict=True):  # nothing is written before all is checked
-        write_image(path.with_name(item["mask"]), mask.astype(np.uint8) * 255)
     top = {"num_frames": trajectory.num_frames, "width": width, "height": height, "objects": objects}
     write_text(path, json.dumps(top, indent=1))
 
@@ -206,42 +193,32 @@ def write_boxes(path: Path, trajectory: Trajectory) -> None:
 def main(cfg: Config) -> None:
     source_size, out = read_size("source_size", cfg.source_size) if cfg.source_size else None, Path(cfg.to)
     size = read_size("size", cfg.size) if cfg.size else source_size or own_size(Path(cfg.source))
-    source_size = source_size or size
+    source_size, preview = source_size or size, out.with_suffix(".preview.mp4")
     if out.suffix not in (".json", ".mp4", ""):
         raise UserError(f"--to {out}: give a .json, an .mp4, or a folder")
     if not out.suffix and out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"--to {out}: exists and is no empty folder; give another")
-    keep_inputs(output_path(cfg.to, out.suffix, "to"), "to", source=cfg.source, image=cfg.image)
-    if cfg.preview:
-        keep_inputs(output_path(cfg.preview, ".mp4", "preview"), "preview", source=cfg.source, image=cfg.image)
-        if Path(cfg.preview).resolve() == out.resolve():
-            raise UserError(f"--preview {cfg.preview}: is what --to writes; give another name")
-    if ".mp4" in (out.suffix, Path(cfg.preview).suffix) and (size[0] % 2 or size[1] % 2):
+    for path in (out, preview) if cfg.image else (out,):
+        output_path(str(path), path.suffix, "to", source=cfg.source, image=cfg.image)
+    if (out.suffix == ".mp4" or cfg.image) and (size[0] % 2 or size[1] % 2):
         raise UserError(f"--size {size[0]}x{size[1]}: an mp4 takes an even height and width")
-    most = MOST_VIDEO // (size[0] * size[1])
+    most = media.MOST_VIDEO // (size[0] * size[1])
     if not 0 < cfg.frames <= most:
         raise UserError(f"--frames {cfg.frames}: at least 1, and at most {most} of {size[0]}x{size[1]}")
     if Path(cfg.source).suffix.lower() in POINTS:
         trajectory = from_points(cfg, size, source_size)
     else:
         trajectory = load_trajectory(cfg.source, size, cfg.frames, source_size)
-    background = np.full((*size, 3), 128, np.uint8)
-    if cfg.image:
-        try:
-            background = fit_nearest(read_picture(cfg.image), size)
-        except BROKEN as error:
-            mend = "give a PNG or JPEG"
-            raise UserError(f"--image {cfg.image}: not a readable image ({reason(error)}); {mend}") from None
+    image = media.cover_nearest(media.load_image(cfg.image), size) if cfg.image else None
     if out.suffix == ".json":
         write_boxes(out, trajectory)
     elif out.suffix == ".mp4":
-        write_video(out, to_uint8(trajectory.maps()), fps=8)
+        media.write_video(out, media.to_uint8(trajectory.maps()), fps=8)
     else:
-        for t, frame in enumerate(to_uint8(trajectory.maps())):
-            write_image(out / f"{t:05d}.png", frame)
-    if cfg.preview:
-        frames = np.repeat(background[None], cfg.frames, axis=0)
-        write_video(cfg.preview, draw_overlay(frames, trajectory), fps=8)
+        for t, frame in enumerate(media.to_uint8(trajectory.maps())):
+            media.write_image(out / f"{t:05d}.png", frame)
+    if image is not None:
+        media.write_video(preview, draw_overlay(np.repeat(image[None], cfg.frames, axis=0), trajectory), fps=8)
     print(f"{len(trajectory.names)} objects, {cfg.frames} frames: {out}")
 
 

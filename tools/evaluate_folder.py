@@ -1,18 +1,19 @@
 """Measure generated videos of the real world against true ones.
 
-    python -m tools.evaluate_folder --generated DIR --true DIR
+    python -m tools.evaluate_folder --generated DIR --true DIR --networks DIR
 
-Videos are paired by name: `DIR/name.mp4` in both folders. Each of these options adds its measure:
+Videos are paired by name: `name.mp4` in both folders. Each of these files and folders adds its measure:
 
-    --inception FILE    TorchScript, uint8 images [n, 3, h, w] to features [n, D] under return_features=True, as
-                        inception-2015-12-05.pt: FID over all frames
-    --i3d FILE          TorchScript, videos [n, 3, T, 224, 224] in [-1, 1] to features [n, D] under rescale=False,
-                        resize=False, return_features=True, as i3d_torchscript.pt: FVD, of at least 10 frames
-    --lpips FILE        TorchScript, two batches of images in [-1, 1] to distances [n]
-    --masks DIR         true masks, `name/` with one PNG per frame or `name.mp4`: black, one colour per object
-    --found DIR         masks of the generated videos, in the same colours, from a segmentation network that was given
-                        the objects of frame 0: mask IoU, and box IoU between their extents
-    --boxes DIR         `name.json`, boxes as sample.py takes them: true boxes for the box IoU instead of the masks'
+    networks/inception-2015-12-05.pt    TorchScript, uint8 images [n, 3, h, w] to features [n, D] under
+                                        return_features=True: FID over all frames
+    networks/i3d_torchscript.pt         TorchScript, videos [n, 3, T, 224, 224] in [-1, 1] to features [n, D] under
+                                        rescale=False, resize=False, return_features=True: FVD, of at least 10 frames
+    networks/lpips.pt                   TorchScript, two batches of images in [-1, 1] to distances [n]
+    true/masks/                         true masks, `name/` with one PNG per frame or `name.mp4`: black, one colour per
+                                        object; mask IoU, and box IoU between their extents
+    generated/masks/                    the same of the generated videos, in the same colours, from a segmentation
+                                        network that was given the objects of frame 0
+    true/boxes/                         `name.json`, boxes as sample.py takes them: for box IoU, instead of true masks
 
 IoU is averaged over the frames in which the truth shows the object, then over objects; a frame in which nothing is
 found counts as 0. As in FlashBench, rows are for all videos and by number of objects.
@@ -35,7 +36,7 @@ from core.boxes import extents, flat_colors, label_pixels
 from core.config import UserError, reason, run_script
 from core.files import output_path
 from core.frechet import frechet_distance
-from core.media import BROKEN, MOST_VIDEO, VIDEO_SUFFIXES, read_frames, read_video
+from core.media import MOST_VIDEO, VIDEO_SUFFIXES, read_frames
 from core.tables import table, write_rows
 from trajectory import MOST_OBJECTS, check_input, load_trajectory
 
@@ -44,33 +45,23 @@ from trajectory import MOST_OBJECTS, check_input, load_trajectory
 class Config:
     generated: str = "generated"  # folder of generated videos
     true: str = "true"  # folder of true videos with the same names
-    masks: str = ""  # folder of true masks
-    found: str = ""  # folder of the masks found in generated videos
-    boxes: str = ""  # folder of boxes.json files
-    inception: str = ""  # TorchScript file, for FID
-    i3d: str = ""  # TorchScript file, for FVD
-    lpips: str = ""  # TorchScript file
+    networks: str = ""  # folder of TorchScript files, for FID, FVD and LPIPS
     out: str = "out/benchmark.json"  # rows; a Markdown table goes beside it
 
 
 def read_whole(path: Path) -> Tensor:
     """uint8 [T, 3, h, w]."""
-    try:
-        video = read_video(path)
-        frames = [next(video)]
-        most = MOST_VIDEO // frames[0][..., 0].size
-        frames += islice(video, most)
-    except (*BROKEN, StopIteration):
-        raise UserError(f"{path}: can't be decoded; save it as an H.264 mp4") from None
-    if len(frames) > most:
-        raise UserError(f"{path}: more than {MOST_VIDEO} pixels in all its frames; cut it")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    check = partial(check_input, path)
+    frames = read_frames(path, check)
+    first = next(frames)
+    most = MOST_VIDEO // first[..., 0].size
+    video = [first, *islice(frames, most)]
+    check(len(video) <= most, "", f"more than {MOST_VIDEO} pixels in all its frames; cut it")
+    return torch.from_numpy(np.stack(video)).permute(0, 3, 1, 2)
 
 
-def open_network(path: str, use: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
-    """`use(network, ...)` with the network of a TorchScript file; None if no file is given."""
-    if not path:
-        return None
+def open_network(path: Path, use: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`use(network, ...)` with the network of a TorchScript file."""
     try:
         network = torch.jit.load(path).eval()
     except (RuntimeError, ValueError, OSError) as error:
@@ -98,6 +89,18 @@ def clip_features(network: Callable, *videos: Tensor) -> list[Tensor]:
     return [network(clip.transpose(0, 1)[None], rescale=False, resize=False, return_features=True) for clip in clips]
 
 
+def image_distance(network: Callable, *videos: Tensor) -> Tensor:
+    """Two uint8 videos [T, 3, h, w] -> the mean over their frames."""
+    return network(*(video / 127.5 - 1 for video in videos)).mean()
+
+
+NETWORKS = {  # measure -> its network's file, and how that is called
+    "fid": ("inception-2015-12-05.pt", image_features),
+    "fvd": ("i3d_torchscript.pt", clip_features),
+    "lpips": ("lpips.pt", image_distance),
+}
+
+
 def videos(folder: str) -> dict[str, Path]:
     """Names and paths of a folder's mp4 files, but those that sample.py writes with boxes."""
     found = Path(folder).iterdir() if Path(folder).is_dir() else ()
@@ -105,11 +108,10 @@ def videos(folder: str) -> dict[str, Path]:
 
 
 def find_masks(folder: str, name: str) -> Path:
-    """`folder/name/`, or `folder/name` with a video's suffix."""
-    places = [Path(folder) / name, *(Path(folder) / f"{name}{suffix}" for suffix in sorted(VIDEO_SUFFIXES))]
-    for place in places:
-        if place.exists():
-            return place
+    """`folder/masks/name/`, or `folder/masks/name` with a video's suffix."""
+    places = [Path(folder) / "masks" / f"{name}{suffix}" for suffix in ("", *sorted(VIDEO_SUFFIXES))]
+    if found := [place for place in places if place.exists()]:
+        return found[0]
     raise UserError(f"{places[0]}: no such folder or video; every generated video needs one")
 
 
@@ -132,17 +134,17 @@ def box_overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 def overlaps(cfg: Config, name: str) -> dict[str, float]:
     """A video's mask IoU, box IoU and number of objects."""
-    (true, colors), path = read_labels(find_masks(cfg.masks, name)), find_masks(cfg.found, name)
+    true_path, path = (find_masks(folder, name) for folder in (cfg.true, cfg.generated))
+    true, colors = read_labels(true_path)
     found, count, boxes = read_labels(path, colors)[0], len(colors), None
     if len(found) != len(true):
         raise UserError(f"{path}: has not as many frames as the true masks; give one of each frame")
-    if cfg.boxes:
-        file = Path(cfg.boxes) / f"{name}.json"
+    if (file := Path(cfg.true) / "boxes" / f"{name}.json").parent.is_dir():
         boxes = load_trajectory(file, true[0].shape, len(true)).boxes
         # Boxes come in an order of their own; the masks of frame 0 tell which is whose.
         order = [int(np.argmax([box_overlap(track[0], box) for track in boxes])) for box in extents(true[0], count)]
-        fits = sorted(order) == list(range(len(boxes)))
-        check_input(file, fits, "objects", f"are not the {count} that frame 0 of {cfg.masks}/{name} shows")
+        fine = sorted(order) == list(range(len(boxes)))
+        check_input(file, fine, "objects", f"are not the {count} that frame 0 of {true_path} shows")
         boxes = boxes[order]
     mask_ious, box_ious = ([[] for _ in colors] for _ in range(2))
     for t, (want, got) in enumerate(zip(true, found, strict=True)):
@@ -163,10 +165,10 @@ def overlaps(cfg: Config, name: str) -> dict[str, float]:
 @torch.no_grad()
 def main(cfg: Config) -> None:
     out = output_path(cfg.out, ".json")
-    if bool(cfg.masks) != bool(cfg.found):
-        raise UserError("--masks, --found: mask IoU compares both; give both or neither")
-    if cfg.boxes and not cfg.masks:
-        raise UserError(f"--boxes {cfg.boxes}: are compared with masks; give --masks and --found too")
+    masked = (Path(cfg.true) / "masks").is_dir()
+    for folder in (Path(cfg.generated) / "masks", Path(cfg.true) / "boxes"):
+        if folder.is_dir() and not masked:
+            raise UserError(f"{folder}: is compared with {cfg.true}/masks, which is missing")
     for flag in ("generated", "true"):
         if not Path(getattr(cfg, flag)).is_dir():
             raise UserError(f"--{flag} {getattr(cfg, flag)}: no such folder; correct the path")
@@ -178,21 +180,20 @@ def main(cfg: Config) -> None:
     if alone := sorted(true_of.keys() - made_of.keys()):
         said = f"--generated {cfg.generated}: {alone[0]}.mp4 is missing, {len(alone)} in all; they are left out"
         print(said, file=sys.stderr)
-    networks = {
-        "fid": open_network(cfg.inception, image_features),
-        "fvd": open_network(cfg.i3d, clip_features),
-        "lpips": open_network(cfg.lpips, lambda network, *videos: network(*(v / 127.5 - 1 for v in videos)).mean()),
-    }
+    files = {measure: Path(cfg.networks) / name for measure, (name, _) in NETWORKS.items() if cfg.networks}
+    networks = {measure: open_network(file, NETWORKS[measure][1]) for measure, file in files.items() if file.exists()}
+    if files and not networks:
+        raise UserError(f"--networks {cfg.networks}: holds no {', '.join(file for file, _ in NETWORKS.values())}")
     scores = []  # of each video; its features until the distance between the sets is taken
     for name in sorted(made_of):
         made, true = read_whole(made_of[name]), read_whole(true_of[name])
         if made.shape != true.shape:
             shapes = f"{list(made.shape)} generated, {list(true.shape)} true"
             raise UserError(f"{name}.mp4: {shapes}; cut or resize one")
-        if cfg.i3d and len(made) < 10:
+        if "fvd" in networks and len(made) < 10:
             raise UserError(f"{name}.mp4: {len(made)} frames; FVD needs 10 at least")
-        score = {measure: network(made, true) for measure, network in networks.items() if network}
-        scores.append(score | (overlaps(cfg, name) if cfg.masks else {}))
+        score = {measure: network(made, true) for measure, network in networks.items()}
+        scores.append(score | (overlaps(cfg, name) if masked else {}))
     rows = []
     for group in ("all", *sorted({score["objects"] for score in scores if "objects" in score})):
         members = [score for score in scores if group in ("all", score.get("objects"))]

@@ -29,11 +29,11 @@ from tqdm import tqdm
 from core import parallel
 from core.config import UserError, run_script
 from core.files import atomic, write_text
-from core.media import BROKEN, VIDEO_SUFFIXES, Size, fit_frames, fit_nearest, read_frames, read_video
+from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover_frames, cover_nearest, read_frames, read_video
 from core.runs import check_options
-from core.tables import read_table
 from core.weights import read_config, read_safetensors, write_safetensors
 from data import open_codec
+from tools.batch import read_table
 from trajectory import Maps, load_trajectory, random_blackout
 
 
@@ -47,8 +47,6 @@ class Config:
     frames: int = 9  # their length; longer ones are cut
     maps: Maps = "pixels"  # how boxes are painted: as outlines, or as the clip's own first pixels, moved along
     sparse: float = 0.15  # share of clips whose box maps are blacked out in a random subset of frames
-    shard: int = 16  # clips per file
-    seed: int = 0  # of which clips are sparse, and in which frames
 
 
 WAN5B = replace(
@@ -58,6 +56,9 @@ WAN5B = replace(
     frames=121,  # (Wan)
     maps="outline",  # (paper)
 )
+
+
+SHARD = 16  # clips per file
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def find_clips(source: Path) -> list[Clip]:
         files = [file for file in files if file.suffix not in (".txt", ".json") or file.stem not in videos]
         clips = [Clip(f, read_caption(f.with_suffix(".txt")), f.with_suffix(".json")) for f in files]  # others: listed
     else:
-        columns, rows = read_table(source)
-        if absent := [name for name in ("path", "num_frames", "text") if name not in columns]:
+        rows = read_table(source)
+        if absent := [name for name in ("path", "num_frames", "text") if name not in rows[0]]:
             raise UserError(f"{source}: has no column {', '.join(absent)}; its first line must name the columns")
         clips = [read_row(source, line, row) for line, row in enumerate(rows, start=2)]
     if not clips or (source.is_dir() and not videos):
@@ -111,36 +112,33 @@ def read_row(source: Path, line: int, row: dict[str, str]) -> Clip:
     return Clip(video, row["text"].strip(), folder / boxes, folder / masks, start, end)
 
 
-def require(fine: bool, what: str, reason: str) -> None:
+def require(fine: bool, reason: str) -> None:
     if not fine:
-        raise UserError(f"{what}: {reason}" if what else reason)
+        raise UserError(reason)
 
 
 def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, maps: Maps = "outline") -> dict[str, Tensor]:
     """Video and maps, [3, T, height, width] in [-1, 1] each: "video", "box", and "mask" if every frame has masks.
 
-    `fit`: the (height, width) of the file's pictures to those of the clip. `maps`: how
-    boxes are painted.
-
-    Raises UserError with the reason why a clip can't be used.
+    `fit` gives the clip's (height, width) for the file's. UserError with the reason if a clip can't be used.
     """
-    require(clip.video.suffix.lower() in VIDEO_SUFFIXES, "", f"no video; read are {', '.join(sorted(VIDEO_SUFFIXES))}")
-    require(bool(clip.caption), "", "no caption, or none in UTF-8")
-    require(clip.video.exists(), "", "no such video")
+    require(clip.video.suffix.lower() in VIDEO_SUFFIXES, f"no video; read are {', '.join(sorted(VIDEO_SUFFIXES))}")
+    require(bool(clip.caption), "no caption, or none in UTF-8")
+    require(clip.video.exists(), "no such video")
     try:
         stack = list(islice(read_video(clip.video), clip.start, clip.start + frames))
     except BROKEN:
         raise UserError("the video can't be decoded") from None
     length = len(stack) if clip.end is None else min(len(stack), clip.end - clip.start)
-    require(length == frames, "", f"{length} frames of {frames}")
+    require(length == frames, f"{length} frames of {frames}")
     height, width = stack[0].shape[:2]
     size = fit((height, width))
-    require(height >= size[0] and width >= size[1], "", f"{width}x{height} is smaller than {size[1]}x{size[0]}")
-    video = fit_frames(np.stack(stack), size) / 127.5 - 1
+    require(height >= size[0] and width >= size[1], f"{width}x{height} is smaller than {size[1]}x{size[0]}")
+    video = cover_frames(np.stack(stack), size) / 127.5 - 1
     if clip.boxes.suffix == ".json":
         trajectory = load_trajectory(clip.boxes, size, frames, (height, width), cut=True)
         return {"video": video, "box": trajectory.maps("box", video[:, 0] if maps == "pixels" else None)}
-    require(maps == "outline", "", "painted maps, which hold no pixels of the clip; give a boxes.json")
+    require(maps == "outline", "painted maps, which hold no pixels of the clip; give a boxes.json")
     paths = {"mask": clip.masks, "box": clip.boxes}
     mask, box = (read_maps(f"{kind} maps", path, (height, width), size, frames) for kind, path in paths.items())
     box[:, 0] = mask[:, 0]  # frame 0 of every condition is the segmentation mask
@@ -149,21 +147,22 @@ def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, maps: Maps =
 
 def read_maps(what: str, path: Path, source: Size, size: Size, frames: int) -> Tensor:
     """The first maps of a folder or video, for a video of size `source`: [3, T, *size] in [-1, 1]. Raises UserError."""
-    require(path.exists(), what, f"{path} does not exist")
-    maps = list(islice(read_frames(path, lambda fine, _, why: require(fine, what, why)), frames))
-    require(len(maps) == frames, what, f"{len(maps)} frames of {frames}")
+    require(path.exists(), f"{what}: {path} does not exist")
+    maps = list(islice(read_frames(path, lambda fine, _, why: require(fine, f"{what}: {why}")), frames))
+    require(len(maps) == frames, f"{what}: {len(maps)} frames of {frames}")
     height, width = maps[0].shape[:2]
-    require(all(m.shape == maps[0].shape for m in maps), what, "not all of one size")
+    require(all(m.shape == maps[0].shape for m in maps), f"{what}: not all of one size")
     alike = abs(height * source[1] / (width * source[0]) - 1) < 0.02  # the sides of small maps are rounded
-    require(alike, what, f"{width}x{height}, of another shape than the video's {source[1]}x{source[0]}")
-    fitted = torch.from_numpy(np.stack([fit_nearest(m, size) for m in maps])).permute(3, 0, 1, 2).float() / 127.5 - 1
-    require(bool((fitted[:, 0] > -0.8).any()), what, "frame 0 shows no object")
+    sizes = f"{width}x{height}, of another shape than the video's {source[1]}x{source[0]}"
+    require(alike, f"{what}: {sizes}")
+    fitted = torch.from_numpy(np.stack([cover_nearest(m, size) for m in maps])).permute(3, 0, 1, 2).float() / 127.5 - 1
+    require(bool((fitted[:, 0] > -0.8).any()), f"{what}: frame 0 shows no object")
     return fitted
 
 
-def darken(maps: Tensor, share: float, seed: int, number: int) -> Tensor:
+def darken(maps: Tensor, share: float, number: int) -> Tensor:
     """Box maps [3, T, H, W], in a `share` of the clips blacked out in a random subset of frames, but never frame 0."""
-    dark = random_blackout(np.random.default_rng([seed, number]).random(1 + maps.shape[1]), share)
+    dark = random_blackout(np.random.default_rng([0, number]).random(1 + maps.shape[1]), share)
     return maps.masked_fill(torch.from_numpy(dark)[:, None, None], -1)
 
 
@@ -174,40 +173,39 @@ def main(cfg: Config) -> None:
     check_options(cfg)
     procs = parallel.init_processes()
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
-    codec.check_size(cfg.size, cfg.frames)
+    codec.video_size(cfg.size, cfg.frames)
     out = Path(cfg.out)
     clips = find_clips(Path(cfg.source))
-    starts = range(0, len(clips), cfg.shard)
+    starts = range(0, len(clips), SHARD)
     if procs.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        settle(out, cfg, clips)
+        check_shards(out, cfg, clips)
         for unfinished in out.glob(".tmp*"):  # of a killed run
             unfinished.unlink()
     procs.barrier()
 
     def missing(kind: str) -> list[tuple[int, Path]]:
         """This process's shards that are still to be made: the first clip and the file of each."""
-        own = [(n, out / f"{kind}-{n // cfg.shard:05}.safetensors") for n in starts[procs.rank :: procs.world]]
+        own = [(n, out / f"{kind}-{n // SHARD:05}.safetensors") for n in starts[procs.rank :: procs.world]]
         return [(start, file) for start, file in own if not file.exists()]
 
     if todo := missing("text"):
         encode = codec.text_encoder()  # large, and not needed below
         for start, file in tqdm(todo, "captions", disable=procs.rank > 0):
-            captions = [clip.caption for clip in clips[start : start + cfg.shard]]
+            captions = [clip.caption for clip in clips[start : start + SHARD]]
             names = [*map(str, range(start, start + len(captions))), "empty", "negative"]
             rows = zip(names, encode([*captions, "", codec.negative]), strict=True)
             write_safetensors(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, {})
         del encode
     for start, file in tqdm(missing("latents"), "clips", disable=procs.rank > 0):
         tensors, rejected = {}, []
-        for number, clip in enumerate(clips[start : start + cfg.shard], start):
+        for number, clip in enumerate(clips[start : start + SHARD], start):
             try:
-                fit = partial(codec.check_size, cfg.size, cfg.frames)
-                parts = read_clip(clip, fit, cfg.frames, cfg.maps)
+                parts = read_clip(clip, partial(codec.video_size, cfg.size, cfg.frames), cfg.frames, cfg.maps)
             except UserError as reason:
                 rejected.append((str(clip.video), str(reason)))
                 continue
-            parts["box"] = darken(parts["box"], cfg.sparse, cfg.seed, number)
+            parts["box"] = darken(parts["box"], cfg.sparse, number)
             for kind, video in parts.items():
                 tensors[f"{number}.{kind}"] = codec.encode_video(video[None])[0]
         write_safetensors(file, tensors, {"rejected": json.dumps(rejected)})
@@ -216,22 +214,19 @@ def main(cfg: Config) -> None:
         report(out)
 
 
-def settle(out: Path, cfg: Config, clips: list[Clip]) -> None:
-    """Write down what the shards are made from; UserError if shards made from something else are there."""
+def check_shards(out: Path, cfg: Config, clips: list[Clip]) -> None:
+    """Write down what the shards are made from. UserError if there are shards made from something else."""
     sizes = [clip.video.stat().st_size if clip.video.exists() else 0 for clip in clips]
     contents = zlib.crc32(repr([clips, sizes]).encode(errors="surrogateescape"))
-    file, options = out / "config.json", asdict(cfg) | {"clips": len(clips), "contents": contents}
+    file = out / "config.json"
+    options = asdict(cfg) | {"shard": SHARD, "clips": len(clips), "contents": contents}
     del options["out"], options["weights"]
     if not file.exists():
-        write_text(file, json.dumps(options, indent=1))
-        return
-    before = {"maps": "outline"} | read_config(file)  # as they once all were
-    if before["maps"] != cfg.maps:
-        mend = f"pass --maps {before['maps']}, or give another --out"
-        raise UserError(f"{out}: holds {before['maps']} maps, and --maps is {cfg.maps}; {mend}")
+        return write_text(file, json.dumps(options, indent=1))
+    before = {"maps": "outline"} | read_config(file)  # older shards hold outlines, and don't say so
     if other := [name for name, now in options.items() if before.get(name, now) != now]:
-        told = ", ".join("other captions or videos" if n == "contents" else f"{n} {before[n]}" for n in other)
-        raise UserError(f"{file}: shards of other clips lie here ({told}); give another --out")
+        were = ", ".join("other captions or videos" if n == "contents" else f"{n} {before[n]}" for n in other)
+        raise UserError(f"{file}: shards of other clips lie here ({were}); give another --out")
 
 
 def report(out: Path) -> None:

@@ -98,6 +98,7 @@ class ToyCodec(Codec):
     """
 
     temporal, area, text_dim, text_tokens = 1, 128 * 224, 64, 32
+    fps = 8
     weights = ROOT / "checkpoints/small/codec.safetensors"
     learned_on: ClassVar[dict] = {"size": (64, 64), "frames": 5}  # what stages 1 to 3 read, to save time
 

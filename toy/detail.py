@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.boxes import fill_box, move
-from core.media import Size, kept, read_mask
+from core.media import Size, crop_box, read_mask
 from trajectory import Trajectory, read_boxes_json
 
 LONGEST = 1280  # pixels, of the longer side of what is written
@@ -33,7 +33,7 @@ def full_size(picture: np.ndarray, size: Size) -> np.ndarray:
 
     uint8 [height, width, 3] -> the same with even sides, 1280 at most, but never smaller than `size`.
     """
-    left, top, right, bottom = kept(picture.shape[:2], size)
+    left, top, right, bottom = crop_box(picture.shape[:2], size)
     sides = bottom - top, right - left
     scale = min(1, LONGEST / max(sides))
     height, width = (int(scale * side + 1e-6) // 2 * 2 for side in sides)
@@ -61,7 +61,7 @@ def enlarge(trajectory: Trajectory, path: str | Path, size: Size) -> Trajectory:
             continue  # it enters later
         if "mask" in item:
             painted = read_mask(Path(path).parent / item["mask"], lambda got: None)
-            masks[k] = resize_mask(painted, kept(painted.shape, trajectory.size))
+            masks[k] = resize_mask(painted, crop_box(painted.shape, trajectory.size))
         else:
             masks[k] = fill_box(boxes[k, 0], size)
     return replace(trajectory, boxes=boxes, masks=masks, maps_given=None)

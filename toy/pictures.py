@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.config import UserError
 from core.files import atomic
-from core.media import fit_frames, read_picture
+from core.media import cover_frames, read_picture
 
 CANVAS = 256  # side of a picture, of which videos show parts
 SPLITS = {"train": 0, "validation": 1 << 40, "test": 2 << 40, "photographs": 3 << 40}  # first seed of each
@@ -31,7 +31,7 @@ def picture_bank(split: str, device: torch.device) -> Tensor:
         if package is None:
             raise UserError("photographs: come with scikit-image; pip install -r requirements-dev.txt")
         files = [Path(package.origin).parent / "data" / name for name in PHOTOGRAPHS]
-        squares = [fit_frames(read_picture(file)[None], (CANVAS, CANVAS)).byte()[None, :, 0] for file in files]
+        squares = [cover_frames(read_picture(file)[None], (CANVAS, CANVAS)).byte()[None, :, 0] for file in files]
         return torch.cat(squares).to(device)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = cache / f"flashmotion/dead_leaves_{split}_{BANK[split]}x{CANVAS}.npy"

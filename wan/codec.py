@@ -29,7 +29,7 @@ class WanCodec(Codec):
     and the VAE decodes in tiles. `decoder`: a file of the small decoder, which then makes the pieces.
     """
 
-    channels, spatial, temporal, area = 48, 16, 4, 704 * 1280
+    channels, spatial, temporal, area, fps = 48, 16, 4, 704 * 1280, 24
     text_dim, text_tokens, negative = 4096, 512, NEGATIVE_PROMPT
 
     def __init__(

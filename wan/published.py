@@ -17,6 +17,9 @@ KEYS = ("generator_ema", "ema", "generator", "state_dict", "model")  # in a trai
 HEAD_DIM = 128  # of every Wan transformer; no tensor has this shape
 SCALES = ("scale_weight", "weight_scale")  # of weights in 8-bit floating point
 NO_PARAMETER = r"(^|\.)(scaled_fp8|comfy_quant|scale_input|input_scale|scale_weight|weight_scale)$"
+
+# Weights beside a generator in a folder, none of which is one.
+NO_GENERATOR = r"(?i)slow_|diffusion_pytorch_model|.*(adapter|classifier|vae|tae|lora|umt5|t5)"
 # Parameter names of diffusers' WanTransformer3DModel -> Wan's own.
 DIFFUSERS_NAMES = (
     (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
@@ -102,3 +105,21 @@ def vae_names(blocks: int) -> list[tuple[str, str]]:
         (r"(samples\.\d|middle\.[02])\.conv2", r"\1.residual.6"),
         (r"conv_shortcut", "shortcut"),
     ]
+
+
+def find_generator(folder: Path, speed: str) -> Path:
+    """A generator in a folder of weights: an export of this project, else one under the names that others give it.
+
+    UserError if it can't be told which of several files it is.
+    """
+    own = folder / f"{speed}_generator.safetensors"
+    if speed == "slow":
+        base = [folder for name in ("config.json", "diffusion_pytorch_model*") if any(folder.glob(name))]
+        return next((place for place in (own, folder / "transformer", *base) if place.exists()), own)
+    named = [folder / name for name in (own.name, "generator.pt", "model.pt", "model.safetensors")]
+    named = [file for file in named if file.exists()]
+    others = [file for file in sorted(folder.glob("*.safetensors")) if not re.match(NO_GENERATOR, file.name)]
+    if len(others) > 1 and not named:
+        names = ", ".join(file.name for file in others)
+        raise UserError(f"{folder}: which is the generator, of {names}? give --generator")
+    return next(iter(named + others), own)

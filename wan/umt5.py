@@ -1,7 +1,6 @@
-"""UMT5-XXL, Wan2.2's text encoder, run by `transformers` (requirements-wan.txt), and embeddings on disk."""
+"""UMT5-XXL, Wan2.2's text encoder, run by `transformers` (requirements-wan.txt)."""
 
 import html
-import json
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import UserError, reason
-from core.weights import load, read_checkpoint, read_config, read_folder, read_safetensors, rename, write_safetensors
+from core.weights import load, read_checkpoint, read_config, read_folder, rename
 
 # Wan's names for the text encoder's parameters -> transformers' names.
 UMT5_NAMES = (
@@ -81,22 +80,3 @@ class TextEncoder:
         mask = tokens.attention_mask
         text = self.network(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None]
         return F.pad(text.bfloat16(), (0, 0, 0, self.length - text.shape[1]))
-
-
-def save_text(path: Path, prompts: list[str], text: Tensor) -> None:
-    """Write the embeddings [B, L, D] of these prompts, so that sampling needs no text encoder."""
-    write_safetensors(path, {"text": text}, {"prompts": json.dumps(prompts)}, text.dtype)
-
-
-def read_text(path: Path, prompts: list[str]) -> Tensor:
-    """The embeddings of these prompts from a file of `save_text`. UserError if one is missing."""
-    header, tensors = read_safetensors(path)
-    try:
-        held = json.loads(header.get("prompts", "[]"))
-    except ValueError:
-        held = []
-    fine = isinstance(held, list) and "text" in tensors and tensors["text"].shape[0] == len(held)
-    for prompt in prompts:
-        if not fine or prompt not in held:
-            raise UserError(f"{path}: holds no embeddings of {json.dumps(prompt)}; give another file")
-    return tensors["text"].read()[[held.index(prompt) for prompt in prompts]]

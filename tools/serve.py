@@ -1,11 +1,7 @@
-"""A page of one's own machine: one HTML file served on 127.0.0.1, and the jobs that it sends, done one at a time.
+"""The page behind `sample.py --serve`: tools/draw.html on 127.0.0.1, and the videos it asks for, made one at a time.
 
-    serve(Path("tools/draw.html"), about={"preset": "small"}, make=make, port=7860)
-
-`make(request, folder, tell)` gets the request's JSON, an empty folder of its own, and `tell(step=1, of=4)`, which sends
-the page a line; it returns the files to send back. `tell` raises Gone when the page has closed or cancelled: then the
-work ends there. Who may ask: whoever knows the token, which the opened address holds behind its # where no log sees it,
-from a page of exactly this host and origin. No path that a client sends is ever opened.
+Who may ask: whoever knows the token, which the opened address holds behind its # where no log sees it, from a page of
+exactly this host and origin. No path that a client sends is ever opened.
 """
 
 import base64
@@ -15,6 +11,7 @@ import json
 import os
 import secrets
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -23,12 +20,18 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from core.config import UserError, reason
+from torch import Tensor, nn
+
+from core.codec import Codec
+from core.config import ROOT, UserError, flags, reason
 from core.files import alive
 
+PORT = 7860  # or any free one where it is taken
 MOST_BYTES, MOST_WAITING, MOST_READING = 64 << 20, 16, 4  # of a request; jobs in line; bodies read at a time
 PATIENCE = 20  # seconds for a client to send its headers, or to go on with what it sends or reads
 SAFE = {
@@ -36,14 +39,63 @@ SAFE = {
     "Content-Security-Policy": "frame-ancestors 'none'", "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }  # fmt: skip
-# What the page asks for: of these types, no others.
+# The options that the page sets, and their types.
 ASKED = {"prompt": str, "seed": int, "steps": int, "size": str, "frames": int}
 MOST_STEPS = 1000
-Make = Callable[[dict, Path, Callable[..., None]], list[Path]]
+Stage = Callable[[str], contextlib.AbstractContextManager]  # surrounds a part of the work, by its name
+# answer(request, folder, tell): does what the request says in an empty folder, and returns the files to send back.
+# tell(step=1, of=4) sends the page a line, and raises Gone if it has closed or cancelled.
+Answer = Callable[[dict, Path, Callable[..., None]], list[Path]]
+
+
+def serve_page(
+    cfg, usual: dict[str, object], steps: int, codec: Codec, networks: Callable[[], tuple[nn.Module, nn.Module]],
+    read_condition: Callable, make_video: Callable,
+) -> None:  # fmt: skip
+    """Draw, generate and watch in a page of this machine, until Ctrl+C or SIGTERM.
+
+    `cfg`: sample.py's options, and `usual` those of the preset; `steps`: how many the sampler takes. `networks()` gives
+    the networks, which are kept. `read_condition` and `make_video` are sample.py's.
+    """
+    device = next(networks()[0].parameters()).device
+    # Reading the text encoder takes longer than most videos.
+    text_encoder = cache(codec.text_encoder) if cfg.memory == "high" else codec.text_encoder
+
+    @lru_cache(16)
+    def embed(prompt: str) -> Tensor:
+        for network in networks() if cfg.memory == "low" else ():
+            network.to("cpu")  # the text encoder takes their place
+        text = text_encoder()([prompt])
+        for network in networks():
+            network.to(device)
+        return text
+
+    def answer(request: dict, folder: Path, tell: Callable[..., None]) -> list[Path]:
+        def stage(name: str) -> contextlib.AbstractContextManager:
+            tell(says=name.capitalize())
+            return contextlib.nullcontext()
+
+        options = unpack(request, folder)
+        options["steps"] = options["steps"] or steps
+        job = replace(cfg, **options)
+        try:
+            condition = read_condition(job, codec)
+        except UserError as error:
+            raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from None
+        with stage("encode prompt"):
+            text, negative = embed(job.prompt), embed(codec.negative)
+        make_video(job, condition, text, negative, stage, lambda step: tell(step=step, of=job.steps))
+        return [folder / "video.mp4", folder / "video.boxes.mp4"]
+
+    # The rest of the command is the page's. Its steps, if it gives any, come after these.
+    pages = {*ASKED, "image", "traj", "out", "serve"} - {"steps"}
+    others = {name: value for name, value in vars(cfg).items() if value != usual[name] and name not in pages}
+    about = {"preset": cfg.preset, "size": cfg.size, "frames": cfg.frames, "fps": codec.fps, "steps": steps}
+    serve(about | {"options": flags({name: shlex.quote(str(value)) for name, value in others.items()})}, answer)
 
 
 def unpack(request: dict, folder: Path) -> dict[str, object]:
-    """The page's request as options, its picture, masks and boxes.json in this folder under names of ours."""
+    """The page's request as options. Its picture, masks and boxes.json are written to this folder, under our names."""
     for name, kind in ASKED.items():
         if type(request.get(name)) is not kind:
             raise UserError(f"{name}: {request.get(name)!r:.60} is no {kind.__name__}; reload the page")
@@ -73,7 +125,7 @@ def unpack(request: dict, folder: Path) -> dict[str, object]:
 
 
 class Gone(Exception):
-    """Nobody waits for the answer any more."""
+    """The page has closed or cancelled: nobody waits for the answer."""
 
 
 class Refused(Exception):
@@ -83,9 +135,9 @@ class Refused(Exception):
 class Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 256
 
-    def __init__(self, page: Path, about: dict, make: Make, port: int):
+    def __init__(self, about: dict, answer: Answer, port: int):
         super().__init__(("127.0.0.1", port), Handler)
-        self.page, self.about, self.make = page.read_bytes(), about, make
+        self.page, self.about, self.answer = (ROOT / "tools/draw.html").read_bytes(), about, answer
         self.token = secrets.token_urlsafe(32)
         self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
         self.line, self.turn, self.closing = [], threading.Condition(), False  # the first in line is at work
@@ -108,6 +160,10 @@ class Handler(BaseHTTPRequestHandler):
         self.alarm.start()
         try:
             super().handle()
+        except Refused as error:
+            self.send_error(*error.args)
+        except Gone:
+            pass
         finally:
             self.alarm.cancel()
 
@@ -119,9 +175,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        self.answer(code, json.dumps({"error": message or self.responses[code][0]}).encode())
+        self.reply(code, json.dumps({"error": message or self.responses[code][0]}).encode())
 
-    def answer(self, code: int, data: bytes = b"", kind: str = "application/json") -> None:
+    def reply(self, code: int, data: bytes = b"", kind: str = "application/json") -> None:
         self.send_response(code)
         for name, value in {**SAFE, "Content-Type": kind, "Connection": "close"}.items():
             self.send_header(name, value)
@@ -142,32 +198,25 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, "this page is of another run: open the address that sample.py --serve has printed")
 
     def do_GET(self) -> None:
-        try:
-            self.check(private=self.path != "/")
-            if self.path == "/":
-                self.answer(200, self.server.page, "text/html; charset=utf-8")
-            elif self.path == "/about":
-                self.answer(200, json.dumps(self.server.about).encode())
-            else:
-                raise Refused(404, "no such page")
-        except Refused as error:
-            self.send_error(*error.args)
+        self.check(private=self.path != "/")
+        if self.path == "/":
+            self.reply(200, self.server.page, "text/html; charset=utf-8")
+        elif self.path == "/about":
+            self.reply(200, json.dumps(self.server.about).encode())
+        else:
+            raise Refused(404, "no such page")
 
     def do_POST(self) -> None:
-        try:
-            self.check(private=True)
-            if self.path != "/generate":
-                raise Refused(404, "no such page")
-            with self.server.reading:
-                request = self.read_request()
-            with self.server.turn:
-                if len(self.server.line) > MOST_WAITING:
-                    raise Refused(503, f"{MOST_WAITING} videos wait already; try again later")
-                self.server.line.append(self)
-        except Refused as error:
-            return self.send_error(*error.args)
-        with contextlib.suppress(Gone):
-            self.work(request)
+        self.check(private=True)
+        if self.path != "/generate":
+            raise Refused(404, "no such page")
+        with self.server.reading:
+            request = self.read_request()
+        with self.server.turn:
+            if len(self.server.line) > MOST_WAITING:
+                raise Refused(503, f"{MOST_WAITING} videos wait already; try again later")
+            self.server.line.append(self)
+        self.work(request)
 
     def read_request(self) -> dict:
         length = self.headers.get("Content-Length", "")
@@ -196,13 +245,12 @@ class Handler(BaseHTTPRequestHandler):
                 with server.turn:
                     server.turn.wait_for(lambda: server.line.index(self) != place, timeout=0.5)
             with tempfile.TemporaryDirectory(prefix=f".tmp{os.getpid()}-page-", ignore_cleanup_errors=True) as folder:
-                found = {file.name: file.read_bytes() for file in server.make(request, Path(folder), self.tell)}
-        except (Gone, UserError) as error:
-            if isinstance(error, Gone):
-                raise
-            return self.tell(error=str(error))
-        except Exception as error:  # whatever it is: the next request finds the server at work
-            print(f"serve: {type(error).__name__}: {reason(error)}", file=sys.stderr)
+                found = {file.name: file.read_bytes() for file in server.answer(request, Path(folder), self.tell)}
+        except Gone:
+            raise
+        except Exception as error:  # whatever it is, the server goes on with the next request
+            if not isinstance(error, UserError):
+                print(f"serve: {type(error).__name__}: {reason(error)}", file=sys.stderr)
             return self.tell(error=reason(error))
         finally:
             with server.turn:
@@ -214,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_head(self) -> None:
         try:
-            self.answer(200, kind="application/x-ndjson")
+            self.reply(200, kind="application/x-ndjson")
         except OSError:
             raise Gone from None
 
@@ -238,13 +286,13 @@ def sweep() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def serve(page: Path, about: dict, make: Make, port: int) -> None:
-    """Serve until Ctrl+C or SIGTERM. UserError if the port is taken."""
+def serve(about: dict[str, object], answer: Answer) -> None:
+    """Serve until Ctrl+C or SIGTERM."""
     sweep()
     try:
-        server = Server(page, about, make, port)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port}: can't be opened ({reason(error)}); give another") from None
+        server = Server(about, answer, PORT)
+    except OSError:
+        server = Server(about, answer, 0)
     address = f"http://{server.hosts[0]}/#{server.token}"
     print(f"Open {address}\nCtrl+C ends it.", flush=True)
     if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):

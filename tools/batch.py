@@ -1,0 +1,93 @@
+"""Tables that users give: CSV files, and among them that of `sample.py --batch`, with a video in each row."""
+
+import csv
+import os
+import re
+from itertools import islice
+from pathlib import Path
+
+from core.config import UserError
+from core.parallel import Processes
+
+MOST_ROWS = 100_000
+# Column -> option of sample.py: this project's own names, and those of MagicMotion's tables.
+COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | {
+    "validation_images": "image", "validation_trajectory_maps": "traj", "validation_prompt": "prompt",
+    "output_path": "out", "controlnet_weights": "",
+}  # fmt: skip
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, "" for missing cells. UserError if it isn't a table of 1 to MOST_ROWS rows."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="", strict=True)
+            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
+            filled = (row for row in reader if any("".join(cell).strip() for cell in row.values()))
+            rows = list(islice(filled, MOST_ROWS + 1))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct the path") from None
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a readable CSV file ({error}); save it as UTF-8 text with commas") from None
+    if len(columns) == 1 and (other := re.search("[;\t]", columns[0])):
+        raise UserError(f"{path}: columns are separated by {other[0]!r}; save it as UTF-8 text with commas")
+    if not 0 < len(rows) <= MOST_ROWS:
+        raise UserError(f"{path}: {'no' if not rows else 'too many'} rows; give 1 to {MOST_ROWS}")
+    if twice := next((name for name in columns if columns.count(name) > 1), None):
+        raise UserError(f"{path}: two columns are called {twice!r}; rename or delete one")
+    for number, row in enumerate(rows, start=1):
+        if any(cell.strip() for cell in row.pop(None, ())):  # where DictReader puts cells without a column
+            raise UserError(f"{path}: row {number} has more cells than columns; put texts with commas in quotes")
+    return rows
+
+
+def read_jobs(path: Path) -> list[dict]:
+    """The rows of a table as options. UserError if the table as a whole can't be used.
+
+    Paths are relative to the table. `out` is by default the table's name and the row's number; the column
+    `controlnet_weights` is ignored. Mistakes in a single row are reported when its turn comes: a seed that is no number
+    stays text, and a missing image "".
+    """
+    rows, known = read_table(path), ", ".join(COLUMNS)
+    if unknown := [name for name in rows[0] if name not in COLUMNS]:
+        raise UserError(f"{path}: column {unknown[0]!r} is unknown; the known ones are {known}")
+    if lacking := sorted({"image", "traj", "prompt"} - {COLUMNS[name] for name in rows[0]}):
+        raise UserError(f"{path}: no column {lacking[0]}; the first line names the columns, of {known}")
+    jobs = []
+    for number, row in enumerate(rows):
+        job = {}
+        for name, text in row.items():
+            option = COLUMNS[name]
+            if job.get(option) and text.strip():
+                raise UserError(f"{path}: row {number + 1}: two columns say its {option}; empty one of them")
+            if option:
+                job[option] = job.get(option) or text.strip()
+        job["out"] = job.get("out") or f"{path.stem}_{number:05d}.mp4"
+        seed = job.pop("seed", "")
+        if seed:
+            whole = re.fullmatch(r"(\d+)(\.0*)?", seed)  # 3.0 where the column has gaps
+            job["seed"] = int(whole[1]) if whole else seed
+        for name in ("image", "traj", "out"):
+            job[name] = job[name] and os.path.normpath(path.parent / job[name])
+        jobs.append(job)
+    written = [path for job in jobs for path in (job["out"], str(overlay_path(job["out"])))]
+    if len(set(written)) < len(written):
+        raise UserError(f"{path}: two rows write the same file; give each another in the column out")
+    if lost := sorted({job[name] for job in jobs for name in ("image", "traj")} & set(written)):
+        raise UserError(f"{path}: {lost[0]} is read by one row and written by another; change the column out")
+    return jobs
+
+
+def overlay_path(out: str) -> Path:
+    """Where the video with its boxes goes."""
+    return Path(out).with_suffix(".boxes.mp4")
+
+
+def share(jobs: list, procs: Processes) -> list:
+    """This process's jobs, of those whose `out` isn't there yet."""
+    # Rank 0 looks for all: another might look when the first new videos are there already.
+    done = set(procs.gather([job.out for job in jobs if procs.rank == 0 and os.path.exists(job.out)]))
+    if procs.rank == 0 and done:
+        says = f"{len(done)} of {len(jobs)} videos stand already, and are not made again"
+        print(f"{says}; to make one anew, delete it")
+    return [job for job in jobs if job.out not in done][procs.rank :: procs.world]
