@@ -1,10 +1,10 @@
-"""Tests run from any folder: the modules are importable, and `run` starts a script as a user would."""
+"""Makes the modules importable from any folder; `run` starts a script as a user would."""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The test stands in a folder of its own, which shows the shipped examples and weights."""
+    """Works in an empty folder with links to the shipped examples and weights."""
     for name in ("examples", "checkpoints"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)

@@ -49,9 +49,7 @@ def prepared(tmp_path_factory):
         (root / name).mkdir()
         for number, kind in enumerate(kinds):
             write_clip(root / name, number, SIZES[kind])
-        prepare_clips.main(
-            prepare_clips.Config(source=str(root / name), out=str(root / f"{name} shards"), size="auto")
-        )
+        prepare_clips.main(prepare_clips.Config(source=str(root / name), out=str(root / f"{name} shards"), size="auto"))
     patch.undo()
     return root
 

@@ -14,7 +14,6 @@ from conftest import ROOT, make_trajectory
 from PIL import Image
 
 import sample
-from core import parallel
 from core.boxes import move
 from core.media import cover_frames, crop_box
 from toy.codec import ToyCodec
