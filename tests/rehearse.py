@@ -216,7 +216,7 @@ class Clips:
     def __init__(self, grid: tuple[int, int, int]):
         self.grid = grid
 
-    def batch(self, samples: list[int], kind: str | None = None, *_: object) -> Batch:
+    def batch(self, samples: list[int], kind: str | None = None, *_: object, **__: object) -> Batch:
         shape = (len(samples), 48, *self.grid)
         return Batch(torch.randn(shape), torch.randn(len(samples), 512, 4096), torch.randn(shape) if kind else None)
 

@@ -281,8 +281,8 @@ def test_the_networks_are_gone_when_the_video_is_decoded(monkeypatch, tmp_path, 
     held, alive = [], []
 
     def watched(read):
-        def wrapper(*args):
-            network = read(*args)
+        def wrapper(*args, **more):
+            network = read(*args, **more)
             held.append(weakref.ref(network))
             return network
 

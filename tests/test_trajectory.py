@@ -569,9 +569,9 @@ def test_maps_are_cheap_enough_for_a_training_step():
     for paint, most in ways.values():
         seconds = []
         for _ in range(20):
-            start = time.process_time()
+            start = time.thread_time()
             paint()
-            seconds.append(time.process_time() - start)
+            seconds.append(time.thread_time() - start)
         assert min(seconds) < most  # about a fifth; the rest is for a busy machine
 
 

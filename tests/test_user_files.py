@@ -428,7 +428,7 @@ def test_arrays_of_unknown_names_are_refused(arrays, message, tmp_path):
 @pytest.mark.parametrize("spline", ['[[{"x": 1, "y": 2}]]', '[{"x": 1, "y": 2}]', "[]"])
 def test_a_spline_of_points_says_which_formats_are_taken(spline, tmp_path):
     (tmp_path / "s.json").write_text(spline)
-    with pytest.raises(UserError, match=r"which is not read; boxes\.json is an object; point tracks are \.npy"):
+    with pytest.raises(UserError, match=r"perhaps of spline points; boxes\.json is an object; point tracks are \.npy"):
         load_trajectory(tmp_path / "s.json", (48, 48), 9)
 
 
