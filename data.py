@@ -7,6 +7,7 @@
 whose result depends on the sample numbers and a seed alone. `python -m tools.prepare_clips` prepares clips.
 """
 
+from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,107 +18,99 @@ from torch import Tensor
 
 from core.codec import Batch, Codec
 from core.config import UserError
-from core.weights import Stored, read_config, read_safetensors
+from core.weights import read_config, read_folder
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
 from trajectory import Maps
-from wan.codec import WanCodec
+
+HELD_OUT = 4  # clips
 
 
 class ClipLatents:
     """Prepared clips, read as ToyLatents reads the toy world.
 
-    Every epoch has an order of its own. If the clips have several shapes, all `batch` samples of a step share one. The
-    first four clips of the most frequent shape are held out, as the split "validation".
+    Every epoch has an order of its own, in which all `batch` samples of a step share one shape. The first four clips of
+    the most frequent shape are held out, as the split "validation".
     """
-
-    held_out = 4
 
     def __init__(self, folder: Path | str, text_tokens: int, split: str = "train", seed: int = 0, batch: int = 1):
         self.folder, self.text_tokens, self.seed, self.step_size = Path(folder), text_tokens, seed, batch
         if not (self.folder / "rejected.csv").exists():
             raise UserError(f"{folder}: holds no finished shards; run python -m tools.prepare_clips")
         self.maps: Maps = read_config(self.folder / "config.json").get("maps", "outline")  # older folders do not say
-        self.latents: dict[str, Stored] = {}
-        self.texts: dict[str, Stored] = {}
-        for kind, tensors in (("latents", self.latents), ("text", self.texts)):
-            for file in sorted(self.folder.glob(f"{kind}-*.safetensors")):
-                tensors |= read_safetensors(file)[1]
-        numbers = sorted({int(name.split(".")[0]) for name in self.latents})
-        if len(numbers) <= self.held_out:
-            raise UserError(f"{folder}: holds {len(numbers)} clips; training needs over {self.held_out}")
-        self.channels = self.latents[f"{numbers[0]}.video"].shape[0]
-        shapes: dict[tuple[int, ...], list[int]] = {}
-        for number in numbers:
-            shapes.setdefault(self.latents[f"{number}.video"].shape, []).append(number)
-        held = max(shapes.values(), key=len)[: self.held_out]
-        if len(held) < self.held_out:
-            raise UserError(f"{folder}: no shape has {self.held_out} clips, which are held out; prepare more clips")
-        if lacking := [number for number in numbers if str(number) not in self.texts]:
-            raise UserError(f"{folder}: clip {lacking[0]} has no caption; run python -m tools.prepare_clips again")
-        if split == "validation":
-            shapes = {(): held}
-        self.shapes = [
-            left for clips in shapes.values() if (left := [n for n in clips if n not in held or split == "validation"])
-        ]
-        self.one_shape = len(self.shapes) == 1
+        self.latents = read_folder(self.folder, "latents")
+        shapes = defaultdict(list)
+        for number in sorted({int(name.split(".")[0]) for name in self.latents}):
+            shapes[self.latents[f"{number}.video"].shape].append(number)
+        most = max(shapes.values(), key=len)
+        if len(most) <= HELD_OUT:
+            rest = f"no shape has over {HELD_OUT} clips, of which {HELD_OUT} are held out"
+            raise UserError(f"{folder}: {rest}; prepare more clips")
+        self.texts = read_folder(self.folder, "text")
+        if lacking := [n for clips in shapes.values() for n in clips if str(n) not in self.texts]:
+            raise UserError(f"{folder}: clip {min(lacking)} has no caption; run python -m tools.prepare_clips again")
+        held = most[:HELD_OUT]
+        del most[:HELD_OUT]
+        self.channels = next(iter(shapes))[0]
+        self.shapes = tuple(map(tuple, shapes.values() if split == "train" else [held]))
 
     def batch(self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0) -> Batch:
         """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
 
         `sparse` is ignored: tools.prepare_clips has chosen the clips that have frames without boxes.
         """
-        picked = [self.pick(sample) for sample in samples]
-        chance = [np.random.default_rng([self.seed, sample, 1]).random() for sample in samples]
-        names = ["empty" if u < drop_text else str(n) for n, u in zip(picked, chance, strict=True)]
-        texts = [self.texts[name].read().float() for name in names]
-        text = torch.stack([F.pad(t, (0, 0, 0, self.text_tokens - len(t))) for t in texts])
-        x0 = torch.stack([self.latents[f"{n}.video"].read().float() for n in picked])
-        if kind is None:
-            return Batch(x0, text, None)
-        if absent := [n for n in picked if f"{n}.{kind}" not in self.latents]:
+        clips = [self.pick(sample) for sample in samples]
+        dropped = [np.random.default_rng([self.seed, sample, 1]).random() < drop_text for sample in samples]
+        names = ["empty" if drop else str(n) for n, drop in zip(clips, dropped, strict=True)]
+        text = torch.stack([self.text(name) for name in names])
+        if kind and (absent := [n for n in clips if f"{n}.{kind}" not in self.latents]):
             mend = "pass --mask_steps 0" if kind == "mask" else "prepare it anew"
             raise UserError(f"{self.folder}: clip {absent[0]} has no {kind} maps; {mend}")
-        return Batch(x0, text, torch.stack([self.latents[f"{n}.{kind}"].read().float() for n in picked]))
+        x0, traj = (
+            torch.stack([self.latents[f"{n}.{part}"].read().float() for n in clips]) if part else None
+            for part in ("video", kind)
+        )
+        return Batch(x0, text, traj)
+
+    def text(self, name: str) -> Tensor:
+        """Embeddings [L, text_dim] of a clip's caption, or of the "empty" or "negative" prompt."""
+        text = self.texts[name].read().float()
+        return F.pad(text, (0, 0, 0, self.text_tokens - len(text)))
 
     def unconditional(self) -> Tensor:
         """Embeddings [1, L, text_dim] of guidance's negative prompt."""
         if "negative" not in self.texts:
             raise UserError(f"{self.folder}: holds no negative prompt; prepare the clips anew")
-        text = self.texts["negative"].read().float()
-        return F.pad(text, (0, 0, 0, self.text_tokens - len(text)))[None]
+        return self.text("negative")[None]
 
     def pick(self, sample: int) -> int:
         """The clip's number, for a sample's."""
-        if self.one_shape:
-            epoch, place = divmod(sample, len(self.shapes[0]))
-            return self.shapes[0][shuffled(len(self.shapes[0]), self.seed, epoch)[place]]
         step, place = divmod(sample, self.step_size)
         steps = sum(-(-len(clips) // self.step_size) for clips in self.shapes)
-        return self.epoch(step // steps)[step % steps][place]
-
-    def epoch(self, number: int) -> list[list[int]]:
-        """The clips of every step of an epoch. If a shape's clips don't fill its last step, its first ones repeat."""
-        batches = []
-        for shape, clips in enumerate(self.shapes):
-            order = [clips[i] for i in shuffled(len(clips), self.seed, number, shape)]
-            order += order * (self.step_size // len(order) + 1)
-            batches += [order[i : i + self.step_size] for i in range(0, len(clips), self.step_size)]
-        return [batches[i] for i in shuffled(len(batches), self.seed, number)]
+        return epoch_steps(self.shapes, self.step_size, self.seed, step // steps)[step % steps][place]
 
 
 Source = ToyLatents | ClipLatents
 
 
-@lru_cache(maxsize=16)
-def shuffled(number: int, *key: int) -> np.ndarray:
-    """0 to number - 1 in an order that the key fixes."""
-    return np.random.default_rng(key).permutation(number)
+@lru_cache(maxsize=4)
+def epoch_steps(shapes: tuple[tuple[int, ...], ...], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The `size` clips of each of an epoch's steps. If a shape's clips don't fill its last, its first ones repeat."""
+    steps = []
+    for shape, clips in enumerate(shapes):
+        order = np.random.default_rng([seed, epoch, shape]).permutation(clips).tolist()
+        order += order * (size // len(order) + 1)
+        steps += [order[i : i + size] for i in range(0, len(clips), size)]
+    return [steps[i] for i in np.random.default_rng([seed, epoch]).permutation(len(steps))]
 
 
 def open_codec(preset: str, folder: Path | str, device: torch.device, **options) -> Codec:
     """The preset's codec; `folder`, of Wan2.2-TI2V-5B, and `options` are WanCodec's."""
-    return WanCodec(folder, device, **options) if preset == "wan5b" else ToyCodec()
+    if preset == "small":
+        return ToyCodec()
+    from wan.codec import WanCodec  # with the VAE and the text encoder, which preset small needs not
+
+    return WanCodec(folder, device, **options)
 
 
 def training_data(folder: str, codec: Codec, seed: int, batch: int, maps: Maps | None = None) -> tuple[Source, Source]:

@@ -9,13 +9,13 @@ videos all along, where it should go to look like one of those. Their difference
 stage 2). There is no trajectory; the adapter comes back in stage 3. To resume, run the same command again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import flow
@@ -45,6 +45,7 @@ class Recipe:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.99  # decay of the averaged student, the one exported
     guidance: float = 1.0  # of the real score; the fake score has none
+    fake_error: Literal["x0", "velocity"] = "x0"  # of what the fake score predicts, in its loss
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def student_loss(student: Velocity, real_score: Velocity, fake_score: Velocity, 
 
 
 def fake_score_loss(fake_score: Velocity, student: Velocity, draw: Draw, on: str = "x0") -> Tensor:
-    """The flow-matching loss of the fake score on the student's videos, the error of x0 or of the velocity."""
+    """The flow-matching loss of the fake score on the student's videos: the error of "x0" or of the "velocity"."""
     with torch.no_grad():
         x0 = flow.backward_simulation(student, draw.first, draw.noise, draw.sigmas, draw.exit_step)
     return flow.flow_matching_loss(fake_score, x0, draw.renoise, draw.sigma, on)
@@ -134,56 +135,49 @@ def student_learns(step: int, ratio: int) -> bool:
     return (step + 1) % ratio == 0
 
 
-def make_draw(samples: list[int], turn: int, cfg: Config, data: Source, device: torch.device) -> tuple[Tensor, Draw]:
-    """Captions [B,L,text_dim], and first frames and noise for one loss."""
-    x0, text, _ = data.batch(samples).to(device)
+def make_draw(
+    samples: list[int], turn: int, cfg: Config, data: Source, device: torch.device, kind: str | None = None
+) -> tuple[dict[str, Tensor], Draw]:
+    """What networks read beside x_t and t, text [B,L,text_dim] and maps of a `kind`, and a loss's frames and noise."""
+    x0, text, traj = data.batch(samples, kind).to(device)
     steps, shift, _ = flow.FAST[cfg.preset]
     noise = send(step_noise(steps + 1, x0.shape[1:], samples, cfg.seed, turn), device)
     u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), device)
     sigma = (cfg.judge_sigma_max * flow.shift_sigma(u, shift)).clamp(0.02, 0.98)
-    exit_step = draw_exit_step(steps, cfg.seed, turn)
-    return text, Draw(x0[:, :, :1], flow.sigma_schedule(steps, shift), exit_step, noise[:-1], noise[-1], sigma)
+    exit_step = int(torch.randint(steps, (), generator=rng(cfg.seed, turn, EXIT_STEP)))  # the same on every rank
+    draw = Draw(x0[:, :, :1], flow.sigma_schedule(steps, shift), exit_step, noise[:-1], noise[-1], sigma)
+    return {"text": text} | ({"traj": traj} if kind else {}), draw
 
 
-def draw_exit_step(steps: int, seed: int, turn: int) -> int:
-    """Where backward simulation ends: the same on every rank, for they run in lockstep."""
-    return int(torch.randint(steps, (), generator=rng(seed, turn, EXIT_STEP)))
+class Networks(NamedTuple):
+    """What a step reads, of which it changes one."""
+
+    student: nn.Module
+    fake_score: nn.Module
+    real_score: nn.Module
+    negative: Tensor  # prompt [1,L,text_dim] that the real score's guidance goes away from
 
 
-def fake_score_step(
-    step: int, cfg: Config, student: VideoDiT, fake_score: VideoDiT, optimizers: Sequence[Optimizer], data: Source,
-    procs: Processes,
+def matching_step(
+    step: int, learner: Literal["fake", "generator"], cfg: Config, networks: Networks, optimizers: Sequence[Optimizer],
+    data: Source, procs: Processes, draws: Callable = make_draw,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """One update of the fake score, on videos of the student as it is now."""
-    turn, losses = 2 * step, []
+    """One update of the fake score, on videos of the student as it is now, or of the student."""
+    turn, losses = 2 * step + (learner == "generator"), []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
-        text, draw = make_draw(samples, turn, cfg, data, procs.device)
+        given, draw = draws(samples, turn, cfg, data, procs.device)
+        student, fake, real = (partial(network, **given) for network in networks[:3])
         with parallel.autocast(procs.device, cfg.dtype):
-            loss = fake_score_loss(partial(fake_score, text=text), partial(student, text=text), draw)
+            if learner == "fake":
+                loss = fake_score_loss(fake, student, draw, cfg.fake_error)
+            else:
+                unconditional = partial(real, text=networks.negative.expand_as(given["text"]))
+                loss = student_loss(student, flow.guided(real, unconditional, cfg.guidance), fake, draw)
         (loss / len(shares)).backward()
         losses.append(loss.detach())
-    norm = optim.clip_and_step(fake_score, optimizers, cfg.clip)
-    return {"fake_loss": torch.stack(losses).mean(), "fake_grad_norm": norm}
-
-
-def student_step(
-    step: int, cfg: Config, student: VideoDiT, fake_score: VideoDiT, real_score: VideoDiT, negative: Tensor,
-    optimizers: Sequence[Optimizer], data: Source, procs: Processes,
-) -> dict[str, Tensor]:  # fmt: skip
-    """One update of the student. negative [1,L,text_dim]: what the real score's guidance goes away from."""
-    turn, losses = 2 * step + 1, []
-    shares = procs.share(cfg.batch, cfg.accumulate, turn)
-    for samples in shares:
-        text, draw = make_draw(samples, turn, cfg, data, procs.device)
-        generates, fake, real = (partial(network, text=text) for network in (student, fake_score, real_score))
-        with parallel.autocast(procs.device, cfg.dtype):
-            guided = flow.guided(real, partial(real_score, text=negative.expand_as(text)), cfg.guidance)
-            loss = student_loss(generates, real_score=guided, fake_score=fake, draw=draw)
-        (loss / len(shares)).backward()
-        losses.append(loss.detach())
-    norm = optim.clip_and_step(student, optimizers, cfg.clip)
-    return {"generator_loss": torch.stack(losses).mean(), "generator_grad_norm": norm}
+    norm = optim.clip_and_step(networks.fake_score if learner == "fake" else networks.student, optimizers, cfg.clip)
+    return {f"{learner}_loss": torch.stack(losses).mean(), f"{learner}_grad_norm": norm}
 
 
 def make_video(batch: Batch, number: int, cfg: Config, student: VideoDiT) -> list[Tensor]:
@@ -211,29 +205,26 @@ def main(cfg: Config) -> None:
     # 2. The data, and the run's folder, from which a killed run resumes.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=frozen)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
-    negative = send(data.unconditional(), procs.device)
+    networks = Networks(student, fake_score, real_score, send(data.unconditional(), procs.device))
     parts = {"generator": (student, optimizers, ema), "fake": (fake_score, fake_optimizers, None)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
 
     # 3. The loop: the fake score follows the student, and every few steps the student learns from both scores.
     make = partial(make_video, cfg=cfg, student=student)
-    for step in range(start, cfg.steps + 1):
-        last = step == cfg.steps
-        if due(step, cfg.save_every, start, last):
-            run.save(step, last)
-        if due(step, cfg.sample_every, start, last):
-            with ema.applied():
-                run.write_samples(step, codec, held_out, make)
-        if last:
-            break
+    for step in range(start, cfg.steps):
         for learners, peak in ((optimizers, cfg.lr), (fake_optimizers, cfg.fake_lr)):
             optim.set_lr(learners, optim.learning_rate(step, peak, cfg.warmup, cfg.steps, cfg.schedule))
-        values = fake_score_step(step, cfg, student, fake_score, fake_optimizers, data, procs)
+        values = matching_step(step, "fake", cfg, networks, fake_optimizers, data, procs)
         if student_learns(step, cfg.ratio):
-            values |= student_step(step, cfg, student, fake_score, real_score, negative, optimizers, data, procs)
+            values |= matching_step(step, "generator", cfg, networks, optimizers, data, procs)
             ema.update(step)
         run.log(step + 1, **values)
+        if due(step + 1, cfg.save_every, cfg.steps):
+            run.save(step + 1)
+        if due(step + 1, cfg.sample_every, cfg.steps):
+            with ema.applied():
+                run.write_samples(step + 1, codec, held_out, make)
 
     # 4. The averaged student is the FastGenerator.
     run.export("fast_generator", student, ema)

@@ -272,15 +272,7 @@ def main(cfg: Config) -> None:
     # 3. The loop: the discriminator learns from true videos and fakes, then the adapter from both losses.
     make = partial(make_video, cfg=cfg, generator=generator, adapter=adapter)
     networks = generator, adapter, discriminator
-    for step in range(start, cfg.steps + 1):
-        last = step == cfg.steps
-        if due(step, cfg.save_every, start, last):
-            run.save(step, last)
-        if due(step, cfg.sample_every, start, last):
-            with ema.applied():
-                run.write_samples(step, codec, held_out, make, "box")
-        if last:
-            break
+    for step in range(start, cfg.steps):
         now = phase(step, cfg.steps, cfg.ratio, cfg.diffusion_first, cfg.adapter_start)
         judged, values = cfg.use_gan and now.judged, {}
         if judged:
@@ -294,6 +286,11 @@ def main(cfg: Config) -> None:
             values |= adapter_step(step, weight, judged, cfg, *networks, optimizers, data, procs)
             ema.update(step)
         run.log(step + 1, **values)
+        if due(step + 1, cfg.save_every, cfg.steps):
+            run.save(step + 1)
+        if due(step + 1, cfg.sample_every, cfg.steps):
+            with ema.applied():
+                run.write_samples(step + 1, codec, held_out, make, "box")
 
     # 4. The averaged adapter is the FastAdapter.
     run.export("fast_adapter", adapter, ema)

@@ -162,22 +162,19 @@ def main(cfg: Config) -> None:
     if start == 0 and not cfg.init and isinstance(getattr(adapter, "norm", None), adapters.FixedNorm):
         adapter.norm.fit([data.batch([n], "box").traj for n in range(16)])  # the same on every rank
 
-    # 3. The loop. It runs once more than there are steps, to save and to show the last.
+    # 3. The loop.
     make = partial(make_video, cfg=cfg, generator=generator, adapter=adapter)
-    for step in range(start, cfg.steps + 1):
-        last = step == cfg.steps
-        if due(step, cfg.save_every, start, last):
-            run.save(step, last)
-        if due(step, cfg.sample_every, start, last):
-            with ema.applied():
-                run.write_samples(step, codec, held_out, make, "box")
-        if last:
-            break
+    for step in range(start, cfg.steps):
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
         optim.set_lr(optimizers, lr)
         values = adapter_step(step, cfg, generator, adapter, optimizers, data, procs)
         ema.update(step)
         run.log(step + 1, **values, lr=lr)
+        if due(step + 1, cfg.save_every, cfg.steps):
+            run.save(step + 1)
+        if due(step + 1, cfg.sample_every, cfg.steps):
+            with ema.applied():
+                run.write_samples(step + 1, codec, held_out, make, "box")
 
     # 4. The averaged weights are the result.
     run.export("slow_adapter", adapter, ema)

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import difflib
 import inspect
 import math
@@ -38,13 +39,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return value
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a finite number")
 
 
 def _switch(text: str) -> bool:
@@ -121,9 +119,7 @@ def run_script(main: Callable, config_class: type, presets: Mapping[str, object]
             dist.destroy_process_group()
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    if parallel:
-        # Gloo's threads outlive their process group, and one that frees its last tensor while the interpreter shuts
-        # down aborts the process. So skip the shutdown.
+    if parallel:  # Gloo's threads outlive their group, and can abort an interpreter that shuts down: so skip that
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

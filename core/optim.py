@@ -44,10 +44,9 @@ class EMA:
     """Exponential moving average of a network's trainable parameters, in float32 and sharded like them."""
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+        self.model, self.decay = model, decay
         self.source = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.average = {n: p.detach().float().clone() for n, p in self.source.items()}
-        self.buffers = dict(model.named_buffers())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -60,11 +59,13 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """In this context the network has the averaged weights."""
         saved = {n: p.detach().clone() for n, p in self.source.items()}
-        fill(self.source, self.average)
         try:
+            for name, p in self.source.items():
+                p.detach().copy_(self.average[name])
             yield
         finally:
-            fill(self.source, saved)
+            for name, p in self.source.items():
+                p.detach().copy_(saved[name])
 
     def weights(self, keep: bool = True) -> dict[str, Tensor]:
         """The averages, gathered one by one into host memory, and the network's buffers. Every rank must call.
@@ -76,11 +77,4 @@ class EMA:
             gathered = full(average)
             if keep:
                 whole[name] = gathered.cpu()
-        return whole | self.buffers if keep else {}
-
-
-@torch.no_grad()
-def fill(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copy the values into the tensors of the same names."""
-    for name, tensor in tensors.items():
-        tensor.copy_(values[name])
+        return whole | dict(self.model.named_buffers()) if keep else {}

@@ -62,9 +62,9 @@ def start_processes(config, heads: int = 0) -> Processes:
     return procs
 
 
-def due(step: int, every: int, start: int, last: bool) -> bool:
-    """Whether something is due before this step: every so many steps (0: never), at the end, but not at the start."""
-    return every > 0 and (last or (step % every == 0 and step > start))
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether something is due after this step: every so many steps (0: never), and after the last one."""
+    return every > 0 and (step % every == 0 or step == steps)
 
 
 class Run:
@@ -78,14 +78,11 @@ class Run:
         }
         self.saving: tuple[Future, Path] | None = None  # a checkpoint that is being written, and its temporary folder
         self.unchecked: list[tuple[int, dict[str, Callable[[], Tensor]]]] = []  # values of the last steps
-        self.last_line = time.perf_counter(), 0  # when the last line was printed, and of which step
-        self.alone, self.wandb = procs.mesh is None, None
+        self.printed = time.perf_counter(), 0  # when the last line was, and of which step
+        self.wandb = None
         # Checkpoint writers communicate from a thread of their own, at the same time as the training's collectives.
-        self.writers = None if self.alone else dist.new_group(backend="gloo")
-        if self.alone:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist asks
-        if procs.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self.writers = dist.new_group(backend="gloo") if procs.mesh else None
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist asks
 
     def state(self) -> dict:
         """All that a run needs to go on."""
@@ -93,27 +90,24 @@ class Run:
         for name, (model, optimizers, ema) in self.parts.items():
             fresh = [optimizer for optimizer in optimizers if not optimizer.state]
             weights, optim = get_state_dict(model, optimizers)
-            # It makes a fresh optimizer's state by a step without gradients, which must not count.
             for kept in (kept for optimizer in fresh for kept in optimizer.state.values() if "step" in kept):
-                kept["step"].zero_()
+                kept["step"].zero_()  # `get_state_dict` makes fresh optimizers take a step without gradients
             state[name] = {"weights": weights, "optimizers": optim} | ({"ema": ema.average} if ema else {})
         return state
 
-    def save(self, step: int, last: bool = False) -> None:
-        """Write `ckpt/step_00000500/`. Returns once all is copied to memory; with the last one, once it is on disk."""
+    def save(self, step: int) -> None:
+        """Write `ckpt/step_00000500/`. Returns once all is copied to memory; after the last step, once written."""
         self.check_finite(all_steps=True)
         self.finish_saving()  # one at a time
         temporary = self.folder / "ckpt" / f".step_{step:08d}.tmp"
-        if not (temporary.parent / temporary.stem[1:]).exists():  # it does when a finished run is started again
-            if self.procs.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            self.procs.barrier()
-            place = {"checkpoint_id": temporary, "process_group": self.writers, "no_dist": self.alone}
-            self.saving = dcp.async_save(self.state(), **place), temporary
-        if last:
+        if self.procs.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.procs.barrier()
+        place = {"checkpoint_id": temporary, "process_group": self.writers, "no_dist": not self.procs.mesh}
+        self.saving = dcp.async_save(self.state(), **place), temporary
+        if step == self.config["steps"]:
             self.finish_saving()
-            self.procs.barrier()
             if self.wandb:
                 self.wandb.finish()
 
@@ -128,15 +122,13 @@ class Run:
         try:
             written.result()  # on rank 0 this waits for all ranks
             if self.procs.rank == 0:
-                fsync_folder(temporary)
                 temporary.rename(temporary.parent / temporary.stem[1:])
-                fsync_folder(temporary.parent)
                 for old in self.checkpoints()[:-KEEP]:
                     shutil.rmtree(old)
         except (OSError, RuntimeError, CheckpointException) as error:
-            cause = next((first for first, _ in getattr(error, "failures", {}).values()), error)
             if self.procs.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
+            cause = next((first for first, _ in getattr(error, "failures", {}).values()), error)
             fix = "once that is fixed, run the same command again"
             raise UserError(f"{temporary.parent}: a checkpoint can't be written ({reason(cause)}); {fix}") from None
 
@@ -158,21 +150,23 @@ class Run:
         if self.procs.rank == 0:
             write_text(options, json.dumps(self.config, indent=1))
             lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-            with atomic(log) as temporary:  # without a line cut by a kill, and without the steps that will be repeated
-                whole = (line for line in lines if line.endswith(b"\n") and logged_step(line) <= step)
-                temporary.write_bytes(b"".join(whole))
+            whole = (line for line in lines if line.endswith(b"\n"))  # a kill may have cut the last one
+            logged = re.compile(rb'{"step": (\d+)')
+            kept = [line for line in whole if not (at := logged.match(line)) or int(at[1]) <= step]
+            with atomic(log) as temporary:
+                temporary.write_bytes(b"".join(kept))
             if self.config.get("wandb"):
                 self.wandb = start_wandb(self.folder, self.config)
-        self.last_line = time.perf_counter(), step
+        self.printed = time.perf_counter(), step
         return step
 
     def load(self, checkpoint: Path) -> None:
         """Fill networks, optimizers and averages. UserError if the checkpoint is damaged or of other networks."""
-        state, index = self.state(), checkpoint / ".metadata"
+        state = self.state()
         try:
-            if not index.exists() or not index.stat().st_size:
-                raise ValueError(f"{index}: missing or empty")
-            dcp.load(state, checkpoint_id=checkpoint, no_dist=self.alone)
+            if not (checkpoint / ".metadata").exists():
+                raise ValueError("torch would log a traceback")
+            dcp.load(state, checkpoint_id=checkpoint, no_dist=not self.procs.mesh)
         except (ValueError, RuntimeError, CheckpointException):  # wrong shapes, missing names or files
             fix = "delete it, or give the run another --name"
             raise UserError(f"{checkpoint}: damaged, or of networks of other shapes; {fix}") from None
@@ -181,10 +175,7 @@ class Run:
             set_state_dict(model, optimizers, model_state_dict=part["weights"], optim_state_dict=part["optimizers"])
 
     def samples(self, step: int, videos: Iterable[Tensor]) -> None:
-        """Write videos [3, T, H, W] as a contact sheet of nine frames each, and side by side as an mp4.
-
-        They are asked for one by one, by rank 0 alone: an iterator may decode each when its turn comes.
-        """
+        """Write videos [3, T, H, W], of which rank 0 takes one at a time: nine frames of each, and an mp4 of all."""
         if self.procs.rank == 0:
             frames = list(map(small_frames, videos))
             picked = np.linspace(0, len(frames[0]) - 1, min(9, len(frames[0]))).round().astype(int)
@@ -217,17 +208,15 @@ class Run:
     def check_finite(self, all_steps: bool) -> None:
         """UserError if a step gave a loss or gradient that is not finite; nothing of it has been saved.
 
-        A GPU is still at work on the last step, and would be waited for. So that one is left out, but for `all_steps`.
-        Of the steps before it copies are read: the GPU's own numbers would come after the last step.
+        Without `all_steps` the last step is left out: a GPU may still be at work on it.
         """
-        while len(self.unchecked) > (0 if all_steps else 1):
+        while len(self.unchecked) > (not all_steps):
             step, values = self.unchecked.pop(0)
             if wrong := [name for name, read in values.items() if not read().isfinite().all()]:
                 self.finish_saving()
-                kept = self.checkpoints()
-                good = f"{kept[-1]} is the last good checkpoint" if kept else "nothing was saved"
+                good = [f"{path} is the last good checkpoint" for path in self.checkpoints()] or ["nothing was saved"]
                 failure = f"step {step}: {wrong[0]} is not a finite number"
-                raise UserError(f"{self.folder}: {failure}; {good}; lower the learning rate")
+                raise UserError(f"{self.folder}: {failure}; {good[-1]}; lower the learning rate")
 
     def log(self, step: int, **values: Tensor | float) -> None:
         """What a step gave, averaged over ranks; written every LOG_EVERY steps. Every rank must call."""
@@ -242,18 +231,14 @@ class Run:
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """A line in log.jsonl, and one to read, with speed, memory and the time that is left."""
-        log, total, (then, before) = self.folder / "log.jsonl", self.config["steps"], self.last_line
-        try:
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
-        except OSError as error:  # a full disk's has no file name
-            raise UserError(f"{log}: can't be written ({reason(error)})") from None
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
         if self.wandb:
             self.wandb.log(numbers, step=step)
-        self.last_line = time.perf_counter(), step
-        seconds = (self.last_line[0] - then) / max(1, step - before)
+        total, (then, before), self.printed = self.config["steps"], self.printed, (time.perf_counter(), step)
+        seconds = (self.printed[0] - then) / max(1, step - before)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        speed = f"{seconds:.2f} s/step  {self.config.get('batch', 1) / seconds:.1f} videos/s"
+        speed = f"{seconds:.2f} s/step  {self.config['batch'] / seconds:.1f} videos/s"
         memory, left = peak_memory(self.procs.device), timedelta(seconds=round(seconds * (total - step)))
         print(f"step {step}/{total}  {shown}  {speed}  {memory:.1f} GiB  {left} left", flush=True)
 
@@ -270,23 +255,9 @@ def start_wandb(folder: Path, config: dict):
         raise UserError(f"--wandb {config['wandb']}: {reason(error)}") from None
 
 
-def logged_step(line: bytes) -> int:
-    """The step of a line of log.jsonl; 0 of a line that is none."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError):
-        return 0
-
-
 def small_frames(video: Tensor) -> np.ndarray:
     """A video [3, T, H, W] as samples show it, uint8 [T, height, width, 3]."""
     height, width = video.shape[-2:]
     thin, scale = max(1, width // 256), max(1, 96 // width)  # shrink large videos, enlarge small ones
     even = (..., *(slice(0, n // (2 * thin) * 2 * thin, thin) for n in (height, width)))  # mp4 needs even sides
     return to_uint8(video[even], scale)
-
-
-def fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)

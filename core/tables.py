@@ -26,17 +26,6 @@ def provenance(script: str, config, device: torch.device) -> dict[str, str]:
     return {"command": f"python {script} {flags(changed)}".strip(), "machine": machine}
 
 
-def cells(rows: Sequence[dict], show: Callable[[object], str] = str) -> list[list[str]]:
-    """Header and rows of a table. A measure's `_range`, if it isn't a single value, goes into the measure's cell."""
-    keys = [key for key in rows[0] if key not in ("command", "machine") and not key.endswith("_range")]
-
-    def cell(row: dict, key: str) -> str:
-        text, span = "" if row[key] is None else show(row[key]), row.get(f"{key}_range")
-        return f"{text} ({span[0]} to {span[1]})" if span and span[0] < span[1] else text
-
-    return [[key.replace("_", " ") for key in keys], *([cell(row, key) for key in keys] for row in rows)]
-
-
 def over_seeds(rows: Sequence[dict], measures: Sequence[str]) -> list[dict]:
     """Rows of several seeds, neighbours of one name and number of steps, as one each: mean, range and how many."""
     merged = []
@@ -55,17 +44,15 @@ def three_digits(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def table(rows: Sequence[dict]) -> str:
-    """Rows with equal keys as aligned text."""
-    lines = cells(rows)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
-
-
 def markdown(rows: Sequence[dict], show: Callable[[object], str] = str) -> str:
-    """Rows with equal keys as a Markdown table."""
-    lines = cells(rows, show)
-    lines.insert(1, ["---"] * len(lines[0]))
+    """Rows with equal keys as a Markdown table. A measure's `_range`, unless of one value, goes into its cell."""
+    keys = [key for key in rows[0] if key not in ("command", "machine") and not key.endswith("_range")]
+
+    def cell(row: dict, key: str) -> str:
+        text, span = "" if row[key] is None else show(row[key]), row.get(f"{key}_range")
+        return f"{text} ({span[0]} to {span[1]})" if span and span[0] < span[1] else text
+
+    lines = [[key.replace("_", " ") for key in keys], ["---"] * len(keys), *([cell(r, k) for k in keys] for r in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -211,8 +211,6 @@ GRID = (31, 44, 80)  # of the latents of 121 frames of 704x1280
 class Clips:
     """In the place of prepared clips, whose latents have this grid."""
 
-    one_shape = True
-
     def __init__(self, grid: tuple[int, int, int]):
         self.grid = grid
 

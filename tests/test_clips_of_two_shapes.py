@@ -39,24 +39,18 @@ def write_clip(folder, number: int, size: tuple[int, int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """All clips in one folder of shards, and those that are square in another."""
+def both(tmp_path_factory):
+    """A folder of clips, and the shards that they become."""
     root = tmp_path_factory.mktemp("shapes")
     patch = pytest.MonkeyPatch()
     patch.setattr(ToyCodec, "negative", NEGATIVE)
     patch.setattr(ToyCodec, "area", 48 * 48)  # what small clips have
-    for name, kinds in (("both", KINDS), ("one", [kind for kind in KINDS if kind == "square"])):
-        (root / name).mkdir()
-        for number, kind in enumerate(kinds):
-            write_clip(root / name, number, SIZES[kind])
-        prepare_clips.main(prepare_clips.Config(source=str(root / name), out=str(root / f"{name} shards"), size="auto"))
+    (root / "both").mkdir()
+    for number, kind in enumerate(KINDS):
+        write_clip(root / "both", number, SIZES[kind])
+    prepare_clips.main(prepare_clips.Config(source=str(root / "both"), out=str(root / "both shards"), size="auto"))
     patch.undo()
-    return root
-
-
-@pytest.fixture
-def both(prepared):
-    return prepared / "both shards"
+    return root / "both shards"
 
 
 def test_each_clip_is_encoded_in_its_own_shape(both):
@@ -121,15 +115,7 @@ def test_the_four_held_out_are_of_one_shape(both):
     assert not set(picked) & {n for clips in ClipLatents(both, 32).shapes for n in clips}
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_clips_of_one_shape_come_in_the_order_of_their_epoch(prepared, batch):
-    """Whatever the batch: sample by sample through a permutation of all that are not held out."""
-    data = ClipLatents(prepared / "one shards", 32, seed=5, batch=batch)
-    wanted = [n for epoch in range(3) for n in 4 + np.random.default_rng([5, epoch]).permutation(8)]
-    assert [data.pick(n) for n in range(24)] == wanted and data.one_shape
-
-
-def test_guidance_goes_away_from_the_negative_prompt(both, prepared, tmp_path):
+def test_guidance_goes_away_from_the_negative_prompt(both, tmp_path):
     data = ClipLatents(both, 32)
     wanted = ToyCodec().encode_text([NEGATIVE]).bfloat16().float()
     assert torch.equal(data.unconditional(), wanted) and wanted.any()
@@ -144,14 +130,14 @@ def test_guidance_goes_away_from_the_negative_prompt(both, prepared, tmp_path):
 
 
 def test_too_few_clips_of_a_shape_are_one_line(tmp_path):
-    """Three of each: over four in all, but no shape has four to hold out."""
+    """Three of each."""
     few = tmp_path / "few"
     few.mkdir()
     shards = {f"{n}.video": torch.zeros(LATENTS["square" if n % 2 else "wide"]) for n in range(6)}
     write_safetensors(few / "latents-00000.safetensors", shards, {})
     (few / "rejected.csv").write_text("")
     (few / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="few: no shape has 4 clips, which are held out; prepare more clips"):
+    with pytest.raises(UserError, match="few: no shape has over 4 clips, of which 4 are held out; prepare more clips"):
         ClipLatents(few, 32)
 
 

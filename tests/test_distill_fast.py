@@ -27,16 +27,19 @@ def networks():
     return made  # student, fake score, real score
 
 
-def losses(student, fake, real, exit_step=2):
+def conditions(*sigma):
+    """Captions, and a draw of two videos."""
     random = torch.Generator().manual_seed(1)
     shape = (2, 24, 3, 4, 4)
     noise, renoise = torch.randn(4, *shape, generator=random), torch.randn(shape, generator=random)
     first, text = torch.randn(2, 24, 1, 4, 4, generator=random), torch.randn(2, 32, 64, generator=random)
-    sigma = torch.tensor([0.4, 0.9])
-    student, fake, real = (partial(network, text=text) for network in (student, fake, real))
-    draw = Draw(first, SIGMAS, exit_step, noise, renoise, sigma)
-    loss = student_loss(student, real_score=real, fake_score=fake, draw=draw)
-    return loss, fake_score_loss(fake, student=student, draw=draw)
+    return text, Draw(first, SIGMAS, 2, noise, renoise, torch.tensor(sigma))
+
+
+def losses(*networks):
+    text, draw = conditions(0.4, 0.9)
+    student, fake, real = (partial(network, text=text) for network in networks)
+    return student_loss(student, real, fake, draw), fake_score_loss(fake, student, draw)
 
 
 def test_each_loss_reads_the_right_networks():
@@ -97,16 +100,12 @@ def test_gradient_is_the_normalised_difference_of_the_scores():
 
 def test_fake_score_loss_on_x0_weighs_each_video_by_its_squared_noise_level():
     student, fake, _ = networks()
-    draws = torch.Generator().manual_seed(1)
-    shape = (2, 24, 3, 4, 4)
-    noise, renoise = torch.randn(4, *shape, generator=draws), torch.randn(shape, generator=draws)
-    first, text = torch.randn(2, 24, 1, 4, 4, generator=draws), torch.randn(2, 32, 64, generator=draws)
-    sigma = torch.tensor([0.3, 0.9])
-    draw = Draw(first, SIGMAS, 2, noise, renoise, sigma)
-    student, fake = partial(student, text=text), partial(fake, text=text)
+    text, draw = conditions(0.3, 0.9)
+    sigma, renoise, student, fake = draw.sigma, draw.renoise, partial(student, text=text), partial(fake, text=text)
     with torch.no_grad():
         got = {on: fake_score_loss(fake, student, draw, on).item() for on in ("velocity", "x0")}
-        x0 = flow.backward_simulation(student, first, noise, SIGMAS, 2)
+        assert fake_score_loss(fake, student, draw).item() == got["x0"]
+        x0 = flow.backward_simulation(student, draw.first, draw.noise, SIGMAS, 2)
         level = torch.tensor([[0, 0.3, 0.3], [0, 0.9, 0.9]])
         x_t = (1 - level[:, None, :, None, None]) * x0 + level[:, None, :, None, None] * renoise
         v = fake(x_t, 1000 * level)
@@ -135,9 +134,9 @@ def test_a_run_judges_where_its_recipe_says_at_the_rates_it_says(most, here, mon
     seen, rates, clips, texts = [], [], [], []
     stepped, rated, guided = optim.clip_and_step, optim.set_lr, flow.guided
 
-    def fake_loss(fake, student, draw):
+    def fake_loss(fake, student, draw, on):
         seen.append((draw.exit_step, draw.sigma))
-        return fake_score_loss(fake, student, draw)
+        return fake_score_loss(fake, student, draw, on)
 
     def watched_step(network, optimizers, clip):
         clips.append(clip)

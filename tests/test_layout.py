@@ -1,6 +1,8 @@
 """Who imports whom: every room from those below it alone, and nobody in a circle."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -56,3 +58,12 @@ def test_the_method_reads_nothing_of_the_tools_but_the_table_and_the_page_of_sam
     for name in SCRIPTS:
         used = {other for other in imports(FILES[name]) if other.startswith("tools")}
         assert used == ({"tools.batch", "tools.serve"} if name == "sample" else set()), name
+
+
+def test_stage_3_is_short_with_all_that_it_imports():
+    code = "import sys, finetune_hybrid\nfor m in sys.modules.values(): print(getattr(m, '__file__', None))"
+    listed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    own = set(map(Path, listed.splitlines())) & set(FILES.values())
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in own) <= 4200
+    loaded = {name for name, path in FILES.items() if path in own and name.startswith("wan.")}
+    assert loaded == {"wan.__init__", "wan.published"}

@@ -43,16 +43,14 @@ def test_learning_rate():
     rates = [optim.learning_rate(step, 2.0, 10, 110) for step in range(110)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[60] == pytest.approx(1.0) and rates[-1] < 1e-3 and rates[10:] == sorted(rates[10:], reverse=True)
-
-
-def test_learning_rate_that_stays():
     rates = [optim.learning_rate(step, 2.0, 4, 110, "constant") for step in range(110)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and set(rates[4:]) == {2.0}
     assert optim.learning_rate(0, 2.0, 0, 110, "constant") == 2.0
 
 
-def test_ema_follows_and_lends_its_weights():
+def test_ema_follows_and_lends_its_weights_and_exports_buffers_as_they_are():
     model = torch.nn.Linear(1, 1, bias=False)
+    model.register_buffer("mean", torch.zeros(2))
     torch.nn.init.zeros_(model.weight)
     ema = optim.EMA(model, 0.5)
     with torch.no_grad():
@@ -63,6 +61,8 @@ def test_ema_follows_and_lends_its_weights():
     with ema.applied():
         assert model.weight.item() == pytest.approx(0.75)
     assert model.weight.item() == 1
+    model.mean.copy_(torch.tensor([3.0, 4.0]))
+    assert ema.weights()["mean"].tolist() == [3, 4] and set(ema.weights()) == {"weight", "mean"}
 
 
 def test_optimizers_hold_every_parameter_once():
@@ -73,11 +73,3 @@ def test_optimizers_hold_every_parameter_once():
     assert [id(p) for g in inside.param_groups for p in g["params"]] == [id(model.blocks[0].weight)]
     rest = {id(p) for g in adamw.param_groups for p in g["params"]}
     assert rest == {id(p) for p in model.parameters()} - {id(model.blocks[0].weight)}
-
-
-def test_ema_exports_buffers_as_they_are():
-    model = torch.nn.Linear(1, 1)
-    model.register_buffer("mean", torch.zeros(2))
-    ema = optim.EMA(model, 0.5)
-    model.mean.copy_(torch.tensor([3.0, 4.0]))
-    assert ema.weights()["mean"].tolist() == [3, 4] and set(ema.weights()) == {"weight", "bias", "mean"}

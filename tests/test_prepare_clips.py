@@ -141,7 +141,7 @@ def test_training_reads_every_clip_once_an_epoch(prepared):
     epochs = [[data.pick(16 * e + i) for i in range(16)] for e in range(2)]
     assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1])
     (left,), (held,) = data.shapes, held_out.shapes
-    assert sorted(epochs[0]) == left and not set(left) & set(held) and len(held) == 4
+    assert tuple(sorted(epochs[0])) == left and not set(left) & set(held) and len(held) == 4
     x0, text, traj = data.batch([0, 1, 16], "box", drop_text=0.5)
     assert x0.shape == traj.shape == (3, 24, 9, 12, 12) and text.shape == (3, 32, 64)
     again = data.batch([1], "box", drop_text=0.5)

@@ -35,6 +35,7 @@ class Options(Recipe):
     """Options of a script that is none."""
 
     steps: int = 9  # of it
+    batch: int = 1  # videos
     save_every: int = 2  # steps
     sample_every: int = 100  # steps
     dtype: str = "float32"  # of it
@@ -47,35 +48,28 @@ def every_step_is_logged(monkeypatch):
     monkeypatch.setattr(runs, "LOG_EVERY", 1)
 
 
+def save(run, step):
+    run.save(step)
+    run.finish_saving()
+
+
 def part(width):
     model = torch.nn.Sequential(torch.nn.Linear(4, width))
     model.blocks = model[:]
     return {"net": (model, muon_and_adamw(model, model.blocks, 0.0), optim.EMA(model, 0.9))}
 
 
-def test_log_rewinds_to_the_checkpoint_and_survives_a_cut_line(tmp_path):
-    run = Run(tmp_path / "r", Options(), ALONE, part(4))
+def test_log_rewinds_to_the_checkpoint_but_for_lines_that_somebody_else_wrote(tmp_path):
+    run, log = Run(tmp_path / "r", Options(), ALONE, part(4)), tmp_path / "r/log.jsonl"
     assert run.resume() == 0
-    run.save(2, last=True)
+    save(run, 2)
     for step in (1, 2, 3):
         run.log(step, loss=step / 2)
-    with (tmp_path / "r" / "log.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')
-    assert run.resume() == 2
-    lines = (tmp_path / "r" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
-    assert json.loads((tmp_path / "r" / "config.json").read_text()) == dataclasses.asdict(Options())
-
-
-def test_lines_of_the_log_that_somebody_else_wrote_stay(tmp_path):
-    run = Run(tmp_path, Options(), ALONE, part(4))
-    run.save(2, last=True)
-    for step in (1, 3):
-        run.log(step, loss=step / 2)
     own = b'{bad}\n{"loss": 3}\n\xff\xfe\n[1]\nmy own note\n'
-    with (tmp_path / "log.jsonl").open("ab") as file:
-        file.write(own)
-    assert run.resume() == 2 and (tmp_path / "log.jsonl").read_bytes() == b'{"step": 1, "loss": 0.5}\n' + own
+    log.write_bytes(log.read_bytes() + own + b'{"step": 4, "lo')  # cut by a kill
+    assert run.resume() == 2
+    assert log.read_bytes() == b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 1.0}\n' + own
+    assert json.loads((tmp_path / "r" / "config.json").read_text()) == dataclasses.asdict(Options())
 
 
 def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path):
@@ -89,7 +83,7 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path):
     run.save(1)
     for p in (*model.parameters(), *ema.average.values(), *(s["exp_avg"] for s in adamw.state.values())):
         p.data.fill_(7.0)
-    run.save(2, last=True)
+    save(run, 2)
     assert [p.name for p in run.checkpoints()] == ["step_00000001", "step_00000002"]
     assert run.resume() == 2 and all((p == 7).all() for p in model.parameters())
     run.checkpoints()[-1].rename(tmp_path / "aside")
@@ -101,27 +95,22 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path):
 def test_a_write_that_fails_is_not_passed_over(tmp_path, monkeypatch):
     run = Run(tmp_path, Options(), ALONE, part(4))
 
-    def fail(folder):
+    def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("core.runs.fsync_folder", fail)
+    monkeypatch.setattr("pathlib.Path.rename", fail)
     run.save(1)
     with pytest.raises(UserError, match=r"can't be written \(disk full\)"):
         run.save(2)
     assert run.checkpoints() == []
 
 
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    Run(tmp_path, Options(), ALONE, part(4)).save(3, last=True)
+def test_a_checkpoint_that_is_damaged_or_of_another_network_is_refused(tmp_path):
+    run = Run(tmp_path, Options(), ALONE, part(4))
+    save(run, 3)
     assert Run(tmp_path, Options(), ALONE, part(4)).resume() == 3
     with pytest.raises(UserError, match="of networks of other shapes; delete it, or give the run another"):
         Run(tmp_path, Options(), ALONE, part(5)).resume()
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    run = Run(tmp_path, Options(), ALONE, part(4))
-    run.resume()
-    run.save(3, last=True)
     (run.checkpoints()[-1] / ".metadata").unlink()
     with pytest.raises(UserError, match="step_00000003: damaged"):
         run.resume()
@@ -130,7 +119,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_a_run_goes_on_only_under_the_options_it_began_with(tmp_path):
     run = Run(tmp_path, Options(), ALONE, part(4))
     run.resume()
-    run.save(3, last=True)
+    save(run, 3)
     before = (tmp_path / "config.json").read_bytes()
     for options in (Options(lr=9.0), Options(steps=7)):
         with pytest.raises(UserError, match=r"json: the run began with (lr 0.001; with 9.0|steps 9; with 7) give "):
@@ -138,15 +127,6 @@ def test_a_run_goes_on_only_under_the_options_it_began_with(tmp_path):
         assert (tmp_path / "config.json").read_bytes() == before
     assert Run(tmp_path, Options(save_every=5), ALONE, part(4)).resume() == 3
     assert json.loads((tmp_path / "config.json").read_text())["save_every"] == 5
-
-
-def test_a_finished_run_leaves_its_checkpoint_alone(tmp_path):
-    run = Run(tmp_path, Options(), ALONE, part(4))
-    run.resume()
-    run.save(3, last=True)
-    times = [file.stat().st_mtime_ns for file in sorted(run.checkpoints()[-1].iterdir())]
-    run.save(run.resume(), last=True)
-    assert times == [file.stat().st_mtime_ns for file in sorted(run.checkpoints()[-1].iterdir())]
 
 
 def test_saving_before_the_first_step_changes_no_step(tmp_path):
@@ -162,7 +142,7 @@ def test_saving_before_the_first_step_changes_no_step(tmp_path):
         return [p.detach().clone() for p in model.parameters()]
 
     plain = trained(lambda parts: None)
-    saved = trained(lambda parts: Run(tmp_path, Options(), ALONE, parts).save(1, last=True))
+    saved = trained(lambda parts: save(Run(tmp_path, Options(), ALONE, parts), 1))
     assert all(torch.equal(a, b) for a, b in zip(plain, saved, strict=True))
 
 
@@ -207,12 +187,12 @@ def test_rank_0_alone_makes_samples_while_no_other_waits_in_a_collective(tmp_pat
 def test_a_checkpoint_is_saved_before_samples_are_made(tmp_path):
     """Else a run that has no memory for them would never get past their step."""
 
-    def fail(step):
+    def fail(*_):
         raise MemoryError
 
     for saved in (3, 6, 9):
         with pytest.raises(MemoryError):
-            train(tmp_path, {}, fail, save_every=3, sample_every=3)
+            train(tmp_path, {}, make=fail, save_every=3, sample_every=3)
         assert max(int(p.name[-8:]) for p in (tmp_path / "ckpt").glob("step_*")) == saved
 
 
@@ -229,34 +209,29 @@ def test_a_number_out_of_range_or_a_name_outside_of_runs_is_refused(name, value,
 
 
 def test_what_is_due_and_when():
-    """Every so many steps and at the end; not where a run begins or goes on, which has it already."""
-    assert [step for step in range(11) if due(step, 4, 0, last=step == 10)] == [4, 8, 10]
-    assert [step for step in range(4, 11) if due(step, 4, 4, last=step == 10)] == [8, 10]
-    assert [step for step in range(9) if due(step, 4, 0, last=step == 8)] == [4, 8]
-    assert not any(due(step, 0, 0, last=step == 8) for step in range(9))
-    assert due(0, 4, 0, last=True)  # a run of no steps, or one that is begun again when it is done
+    """Every so many steps, and after the last one."""
+    assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
+    assert [step for step in range(1, 9) if due(step, 4, 8)] == [4, 8]
+    assert not any(due(step, 0, 8) for step in range(1, 9))
 
 
-def steps_of(run, options, start, writes=lambda step: None):
-    """The steps of a run, with checkpoints and samples in between, as in the training scripts' loops."""
+def steps_of(run, options, start, make=lambda batch, number: [batch.x0]):
+    """The steps of a run, with checkpoints and samples after them, as in the training scripts' loops."""
     codec = SimpleNamespace(decode_video=lambda z: z, free=lambda: None)
     source = SimpleNamespace(batch=lambda *_: Batch(torch.zeros(1, 3, 2, 16, 16), None, None))
-    for step in range(start, options.steps + 1):
-        last = step == options.steps
-        if due(step, options.save_every, start, last):
-            run.save(step, last)
-        if due(step, options.sample_every, start, last):
-            run.write_samples(step, codec, source, lambda batch, number: [batch.x0] if writes(step) is None else [])
-        if last:
-            break
+    for step in range(start, options.steps):
         yield step
+        if due(step + 1, options.save_every, options.steps):
+            run.save(step + 1)
+        if due(step + 1, options.sample_every, options.steps):
+            run.write_samples(step + 1, codec, source, make)
 
 
-def train(folder, values, writes=lambda step: None, save_every=2, **more) -> list[int]:
+def train(folder, values, save_every=2, make=lambda batch, number: [batch.x0], **more) -> list[int]:
     """Steps taken of a run whose step n logs values[n], 0 if it is not there."""
     options = Options(save_every=save_every, **more)
     run, taken = Run(folder, options, ALONE, part(4)), []
-    for step in steps_of(run, options, run.resume(), writes):
+    for step in steps_of(run, options, run.resume(), make):
         taken.append(step)
         run.log(step + 1, loss=torch.tensor(values.get(step + 1, 0.5)), grad_norm=1.0)
     return taken
@@ -305,6 +280,13 @@ def test_a_run_stops_at_the_first_value_that_is_no_finite_number(value, step, go
     saved = sorted(int(p.name[-8:]) for p in (tmp_path / "ckpt").glob("step_*"))
     assert saved == [n for n in (2, 4, 6, 8) if n < step][-2:]
     assert train(tmp_path, {}) == list(range(saved[-1] if saved else 0, 9))  # begun again, it goes on from there
+
+
+def test_a_finished_run_leaves_its_checkpoint_alone(tmp_path):
+    train(tmp_path, {})
+    files = sorted((tmp_path / "ckpt/step_00000009").iterdir())
+    times = [file.stat().st_mtime_ns for file in files]
+    assert train(tmp_path, {}) == [] and times == [file.stat().st_mtime_ns for file in files]
 
 
 @pytest.mark.parametrize("name", ["step_00000004.bak", "step_00000003_keep", "step_3", "step_000000050", "notes"])

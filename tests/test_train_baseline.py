@@ -8,7 +8,7 @@ from adapter import AdapterConfig, ResNetAdapter, read_adapter
 from core import runs
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
-from tools.train_baseline import PATH, SKIP, Config, Controlled, consistency_loss, levels_above, main
+from tools.train_baseline import PATH, SKIP, Config, Pair, consistency_loss, levels_above, main
 
 SHAPE = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)
 
@@ -69,7 +69,7 @@ def test_generator_and_adapter_work_as_one_network():
     torch.nn.init.normal_(adapter.blocks[0].project.weight)
     x, traj = torch.randn(2, 2, 24, 3, 4, 4)
     t, text = torch.full((2, 3), 500.0), torch.randn(2, 32, 64)
-    together = Controlled(generator, adapter)(x, t, text, traj)
+    together = Pair(generator, adapter)(x, t, text, traj)
     assert torch.equal(together, generator(x, t, text, adapter(traj)))
     assert not torch.equal(together, generator(x, t, text))
 

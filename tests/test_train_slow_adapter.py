@@ -8,14 +8,7 @@ import distill_fast
 import finetune_hybrid
 import flow
 import train_slow_adapter
-from adapter import (
-    AdapterConfig,
-    ControlNetAdapter,
-    FixedNorm,
-    ResNetAdapter,
-    read_adapter,
-    read_maps,
-)
+from adapter import AdapterConfig, ControlNetAdapter, FixedNorm, ResNetAdapter, read_adapter, read_maps
 from core import optim
 from core.codec import Batch
 from core.config import UserError

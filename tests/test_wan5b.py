@@ -196,7 +196,7 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     assert len(data.shapes) == 2 and data.unconditional().any()
     saves, judged, read = [], [], []
     monkeypatch.setattr("core.runs.LOG_EVERY", 1)
-    monkeypatch.setattr(Run, "save", lambda run, step, last: saves.append(step))  # a gigabyte to disk, else
+    monkeypatch.setattr(Run, "save", lambda run, step: saves.append(step))  # a gigabyte to disk, else
     load = model.load
     monkeypatch.setattr(model, "load", lambda *args: read.append(args[3]) or load(*args))
     monkeypatch.setitem(model.FROZEN_DTYPE, "wan5b", torch.bfloat16)  # but --dtype float32 is for all networks

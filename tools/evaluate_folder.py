@@ -37,7 +37,7 @@ from core.config import UserError, reason, run_script
 from core.files import output_path
 from core.frechet import frechet_distance
 from core.media import MOST_VIDEO, VIDEO_SUFFIXES, read_frames
-from core.tables import table, write_rows
+from core.tables import markdown, write_rows
 from trajectory import MOST_OBJECTS, check_input, load_trajectory
 
 
@@ -205,7 +205,7 @@ def main(cfg: Config) -> None:
             values = [float(m[measure]) for m in members if measure in m and math.isfinite(m[measure])]
             row[measure] = round(float(np.mean(values)), 4) if values else None
         rows.append(row)
-    print(table(rows))
+    print(markdown(rows))
     write_rows(out, rows)
 
 

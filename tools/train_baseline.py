@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import distill_fast
 import flow
 from adapter import read_adapter
 from core import optim, parallel
@@ -25,7 +26,7 @@ from core.noise import sample_uniform, step_noise
 from core.parallel import Processes
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
-from distill_fast import Draw, draw_exit_step, fake_score_loss, student_learns, student_loss
+from distill_fast import Draw, Networks, matching_step, student_learns
 from finetune_hybrid import make_video
 from flow import Velocity
 from model import VideoDiT
@@ -34,15 +35,15 @@ PATH, SKIP = 40, 2  # lcm: steps of the slow networks from noise to data, and be
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Values to be edited here."""
+class Recipe(distill_fast.Recipe):
+    """Values to be edited here; those of stage 2 are dmd's."""
 
     preset: str = "small"  # size of the networks
-    ratio: int = 5  # dmd: updates of the fake score for one of the adapter
     batch: int = 8  # videos a step, over all processes
+    accumulate: int = 1  # micro-batches a step
     lr: float = 6e-4  # peak learning rate of the adapter
     fake_lr: float = 4e-4  # dmd: peak learning rate of the fake score
-    warmup: int = 20  # steps of linear warm-up before the cosine
+    fake_error: Literal["x0", "velocity"] = "velocity"
     ema: float = 0.95  # decay of the averaged adapter: the one exported, and the target of the consistency loss
     save_every: int = 50  # steps
     sample_every: int = 300  # steps
@@ -60,7 +61,7 @@ class Config(Recipe):
     wandb: str = ""  # project on Weights & Biases to which the log goes too
 
 
-class Controlled(nn.Module):
+class Pair(nn.Module):
     """A generator and its adapter as one network, so that both can be trained, saved and averaged together."""
 
     def __init__(self, generator: VideoDiT, adapter: nn.Module):
@@ -88,18 +89,8 @@ def consistency_loss(
     return (predicted - target)[:, :, 1:].square().mean()
 
 
-def averaged(velocity: Velocity, ema: optim.EMA) -> Velocity:
-    """The same velocity, of the averaged adapter."""
-
-    def of_average(x: Tensor, t: Tensor) -> Tensor:
-        with ema.applied():
-            return velocity(x, t)
-
-    return of_average
-
-
 def consistency_step(
-    step: int, cfg: Config, student: Controlled, teacher: Controlled, ema: optim.EMA, optimizers: Sequence[Optimizer],
+    step: int, cfg: Config, student: Pair, teacher: Pair, ema: optim.EMA, optimizers: Sequence[Optimizer],
     data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the adapter by the consistency loss."""
@@ -109,10 +100,15 @@ def consistency_step(
     first = [int(v * (PATH - SKIP + 1)) for v in sample_uniform(samples, cfg.batch, cfg.seed, step)]
     high, low = (torch.tensor([path[i + k] for i in first], device=procs.device) for k in (0, SKIP))
     velocity, truth = (partial(network, text=text, traj=traj) for network in (student, teacher))
+
+    def averaged(x: Tensor, t: Tensor) -> Tensor:
+        with ema.applied():
+            return velocity(x, t)
+
     with parallel.autocast(procs.device, cfg.dtype):
-        loss = consistency_loss(velocity, averaged(velocity, ema), truth, x0, noise, high, low)
+        loss = consistency_loss(velocity, averaged, truth, x0, noise, high, low)
     loss.backward()
-    return {"consistency_loss": loss.detach(), "adapter_grad_norm": optim.clip_and_step(student.adapter, optimizers)}
+    return {"consistency_loss": loss.detach(), "generator_grad_norm": optim.clip_and_step(student, optimizers)}
 
 
 def levels_above(u: Tensor, exit_step: int, steps: int) -> Tensor:
@@ -125,39 +121,26 @@ def levels_above(u: Tensor, exit_step: int, steps: int) -> Tensor:
     return 1 - (1 - u) * (exit_step + 1) / steps
 
 
-def matching_step(
-    step: int, learner: Literal["fake", "adapter"], cfg: Config, student: Controlled, fake_score: Controlled,
-    teacher: Controlled, optimizers: Sequence[Optimizer], data: Source, procs: Processes,
-) -> dict[str, Tensor]:  # fmt: skip
-    """One update of the fake score or of the adapter, by stage 2's losses; every network reads the trajectory."""
-    turn, (steps, shift, _) = 2 * step + (learner == "adapter"), flow.FAST[cfg.preset]
-    exit_step, sigmas = draw_exit_step(steps, cfg.seed, turn), flow.sigma_schedule(steps, shift)
-    (samples,) = procs.share(cfg.batch, 1, turn)
-    x0, text, traj = data.batch(samples, "box").to(procs.device)
-    noise = step_noise(steps + 1, x0.shape[1:], samples, cfg.seed, turn).to(procs.device)
-    u = sample_uniform(samples, cfg.batch, cfg.seed, turn).to(procs.device)
-    sigma = flow.shift_sigma(levels_above(u, exit_step, steps), shift).clamp(0.02, 0.98)
-    draw = Draw(x0[:, :, :1], sigmas, exit_step, noise[:-1], noise[-1], sigma)
-    makes, fake, real = (partial(n, text=text, traj=traj) for n in (student, fake_score, teacher))
-    with parallel.autocast(procs.device, cfg.dtype):
-        if learner == "fake":
-            loss = fake_score_loss(fake, makes, draw, on="velocity")
-        else:
-            loss = student_loss(makes, real_score=real, fake_score=fake, draw=draw)
-    loss.backward()
-    norm = optim.clip_and_step(fake_score if learner == "fake" else student.adapter, optimizers)
-    return {f"{learner}_loss": loss.detach(), f"{learner}_grad_norm": norm}
+def make_draw(
+    samples: list[int], turn: int, cfg: Config, data: Source, device: torch.device
+) -> tuple[dict[str, Tensor], Draw]:
+    """Stage 2's, with the trajectory, and with the levels at which the sampler shows what it has predicted."""
+    given, draw = distill_fast.make_draw(samples, turn, cfg, data, device, "box")
+    steps, shift, _ = flow.FAST[cfg.preset]
+    u = sample_uniform(samples, cfg.batch, cfg.seed, turn).to(device)
+    sigma = flow.shift_sigma(levels_above(u, draw.exit_step, steps), shift).clamp(0.02, 0.98)
+    return given, draw._replace(sigma=sigma)
 
 
 def main(cfg: Config) -> None:
     procs = start_processes(cfg)
 
     # 1. The student: the frozen FastGenerator and the adapter that learns. The teacher: the slow networks, frozen.
-    def read(kind: str) -> Controlled:
+    def read(kind: str) -> Pair:
         file = f"{cfg.weights}/{kind.lower()}_generator.safetensors"
         network = VideoDiT.from_pretrained(file, f"{kind}Generator").requires_grad_(False)
         adapter = read_adapter(f"{cfg.weights}/slow_adapter.safetensors", "SlowAdapter").requires_grad_(False)
-        return Controlled(*(parallel.prepare(part, procs, cfg.compile, dtype=cfg.dtype) for part in (network, adapter)))
+        return Pair(*(parallel.prepare(part, procs, cfg.compile, dtype=cfg.dtype) for part in (network, adapter)))
 
     student, teacher = read("Fast"), read("Slow")
     adapter = student.adapter.requires_grad_(True)
@@ -176,27 +159,24 @@ def main(cfg: Config) -> None:
 
     # 3. The loop.
     make = partial(make_video, cfg=cfg, generator=student.generator, adapter=adapter)
-    for step in range(start, cfg.steps + 1):
-        last = step == cfg.steps
-        if due(step, cfg.save_every, start, last):
-            run.save(step, last)
-        if due(step, cfg.sample_every, start, last):
-            with ema.applied():
-                run.write_samples(step, codec, held_out, make, "box")
-        if last:
-            break
+    for step in range(start, cfg.steps):
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
         if cfg.loss == "lcm":
             values = consistency_step(step, cfg, student, teacher, ema, optimizers, data, procs)
             ema.update(step)
         else:
             optim.set_lr(fake_optimizers, optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps))
-            networks = student, fake_score, teacher
-            values = matching_step(step, "fake", cfg, *networks, fake_optimizers, data, procs)
+            networks = Networks(student, fake_score, teacher, data.unconditional())
+            values = matching_step(step, "fake", cfg, networks, fake_optimizers, data, procs, make_draw)
             if student_learns(step, cfg.ratio):
-                values |= matching_step(step, "adapter", cfg, *networks, optimizers, data, procs)
+                values |= matching_step(step, "generator", cfg, networks, optimizers, data, procs, make_draw)
                 ema.update(step)
         run.log(step + 1, **values)
+        if due(step + 1, cfg.save_every, cfg.steps):
+            run.save(step + 1)
+        if due(step + 1, cfg.sample_every, cfg.steps):
+            with ema.applied():
+                run.write_samples(step + 1, codec, held_out, make, "box")
     run.export("fast_adapter", adapter, ema)
 
 

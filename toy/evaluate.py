@@ -33,7 +33,7 @@ from core.files import output_path, write_text
 from core.media import contact_sheet, to_uint8, write_image
 from core.memory import seconds
 from core.noise import sample_noise, step_noise
-from core.tables import markdown, over_seeds, provenance, table
+from core.tables import markdown, over_seeds, provenance
 from model import VideoDiT
 from toy import metrics
 from toy.codec import ToyCodec
@@ -235,7 +235,7 @@ def main(cfg: Config) -> None:
 
     rows = list(rows.values())
     shown = over_seeds(rows, MEASURES) if cfg.ablation else rows
-    print(table(shown))
+    print(markdown(shown))
     write_text(out, json.dumps(rows, indent=1))
     write_text(out.with_suffix(".md"), markdown(shown))
     if any(video is None for video in videos.values()):

@@ -23,27 +23,22 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            shapes = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes[p.shape].append(p)
-            for params in shapes.values():
-                updates = []
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                    momentum = self.state[p]["momentum"]
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(full(p.grad.lerp(momentum, group["momentum"])))  # Nesterov
-                matrices = torch.stack(updates).flatten(2)
-                scale = 0.2 * max(matrices.shape[1:]) ** 0.5  # AdamW's typical RMS, to share its rate
-                for p, update in zip(params, orthogonal(matrices).view(-1, *params[0].shape), strict=True):
-                    if hasattr(p, "full_tensor"):  # sharded
-                        from torch.distributed.tensor import distribute_tensor  # two seconds, else not needed
+        (group,), shapes = self.param_groups, defaultdict(list)
+        for p in (p for p in group["params"] if p.grad is not None):
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"]
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            shapes[p.shape].append((p, full(p.grad.lerp(momentum, group["momentum"]))))  # Nesterov
+        for pairs in shapes.values():
+            updates = torch.stack([update for _, update in pairs])
+            scale = 0.2 * max(updates.flatten(2).shape[1:]) ** 0.5  # AdamW's typical RMS, to share its rate
+            for (p, _), update in zip(pairs, orthogonal(updates.flatten(2)).view_as(updates), strict=True):
+                if hasattr(p, "full_tensor"):  # sharded
+                    from torch.distributed.tensor import distribute_tensor  # two seconds, else not needed
 
-                        update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+                    update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -89,10 +89,10 @@ def training_step(step: int, cfg: Config, model: ToyAutoencoder, optimizers: Seq
 def write_samples(step: int, run: Run, model: ToyAutoencoder, world: World) -> None:
     """Held-out videos and maps, with the reconstruction below each."""
     batch = world.batch(list(range(3)))
-    videos = [clip for pair in zip(batch.video, batch.maps("pixels", "box"), strict=True) for clip in pair]
-    back = [model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos]
-    run.samples(step, [clip for pair in zip(videos, back, strict=True) for clip in pair])
-    error = (torch.stack(back) - torch.stack(videos)).square().mean()
+    videos = torch.stack([batch.video, batch.maps("pixels", "box")], 1).flatten(0, 1)  # (6, 3, T, S, S)
+    back = torch.stack([model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos])
+    run.samples(step, torch.stack([videos, back], 1).flatten(0, 1))
+    error = (back - videos).square().mean()
     print(f"step {step}: mean squared error of held-out videos and maps {error:.6f}", flush=True)
 
 
@@ -111,16 +111,13 @@ def main(cfg: Config) -> None:
     run = Run(f"runs/{cfg.name}", cfg, procs, {"codec": (model, optimizers, None)})
     start = run.resume()
 
-    for step in range(start, cfg.steps + 1):
-        last = step == cfg.steps
-        if due(step, cfg.save_every, start, last):
-            run.save(step, last)
-        if due(step, cfg.sample_every, start, last):
-            write_samples(step, run, model, held_out)
-        if last:
-            break
+    for step in range(start, cfg.steps):
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
         run.log(step + 1, **training_step(step, cfg, model, optimizers, world))
+        if due(step + 1, cfg.save_every, cfg.steps):
+            run.save(step + 1)
+        if due(step + 1, cfg.sample_every, cfg.steps):
+            write_samples(step + 1, run, model, held_out)
     save_network(run.folder / "codec.safetensors", "ToyAutoencoder", model.config, model.state_dict())
 
 

@@ -139,15 +139,7 @@ def main(cfg: Config) -> None:
         guide.norm.fit([sources[0][1].batch([n], "box").traj for n in range(16)])  # the same on every rank
 
     make = partial(make_videos, cfg=cfg, model=model, guide=guide)
-    for step in range(start, cfg.steps + 1):
-        last = step == cfg.steps
-        if due(step, cfg.save_every, start, last):
-            run.save(step, last)
-        if due(step, cfg.sample_every, start, last):
-            with ema.applied(), guide_ema.applied():
-                run.write_samples(step, codec, held_out, make, "box")
-        if last:
-            break
+    for step in range(start, cfg.steps):
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
         optim.set_lr([*optimizers, *guide_optimizers], lr)
         batch, data = sources[shape_number(step, cfg.steps, cfg.small, len(sources))]
@@ -155,6 +147,11 @@ def main(cfg: Config) -> None:
         ema.update(step)
         guide_ema.update(step)
         run.log(step + 1, **values, lr=lr)
+        if due(step + 1, cfg.save_every, cfg.steps):
+            run.save(step + 1)
+        if due(step + 1, cfg.sample_every, cfg.steps):
+            with ema.applied(), guide_ema.applied():
+                run.write_samples(step + 1, codec, held_out, make, "box")
     run.export("slow_generator", model, ema)
     run.export("slow_adapter", guide, guide_ema)
 
