@@ -101,19 +101,13 @@ class ResNetAdapter(nn.Module):
         # Every frame has frame 0's masks beside its own map, so identity needs no long reach in time.
         self.patch_embedding = nn.Linear(2 * c * config.patch[1] * config.patch[2], config.hidden)
         self.blocks = nn.ModuleList(ResNetBlock(config.hidden, config.dim) for _ in range(config.layers))
-        if not self.patch_embedding.weight.is_meta:  # there, weights are about to be read
-            self.init_weights()
-
-    def init_weights(self) -> None:
-        """He initialisation for convolutions, zero for every block's projection."""
-        nn.init.xavier_uniform_(self.patch_embedding.weight)
-        nn.init.zeros_(self.patch_embedding.bias)
+        init_xavier(self.patch_embedding)
         for block in self.blocks:
-            for layer in (block.space, block.time, block.project):
+            for layer in (block.space, block.time):
+                nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
-            nn.init.kaiming_normal_(block.space.weight)
-            nn.init.kaiming_normal_(block.time.weight)
-            nn.init.zeros_(block.project.weight)
+            for parameter in block.project.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, traj: Tensor, *_x_t_text: Tensor) -> list[Tensor]:
         """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""

@@ -67,39 +67,36 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.config = config
-        self.patch_embedding = PatchEmbedding(config.channels, config.patch, config.hidden)
-        self.text = nn.Linear(config.text_dim, config.hidden)
-        self.position = nn.Linear(config.position_dim, config.hidden)
-        width = config.hidden
+        width, count = config.hidden, len(config.feature_blocks)
+        self.patch_embedding = PatchEmbedding(config.channels, config.patch, width)
+        self.text = nn.Linear(config.text_dim, width)
+        self.position = nn.Linear(config.position_dim, width)
         self.tokens = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(config.dim), nn.Linear(config.dim, 2 * width), nn.GELU("tanh"), nn.Linear(2 * width, width)
             )
-            for _ in config.feature_blocks
+            for _ in range(count)
         )
-        self.blocks = nn.ModuleList(ClassifierBlock(config) for _ in config.feature_blocks)
-        self.norm = nn.LayerNorm(config.hidden * len(config.feature_blocks))
-        self.logit = nn.Linear(config.hidden * len(config.feature_blocks), 1)
-        if not self.logit.weight.is_meta:  # there, weights are about to be read
-            self.init_weights()
-
-    def init_weights(self) -> None:
-        """Xavier matrices. A cautious classifier starts with nearly uniform attention to the video alone.
-        Else, on a small data set, it soon recognises training videos by their text and trajectory.
-
-        Without attention to the video the other attentions start active, or nothing could be learned.
-        """
+        self.blocks = nn.ModuleList(ClassifierBlock(config) for _ in range(count))
+        self.norm, self.logit = nn.LayerNorm(count * width), nn.Linear(count * width, 1)
         init_xavier(self)
         for block in self.blocks:
             nn.init.normal_(block.query, std=0.02)
-        for block in self.blocks if self.config.cautious else ():
+        if config.cautious:
+            self.begin_cautiously()
+
+    @torch.no_grad()
+    def begin_cautiously(self) -> None:
+        """Start with nearly uniform attention, to the video alone if it is attended to, and with logits of zero.
+
+        Else, on a small data set, it soon recognises training videos by their text and trajectory.
+        """
+        for block in self.blocks:
             for name, attention in block.attentions.items():
-                with torch.no_grad():
-                    attention.in_proj_weight[: 2 * self.config.hidden] *= 0.1  # queries and keys
+                attention.in_proj_weight[: 2 * self.config.hidden] *= 0.1  # queries and keys
                 if name != "video" and self.config.video:
                     nn.init.zeros_(attention.out_proj.weight)
-        if self.config.cautious:
-            nn.init.zeros_(self.logit.weight)
+        nn.init.zeros_(self.logit.weight)
 
     def forward(self, features: list[Tensor], text: Tensor, traj: Tensor) -> Tensor:
         """Features [B,N,D] of each block, text [B,L,Dt], traj [B,C,F,H,W] -> logits [B], large for real."""

@@ -151,14 +151,11 @@ class Attention(nn.Module):
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
         if rope is not None:
             q, k = (rotate(y, rope.cos, rope.sin) for y in (q, k))
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        shared = rope is not None and rope.split.group is not None  # other processes hold the video's other tokens
-        if shared:
-            q, k, v = rope.split.to_heads(torch.cat([q, k, v])).chunk(3)
+            q, k, v = (rope.split.to_heads(y) for y in (q, k, v))
             if rope.not_padding is not None:
                 k, v = k[:, rope.not_padding], v[:, rope.not_padding]
-        out = attend(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
-        return self.o((rope.split.to_tokens(out) if shared else out).flatten(-2))
+        out = attend(*(y.to(v.dtype).transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
+        return self.o((out if rope is None else rope.split.to_tokens(out)).flatten(-2))
 
 
 class Block(nn.Module):
@@ -215,18 +212,13 @@ class VideoDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
-        if not self.head.head.weight.is_meta:  # there, weights are about to be read
-            self.init_weights()
-
-    def init_weights(self) -> None:
-        """Xavier matrices, small embeddings, and a head that starts at zero."""
         init_xavier(self)
         for layer in (self.time_embedding[0], self.time_embedding[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (self.text_embedding[0], self.text_embedding[2]):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # about 0.02, Wan's, for its 4,096 inputs
         for part in (*self.blocks, self.head):
-            nn.init.normal_(part.modulation, std=self.config.dim**-0.5)
+            nn.init.normal_(part.modulation, std=dim**-0.5)
         nn.init.zeros_(self.head.head.weight)
 
     @classmethod

@@ -6,7 +6,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,11 +34,9 @@ class Int8Linear(nn.Module):
 
 def use_int8(network: nn.Module) -> None:
     """Replace every linear layer inside a network's blocks by an Int8Linear that is yet to be filled."""
-    blocks = network.blocks if hasattr(network, "blocks") else network.block  # transformers' name
-    for module in list(blocks.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, Int8Linear(child))
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.Linear) and re.match(r"blocks?\.", name):  # transformers calls them `block`
+            network.set_submodule(name, Int8Linear(module))
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -67,8 +64,7 @@ def fetch(tensor: Tensor) -> Callable[[], Tensor]:
 def reset_peak(device: torch.device) -> None:
     """Make `peak_memory` count from here."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
+        return torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):  # only Linux has this file, and some containers forbid writing it
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -85,11 +81,11 @@ def peak_memory(device: torch.device) -> float:
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """How long a call takes, the GPU's part included."""
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    wait()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
     began = time.perf_counter()
     call()
-    wait()
+    wait(device)
     return time.perf_counter() - began
 
 

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Literal
 
 import torch
@@ -22,11 +21,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from core.config import UserError
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "full"]
 PATIENCE = timedelta(hours=6)  # for which processes wait for one another: their work ends at very different times
 
 
@@ -44,9 +43,8 @@ class TokenSplit:
         """This process's part of every frame's tokens, padded with zeros: [..., F*n, D] -> [..., F*n/P, D]."""
         if self.group is None:
             return x
-        by_frame = x.unflatten(-2, (frames, -1))
-        by_frame = F.pad(by_frame, (0, 0, 0, -by_frame.shape[-2] % self.group.size()))
-        return by_frame.chunk(self.group.size(), dim=-2)[self.group.rank()].flatten(-3, -2)
+        x, size = x.unflatten(-2, (frames, -1)), self.group.size()
+        return F.pad(x, (0, 0, 0, -x.shape[-2] % size)).chunk(size, -2)[self.group.rank()].flatten(-3, -2)
 
     def all_tokens(self, x: Tensor, frames: int, count: int) -> Tensor:
         """The inverse of `own_tokens`, `count` being n: [B, F*n/P, D] -> [B, F*n, D]."""
@@ -64,8 +62,8 @@ class TokenSplit:
         return (places < count).expand(-1, frames, -1).flatten().nonzero()[:, 0].to(device)
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """From this process's tokens of all heads to all tokens of its heads: [B, n, P*h, d] -> [B, P*n, h, d]."""
-        return self.exchange(x, "b n (p h) d", "b (p n) h d")  # reordered, which attention doesn't see
+        """All heads of own tokens -> own heads of all tokens, reordered: [B, n, P*h, d] -> [B, P*n, h, d]."""
+        return self.exchange(x, "b n (p h) d", "b (p n) h d")
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """The inverse of `to_heads`."""
@@ -98,23 +96,19 @@ class Processes:
         """
         teams, team = self.world // self.sequence, self.rank // self.sequence
         accumulate = accumulate or max(1, batch // teams)
-        if batch % (teams * accumulate):
+        size, rest = divmod(batch, teams * accumulate)
+        if rest:
             among = f"{teams} processes" if self.sequence == 1 else f"{teams} x {self.sequence} processes"
             raise UserError(f"--batch {batch} does not divide into {among} x {accumulate} micro-batches")
-        own = range(step * batch, (step + 1) * batch)[team * batch // teams :][: batch // teams]
-        size = len(own) // accumulate
-        return [list(own[i * size : (i + 1) * size]) for i in range(accumulate)]
-
-    def total(self, value: Tensor) -> Tensor:
-        """Sum of a scalar over all ranks."""
-        value = value.detach().float().clone()
-        if self.mesh is not None:
-            dist.all_reduce(value)
-        return value
+        first = step * batch + team * accumulate * size
+        return [list(range(first + i * size, first + (i + 1) * size)) for i in range(accumulate)]
 
     def mean(self, value: Tensor) -> float:
         """Average of a scalar over all ranks. This waits for the device."""
-        return self.total(value).item() / self.world
+        value = value.detach().float().clone()
+        if self.mesh is not None:
+            dist.all_reduce(value)
+        return value.item() / self.world
 
     def gather(self, own: list) -> list:
         """The lists of all ranks, joined."""
@@ -140,29 +134,25 @@ def init_processes(sequence: int = 1, heads: int = 0) -> Processes:
 
     `sequence` 0: all ranks. UserError if ranks or `heads` don't divide.
     """
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # so that float32 means float32 on GPUs too
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    rank, world, local, local_world = (int(os.environ.get(name, value)) for name, value in alone.items())
     sequence = sequence or world
     if sequence < 0 or world % sequence:
         raise UserError(f"--sequence {sequence}: must divide the number of processes, {world}")
     if heads % sequence:
         raise UserError(f"{heads} attention heads do not divide among {sequence} processes; start fewer")
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if "RANK" not in os.environ:
-        return Processes(0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind), None)
-    rank, local, local_world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
+        return Processes(0, 1, device, None)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
-    if world > local_world:  # shard within a node, replicate over nodes (HSDP)
-        mesh = init_device_mesh(kind, (world // local_world, local_world), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-    if sequence == 1:
-        return Processes(rank, world, device, mesh)
-    teams = init_device_mesh(kind, (world // sequence, sequence), mesh_dim_names=("team", "sequence"))
-    return Processes(rank, world, device, mesh, sequence, TokenSplit(teams["sequence"].get_group()))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    # Shard within a node, replicate over nodes (HSDP).
+    shape = {"replicate": world // local_world, "shard": local_world} if world > local_world else {"shard": world}
+    mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+    split = TokenSplit(dist.new_subgroups(sequence, timeout=PATIENCE)[0] if sequence > 1 else None)
+    return Processes(rank, world, device, mesh, sequence, split)
 
 
 def start_compiler(device: torch.device) -> None:
@@ -185,22 +175,21 @@ def prepare(
     """
     if compile:
         start_compiler(procs.device)
-    if procs.mesh is None:
-        model.to(procs.device)
     model.split = procs.split
     for block in model.blocks:
-        if recompute != "none":
-            block.forward = recompute_forward(block, recompute)
+        if recompute == "full":
+            block.forward = recompute_forward(block)
         if compile:
             block.compile()
-    if procs.mesh is not None:
-        shard(model, procs, dtype)
+    if procs.mesh is None:
+        return model.to(procs.device)
+    shard(model, procs, dtype)
     return model
 
 
 def shard(model: nn.Module, procs: Processes, dtype: str) -> None:
     """FSDP2, block by block."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes seconds
+    from torch.distributed.fsdp import fully_shard  # takes seconds
     from torch.distributed.tensor import distribute_tensor
 
     whole = model.state_dict()
@@ -210,45 +199,37 @@ def shard(model: nn.Module, procs: Processes, dtype: str) -> None:
         fully_shard(block, mesh=procs.mesh, mp_policy=policy)
     for name, child in model.named_children():
         if re.search(getattr(model, "float32", "$^"), name):  # parts that the network wants in float32
-            fully_shard(child, mesh=procs.mesh, mp_policy=MixedPrecisionPolicy())
+            fully_shard(child, mesh=procs.mesh, mp_policy=precision(procs.device, "float32"))
     fully_shard(model, mesh=procs.mesh, mp_policy=policy)
     model.to_empty(device=procs.device)
     for name, own in model.state_dict().items():  # one by one: only rank 0's host holds the whole
         kind = {"dtype": own.dtype, "device": procs.device}
         value = whole[name].to(**kind) if procs.rank == 0 else torch.empty(own.shape, **kind)
         dist.broadcast(value, 0)
-        sharded = hasattr(own, "full_tensor")
-        own.copy_(distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None) if sharded else value)
+        if hasattr(own, "full_tensor"):
+            value = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
+        own.copy_(value)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place operations; we have none
 
 
 def precision(device: torch.device, dtype: str):
-    """FSDP's policy: on GPUs parameters are gathered in bfloat16, unless `dtype` is "float32"; on CPUs in float32."""
+    """FSDP's policy: on GPUs parameters are gathered in bfloat16, unless `dtype` is "float32"; on CPUs as they are."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    if device.type != "cuda" or dtype == "float32":
-        return MixedPrecisionPolicy()
+    gathered = torch.bfloat16 if device.type == "cuda" and dtype != "float32" else None
     # Gradients are reduced in float32. Inputs aren't cast: timesteps and rotary tables need float32.
-    return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    return MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
 
 
-def recompute_forward(block: nn.Module, how: Recompute) -> Callable:
-    """The block's forward pass, recomputed in the backward pass: "selective" keeps the costliest activations."""
-    forward, aten = block.forward, torch.ops.aten
-    kept = [  # matrix products and attention
-        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
-        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
-    ]  # fmt: skip
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # no network here draws random numbers
-    if how == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
+def recompute_forward(block: nn.Module) -> Callable:
+    """The block's forward pass, of which only the inputs are kept: the backward pass computes the rest again."""
+    forward = block.forward
 
     def call(*args):
         tensors = (x for x in (*args, *block.parameters()) if isinstance(x, Tensor))
         if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
             return forward(*args)  # the compiler can't recompute what has no gradient
-        return checkpoint(forward, *args, **options)  # not as a `functools.partial`: the compiler would skip it
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
 
     return call
 

@@ -4,6 +4,7 @@ A file is read as a dict of tensors that stay on disk until asked for. `load` pu
 memory never holds more than the network and one tensor. Nothing but tensors and plain containers is unpickled.
 """
 
+import contextlib
 import json
 import pickle
 import re
@@ -12,8 +13,8 @@ import sys
 import typing
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,19 +54,19 @@ def save_network(path: Path, network: str, config, tensors: dict[str, Tensor], d
 
 
 def read_network(path: Path | str, network: str, *shapes: type) -> tuple[Any, dict[str, Stored]]:
-    """The config and tensors of a file written by `save_network`. UserError for any other file or network."""
+    """The config and tensors of a file written by `save_network`. UserError for any other file or network.
+
+    `shapes`: dataclasses, of which the config is made into the first that has its fields. Older files may lack some.
+    """
     header, tensors = read_safetensors(path)
     if header.get("network") != network:
         raise UserError(f"{path}: holds a {header.get('network', 'network of unknown kind')}, expected a {network}")
-    try:
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["config"]).items()}
-    except (KeyError, ValueError, AttributeError):
-        config = {}
-    for shape in shapes:  # the first that the config fits; an older file may lack fields that have a default
-        types, optional = typing.get_type_hints(shape), {f.name: f.default for f in fields(shape)}
-        values = {name: value for name, value in (optional | config).items() if value is not MISSING}
-        if values.keys() == types.keys() and all(is_a(value, types[name]) for name, value in values.items()):
-            return shape(**config), tensors
+    for shape in shapes:
+        with contextlib.suppress(KeyError, ValueError, AttributeError, TypeError):  # of another shape, or no config
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["config"]).items()}
+            config = shape(**values)
+            if all(is_a(getattr(config, name), kind) for name, kind in typing.get_type_hints(shape).items()):
+                return config, tensors
     raise UserError(f"{path}: its header has no config of a {network}; get the file again")
 
 
@@ -75,6 +76,20 @@ def is_a(value: object, kind: Any) -> bool:
     return value in typing.get_args(kind) if origin is typing.Literal else type(value) is (origin or kind)
 
 
+@contextlib.contextmanager
+def file_errors(path: Path | str, wanted: str) -> Iterator[None]:
+    """What libraries raise while they read a file becomes a UserError. `wanted`: what the file should be."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct the path") from None
+    except pickle.UnpicklingError:
+        says = "holds more than tensors, code perhaps, or is garbled, so it is not opened"
+        raise UserError(f"{path}: {says}; give another file") from None
+    except (safetensors.SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not {wanted} ({reason(error)}); get it again") from None
+
+
 def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored]]:
     """The header and tensors of a safetensors file."""
 
@@ -82,35 +97,29 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored
         with safetensors.safe_open(path, "pt") as file:
             return file.get_tensor(name)
 
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            header = file.metadata() or {}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; correct the path") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); get it again") from None
-    return header, {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
+    with file_errors(path, "a readable safetensors file"), safetensors.safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return file.metadata() or {}, {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
 
 
 def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
     """The tensors in `stem.safetensors`, in the shards listed by `stem.safetensors.index.json`, or in all shards."""
     index = folder / f"{stem}.safetensors.index.json"
-    if not index.exists():
+    if index.exists():
+        shards = sorted({folder / name for name in read_config(index, "weight_map")["weight_map"].values()})
+    else:
         shards = sorted(folder.glob(f"{stem}-*.safetensors")) or [folder / f"{stem}.safetensors"]
-        return {name: tensor for shard in shards for name, tensor in read_safetensors(shard)[1].items()}
-    shards = read_config(index, "weight_map")["weight_map"]
-    files = {shard: read_safetensors(folder / shard)[1] for shard in sorted(set(shards.values()))}
-    if absent := sorted(name for name, shard in shards.items() if name not in files[shard]):
-        raise UserError(f"{index}: lists tensors that its shards lack: {brief(absent)}")
-    return {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+    return {name: tensor for shard in shards for name, tensor in read_safetensors(shard)[1].items()}
 
 
-def unpickle(path: Path | str, mmap: bool = False) -> object:
-    """Read a `torch.save` file. UnpicklingError if it is garbled or holds more than tensors and plain containers."""
+def unpickle(path: Path | str) -> object:
+    """Read a `torch.save` file. Its tensors stay on disk until they are used, except in the format before PyTorch 1.6.
+
+    UnpicklingError if it is garbled or holds more than tensors and plain containers.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):  # about old file formats
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, struct.error) as error:
         raise pickle.UnpicklingError(f"garbled: {error}") from None
 
@@ -126,39 +135,24 @@ def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -
 
     Where several of `keys` are there, a line on stderr says which is read.
     """
-
-    def read(key: str) -> object:  # reads the file again, as above
-        whole = unpickle(path, zipfile.is_zipfile(path))
-        return whole.get(key) if key and isinstance(whole, dict) else whole
-
-    try:
-        tensors = read(key)
-        if isinstance(tensors, dict) and not key and (held := [k for k in keys if isinstance(tensors.get(k), dict)]):
-            key, tensors = held[0], tensors[held[0]]
-            if len(held) > 1:
-                says = f"holds {', '.join(held)}; {key} is taken ({path}:{held[1]} for another)"
-                print(f"{path}: {says}", file=sys.stderr)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; correct the path") from None
-    except pickle.UnpicklingError:
-        says = "holds more than tensors, code perhaps, or is garbled, so it is not opened"
-        raise UserError(f"{path}: {says}; give another file") from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({reason(error)}); get it again") from None
-    fine = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
-    if not fine or not tensors:
+    with file_errors(path, "a readable checkpoint"):
+        tensors = unpickle(path)
+    if isinstance(tensors, dict):
+        held = [key] if key else [name for name in keys if isinstance(tensors.get(name), dict)]
+        if len(held) > 1:
+            says = f"holds {', '.join(held)}; {held[0]} is taken ({path}:{held[1]} for another)"
+            print(f"{path}: {says}", file=sys.stderr)
+        tensors = tensors.get(held[0]) if held else tensors
+    valid = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
+    if not valid or not tensors:
         raise UserError(f"{path}: no dict of tensors{f' under the key {key!r}' if key else ''}")
-    return {n: Stored(tuple(t.shape), lambda n=n: read(key)[n]) for n, t in tensors.items()}
+    return {name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
 
 
 def read_config(path: Path, *fields: str) -> dict:
     """The JSON object in a file. UserError if there is none, or if it lacks one of the fields."""
-    try:
+    with file_errors(path, "JSON"):
         config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the folder as it was published") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object")
     if missing := [name for name in fields if name not in config]:
@@ -173,9 +167,10 @@ def rename(tensors: dict[str, Any], table: Sequence[tuple[str, str]]) -> dict[st
     return tensors
 
 
-def brief(names: Sequence[str], most: int = 8) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def brief(names: Iterable[str]) -> str:
+    """The first eight names in their order, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def load(
@@ -192,27 +187,26 @@ def load(
         network = build()
     own = network.state_dict()
     wrong = [
-        f"{name} is {list(tensors[name].shape)}, expected {list(own[name].shape)}"
-        for name in sorted(own.keys() & tensors.keys())
-        if tuple(own[name].shape) != tensors[name].shape
+        f"{name} is {list(stored.shape)}, expected {list(own[name].shape)}"
+        for name, stored in tensors.items()
+        if name in own and stored.shape != tuple(own[name].shape)
     ]
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
+    problems = {"missing": own.keys() - tensors.keys(), "unexpected": tensors.keys() - own.keys(), "wrong shape": wrong}
     if found := "; ".join(f"{problem}: {brief(names)}" for problem, names in problems.items() if names):
         raise UserError(f"{path}: {found}")
     if dtype == torch.int8:
         use_int8(network)
-        fast = torch.cuda.is_available() or fast_bfloat16(torch.device("cpu"))
-        dtype = torch.bfloat16 if fast else torch.float32
-    for name in own:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    for name, empty in own.items():
         parent, _, leaf = name.rpartition(".")
-        module, kept = network.get_submodule(parent), re.search(getattr(network, "float32", "$^"), name)
-        tensor = own[name] if shapes_only else tensors[name].read()
-        if not shapes_only and tensor.is_floating_point() and not tensor.to(torch.float32).isfinite().all():
+        module, exact = network.get_submodule(parent), re.search(getattr(network, "float32", "$^"), name)
+        tensor = empty if shapes_only else tensors[name].read()
+        if not tensor.is_meta and not tensor.float().isfinite().all():
             raise UserError(f"{path}: {name} holds values that are no finite numbers; get the file again")
-        tensor = tensor.to(torch.float32 if kept else dtype, copy=True)
+        tensor = tensor.to(torch.float32 if exact else dtype, copy=True)
         if isinstance(module, Int8Linear) and leaf == "weight":
             module.fill(tensor)
-        else:  # not strict, because it gets one tensor at a time; names and shapes were checked above
+        else:  # not strict, because it gets one tensor at a time
             module.load_state_dict({leaf: tensor}, strict=False, assign=True)
     return network

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
@@ -169,8 +170,9 @@ def amplitude(normed: torch.Tensor) -> float:
 def test_the_fixed_norm_weighs_a_line_the_same_however_large_its_box():
     fixed, clip = adapters.FixedNorm(48), torch.nn.GroupNorm(48, 48)
     several = [lines(share) for share in (0.01, 0.1, 0.3, 0.6)]
-    fixed.fit([*several, lines(0.2)[..., :8, :]])  # clips of another shape too
-    values = torch.cat([t.transpose(0, 1).flatten(1) for t in (*several, lines(0.2)[..., :8, :])], dim=1)
+    clips = [*several, lines(0.2)[..., :8, :]]  # of another shape too
+    fixed.fit(clips)
+    values = torch.cat([t.transpose(0, 1).flatten(1) for t in clips], dim=1)
     torch.testing.assert_close(fixed.mean.flatten(), values.mean(1))
     torch.testing.assert_close(fixed.std.flatten(), values.std(1))
     normed = fixed(torch.cat(several))
@@ -194,76 +196,63 @@ def test_the_statistics_of_the_fixed_norm_are_saved_with_the_weights(tmp_path):
     assert not torch.allclose(again.norm.mean, torch.zeros(1)) and adapters.PRESETS["wan5b"].fixed_norm
 
 
+def write_adapter(path: Path, adapter: adapters.Adapter, config: dict) -> Path:
+    header = {"network": "SlowAdapter", "config": json.dumps(config)}
+    write_safetensors(path, adapter.state_dict(), header, torch.float32)
+    return path
+
+
 def test_files_from_before_the_fixed_norm_are_read(tmp_path):
     """Their header has no such field: the clip's own statistics and outlines, as they were trained."""
     shape = adapters.AdapterConfig(32, 2, hidden=16, channels=16)
-    adapter, path = adapters.ResNetAdapter(shape), tmp_path / "a.safetensors"
-    header = {k: v for k, v in dataclasses.asdict(shape).items() if k not in ("fixed_norm", "maps")}
-    write_safetensors(
-        path, adapter.state_dict(), {"network": "SlowAdapter", "config": json.dumps(header)}, torch.float32
-    )
-    again = adapters.read_adapter(path, "SlowAdapter")
+    adapter = adapters.ResNetAdapter(shape)
+    config = {k: v for k, v in dataclasses.asdict(shape).items() if k not in ("fixed_norm", "maps")}
+    again = adapters.read_adapter(write_adapter(tmp_path / "a.safetensors", adapter, config), "SlowAdapter")
     assert again.config == shape and isinstance(again.norm, torch.nn.GroupNorm)
     traj = torch.randn(1, 16, 3, 4, 4)
     assert all(torch.equal(a, b) for a, b in zip(again(traj), adapter(traj), strict=True))
 
 
-def test_how_trajectories_are_painted_is_one_of_two_ways(tmp_path):
-    for kind, shape in (("resnet", adapters.AdapterConfig(32, 2, 16, 24)), ("controlnet", adapters.ControlNetConfig(
-        **vars(DiTConfig(32, 64, 2, 1, text_dim=8, text_tokens=4, channels=24))))):  # fmt: skip
-        adapter = (adapters.ResNetAdapter if kind == "resnet" else adapters.ControlNetAdapter)(shape)
-        for maps in ("outline", "pixels", "paint"):
-            header = dataclasses.asdict(shape) | {"maps": maps}
-            path = tmp_path / f"{kind}_{maps}.safetensors"
-            write_safetensors(path, adapter.state_dict(), {"network": "SlowAdapter", "config": json.dumps(header)})
-            if maps == "paint":
-                with pytest.raises(UserError, match="its header has no config of a SlowAdapter"):
-                    adapters.read_maps(path, "SlowAdapter")
-                continue
-            assert adapters.read_maps(path, "SlowAdapter") == maps
-            again = adapters.read_adapter(path, "SlowAdapter")
-            assert type(again) is type(adapter) and again.config == dataclasses.replace(shape, maps=maps)
+@KINDS
+def test_how_trajectories_are_painted_is_one_of_two_ways(kind, tmp_path):
+    _, adapter, *_ = networks(kind)
+    config, path = dataclasses.asdict(adapter.config), tmp_path / "a.safetensors"
+    for maps in ("outline", "pixels"):
+        write_adapter(path, adapter, config | {"maps": maps})
+        assert adapters.read_maps(path, "SlowAdapter") == maps
+        again = adapters.read_adapter(path, "SlowAdapter")
+        assert type(again) is type(adapter) and again.config == dataclasses.replace(adapter.config, maps=maps)
     with pytest.raises(UserError, match="holds a SlowAdapter, expected a FastAdapter"):
         adapters.read_maps(path, "FastAdapter")
-
-
-def generator_that_sees_frame_0() -> VideoDiT:
-    torch.manual_seed(0)
-    generator = VideoDiT(dataclasses.replace(PRESETS["small"], dim=32, ffn_dim=32, heads=2, layers=2))
-    torch.nn.init.normal_(generator.head.head.weight, std=0.02)
-    return generator
+    write_adapter(path, adapter, config | {"maps": "paint"})
+    with pytest.raises(UserError, match="its header has no config of a SlowAdapter"):
+        adapters.read_maps(path, "SlowAdapter")
 
 
 def test_every_frame_has_frame_0_beside_it():
-    generator, (x, text) = generator_that_sees_frame_0(), (torch.randn(1, 24, 3, 4, 4), torch.randn(1, 32, 64))
-    tokens = generator.embed(x, torch.zeros(1, 3), text)[0].unflatten(1, (3, -1))
+    generator, _, x, t, text, _ = networks()
     other = x.clone()
     other[:, :, 0] += 1
-    changed = generator.embed(other, torch.zeros(1, 3), text)[0].unflatten(1, (3, -1)) - tokens
+    before, after = (generator.embed(y, t, text)[0].unflatten(1, (3, -1)) for y in (x, other))
+    changed = after - before
     assert (changed[:, 1] != 0).any()
     torch.testing.assert_close(changed[:, 1], changed[:, 2])
 
 
 def test_a_fresh_controlnet_embeds_what_its_generator_does():
-    generator = generator_that_sees_frame_0()
-    adapter = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(generator.config)))
-    adapter.copy_generator(generator)
-    x, traj = torch.randn(2, 1, 24, 3, 4, 4)
-    t, text = torch.tensor([[0.0, 400, 400]]), torch.randn(1, 32, 64)
+    generator, adapter, x, t, text, traj = networks("controlnet")
     own, other = generator.embed(x, t, text)[0], adapter.embed(torch.cat([x, traj], 1), t, text)[0]
     torch.testing.assert_close(own, other)
 
 
 def test_size_at_wan5b():
-    """Base + adapter = 5.02B in the paper: an adapter of 15M to 25M."""
+    """Base + adapter = 5.02B in the paper with an adapter of 15M to 25M, and 10.28B with a ControlNet."""
+    shape, light = PRESETS["wan5b"], adapters.PRESETS["wan5b"]
+    assert (light.layers, light.dim) == (shape.layers, shape.dim)
     with torch.device("meta"):
-        count = sum(p.numel() for p in adapters.ResNetAdapter(adapters.PRESETS["wan5b"]).parameters())
-    assert 15e6 < count < 25e6
-    assert adapters.PRESETS["wan5b"].layers == PRESETS["wan5b"].layers
-    assert adapters.PRESETS["wan5b"].dim == PRESETS["wan5b"].dim
-    with torch.device("meta"):
-        both = (
-            VideoDiT(PRESETS["wan5b"]),
-            adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(PRESETS["wan5b"]))),
+        control = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(shape)))
+        base, small, large = (
+            sum(p.numel() for p in network.parameters())
+            for network in (VideoDiT(shape), adapters.ResNetAdapter(light), control)
         )
-    assert round(sum(p.numel() for network in both for p in network.parameters()) / 1e9, 2) == 10.28  # as in the paper
+    assert 15e6 < small < 25e6 and round((base + large) / 1e9, 2) == 10.28

@@ -62,22 +62,18 @@ SEES = {"semantic": {"first frame", "text"}, "trajectory": {"trajectory"}, "vide
 @pytest.mark.parametrize("alone", SEES)
 def test_each_attention_sees_its_part_and_can_be_switched_off(alone):
     classifier = build(**{name: name == alone for name in SEES}).classifier
-    features, text, traj = (
-        [torch.randn(1, 12, 256) for _ in range(3)],
-        torch.randn(1, 32, 64),
-        torch.randn(1, 24, 3, 4, 4),
-    )
-    first, later = ([f.clone() for f in features] for _ in range(2))
-    for f, g in zip(first, later, strict=True):
-        f[:, :4] += torch.randn(256)
-        g[:, 4:] += torch.randn(256)
+    _, _, text, traj = inputs()
+    features = torch.randn(3, 2, 12, 256)
+    first, later = features.clone(), features.clone()
+    first[:, :, :4] += torch.randn(256)
+    later[:, :, 4:] += torch.randn(256)
     with torch.no_grad():
         logit = classifier(features, text, traj)
         other = {
             "first frame": classifier(first, text, traj),
             "later frames": classifier(later, text, traj),
-            "text": classifier(features, torch.randn(1, 32, 64), traj),
-            "trajectory": classifier(features, text, torch.randn(1, 24, 3, 4, 4)),
+            "text": classifier(features, torch.randn_like(text), traj),
+            "trajectory": classifier(features, text, torch.randn_like(traj)),
         }
     assert {name for name, value in other.items() if not torch.equal(value, logit)} == SEES[alone]
 
@@ -91,11 +87,11 @@ def test_presets_fit_their_networks():
 
 
 def test_export_reads_back(tmp_path):
-    classifier, (_, _, text, traj) = build().classifier, inputs()
-    save_network(tmp_path / "c.safetensors", "Classifier", classifier.config, classifier.state_dict(), torch.float32)
-    features = [torch.randn(2, 12, 256) for _ in range(3)]
-    config, tensors = read_network(tmp_path / "c.safetensors", "Classifier", discriminators.ClassifierConfig)
-    again = load(lambda: Classifier(config), tensors, tmp_path / "c.safetensors")
+    classifier, (_, _, text, traj), path = build().classifier, inputs(), tmp_path / "c.safetensors"
+    save_network(path, "Classifier", classifier.config, classifier.state_dict(), torch.float32)
+    features = torch.randn(3, 2, 12, 256)
+    config, tensors = read_network(path, "Classifier", discriminators.ClassifierConfig)
+    again = load(lambda: Classifier(config), tensors, path)
     assert torch.equal(again(features, text, traj), classifier(features, text, traj))
 
 

@@ -9,19 +9,6 @@ from core.parallel import fast_bfloat16
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
 
-SMALL = DiTConfig(64, 256, 2, 3, text_dim=16, text_tokens=8, channels=16)
-
-
-def inputs():
-    return torch.randn(1, 16, 3, 8, 8), torch.tensor([[0.0, 500.0, 500.0]]), torch.randn(1, 8, 16)
-
-
-def small() -> VideoDiT:
-    torch.manual_seed(0)
-    model = VideoDiT(SMALL)
-    nn.init.normal_(model.head.head.weight)
-    return model.requires_grad_(False)
-
 
 def test_a_layer_of_8_bits_is_within_half_a_step_of_its_weights():
     torch.manual_seed(0)
@@ -38,9 +25,13 @@ def test_a_layer_of_8_bits_is_within_half_a_step_of_its_weights():
 
 
 def test_a_network_read_in_8_bits_is_smaller_and_nearly_the_same(tmp_path):
-    model, (x, t, text) = small(), inputs()
-    save_network(tmp_path / "g.safetensors", "SlowGenerator", SMALL, model.state_dict(), torch.float32)
-    short = VideoDiT.from_pretrained(tmp_path / "g.safetensors", "SlowGenerator", torch.int8)
+    torch.manual_seed(0)
+    config, path = DiTConfig(64, 256, 2, 3, text_dim=16, text_tokens=8, channels=16), tmp_path / "g.safetensors"
+    model = VideoDiT(config).requires_grad_(False)
+    nn.init.normal_(model.head.head.weight)
+    x, t, text = torch.randn(1, 16, 3, 8, 8), torch.tensor([[0.0, 500.0, 500.0]]), torch.randn(1, 8, 16)
+    save_network(path, "SlowGenerator", config, model.state_dict(), torch.float32)
+    short, bf16 = (VideoDiT.from_pretrained(path, "SlowGenerator", dtype) for dtype in (torch.int8, torch.bfloat16))
     linears = [m for m in short.blocks.modules() if isinstance(m, nn.Linear | Int8Linear)]
     assert len(linears) == 30 and all(isinstance(m, Int8Linear) for m in linears)
     other = torch.bfloat16 if fast_bfloat16(torch.device("cpu")) else torch.float32  # the faster
@@ -50,10 +41,8 @@ def test_a_network_read_in_8_bits_is_smaller_and_nearly_the_same(tmp_path):
         return sum(t.nbytes for t in (*network.blocks.parameters(), *network.blocks.buffers()))
 
     assert size(short) < 0.285 * size(model)  # of float32: a quarter, and what is not quantised
-    want, got = model(x, t, text), short(x, t, text).float()
-    error = ((got - want).norm() / want.norm()).item()
-    bf16 = VideoDiT.from_pretrained(tmp_path / "g.safetensors", "SlowGenerator", torch.bfloat16)
-    rounding = ((bf16(x, t, text).float() - want).norm() / want.norm()).item()
+    want = model(x, t, text)
+    error, rounding = ((network(x, t, text).float() - want).norm() / want.norm() for network in (short, bf16))
     assert (rounding if other == torch.bfloat16 else 1e-3) < error < 0.03
 
 

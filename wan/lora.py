@@ -8,39 +8,29 @@ are. Layers are called as in Wan, in diffusers, or with underscores after `lora_
 
 import json
 import re
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from core.config import UserError
-from core.weights import Stored, brief, read_safetensors, rename
-from wan.published import DIFFUSERS_NAMES, PREFIXES, WRAPPERS
+from core.weights import Stored, brief, read_safetensors, rename, split_key
+from wan.published import DIFFUSERS_NAMES, NOT_WAN
 
 PART = re.compile(
     r"^(.+)\.(lora_A|lora_down|lora_B|lora_up|diff_b|diff|alpha)(?:\.(?!weight|bias)\w+)?(?:\.(weight|bias))?$"
 )
+NUMBER = r"-?\d*\.?\d+"
 KINDS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 
 
-def parse_lora(text: str) -> tuple[Path, float]:
-    """ "file.safetensors:0.8" -> the file and its strength, 1 if none is given. UserError if there is no such file."""
-    path, _, strength = text.rpartition(":")
-    try:
-        found = (Path(path), float(strength)) if path and not Path(text).exists() else (Path(text), 1.0)
-    except ValueError:
-        found = (Path(text), 1.0)
-    if not found[0].is_file():
-        raise UserError(f"--lora {text}: no such file; give FILE or FILE:strength")
-    return found
-
-
 def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
-    """A transformer's tensors with the changes of a LoRA, `parse_lora`'s text: float32 when they are read.
+    """A transformer's tensors with the changes of a LoRA, "FILE" or "FILE:strength": float32 when they are read.
 
-    UserError if a name or shape of the LoRA finds no match.
+    UserError if there is no such file, or if a name or shape of the LoRA finds no match.
     """
-    path, strength = parse_lora(text)
+    path, strength = split_key(text)
+    if not path.is_file() or not re.fullmatch(NUMBER, strength or "1"):
+        raise UserError(f"--lora {text}: no such file; give FILE or FILE:strength")
     header, parts = read_safetensors(path)
     flat = {name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in tensors}
     changes: dict[str, dict[str, Stored]] = {}  # tensor's name -> its changes by kind
@@ -55,15 +45,13 @@ def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
         else:
             changes.setdefault(f"{layer}.weight", {})[KINDS.get(found[2], found[2])] = stored
     if unknown or not changes:
-        raise UserError(
-            f"{path}: a LoRA of another network; no layer here is called {brief(unknown) or 'like its own'}"
-        )
+        which = brief(unknown) or "like its own"
+        raise UserError(f"{path}: a LoRA of another network; no layer here is called {which}")
     alpha, merged = read_alpha(header), dict(tensors)
     for target, own in changes.items():
-        if own.keys() != {"alpha"}:
-            if target not in tensors or not have_shape(own, tensors[target].shape):
-                raise UserError(f"{path}: {target} is of another shape here; the file was made for another network")
-            merged[target] = add(tensors[target], own, strength, alpha)
+        if target not in tensors or not have_shape(own, tensors[target].shape):
+            raise UserError(f"{path}: {target} is of another shape here; the file was made for another network")
+        merged[target] = add(tensors[target], own, float(strength or 1), alpha)
     return merged
 
 
@@ -71,8 +59,7 @@ def own_name(layer: str, flat: dict[str, str]) -> str:
     """A layer's name as Wan's files have it."""
     if layer.startswith("lora_unet_"):
         return flat.get(layer.removeprefix("lora_unet_"), layer)
-    names = (*WRAPPERS, (r"^(base_model\.model\.)", ""), *PREFIXES, *DIFFUSERS_NAMES)
-    return next(iter(rename({f"{layer}.": None}, names))).removesuffix(".")
+    return next(iter(rename({f"{layer}.": None}, (*NOT_WAN, *DIFFUSERS_NAMES)))).removesuffix(".")
 
 
 def read_alpha(header: dict[str, str]) -> float | None:
@@ -87,10 +74,10 @@ def read_alpha(header: dict[str, str]) -> float | None:
 
 def have_shape(changes: dict[str, Stored], shape: tuple[int, ...]) -> bool:
     """Whether the changes add up to a tensor of this shape."""
-    down, up, diff = (changes[kind].shape if kind in changes else None for kind in ("down", "up", "diff"))
-    if (down or up) and not (down and up and up[:2] == (shape[0], down[0]) and down[1:] == shape[1:]):
-        return False
-    return diff is None or diff == shape
+    shapes = {kind: stored.shape for kind, stored in changes.items()}
+    up, down = shapes.get("up", ()), shapes.get("down", ())
+    product = (*up[:1], *down[1:]) if up[1:2] == down[:1] else ()
+    return (product == shape or not up + down) and shapes.get("diff", shape) == shape
 
 
 def add(target: Stored, changes: dict[str, Stored], strength: float, alpha: float | None) -> Stored:

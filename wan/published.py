@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 from core.config import UserError
 from core.weights import Stored, read_checkpoint, read_folder, read_safetensors, rename
 
-# What training wrappers add anywhere in a name, and what files put before every name.
-WRAPPERS = ((r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|module)\.", ""),)
-PREFIXES = ((r"^((model|diffusion_model|transformer|generator)\.)+", ""),)
+NOT_WAN = (  # what training wrappers add anywhere in a name, and what files put before every name
+    (r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|module)\.", ""),
+    (r"^((base_model\.model|model|diffusion_model|transformer|generator)\.)+", ""),
+)
 KEYS = ("generator_ema", "ema", "generator", "state_dict", "model")  # in a training checkpoint, the best first
 HEAD_DIM = 128  # of every Wan transformer; no tensor has this shape
-SCALES = ("scale_weight", "weight_scale")  # of weights in 8-bit floating point
 NO_PARAMETER = r"(^|\.)(scaled_fp8|comfy_quant|scale_input|input_scale|scale_weight|weight_scale)$"
 
 # Weights beside a generator in a folder, none of which is one.
@@ -55,7 +56,7 @@ def read_generator(path: Path, key: str = "") -> tuple[dict[str, object], dict[s
         tensors = read_safetensors(path)[1]
     else:
         tensors = read_checkpoint(path, key, KEYS)
-    tensors = unscale(rename(tensors, (*WRAPPERS, *PREFIXES)))
+    tensors = unscale(rename(tensors, NOT_WAN))
     if any(name.startswith("condition_embedder.") for name in tensors):
         tensors = rename(tensors, DIFFUSERS_NAMES)
     layers = ("patch_embedding", "blocks.0.ffn.0", "text_embedding.0", "time_embedding.0")
@@ -78,10 +79,9 @@ def unscale(tensors: dict[str, Stored]) -> dict[str, Stored]:
         return weight.read().to(torch.float32) * factor.reshape(-1, *[1] * (len(weight.shape) - 1))
 
     out = {name: stored for name, stored in tensors.items() if not re.search(NO_PARAMETER, name)}
-    for name, weight in out.items():
-        for kind in SCALES:
-            if name.endswith(".weight") and (scale := tensors.get(name.removesuffix("weight") + kind)):
-                out[name] = Stored(weight.shape, partial(multiply, weight, scale))
+    for name, kind in product(out, ("scale_weight", "weight_scale")):
+        if scale := tensors.get(f"{name.removesuffix('.weight')}.{kind}"):
+            out[name] = Stored(out[name].shape, partial(multiply, out[name], scale))
     return out
 
 
