@@ -21,17 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.boxes import (
-    draw_dots,
-    draw_outlines,
-    extents,
-    fill_box,
-    flat_colors,
-    interpolate,
-    label_pixels,
-    move,
-    place,
-)  # fmt: skip
+from core.boxes import draw_dots, draw_outlines, extents, fill_box, flat_colors, interpolate, label_pixels, move, place
 from core.config import UserError
 from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover_nearest, read_frames, read_mask
 
@@ -100,12 +90,11 @@ class Trajectory:
         return torch.from_numpy(canvas)
 
     def _pixel_maps(self, picture: Tensor) -> Tensor:
-        masks = torch.from_numpy(self.first_masks)
-        whole, (height, width) = torch.ones(self.size), self.size
-        canvas = torch.full((3, self.num_frames, *self.size), -1.0)
+        masks, (height, width) = torch.from_numpy(self.first_masks), self.size
+        canvas = torch.full((3, self.num_frames, height, width), -1.0)
         for k, boxes in enumerate(self.boxes):
             known = masks[k] & ~masks[k + 1 :].any(0)
-            layers = torch.cat([picture.float(), torch.stack([masks[k].float(), known.float(), whole])])
+            layers = torch.cat([picture.float(), torch.stack([masks[k], known, torch.ones_like(known)]).float()])
             source = extents(np.where(masks[k], 0, -1), 1)[0] if np.isnan(boxes[0]).any() else boxes[0]
             for t in np.flatnonzero(~np.isnan(boxes[:, 0])):
                 # Pixels whose centres lie in the box.
@@ -119,7 +108,7 @@ class Trajectory:
                 moved = move(layers, source, boxes[t], (y0, y1, x0, x1))
                 mask, known_there, inside = moved[3:] > 0.5
                 area[:, mask | ~inside] = 0
-                area.copy_(torch.where(known_there, moved[:3].clamp(min=-0.9), area))
+                area[:, known_there] = moved[:3, known_there].clamp(min=-0.9)
         return canvas
 
 
@@ -168,25 +157,23 @@ def load_trajectory(
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
         return _load_maps(path, image_size, num_frames, check)
 
-    top = read_boxes_json(path)
-    asked, length = top.get("num_frames", num_frames), num_frames
-    num_frames = max(asked, length) if cut else length
-    mend = f"change it or pass --frames {asked}"
-    check(asked == num_frames, "", f"num_frames is {asked} but the video has {num_frames} frames; {mend}")
+    top, length = read_boxes_json(path), num_frames
+    num_frames = top.get("num_frames", length)
+    mend = f"change it or pass --frames {num_frames}"
+    fine = num_frames == length or (cut and num_frames > length)
+    check(fine, "", f"num_frames is {num_frames} but the video has {length} frames; {mend}")
     size = (top["height"], top["width"]) if "width" in top else tuple(source_size or image_size)
     objects = top.get("objects")
-    count = len(objects) if isinstance(objects, list) else 0
-    mend = "delete some" if count else "draw at least one"
-    check(0 < count <= MOST_OBJECTS, "objects", f"must be a list of 1 to {MOST_OBJECTS} objects; {mend}")
+    fine = isinstance(objects, list) and 0 < len(objects) <= MOST_OBJECTS
+    check(fine, "objects", f"must be a list of 1 to {MOST_OBJECTS} objects; draw at least one or delete some")
 
     boxes, masks, colors, names, crossing = [], [], [], [], []
     for k, item in enumerate(objects):
         where = f"objects[{k}]"
         _check_fields(check, where, item, OBJECT_FIELDS)
         names.append(item.get("name", f"object {k}"))
-        color, default = item.get("color"), PALETTE[k : k + 1]
-        check(color or default, f"{where}.color", f"missing; only objects 0 to {len(PALETTE) - 1} have a default")
-        color = tuple(color or default[0])
+        color = tuple(item.get("color") or next(iter(PALETTE[k : k + 1]), ()))
+        check(color, f"{where}.color", f"missing; only objects 0 to {len(PALETTE) - 1} have a default")
         check(any(color), f"{where}.color", "black is the background; give another colour")
         twins = [n for n, other in enumerate(colors) if other == color]
         check(not twins, f"{where}.color", f"{_show(color)} is also the colour of objects{twins}; change one of them")
@@ -230,16 +217,13 @@ def load_trajectory(
 Check = Callable[[object, str, str], None]  # (fine, field, problem and mend), raises for the file at hand
 
 
-def _whole(value: object, low: int, high: int) -> bool:
-    return type(value) is int and low <= value <= high  # not isinstance: true and false are no numbers here
-
-
-def _whole_numbers(value: object, count: int, low: int, high: int) -> bool:
-    return isinstance(value, list) and len(value) == count and all(_whole(v, low, high) for v in value)
+def _whole_numbers(values: object, count: int, low: int, high: int) -> bool:
+    fine = isinstance(values, list) and len(values) == count
+    return fine and all(type(v) is int and low <= v <= high for v in values)  # true and false are no numbers here
 
 
 # Of each field: which values it takes, and what the error message says that other values are not.
-COUNT = (lambda value: _whole(value, 1, MOST_SIDE), f"a whole number from 1 to {MOST_SIDE}; correct it")
+COUNT = (lambda value: _whole_numbers([value], 1, 1, MOST_SIDE), f"a whole number from 1 to {MOST_SIDE}; correct it")
 LATER = (lambda value: True, "")  # checked where it is read
 COLOR = "a colour; give [red, green, blue], whole numbers from 0 to 255"
 TOP_FIELDS = {"num_frames": COUNT, "width": COUNT, "height": COUNT, "objects": LATER}

@@ -71,9 +71,8 @@ def whole_pixels(boxes: np.ndarray, size: Size) -> np.ndarray:
     shows = ((boxes[..., :2] < edges) & (boxes[..., 2:] > 0)).all(-1, keepdims=True)  # false for NaN
     boxes = boxes.clip(0, edges * 2)
     low, high = np.floor(boxes[..., :2] + 0.5), np.floor(boxes[..., 2:] + 0.5)
-    thin = high <= low  # in x, in y
-    low = np.where(thin, np.floor((boxes[..., :2] + boxes[..., 2:]) / 2), low)
-    high = np.where(thin, low + 1, high)
+    low = np.where(high <= low, np.floor((boxes[..., :2] + boxes[..., 2:]) / 2), low)  # thinner than a pixel
+    high = np.maximum(high, low + 1)
     return np.where(shows, np.concatenate([low, high], axis=-1), 0).astype(int)
 
 
@@ -92,13 +91,10 @@ def line_width(size: Size) -> int:
 
 def draw_outlines(video: np.ndarray, boxes: np.ndarray, color: np.ndarray) -> None:
     """Draw boxes [T, 4] into a video [3, T, H, W]. The line grows inward, so the outer edge is the box's own."""
-    size = video.shape[2:]
-    width = line_width(size)
-    for t, (x0, y0, x1, y1) in enumerate(whole_pixels(boxes, size).tolist()):
-        video[:, t, y0 : min(y0 + width, y1), x0:x1] = color
-        video[:, t, max(y1 - width, y0) : y1, x0:x1] = color
-        video[:, t, y0:y1, x0 : min(x0 + width, x1)] = color
-        video[:, t, y0:y1, max(x1 - width, x0) : x1] = color
+    width = line_width(video.shape[2:])
+    for t, (x0, y0, x1, y1) in enumerate(whole_pixels(boxes, video.shape[2:])):
+        area = video[:, t, y0:y1, x0:x1]
+        area[:, :width] = area[:, -width:] = area[..., :width] = area[..., -width:] = color
 
 
 def draw_dots(video: np.ndarray, points: np.ndarray, color: np.ndarray) -> None:

@@ -48,6 +48,12 @@ def picture():
     return full_size(skimage.data.coffee(), SMALL)  # a cup on a table: [362, 600, 3]
 
 
+def restored(frames: list[np.ndarray], path: list, masks: np.ndarray | None = None) -> np.ndarray:
+    """Frames of full size [height, width, 3], made small and given back their detail. The first is the picture."""
+    video = np.stack([small(frame) for frame in frames])
+    return add_detail(video, frames[0], make_trajectory(path, frames[0].shape[:2], masks))
+
+
 STILL = [[[100, 40, 220, 200]] * 4]
 # A cup and what is around it go to the right and down, and grow.
 PATH = [[[174, 12, 420, 240], [214, 22, 470, 262], [254, 32, 520, 286], [294, 52, 560, 300]]]
@@ -65,8 +71,7 @@ def pasted(picture: np.ndarray, path: list) -> list[np.ndarray]:
 
 
 def test_a_still_video_is_the_picture_again(picture):
-    video = np.stack([small(picture)] * 4)
-    got = add_detail(video, picture, make_trajectory(STILL, picture.shape[:2]))
+    got = restored([picture] * 4, STILL)
     assert np.array_equal(got[0], picture)
     off = np.abs(got.astype(int) - picture)
     # Pillow rounds and clips between its two passes, which shows beside the brightest lights alone.
@@ -81,7 +86,7 @@ def test_a_still_video_is_the_picture_again(picture):
 
 def test_what_moves_along_its_boxes_keeps_its_detail(picture):
     true = pasted(picture, PATH)
-    got = add_detail(np.stack([small(frame) for frame in true]), picture, make_trajectory(PATH, picture.shape[:2]))
+    got = restored(true, PATH)
     for t in (1, 2, 3):
         x0, y0, x1, y1 = PATH[0][t]
         inside = slice(y0, y1), slice(x0, x1)
@@ -131,7 +136,7 @@ def test_the_one_in_front_hides_the_one_behind(picture):
     path = [[[100, 30, 260, 190], there], [[40, 180, 200, 340], there]]
     for shown in (0, 1):
         true = pasted(picture, [path[shown]])[1]
-        got = add_detail(np.stack([small(picture), small(true)]), picture, make_trajectory(path, picture.shape[:2]))[1]
+        got = restored([picture, true], path)[1]
         assert likeness(got, true, slice(100, 260), slice(300, 460))[0] > 0.9
 
 
@@ -142,11 +147,10 @@ def test_a_mask_gives_the_things_outline_and_not_its_box(picture):
     true = picture.copy()
     moved = np.roll(disc, (60, 100), (0, 1))
     true[moved] = np.roll(picture, (60, 100), (0, 1))[moved]
-    video = np.stack([small(picture), small(true)])
-    got = add_detail(video, picture, make_trajectory(path, picture.shape[:2], disc[None]))[1]
+    got = restored([picture, true], path, disc[None])[1]
     correlation, energy = likeness(got, true, slice(100, 280), slice(310, 490))
     assert correlation > 0.97 and energy > 0.9
-    boxed = add_detail(video, picture, make_trajectory(path, picture.shape[:2]))[1]
+    boxed = restored([picture, true], path)[1]
     assert likeness(boxed, true, slice(100, 280), slice(310, 490))[0] < correlation
 
 
@@ -157,21 +161,18 @@ def test_a_camera_that_moves_and_grows(picture):
     for x0, y0, x1, y1 in path[0][1:]:
         large = np.asarray(Image.fromarray(picture).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR))
         true.append(large[-y0 : 362 - y0, -x0 : 600 - x0])
-    got = add_detail(np.stack([small(frame) for frame in true]), picture, make_trajectory(path, picture.shape[:2]))
+    got = restored(true, path)
     for t in (1, 2):
         assert likeness(got[t], true[t], slice(None), slice(None))[0] > 0.95
 
 
 def test_boxes_that_are_not_there_and_boxes_beyond_the_edge(picture):
     """Without a box in frame 0 or in frame t nothing moves; over the edge, what is inside does."""
-    video = np.stack([small(picture)] * 3)
     for path in ([None, [0, 0, 90, 90], None], [[0, 0, 90, 90], None, None], [[700, 0, 800, 9], [9, 9, 70, 70], None]):
-        got = add_detail(video, picture, make_trajectory([path], picture.shape[:2]))
-        assert np.abs(got.astype(int) - picture).max() <= 4
+        assert np.abs(restored([picture] * 3, [path]).astype(int) - picture).max() <= 4
     true = picture.copy()
     true[60:, 80:] = picture[:-60, :-80]
-    path = [[[300, 200, 640, 400], [380, 260, 720, 460]]]
-    got = add_detail(np.stack([video[0], small(true)]), picture, make_trajectory(path, picture.shape[:2]))[1]
+    got = restored([picture, true], [[[300, 200, 640, 400], [380, 260, 720, 460]]])[1]
     assert likeness(got, true, slice(260, None), slice(380, None))[0] > 0.9
 
 
@@ -249,10 +250,8 @@ def test_an_enlarged_trajectory_has_its_masks_at_full_size(tmp_path):
     assert np.abs(large.boxes[0, 8] - [300, 150 - top, 396, 252 - top]).max() < 1.5
     assert np.mean(large.masks[0] ^ (mask[top : top + len(picture)] > 0)) < 0.001  # 0.004 from the small mask
     rows, columns = (np.flatnonzero(large.masks[1].any(axis)) for axis in (1, 0))
-    assert (
-        np.abs(np.array([rows[0], rows[-1] + 1, columns[0], columns[-1] + 1]) - [51 - top, 120 - top, 33, 80]).max()
-        <= 2
-    )
+    extent = np.array([rows[0], rows[-1] + 1, columns[0], columns[-1] + 1])
+    assert np.abs(extent - [51 - top, 120 - top, 33, 80]).max() <= 2
     assert not large.masks[2].any()
 
     (tmp_path / "maps").mkdir()
@@ -306,9 +305,8 @@ def test_a_photograph_of_12_megapixels_takes_less_than_a_gigabyte(here):
     script = "import resource, sys, subprocess; code = subprocess.call([sys.executable, *sys.argv[1:]]); " \
              "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"  # fmt: skip
     flags = ("--image", "photo.jpg", "--traj", "b.json", "--frames", "17", "--steps", "1", "--compile", "false")
-    job = subprocess.run(
-        [sys.executable, "-c", script, str(ROOT / "sample.py"), *flags], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", script, str(ROOT / "sample.py"), *flags]
+    job = subprocess.run(command, capture_output=True, text=True)
     assert job.returncode == 0, job.stderr
     assert int(job.stdout.split()[-1]) < 1 << 20  # KiB
     assert iio.imread("out/sample.mp4").shape == (17, 870, 1280, 3)

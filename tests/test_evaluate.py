@@ -41,9 +41,7 @@ def networks(seed: int = 0) -> tuple[VideoDiT, adapters.ResNetAdapter]:
     """One-layer networks with random weights everywhere, so that every input matters."""
     torch.manual_seed(seed)
     generator = VideoDiT(dataclasses.replace(PRESETS["small"], dim=32, ffn_dim=64, heads=2, layers=1))
-    adapter = adapters.ResNetAdapter(
-        adapters.AdapterConfig(generator.config.dim, 1, hidden=16, channels=24, maps="pixels")
-    )
+    adapter = adapters.ResNetAdapter(adapters.AdapterConfig(32, 1, hidden=16, channels=24, maps="pixels"))
     torch.nn.init.xavier_uniform_(generator.head.head.weight)
     torch.nn.init.normal_(adapter.blocks[0].project.weight, std=0.3)
     return generator.requires_grad_(False), adapter.requires_grad_(False)

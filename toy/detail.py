@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from core.boxes import fill_box, move
+from core.boxes import fill_box, move, whole_pixels
 from core.media import Size, crop_box, read_mask
 from trajectory import Trajectory, read_boxes_json
 
@@ -77,25 +77,17 @@ def add_detail(video: np.ndarray, picture: np.ndarray, trajectory: Trajectory) -
     grow, soften = ([resizer(*sides, kind) for sides in zip(small, size, strict=True)] for kind in (LARGER, SOFT))
     known = values(picture)
     known_small = resize(known, *shrink)
-    boxes, masks = torch.from_numpy(trajectory.boxes).float(), torch.from_numpy(trajectory.masks)
+    boxes, masks = trajectory.boxes, torch.from_numpy(trajectory.masks).float()
     out = np.empty((len(video), *picture.shape), np.uint8)
     out[0] = picture
     for t in range(1, len(video)):
         made, guess, low = values(video[t]), known.clone(), known_small  # low: the guess, shrunk
         for first, now, mask in zip(boxes[:, 0], boxes[:, t], masks, strict=True):
-            if first.isnan().any() or now.isnan().any():
+            x0, y0, x1, y1 = whole_pixels(now + np.array([-1, -1, 1, 1]), size)  # the area that changes
+            if np.isnan(first).any() or x0 == x1 or not mask.any():
                 continue
-            # Only the area around both boxes changes.
-            corners = torch.cat([torch.minimum(first, now)[:2] - 1, torch.maximum(first, now)[2:] + 1]).round().int()
-            x0, y0, x1, y1 = corners.clamp(min=0).tolist()
             rows, columns = slice(y0, y1), slice(x0, x1)
-            if not mask[rows, columns].any():
-                continue
-            here, shape = np.array([x0, y0, x0, y0]), mask[rows, columns][None].float()
-            height, width = shape.shape[1:]
-            thing = torch.cat([known[:, rows, columns] * shape, shape])
-            thing = move(thing, first.numpy() - here, now.numpy() - here, (0, height, 0, width))
-            thing, shape = thing.split([3, 1])
+            thing, shape = move(torch.cat([known * mask, mask[None]]), first, now, (y0, y1, x0, x1)).split([3, 1])
             change = thing - shape * guess[:, rows, columns]
             # Moved or not? Whichever looks more like what the networks made.
             inner = shrink[0][:, rows], shrink[1][:, columns]

@@ -95,18 +95,18 @@ def find_ways(cfg: Config) -> list[Way]:
             Way("FastGenerator + SlowAdapter", FEW, fast, slow_adapter),
             Way("FastGenerator + FastAdapter", FEW, fast, fast_adapter),
         ]
+    runs = {variant: sorted(RUNS.glob(f"{variant}_*/fast_adapter.safetensors")) for variant in VARIANTS}
+    for variant in (variant for variant, files in runs.items() if not files):
+        absent = f"{RUNS / variant}_0/fast_adapter.safetensors: no such run;"
+        if variant == METHOD:
+            raise UserError(f"{absent} run `make ablation`")
+        print(f"{absent} the table leaves out: {VARIANTS[variant]}")
     ways = [Way("SlowGenerator + SlowAdapter", steps, slow, slow_adapter) for steps in (cfg.steps, FEW)]
     for steps in (FEW, 2, 1):
         ways.append(Way("FastGenerator + SlowAdapter", steps, fast, slow_adapter))
-        for variant, name in VARIANTS.items():
-            files = sorted(RUNS.glob(f"{variant}_*/fast_adapter.safetensors"))
-            absent = f"{RUNS / variant}_0/fast_adapter.safetensors: no such run;"
-            if not files and variant == METHOD:
-                raise UserError(f"{absent} run `make ablation`")
-            if not files and steps == FEW:
-                print(f"{absent} the table leaves out: {name}")
-            if steps == FEW or not name.startswith("discriminator"):
-                ways += [Way(name, steps, fast, file, file.parent.name) for file in files]
+        for variant, files in runs.items():
+            if steps == FEW or not VARIANTS[variant].startswith("discriminator"):
+                ways += [Way(VARIANTS[variant], steps, fast, file, file.parent.name) for file in files]
     return ways
 
 
@@ -142,7 +142,7 @@ def sampler(generator: VideoDiT, adapter: Adapter | None, steps: int, seed: int,
 
 def conditions(batch: WorldBatch, codec: ToyCodec, style: Maps, device: torch.device) -> list[Tensor]:
     """What a sampler takes of these videos: first-frame latents, text and the maps' latents."""
-    maps, first = codec.encode_video(batch.maps(style, "box")), codec.encode_video(batch.video[:, :, :1])
+    first, maps = (codec.encode_video(video) for video in (batch.video[:, :, :1], batch.maps(style, "box")))
     return [x.to(device) for x in (first, codec.encode_text(batch.captions), maps)]
 
 
@@ -180,11 +180,9 @@ def measure(name: str, steps: int, video: Tensor, batch: WorldBatch, seconds: fl
 
 def comparison(videos: Sequence[Tensor], batch: WorldBatch, style: Maps) -> np.ndarray:
     """Maps and `videos` [B,3,T,H,W] below one another, for six clips of few and many things: uint8 [h, w, 3]."""
-    among = min(48, len(batch.video))
-    picks, sheets = batch.used[:among].sum(1).argsort(stable=True)[:: max(1, among // 6)][:6], []
-    for i in picks.tolist():
-        clips = [batch.subset([i]).maps(style, "box")[0], *(video[i] for video in videos)]
-        sheets.append(contact_sheet([to_uint8(clip) for clip in clips]))
+    picks = batch.used.sum(1).argsort(stable=True)[:: max(1, len(batch.used) // 6)][:6].tolist()
+    columns = [batch.subset(picks).maps(style, "box"), *(video[picks] for video in videos)]
+    sheets = [contact_sheet([to_uint8(clip) for clip in clips]) for clips in zip(*columns, strict=True)]
     return contact_sheet([sheets[row : row + 2] for row in range(0, len(sheets) - 1, 2)], gap=12)  # two columns
 
 
@@ -212,13 +210,13 @@ def main(cfg: Config) -> None:
         for way in ways
     ]
     batch = World(cfg.split).batch(range(cfg.videos))  # which takes longer than finding out that a file is wrong
-    rows, videos = {}, {}
+    rows, videos = [], {}
     if cfg.ablation:
         done, times = earlier_rows(out, about["command"]), [math.nan] * len(ways)
     else:
         done, times = {}, seconds_per_video(samplers, batch, procs.device)
-        for name, video in metrics.baselines(batch, ToyCodec()).items():
-            rows[name] = measure(name, 0, video, batch) | about
+        known = metrics.baselines(batch, ToyCodec())
+        rows = [measure(name, 0, video, batch) | about for name, video in known.items()]
     for way, sample, taken in zip(ways, samplers, times, strict=True):
         files = [Path(file).read_bytes() for file in (ToyCodec.weights, way.generator, way.adapter) if file]
         made_by = {"run": way.run, "weights": hashlib.sha256(b"".join(files)).hexdigest()[:12]} if cfg.ablation else {}
@@ -229,11 +227,10 @@ def main(cfg: Config) -> None:
             done[key] = measure(way.name, way.steps, video, batch, taken) | made_by | about
             if cfg.ablation:
                 write_text(out, json.dumps(list(done.values()), indent=1))
-        rows[key] = done[key]
+        rows.append(done[key])
         if way.steps >= FEW or not cfg.ablation:
             videos.setdefault((way.name, way.steps), video)  # of the first seed
 
-    rows = list(rows.values())
     shown = over_seeds(rows, MEASURES) if cfg.ablation else rows
     print(markdown(shown))
     write_text(out, json.dumps(rows, indent=1))

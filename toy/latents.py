@@ -36,16 +36,17 @@ class ToyLatents:
         samples = [self.offset + s for s in samples]
         with torch.device(self.device):  # where all new tensors go
             batch = self.world.batch(samples)
-        seeds = ([self.world.first, s, 1] for s in samples)
-        chance = np.stack([np.random.default_rng(seed).random(2 + self.world.frames) for seed in seeds])
-        captions = ["" if u < drop_text else c for u, c in zip(chance[:, 0], batch.captions, strict=True)]
+        chance = [np.random.default_rng([self.world.first, s, 1]).random(2 + self.world.frames) for s in samples]
+        captions = ["" if u[0] < drop_text else c for u, c in zip(chance, batch.captions, strict=True)]
         x0, text = self.codec.encode_video(batch.video), self.codec.encode_text(captions)
         if kind is None:
             return Batch(x0, text, None)
         if self.maps is None:
             raise ValueError("maps are asked for, and nothing says how they are painted")
-        black = torch.from_numpy(np.stack([random_blackout(u[1:], sparse) for u in chance]))
-        return Batch(x0, text, self.codec.encode_video(batch.maps(self.maps, kind, black)))
+        black = torch.from_numpy(np.stack([random_blackout(u[1:], sparse) for u in chance]))  # [B, T]
+        maps = batch.maps(self.maps, kind)
+        maps = maps.masked_fill(black[:, None, :, None, None].to(maps.device), -1)
+        return Batch(x0, text, self.codec.encode_video(maps))
 
     def unconditional(self) -> Tensor:
         """Embeddings [1, L, text_dim] of the empty prompt, which guidance moves away from."""

@@ -27,10 +27,10 @@ from core.boxes import move
 from core.frechet import frechet_distance
 from core.noise import rng
 from toy.codec import ToyCodec
-from toy.world import WorldBatch
+from toy.world import WorldBatch, inside_box
 
 FEATURES = 128  # of a video, for the distance
-TURNS = torch.deg2rad(torch.arange(-24.0, 25, 2))  # candidates for the spin, a frame
+TURNS = range(-12, 13)  # candidates for the spin, in steps of two degrees a frame
 
 
 def squared_error(video: Tensor, batch: WorldBatch) -> Tensor:
@@ -44,12 +44,12 @@ def thing_errors(video: Tensor, batch: WorldBatch) -> dict[str, float]:
     Things that appear later are left out: nothing shows what they look like.
     """
     error, given, by_box, still = squared_error(video, batch), batch.shown[..., 0], batch.by_box, batch.spin == 0
-    kinds = {"": given, "_by_mask": given & ~by_box & still, "_by_box": given & by_box & still, "_turning": ~still}
-    out = {}
-    for kind, some in kinds.items():
-        inside = (batch.masks & (given & some)[..., None, None, None])[:, 1:, 1:].any(1)  # slot 0 is the camera
-        out[f"thing_error{kind}"] = float(error[inside].mean())
-    return out
+    kinds = {"": given, "_by_mask": ~by_box & still, "_by_box": by_box & still, "_turning": ~still}
+
+    def inside(kind: Tensor) -> Tensor:
+        return (batch.masks & (given & kind)[..., None, None, None])[:, 1:, 1:].any(1)  # slot 0 is the camera
+
+    return {f"thing_error{name}": float(error[inside(kind)].mean()) for name, kind in kinds.items()}
 
 
 def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
@@ -57,13 +57,13 @@ def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
 
     Both lie two pixels away from things, shadows, and what hid the background in frame 0. The camera may have moved.
     """
-    T, (height, width) = batch.video.shape[2], batch.video.shape[3:]
-    bare = (batch.video == batch.plate).all(1)[:, 1:]  # (B, T-1, H, W)
-    clear = (1 - batch.cover)[:, None].expand(-1, T - 1, -1, -1).clone()
+    bare = (batch.video == batch.plate).all(1).float()  # (B, T, H, W)
+    bare, clear = bare[:, 1:], bare[:, :1].expand_as(bare[:, 1:]).clone()
+    height, width = bare.shape[-2:]
     for i in batch.used[:, 0].nonzero()[:, 0].tolist():
         first, *later = batch.boxes[i, 0].double().numpy()
-        clear[i] = torch.cat([move(1 - batch.cover[i][None], first, now, (0, height, 0, width)) for now in later])
-    bare, shown = (-F.max_pool2d(-x.float(), 5, stride=1, padding=2) > 0.99 for x in (bare, clear))
+        clear[i] = torch.cat([move(clear[i, :1], first, now, (0, height, 0, width)) for now in later])
+    bare, shown = (-F.max_pool2d(-x, 5, stride=1, padding=2) > 0.99 for x in (bare, clear))
     return bare & shown, bare & ~shown
 
 
@@ -77,23 +77,19 @@ def box_edges(batch: WorldBatch) -> tuple[Tensor, Tensor]:
 
     Frames 1 to T-1: bool [B,T-1,H,W-1] for pairs side by side, [B,T-1,H-1,W] for pairs one above the other.
     """
-    y, x = (torch.arange(side) for side in batch.video.shape[-2:])
-    x0, y0, x1, y1 = batch.boxes[:, :, 1:, :, None].round().unbind(3)  # (B, K, T-1, 1)
-    inside = ((x >= x0) & (x < x1))[..., None, :] & ((y >= y0) & (y < y1))[..., None]  # (B, K, T-1, H, W)
-    inside &= (batch.by_box & batch.shown[..., 0])[..., None, None, None]
-    free = ~batch.masks[:, 1:, 1:].any(1)
-    beside = (inside[..., 1:] != inside[..., :-1]).any(1) & free[..., 1:] & free[..., :-1]
-    above = (inside[..., 1:, :] != inside[..., :-1, :]).any(1) & free[..., 1:, :] & free[..., :-1, :]
+    boxes, free = batch.boxes[:, :, 1:], ~batch.masks[:, 1:, 1:].any(1)
+    inside = inside_box(boxes, batch.video.shape[-2:]) & (batch.by_box & batch.shown[..., 0])[..., None, None, None]
+    beside, above = (inside.diff(dim=dim).any(1) & free.unfold(dim, 2, 1).all(-1) for dim in (-1, -2))
     return beside, above
 
 
 def seam(video: Tensor, batch: WorldBatch) -> float:
     """Mean absolute gradient across `box_edges`, relative to the true videos."""
-    beside, above = box_edges(batch)
+    edges = box_edges(batch)
 
     def steps(clip: Tensor) -> Tensor:
-        across, down = (clip[:, :, 1:].diff(dim=dim).abs().mean(1) for dim in (-1, -2))
-        return (across * beside).double().sum() + (down * above).double().sum()
+        across = (clip[:, :, 1:].diff(dim=dim).abs().mean(1) for dim in (-1, -2))
+        return sum((step * pairs).double().sum() for step, pairs in zip(across, edges, strict=True))
 
     return float(steps(video) / steps(batch.video))
 
@@ -116,11 +112,10 @@ def detail(video: Tensor, masks: Tensor) -> Tensor:
 
     Masks are eroded by two pixels, over which a codec may smear a silhouette: that is no detail.
     """
-    inner_laplacian = laplacian(video)[..., 1:-1, 1:-1]  # as far inside as the eroded masks reach
-    inner = -F.max_pool2d(-masks.flatten(0, 2).float()[:, None], 5, stride=1)
-    inside = inner[:, 0].unflatten(0, masks.shape[:3]).bool().any(1)[:, 1:]  # (B, T-1, S-4, S-4)
-    energy = inner_laplacian[:, :, 1:].square().sum(1) * inside
-    return energy.double().sum((1, 2, 3))
+    eroded = -F.max_pool2d(-masks.flatten(1, 2).float(), 5, stride=1)  # (B, K T, S-4, S-4)
+    inside = eroded.unflatten(1, masks.shape[1:3]).bool().any(1)
+    energy = laplacian(video)[..., 1:-1, 1:-1].square().sum(1) * inside  # as far inside as the eroded masks reach
+    return energy[:, 1:].double().sum((1, 2, 3))
 
 
 def spin_rate(video: Tensor, batch: WorldBatch) -> Tensor:
@@ -129,21 +124,19 @@ def spin_rate(video: Tensor, batch: WorldBatch) -> Tensor:
     Six rings around the point that a thing should turn around are read from every frame, where the thing shows. Its
     spin is the rotation among TURNS by which the rings of successive frames correlate best.
     """
-    height, width = video.shape[-2:]
     around, out = torch.deg2rad(torch.arange(0.0, 360, 2)), torch.full(batch.spin.shape, math.nan)
     unit = torch.stack([around.cos(), around.sin()], -1)  # (A, 2)
-    shifts = torch.rad2deg(TURNS).div(2).round().long().tolist()
     for b, k in (batch.spin != 0).nonzero().tolist():
         half = (batch.boxes[b, k, :, 2:] - batch.boxes[b, k, :, :2]).amin(-1) / 2  # (T)
         radius = half[:, None] * torch.linspace(0.2, 0.8, 6)  # (T, R)
         at = batch.middle[b, k, :, None, None] + radius[..., None, None] * unit  # (T, R, A, 2)
         seen = torch.cat([video[b], batch.masks[b, k][None].float()]).transpose(0, 1)  # (T, 4, H, W)
-        grid = 2 * at / torch.tensor([width, height]) - 1
+        grid = 2 * at / torch.tensor(video.shape[:-3:-1]) - 1
         rings, shown = F.grid_sample(seen, grid, align_corners=False).split([3, 1], 1)  # (T, 3, R, A), (T, 1, R, A)
         mean = (rings * shown).sum(-1, keepdim=True) / shown.sum(-1, keepdim=True).clamp(min=1)
         rings = (rings - mean) * shown
-        correlation = torch.stack([(rings[:-1] * rings[1:].roll(-shift, -1)).sum() for shift in shifts])
-        out[b, k] = TURNS[correlation.argmax()]
+        correlation = [float((rings[:-1] * rings[1:].roll(-turn, -1)).sum()) for turn in TURNS]
+        out[b, k] = math.radians(2 * TURNS[correlation.index(max(correlation))])
     return out
 
 
@@ -204,12 +197,10 @@ def pasted(batch: WorldBatch, kind: Literal["box", "mask"]) -> Tensor:
 
     "mask": things are cut out along their masks; "box": as users draw them, half of them as rectangles.
     """
-    painted = batch.maps("pixels", kind)
-    hole = (painted[:, :, 0] > -1).any(1, keepdim=True)
-    camera = batch.used[:, 0, None, None, None]
-    under = fill(batch.video[:, :, 0], hole & ~camera)[:, :, None].expand_as(batch.video)
-    video = torch.where((painted > -1).any(1, keepdim=True), painted, under)
-    return torch.cat([batch.video[:, :, :1], video[:, :, 1:]], 2)
+    painted, first = batch.maps("pixels", kind), batch.video[:, :, :1]
+    shown = (painted > -1).any(1, keepdim=True)
+    under = fill(first[:, :, 0], shown[:, :, 0] & ~batch.used[:, 0, None, None, None])[:, :, None]
+    return torch.cat([first, torch.where(shown, painted, under)[:, :, 1:]], 2)
 
 
 def fill(pictures: Tensor, hole: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
     python -m toy.world --video 3      # writes a held-out video as a user's input: image, masks, boxes.json, prompt
 
-The pictures are dead leaves: random shapes that cover one another, of power-law sizes, shaded, with gratings and grain,
-mostly in dull colours as photographs are. One to six things (blobs, polygons, rectangles) with a texture of their own
-move on cubic Bezier paths, change size, pass in front of one another and cross the picture's edge; some throw a shadow,
-some spin, some appear later. In a quarter of the videos the camera pans and zooms. Half of the things have a box but no
-mask, drawn more or less closely, so networks learn to find the thing in its box. A video follows from one integer; the
-splits use disjoint seeds, and pictures of their own. Dead leaves carry over to photographs in low-level tasks (Baradad
-et al. 2021, "Learning to see by looking at noise"; Achddou et al. 2021, "Synthetic images as a regularity prior").
+Pictures are dead leaves: random shapes that cover one another, of power-law sizes, shaded, with gratings and grain. In
+low-level tasks they carry over to photographs (Baradad et al. 2021, "Learning to see by looking at noise"; Achddou et
+al. 2021, "Synthetic images as a regularity prior"). One to six things (blobs, polygons, rectangles) with a texture of
+their own move on cubic Bezier paths, change size, pass in front of one another and cross the picture's edge; some cast
+a shadow, some spin, some appear later. In a quarter of the videos the camera pans and zooms. Half of the things have a
+box but no mask, so networks learn to find the thing in its box. A video follows from one integer; splits share neither
+seeds nor pictures.
 """
 
 import json
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.boxes import fill_box
 from core.config import UserError, run_script
 from core.files import write_text
 from core.media import to_uint8, write_image, write_video
@@ -51,7 +52,6 @@ class WorldBatch:
     used: Tensor  # [B, K] bool
     shown: Tensor  # [B, K, T] bool: the thing is there
     by_box: Tensor  # [B, K] bool: the thing has a box alone, no mask
-    cover: Tensor  # [B, height, width] in [0, 1]: how much of the background things and shadows hide in frame 0
     middle: Tensor  # [B, K, T, 2] x and y in pixels of the point that a thing turns around
     spin: Tensor  # [B, K] radians per frame; positive turns clockwise on the screen, 0 does not turn
     captions: list[str]
@@ -60,26 +60,19 @@ class WorldBatch:
     def trajectory(self, i: int, kind: Literal["box", "mask"] = "box") -> Trajectory:
         """What a user would have drawn for video i. With "mask" every thing has its masks, in all frames."""
         slots = self.used[i].nonzero()[:, 0].tolist()
-        boxes = self.boxes[i, slots].double().masked_fill(~self.shown[i, slots, :, None], math.nan)
-        masks = self.masks[i, slots]
+        boxes = self.boxes[i, slots].double().masked_fill(~self.shown[i, slots, :, None], math.nan).cpu().numpy()
+        masks = self.masks[i, slots].cpu().numpy()
         if kind == "box":
-            masks = masks[:, 0].clone()
-            height, width = masks.shape[-2:]
-            for n, k in enumerate(slots):
-                if self.by_box[i, k] and self.shown[i, k, 0]:
-                    x0, y0, x1, y1 = self.boxes[i, k, 0].round().long().tolist()
-                    masks[n, max(y0, 0) : min(y1, height), max(x0, 0) : min(x1, width)] = True
-        colors = np.array(PALETTE[: len(slots)], dtype=np.uint8)
+            parts = zip(boxes[:, 0], masks[:, 0], self.by_box[i, slots].tolist(), strict=True)
+            masks = np.stack([mask | (fill_box(box, mask.shape) & by_box) for box, mask, by_box in parts])
         names = ["the camera" if k == 0 else f"thing {k}" for k in slots]
-        return Trajectory(boxes.cpu().numpy(), masks.cpu().numpy(), colors, names)
+        return Trajectory(boxes, masks, np.array(PALETTE[: len(slots)], dtype=np.uint8), names)
 
-    def maps(self, style: Maps, kind: Literal["box", "mask"], black: Tensor | None = None) -> Tensor:
-        """Painted maps of all videos, [B, 3, T, height, width]. black [B, T] bool: frames whose maps are black."""
+    def maps(self, style: Maps, kind: Literal["box", "mask"]) -> Tensor:
+        """Painted maps of all videos, [B, 3, T, height, width]."""
         firsts = self.video[:, :, 0].cpu() if style == "pixels" else [None] * len(self.video)
-        maps = torch.stack([self.trajectory(i, kind).maps(kind, first) for i, first in enumerate(firsts)])
-        if black is not None:
-            maps = maps.masked_fill(black[:, None, :, None, None], -1)
-        return maps.to(self.video.device)
+        maps = [self.trajectory(i, kind).maps(kind, first) for i, first in enumerate(firsts)]
+        return torch.stack(maps).to(self.video.device)
 
     def subset(self, videos: Sequence[int]) -> "WorldBatch":
         """These videos of the batch."""
@@ -118,16 +111,10 @@ class World:
         place, mirror = draw(2), 1 - 2 * (draw() < 0.5).double()
         tint = draw(3, low=0.85, high=1.15).float()
         middle = inner_place(place, density[:, None] * extent / 2)
-        plate = torch.empty(B, 3, T, height, width)
-        for some, frames in ((~camera, 1), (camera, T)):  # without a camera one frame serves all
-            scale = (density[some, None] / zoom[some, :frames])[..., None]  # bank pixels to a pixel
-            lines = []
-            for n, flip in ((0, mirror[some, None, None]), (1, 1)):
-                line = torch.arange(self.size[1 - n]) + 0.5 - extent[n] / 2 - pan[some, :frames, n, None]
-                lines.append((line * scale * flip + middle[some, n, None, None]).float())  # (b, frames, W or H)
-            whole = (-1, -1, height, width)
-            x, y = lines[0][:, :, None].expand(whole), lines[1][..., None].expand(whole)
-            plate[some] = look_up(bank[behind[some]], x, y)
+        scale = (density[:, None] / zoom)[..., None]  # bank pixels to a pixel, (B, T, 1)
+        x, y = (torch.arange(side) + 0.5 - side / 2 - pan[..., n, None] for n, side in enumerate((width, height)))
+        x, y = x * scale * mirror[:, None, None] + middle[:, :1, None], y * scale + middle[:, 1:, None]
+        plate = look_up(bank[behind], x[:, :, None].float(), y[..., None].float())
         plate = (plate * tint[..., None, None, None]).clamp_(0, 1)
 
         # 3. How many things, of which shape, and what they are made of: in one of three, the picture behind.
@@ -145,7 +132,8 @@ class World:
         source = torch.where(draw(K) < 1 / 3, behind[:, None], other)
         fine, own_place, own_tint = draw(K, low=0.5, high=1.1), draw(K, 2), draw(K, 3, low=0.75, high=1.25).float()
         soft = draw(K, low=-0.3, high=1).exp()  # pixels from the ground to a thing's own colour
-        appears = (draw(K) < 0.1) * (1 + (draw(K) * (T - 1) / 2).floor())  # the frame from which a thing is there
+        appears = (draw(K) < 0.1) * (1 + (draw(K) * (T - 1) / 2).floor())
+        shown = used[..., None] & (torch.arange(T) >= appears[..., None])  # (B, K, T)
         shaded, shade = draw(K) < 0.25, draw(K, low=0.2, high=0.5)
         away = torch.stack([draw(K, low=-0.3, high=0.3), draw(K, low=0.1, high=0.5)], -1)
         by_box, loose = draw(K) < 0.5, draw(K) < 0.5
@@ -171,81 +159,70 @@ class World:
         # 5. Only slots in use are drawn: P pairs of a video and a thing. Silhouettes are the distance from the middle
         # to the edge, by direction, in units of the radius; boxes come from points on them.
         b, k = used.nonzero(as_tuple=True)
-        radius_, center_, stretch_ = radius[b, k], center[b, k], stretch[b, k]  # (P, T), (P, T, 2), (P, 2)
 
         def edge(direction: Tensor) -> Tensor:
             """[P, ...] -> the same shape."""
             out = torch.empty_like(direction)
-            kinds, over = shape[b, k], (...,) + (None,) * (direction.ndim - 1)
-            for kind in range(3):
-                some = (kinds == kind).nonzero()[:, 0]
-                i, n, at = b[some], k[some], direction[some]
+            for kind in range(len(SHAPES)):
+                some = shape[b, k] == kind
+                at = direction[some]
+                parts = (values[b, k][some].to(at).T for values in (waves, offsets, corners[..., None]))
+                wave, offset, (count,) = (values[(..., *[None] * (at.ndim - 1))] for values in parts)
                 if kind == 0:
-                    wave, offset = waves[i, n].to(at), offsets[i, n].to(at)
-                    out[some] = 0.8 + sum(
-                        wave[:, m][over] * torch.cos((m + 1) * at + offset[:, m][over]) for m in range(4)
-                    )
+                    out[some] = 0.8 + sum(wave[m] * torch.cos((m + 1) * at + offset[m]) for m in range(4))
                 elif kind == 1:
-                    part = (2 * math.pi / corners[i, n].to(at))[over]
+                    part = 2 * math.pi / count
                     out[some] = torch.cos(part / 2) / torch.cos(torch.remainder(at, part) - part / 2)
                 else:
                     out[some] = 0.8 / torch.maximum(at.cos().abs(), at.sin().abs())
             return out
 
         around = torch.linspace(0, 2 * math.pi, CORNERS + 1, dtype=torch.float64)[:-1].expand(len(b), -1)
-        points = edge(around)[..., None] * torch.stack([around.cos(), around.sin()], -1) * stretch_[:, None]
+        points = edge(around)[..., None] * torch.stack([around.cos(), around.sin()], -1) * stretch[b, k][:, None]
+        x, y = points[:, None].unbind(-1)  # (P, 1, CORNERS)
         cos, sin = angle[b, k].cos()[..., None], angle[b, k].sin()[..., None]  # (P, T, 1)
-        x, y = (points[:, None, :, n] for n in range(2))  # (P, 1, CORNERS)
-        turned = radius_[..., None, None] * torch.stack([cos * x - sin * y, sin * x + cos * y], -1)
-        low, high = (f(turned, 2) + center_ for f in (torch.amin, torch.amax))
+        turned = radius[b, k][..., None, None] * torch.stack([cos * x - sin * y, sin * x + cos * y], -1)
+        low, high = turned.amin(2) + center[b, k], turned.amax(2) + center[b, k]
         extra = margin[b, k][:, None] * torch.cat([high - low, high - low], -1)  # (P, T, 4)
         low, high = low - extra[..., :2], high + extra[..., 2:]
 
         # 6. Every pixel in the things' own coordinates; alpha, colour and shadow there.
-        center_, radius_ = center_.float()[..., None, None], radius_.float()[..., None, None]
+        def wide(values: Tensor) -> Tensor:
+            """[B, K, ...] -> [P, ..., 1, 1, 1], to broadcast over frames and pixels."""
+            return values[b, k].float()[..., None, None, None]
+
+        radius_, center_ = (values[b, k].float()[..., None, None] for values in (radius, center))
         dx = (torch.arange(width) + 0.5 - center_[:, :, 0]) / radius_  # (P, T, 1, W)
         dy = ((torch.arange(height) + 0.5)[:, None] - center_[:, :, 1]) / radius_  # (P, T, H, 1)
-        cos, sin = (z[..., None].float() for z in (cos, sin))
-        wide, high_ = stretch_.float().T[..., None, None, None]
+        cos, sin = cos[..., None].float(), sin[..., None].float()
         x, y = cos * dx + sin * dy, cos * dy - sin * dx  # (P, T, H, W)
-        distance = length(x / wide, y / high_) / edge(torch.atan2(y / high_, x / wide))
-        there = (torch.arange(T) >= appears[b, k][:, None])[..., None, None]  # (P, T, 1, 1)
-        alpha = (radius_ / soft[b, k].float()[:, None, None, None] * (1 - distance) + 0.5).clamp(0, 1) * there
-        grain = (fine * short * first)[b, k]  # bank pixels to a radius
-        inset = inner_place(own_place[b, k], grain[:, None] * stretch_)
-        grain, inset = grain.float()[:, None, None, None], inset.float()[..., None, None, None]
-        colors = look_up(bank[source[b, k]], x * grain + inset[:, 0], y * grain + inset[:, 1])
-        colors = (colors * own_tint[b, k][..., None, None, None]).clamp_(0, 1)  # (P, 3, T, H, W)
-        aside, below = away[b, k].float().T[..., None, None, None]
-        under = length((dx - aside) / wide, (dy - below) / high_)
-        dim = (shade * shaded)[b, k].float()[:, None, None, None] * ((1 - under) / 0.4 + 0.5).clamp(0, 1) * there
+        sides, away = wide(stretch).unbind(1), wide(away).unbind(1)
+        x_, y_ = x / sides[0], y / sides[1]
+        distance = (x_.square() + y_.square()).sqrt() / edge(torch.atan2(y_, x_))  # hypot is far slower
+        there = shown[b, k][..., None, None]
+        alpha = (radius_ / wide(soft) * (1 - distance) + 0.5).clamp(0, 1) * there
+        grain = fine * short * first  # bank pixels to a radius
+        inset = wide(inner_place(own_place, grain[..., None] * stretch))
+        colors = look_up(bank[source[b, k]], x * wide(grain) + inset[:, 0], y * wide(grain) + inset[:, 1])
+        colors = (colors * wide(own_tint)).clamp_(0, 1)  # (P, 3, T, H, W)
+        under = (((dx - away[0]) / sides[0]).square() + ((dy - away[1]) / sides[1]).square()).sqrt()
+        dim = wide(shade * shaded) * ((1 - under) / 0.4 + 0.5).clamp(0, 1) * there
 
-        # 7. From back to front.
-        video, inside = plate.clone(), alpha > 0.5
-        masks = torch.zeros(B, K, T, height, width, dtype=torch.bool)
-        masks[b, k] = inside
-        clear = torch.ones(B, height, width)
+        # 7. From back to front. Slot 0 is the camera: the first frame's rectangle, as it moves.
+        view = torch.stack([-extent / 2, extent / 2]) * zoom[..., None, None] + (extent / 2 + pan)[:, :, None]
+        boxes = torch.zeros(B, K + 1, T, 4)
+        boxes[:, 0], boxes[b, k + 1] = view.flatten(2).float(), torch.cat([low, high], -1).float()
+        masks = torch.zeros(B, K + 1, T, height, width, dtype=torch.bool)
+        masks[:, 0] = inside_box(boxes[:, 0], self.size) & camera[:, None, None, None]
+        video = plate.clone()
         for n in range(K):
             pairs = (k == n).nonzero()[:, 0]
-            i, a = b[pairs], alpha[pairs][:, None]
-            video[i] = torch.lerp(video[i] * (1 - dim[pairs][:, None]), colors[pairs], a)
-            masks[i, :n] &= ~inside[pairs][:, None]
-            clear[i] *= (1 - alpha[pairs, 0]) * (1 - dim[pairs, 0])
+            i, a = b[pairs], alpha[pairs]
+            video[i] = torch.lerp(video[i] * (1 - dim[pairs][:, None]), colors[pairs], a[:, None])
+            masks[i, n + 1] = a > 0.5
+            masks[i, 1 : n + 1] &= (a <= 0.5)[:, None]
 
-        # 8. The camera is slot 0: the first frame's rectangle, as it moves.
-        corner = torch.stack([-extent / 2, extent / 2]) * zoom[..., None, None] + (extent / 2 + pan)[:, :, None]
-        boxes = torch.zeros(B, K + 1, T, 4)
-        boxes[:, 0] = corner.flatten(2).float()  # (B, T, 4)
-        boxes[b, k + 1] = torch.cat([low, high], -1).float()
-        x0, y0, x1, y1 = boxes[:, 0, :, :, None].unbind(2)  # (B, T, 1)
-        x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
-        view = ((x >= x0) & (x < x1))[:, :, None] & ((y >= y0) & (y < y1))[..., None]  # (B, T, H, W)
-        masks = torch.cat([(view & camera[:, None, None, None])[:, None], masks], 1)
-        used = torch.cat([camera[:, None], used], 1)
-        shown = torch.zeros(B, K + 1, T, dtype=torch.bool)
-        shown[:, 0], shown[b, k + 1] = camera[:, None], there[..., 0, 0]
-
-        # 9. What a caption says.
+        # 8. What a caption says.
         says_spin = draw() < 0.5
         core = (distance < 0.6)[:, None].float()
         mean = (colors * core).sum((2, 3, 4)) / core.sum((2, 3, 4)).clamp(min=1)  # (P, 3)
@@ -256,22 +233,33 @@ class World:
             name = f"a {list(COLORS)[color]} {SHAPES[shape[i, n]]}"
             clauses[i].append(name + ways[int(spin[i, n].sign())] * bool(says_spin[i]))
         return WorldBatch(
-            video=video * 2 - 1, plate=plate * 2 - 1, masks=masks, boxes=boxes, used=used, shown=shown,
-            by_box=F.pad(by_box, (1, 0)), cover=1 - clear, spin=F.pad(spin, (1, 0)) * used,
+            video=video * 2 - 1, plate=plate * 2 - 1, masks=masks, boxes=boxes,
+            used=torch.cat([camera[:, None], used], 1),
+            shown=torch.cat([camera[:, None, None].expand(-1, -1, T), shown], 1),
+            by_box=F.pad(by_box, (1, 0)), spin=F.pad(spin * used, (1, 0)),
             middle=torch.cat([(extent / 2 + pan)[:, None], center], 1).float(),
             captions=[", ".join(names) for names in clauses], says_spin=says_spin,
         )  # fmt: skip
 
 
 def look_up(pictures: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Colours at places in pictures: uint8 [N, 3, S, S]; x and y [N, T, H, W] in pixels -> [N, 3, T, H, W], 0 to 1."""
-    grid = torch.stack([x, y], -1).flatten(1, 2) * (2 / pictures.shape[-1]) - 1
-    found = F.grid_sample(pictures.float() / 255, grid, padding_mode="reflection", align_corners=False)
-    return found.unflatten(2, x.shape[1:3])
+    """Colours at places in pictures, uint8 [N, 3, S, S] -> [N, 3, T, H, W] in [0, 1].
+
+    x and y, in pixels, broadcast to [N, T, H, W].
+    """
+    grid = torch.stack(torch.broadcast_tensors(x, y), -1)
+    found = F.grid_sample(
+        pictures.float() / 255, grid.flatten(1, 2) * (2 / pictures.shape[-1]) - 1,
+        padding_mode="reflection", align_corners=False,
+    )  # fmt: skip
+    return found.unflatten(2, grid.shape[1:3])
 
 
-def length(x: Tensor, y: Tensor) -> Tensor:
-    return (x * x + y * y).sqrt()  # far faster than hypot
+def inside_box(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Which pixels of a picture have their centre in a box: [..., 4] -> bool [..., height, width]."""
+    x0, y0, x1, y1 = boxes[..., None].unbind(-2)
+    y, x = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
+    return ((x >= x0) & (x < x1))[..., None, :] & ((y >= y0) & (y < y1))[..., None]
 
 
 def inner_place(u: Tensor, half: Tensor) -> Tensor:
@@ -311,11 +299,11 @@ def main(cfg: Config) -> None:
     batch = world.batch([cfg.video])
     trajectory, objects = batch.trajectory(0), []
     for k, name in enumerate(trajectory.names):
-        frames = np.flatnonzero(~np.isnan(trajectory.boxes[k, :, 0]))
-        keys = sorted({*frames[::KEYFRAMES].tolist(), int(frames[-1])})
+        start, last = int(np.isnan(trajectory.boxes[k, :, 0]).sum()), world.frames - 1
+        keys = [*range(start, last, KEYFRAMES), last]
         item = {"name": name, "boxes": {str(t): trajectory.boxes[k, t].round(1).tolist() for t in keys}}
-        if frames[0] > 0:
-            item["visible"] = [[int(frames[0]), world.frames - 1]]
+        if start:
+            item["visible"] = [[start, last]]
         elif not batch.by_box[0, batch.used[0].nonzero()[k, 0]]:
             item["mask"] = f"mask_{k}.png"
             write_image(out / item["mask"], trajectory.masks[k].astype(np.uint8) * 255)
