@@ -318,15 +318,13 @@ def _read_keyframes(
 def _read_mask(check: Check, field: str, file: Path, sizes: set[Size], image_size: Size) -> np.ndarray:
     """The `mask` image, of one of these sizes -> bool [height, width] of the generated size."""
     wanted = " or ".join(f"{w}x{h}" for h, w in sorted(sizes))
-
-    def check_size(got: Size) -> None:
-        check(got in sizes, field, f"{file} is {got[1]}x{got[0]} but the image is {wanted}; resize it")
-
     try:
         check(file.exists(), field, f"{file} does not exist; correct the path, relative to the JSON file")
-        mask = read_mask(file, check_size)
+        mask = read_mask(file)
     except BROKEN:
         check(False, field, f"{file} is not an image; save the mask as PNG")
+    height, width = mask.shape
+    check((height, width) in sizes, field, f"{file} is {width}x{height} but the image is {wanted}; resize it")
     check(mask.any(), field, f"{file} is empty; paint the object in any colour but black")
     mask = cover_nearest(mask, image_size)
     check(mask.any(), field, f"{file} vanishes at {image_size[1]}x{image_size[0]}; paint a larger object")

@@ -75,15 +75,14 @@ def read_picture(path: Path | str) -> np.ndarray:
     """
     image = open_upright(path)
     if image.mode in DEEP:
-        return np.repeat((grey(image) * 255).round().astype(np.uint8)[..., None], 3, axis=2)
-    profile, alpha = image.info.get("icc_profile"), None
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
+        image = Image.fromarray((grey(image) * 255).round().astype(np.uint8))
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if alpha or image.mode not in ("L", "CMYK"):
         image = image.convert("RGB")
-    if profile:
-        image = to_srgb(image, profile)
+    if profile := image.info.get("icc_profile"):
+        source, target = ImageCms.ImageCmsProfile, ImageCms.createProfile("sRGB")
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):  # garbled, or of another kind of picture
+            image = ImageCms.profileToProfile(image, source(io.BytesIO(profile)), target, outputMode="RGB")
     image = image.convert("RGB")
     return np.asarray(Image.composite(image, Image.new("RGB", image.size, "white"), alpha) if alpha else image)
 
@@ -103,13 +102,11 @@ def load_image(path: Path | str) -> np.ndarray:
         raise UserError(f"{path}: not a readable image ({reason(error)}); {mend}") from None
 
 
-def read_mask(path: Path | str, check: Callable[[Size], None]) -> np.ndarray:
+def read_mask(path: Path | str) -> np.ndarray:
     """A picture as a mask, bool [height, width]: what is at least half as bright as the brightest, or as opaque.
 
-    `check` is given (height, width) before anything is decoded. Raises one of BROKEN.
+    Raises one of BROKEN.
     """
-    with Image.open(path) as image:
-        check((image.height, image.width))
     image = open_upright(path)
     if image.mode in DEEP:
         strength = grey(image)
@@ -139,16 +136,6 @@ def grey(image: Image.Image) -> np.ndarray:
     return (values / full).clip(0, 1)
 
 
-def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Convert from this ICC profile to sRGB, or leave the colours as they are if the profile can't be used."""
-    try:
-        return ImageCms.profileToProfile(
-            image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError):  # garbled, or of another kind of picture
-        return image
-
-
 def ffmpeg(*arguments: object) -> list[str]:
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *map(str, arguments)]
 
@@ -156,8 +143,9 @@ def ffmpeg(*arguments: object) -> list[str]:
 def read_video(path: Path) -> Iterator[np.ndarray]:
     """The pictures [height, width, 3] uint8 that a video file holds, in their order. Raises one of BROKEN."""
     said = subprocess.run(ffmpeg("-i", f"file:{path}"), capture_output=True).stderr.decode(errors="replace")
-    about = next(iter(re.findall(r"Stream #\S+ .*?Video: (.*)", said)), "")
-    size = re.search(r"[ ,](\d+)x(\d+)[ ,\[]", f"{about},")
+    stream = re.search(r"Stream #\S+ .*?Video: (.*)", said)
+    about = f"{stream[1]}," if stream else ""
+    size = re.search(r"[ ,](\d+)x(\d+)[ ,\[]", about)
     if not size:
         raise ValueError("holds no picture that can be decoded" if about else "holds no video")
     width, height = int(size[1]), int(size[2])
@@ -180,7 +168,7 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
                 yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
             if job.wait():
                 errors.seek(0)
-                raise RuntimeError(reason(RuntimeError(errors.read().decode(errors="replace").strip())))
+                raise RuntimeError(errors.read().decode(errors="replace").strip())
             if pixels is None:
                 raise ValueError("holds no picture that can be decoded")
         finally:
@@ -233,15 +221,7 @@ def write_video(path: Path | str, frames: np.ndarray, fps: int) -> None:
                                 capture_output=True).stdout.splitlines()  # fmt: skip
         whole = sum(not line.startswith(b"#") for line in listed)  # a line for each picture in the file
         if encoded.returncode or whole != count:
-            said = encoded.stderr.decode(errors="replace").strip() or f"{whole} of {count} pictures arrived"
-            raise OSError(reason(OSError(said)))
-
-
-def write_animation(path: Path | str, frames: np.ndarray, fps: int) -> None:
-    """[T, H, W, 3] uint8 -> a gif that loops forever."""
-    with atomic(path) as temporary:
-        first, *rest = map(Image.fromarray, frames)
-        first.save(temporary, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+            raise OSError(encoded.stderr.decode(errors="replace").strip() or f"{whole} of {count} pictures arrived")
 
 
 def write_image(path: Path | str, image: np.ndarray) -> None:

@@ -717,7 +717,7 @@ def test_masks_are_read_as_the_project_reads_them(hands, photo, tmp_path):
         before = hands.objects[0]["mask"]
         chooser.value.set_files(file)
         hands.wait(f"state.objects[0].mask !== {before!r}")
-        want = read_mask(file, lambda _: None)
+        want = read_mask(file)
         assert np.array_equal(hands.mask(0), want)
     Image.fromarray(soft[:32]).save(tmp_path / "half.png")
     with hands.page.expect_file_chooser() as chooser:

@@ -1,6 +1,7 @@
 """tools/evaluate_folder.py: videos of the real world, with stand-ins for the networks that a user brings."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -67,9 +68,8 @@ def test_distances_are_those_of_a_matrix_square_root(world):
     scipy = pytest.importorskip("scipy.linalg", reason="the reference needs requirements-dev.txt")
     evaluate_folder.main(Config(networks="networks"))
     (row,) = rows(world)
-    sets = [
-        [evaluate_folder.read_whole(world / side / f"v{n}.mp4") for n in range(4)] for side in ("generated", "true")
-    ]
+    files = [[world / side / f"v{n}.mp4" for n in range(4)] for side in ("generated", "true")]
+    sets = [[evaluate_folder.read_whole(file) for file in side] for side in files]
 
     def reference(features: list[np.ndarray]) -> float:
         (a, b), (m, n) = ([np.cov(x.T) for x in features], [x.mean(0) for x in features])
@@ -77,9 +77,8 @@ def test_distances_are_those_of_a_matrix_square_root(world):
 
     images = [torch.cat([Inception()(v) for v in side]).double().numpy() for side in sets]
     assert row["fid"] == pytest.approx(reference(images), rel=0.05, abs=1e-4)
-    assert row["lpips"] == pytest.approx(
-        np.mean([(a.float() - b.float()).abs().mean() / 127.5 for a, b in zip(*sets, strict=True)]), abs=1e-4
-    )
+    lpips = [(a.float() - b.float()).abs().mean() / 127.5 for a, b in zip(*sets, strict=True)]
+    assert row["lpips"] == pytest.approx(np.mean(lpips), abs=1e-4)
     assert row["fvd"] >= 0 and row["videos"] == 4 and row["mask_iou"] is None
     assert "fid" in (world / "out/benchmark.md").read_text()
 
@@ -87,11 +86,8 @@ def test_distances_are_those_of_a_matrix_square_root(world):
 def test_overlaps_worked_out_by_hand(world):
     """One object shifted by half its width: IoU 1/3; a second one that is lost in one of two frames."""
     for n in range(4):
-        masks(
-            world / "true/masks",
-            f"v{n}",
-            [[[0, 0, 20, 20], None]] * 2 if n else [[[0, 0, 20, 20], [30, 10, 50, 30]]] * 2,
-        )
+        true = [[0, 0, 20, 20], None if n else [30, 10, 50, 30]]
+        masks(world / "true/masks", f"v{n}", [true] * 2)
         masks(world / "generated/masks", f"v{n}", [[[10, 0, 30, 20], None]] * 2 if n else
               [[[0, 0, 20, 20], [30, 10, 50, 30]], [[0, 0, 20, 20], None]])  # fmt: skip
     evaluate_folder.main(Config())
@@ -115,57 +111,45 @@ def two_masks(world, place):
         masks(world / place, f"v{n}", [[[0, 0, 20, 20], None]] * 2)
 
 
+def both_masks(world):
+    two_masks(world, "true/masks")
+    two_masks(world, "generated/masks")
+
+
+def too_few_masks(world):
+    both_masks(world)
+    (world / "generated/masks/v0/1.png").unlink()
+
+
+def no_objects(world):
+    both_masks(world)
+    masks(world / "true/masks", "v0", [[None, None]] * 2)
+
+
+def another_network(world):
+    torch.jit.script(torch.nn.ReLU()).save(world / "networks/i3d_torchscript.pt")
+
+
+NETWORKS = {"networks": "networks"}
 BAD = {  # what is wrong -> what makes it so, options, message
     "no videos": (None, {"generated": "empty"}, "--generated empty: holds no .mp4 files"),
+    "no folder": (None, {"generated": "nowhere"}, "--generated nowhere: holds no .mp4 files"),
     "no true one": (None, {"true": "empty"}, "--true empty: holds no v0.mp4, which is generated; 4 are missing"),
     "no video": (lambda world: (world / "true/v0.mp4").write_bytes(b"no video"), {}, "true/v0.mp4: can't be decoded"),
     "boxes alone": (lambda world: (world / "true/boxes").mkdir(), {}, "true/boxes: is compared with true/masks"),
-    "masks alone": (
-        lambda world: two_masks(world, "generated/masks"),
-        {},
-        "generated/masks: is compared with true/masks",
-    ),
-    "another network": (
-        lambda world: torch.jit.script(torch.nn.ReLU()).save(world / "networks/i3d_torchscript.pt"),
-        {"networks": "networks"},
-        "i3d_torchscript.pt: can't be called as --help says",
-    ),
-    "not a network": (
-        lambda world: (world / "networks/lpips.pt").write_text("no network"),
-        {"networks": "networks"},
-        "lpips.pt: no TorchScript file",
-    ),
+    "masks alone": (partial(two_masks, place="generated/masks"), {}, "generated/masks: is compared with true/masks"),
+    "another network": (another_network, NETWORKS, "i3d_torchscript.pt: no TorchScript file that works as --help says"),
+    "not a network": (lambda world: (world / "networks/lpips.pt").write_text("no network"), NETWORKS,
+                      "lpips.pt: no TorchScript file that works as --help says"),
     "no networks": (None, {"networks": "empty"}, "--networks empty: holds no inception-2015-12-05.pt, i3d_torchscript"),
-    "no masks of a video": (
-        lambda world: two_masks(world, "true/masks"),
-        {},
-        "generated/masks/v0: no such folder or video; every generated video needs one",
-    ),
-    "another size": (
-        lambda world: write_video(world / "true/v0.mp4", np.zeros((12, 24, 32, 3), np.uint8), fps=8),
-        {},
-        r"v0.mp4: \[12, 3, 48, 64\] generated, \[12, 3, 24, 32\] true",
-    ),
+    "no masks of a video": (partial(two_masks, place="true/masks"), {},
+                            "generated/masks/v0: no such folder or video; every generated video needs one"),
+    "another size": (lambda world: write_video(world / "true/v0.mp4", np.zeros((12, 24, 32, 3), np.uint8), fps=8), {},
+                     r"v0.mp4: \[12, 3, 48, 64\] generated, \[12, 3, 24, 32\] true"),
     "ending": (None, {"out": "x.txt"}, "--out x.txt: the name must end in .json"),
-    "too few masks": (
-        lambda world: (
-            two_masks(world, "true/masks"),
-            two_masks(world, "generated/masks"),
-            (world / "generated/masks/v0/1.png").unlink(),
-        ),
-        {},
-        "generated/masks/v0: has not as many frames as the true masks",
-    ),
-    "no objects": (
-        lambda world: (
-            two_masks(world, "true/masks"),
-            two_masks(world, "generated/masks"),
-            masks(world / "true/masks", "v0", [[None, None]] * 2),
-        ),
-        {},
-        "true/masks/v0: frame 0: shows no object",
-    ),
-}
+    "too few masks": (too_few_masks, {}, "generated/masks/v0: has not as many frames as the true masks"),
+    "no objects": (no_objects, {}, "true/masks/v0: frame 0: shows no object"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -197,8 +181,7 @@ def test_videos_without_a_counterpart_are_told_of(world, capsys):
     (world / "generated/v2.mp4").rename(world / "generated/v2.MP4")  # as some cameras name them
     evaluate_folder.main(Config(networks="networks"))
     assert "--generated generated: v3.mp4 is missing, 1 in all; they are left out" in capsys.readouterr().err
-    rows = json.loads((world / Config().out).read_text())
-    assert rows[0]["videos"] == 3
+    assert rows(world)[0]["videos"] == 3
     (world / "true/v0.mp4").unlink()
     with pytest.raises(UserError, match=r"--true true: holds no v0.mp4, which is generated; 1 are missing"):
         evaluate_folder.main(Config(networks="networks"))

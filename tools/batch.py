@@ -55,18 +55,16 @@ def read_jobs(path: Path) -> list[dict]:
         raise UserError(f"{path}: no column {lacking[0]}; the first line names the columns, of {known}")
     jobs = []
     for number, row in enumerate(rows):
-        job = {}
+        job = {"image": "", "traj": "", "prompt": ""}
         for name, text in row.items():
-            option = COLUMNS[name]
-            if job.get(option) and text.strip():
+            option, text = COLUMNS[name], text.strip()
+            if text and job.get(option):
                 raise UserError(f"{path}: row {number + 1}: two columns say its {option}; empty one of them")
-            if option:
-                job[option] = job.get(option) or text.strip()
-        job["out"] = job.get("out") or f"{path.stem}_{number:05d}.mp4"
-        seed = job.pop("seed", "")
-        if seed:
-            whole = re.fullmatch(r"(\d+)(\.0*)?", seed)  # 3.0 where the column has gaps
-            job["seed"] = int(whole[1]) if whole else seed
+            if text and option:
+                job[option] = text
+        job.setdefault("out", f"{path.stem}_{number:05d}.mp4")
+        if whole := re.fullmatch(r"(\d+)(\.0*)?", job.get("seed", "")):  # 3.0 where the column has gaps
+            job["seed"] = int(whole[1])
         for name in ("image", "traj", "out"):
             job[name] = job[name] and os.path.normpath(path.parent / job[name])
         jobs.append(job)
@@ -88,6 +86,5 @@ def share(jobs: list, procs: Processes) -> list:
     # Rank 0 looks for all: another might look when the first new videos are there already.
     done = set(procs.gather([job.out for job in jobs if procs.rank == 0 and os.path.exists(job.out)]))
     if procs.rank == 0 and done:
-        says = f"{len(done)} of {len(jobs)} videos stand already, and are not made again"
-        print(f"{says}; to make one anew, delete it")
+        print(f"{len(done)} of {len(jobs)} videos stand already, and are not made again; to make one anew, delete it")
     return [job for job in jobs if job.out not in done][procs.rank :: procs.world]

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 
 from core import media
-from core.boxes import place
+from core.boxes import fill_box, place
 from core.config import UserError, reason, run_script, shipped
 from core.files import output_path, write_text
 from core.weights import unpickle
-from trajectory import PALETTE, POINTS, Trajectory, check_input, draw_overlay, load_trajectory, read_boxes_json
+from trajectory import PALETTE, POINTS, Check, Trajectory, check_input, draw_overlay, load_trajectory, read_boxes_json
 
-MOST_FRAMES, MOST_BYTES = 10_000, 1 << 30
+MOST_BYTES = 1 << 30
 # Arrays of point tracks by the names that CoTracker, TAPIR, TAP-Vid, SpatialTracker and others give them.
 TRACKS = ("tracks", "pred_tracks", "target_points", "trajs", "trajectories")
 VISIBLE = ("visibility", "visibilities", "pred_visibility", "visible", "visibles", "vis")
@@ -65,71 +65,72 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
     `frames`: how many T is, to tell [T, K, 2] from [K, T, 2].
     """
-
-    def numbers(array: np.ndarray | torch.Tensor) -> np.ndarray:
-        return np.asarray(array.detach().double() if isinstance(array, torch.Tensor) else array, dtype=float)
-
-    check = partial(check_input, path)
+    check, form = partial(check_input, path), "give [T, K, 2], or [T, K, 3] with visibility last"
     check(path.is_file(), "", "no such file; correct the path")
-    check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; are these point tracks?")
-    shown, form = None, "give [T, K, 2], or [T, K, 3] with visibility last"
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                unpacked = sum(member.file_size for member in archive.infolist())
-            check(unpacked <= MOST_BYTES, "", f"unpacks to more than {MOST_BYTES >> 20} MiB; are these point tracks?")
-        if path.suffix.lower() == ".txt":
-            text = path.read_text(encoding="utf-8-sig")
-            lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
-            points = np.array([[np.nan if v == "-" else float(v) for v in line] for line in lines])
-            points = points.reshape(len(lines), -1, 2)
-        elif path.suffix.lower() in (".pt", ".pth"):
-            points = unpickle(path)
-        else:
-            points = np.load(path, allow_pickle=False)
-        if isinstance(points, bytes):  # as ATI writes them: a packed array [K, T, 1, 3], in eighths of a pixel
-            points = np.load(io.BytesIO(points), allow_pickle=False)["array"]
-            points = np.asarray(points, dtype=float)[:, :, 0].swapaxes(0, 1) / [8, 8, 1]
-        if isinstance(points, tuple | list) and len(points) == 2:  # as CoTracker returns them
-            points = dict(zip(("pred_tracks", "pred_visibility"), points, strict=True))
-        if not isinstance(points, np.ndarray | torch.Tensor):
-            says = f"holds a {type(points).__name__}, neither an array nor a dict of them; {form}"
-            check(isinstance(points, Mapping), "", says)
-            if isinstance(points, dict):
-                points = {name: part for name, part in points.items() if part is not None}
-            held = [str(name) for name in points]
-            names, flags = ([name for name in known if name in held] for known in (TRACKS, (*VISIBLE, *HIDDEN)))
-            check(len(names) == 1, "", f"holds {', '.join(held)}; name the tracks {' or '.join(TRACKS)}")
-            unknown = [name for name in held if name not in (*names, *flags, *IGNORED)]
-            seen = f"which points are seen is told by {', '.join((*VISIBLE, *HIDDEN))}"
-            check(not unknown, "", f"{', '.join(unknown)}: not understood; {seen}")
-            check(len(flags) < 2, "", f"holds {' and '.join(flags)}; leave one out")
-            shown = numbers(points[flags[0]]) if flags else None
-            shown = 1 - shown if flags and flags[0] in HIDDEN else shown
-            points = points[names[0]]
-        points = numbers(points)
+        points, shown = find_arrays(read_tracks(path), check)
     except pickle.UnpicklingError:
         check(False, "", f"holds more than tensors, code perhaps, or is garbled, so it is not opened; {form}")
     except (*media.BROKEN, TypeError, MemoryError, zipfile.BadZipFile, tokenize.TokenError) as error:
         check(False, "", f"can't be read as point tracks ({reason(error)}); {form}")
     points = points[0] if points.ndim == 4 and len(points) == 1 else points
-    shown = shown if shown is None or shown.ndim < 3 else shown.reshape([n for n in shown.shape if n > 1] or [1])
-    if points.ndim == 3 and len(points) != frames == points.shape[1]:  # point by point, as TAPIR and TAP-Vid have them
-        points = points.swapaxes(0, 1)
-        shown = shown.T if shown is not None and shown.shape == points.shape[1::-1] else shown
     check(points.ndim == 3 and points.shape[2] in (2, 3) and points.size > 0, "", f"is {list(points.shape)}; {form}")
-    check(len(points) <= MOST_FRAMES, "", f"has {len(points)} frames; {MOST_FRAMES} is the most")
     if points.shape[2] == 3:
         points, shown = points[..., :2], points[..., 2]
-        flags = not ((shown < 0) | (shown > 1)).any()
-        check(flags, "", "the third number of a point is visibility, 0 to 1; leave it out if it is something else")
+        fine = not ((shown < 0) | (shown > 1)).any()
+        check(fine, "", "the third number of a point is visibility, 0 to 1; leave it out if it is something else")
     check(np.isfinite(points).any(), "", "no point has a place in any frame; give other tracks")
-    part = np.nanmax(np.abs(points), initial=0) <= 1 < points.size
-    check(not part, "", "all coordinates lie within 1 pixel; if they are parts of the picture, multiply by its size")
-    shown = np.ones(points.shape[:2]) if shown is None else shown
-    shown = shown.reshape(points.shape[:2]) if shown.size == points[..., 0].size else shown
-    check(shown.shape == points.shape[:2], "visibility", f"is {list(shown.shape)}; give {list(points.shape[:2])}")
-    return points, (shown > 0.5) & np.isfinite(points).all(-1)
+    mend = "if they are parts of the picture, multiply by its size"
+    check(np.nanmax(np.abs(points)) > 1, "", f"all coordinates lie within 1 pixel; {mend}")
+    shape = points.shape[:2]
+    shown = np.ones(shape) if shown is None else shown
+    alike = [n for n in shown.shape if n > 1] == [n for n in shape if n > 1]
+    check(alike, "visibility", f"is {list(shown.shape)}; give {list(shape)}")
+    shown = (shown.reshape(shape) > 0.5) & np.isfinite(points).all(-1)
+    if shape[0] != frames == shape[1]:  # point by point, as TAPIR and TAP-Vid have them
+        points, shown = points.swapaxes(0, 1), shown.T
+    return points, shown
+
+
+def numbers(array: np.ndarray | torch.Tensor) -> np.ndarray:
+    return np.asarray(array.detach().double() if isinstance(array, torch.Tensor) else array, dtype=float)
+
+
+def read_tracks(path: Path) -> object:
+    """What a file of point tracks holds: an array, or arrays by name. Raises what readers raise."""
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    check_input(path, size <= MOST_BYTES, "", f"unpacks to more than {MOST_BYTES >> 20} MiB; are these point tracks?")
+    if path.suffix.lower() == ".txt":
+        lines = path.read_text(encoding="utf-8-sig").replace(",", " ").splitlines()
+        rows = [[np.nan if word == "-" else float(word) for word in line.split()] for line in lines if line.strip()]
+        return np.array(rows).reshape(len(rows), -1, 2)
+    held = unpickle(path) if path.suffix.lower() in (".pt", ".pth") else np.load(path, allow_pickle=False)
+    if isinstance(held, bytes):  # as ATI writes them: a packed array [K, T, 1, 3], in eighths of a pixel
+        packed = np.load(io.BytesIO(held), allow_pickle=False)["array"]
+        return np.asarray(packed, dtype=float)[:, :, 0].swapaxes(0, 1) / [8, 8, 1]
+    if isinstance(held, tuple | list) and len(held) == 2:  # as CoTracker returns them
+        return dict(zip(("pred_tracks", "pred_visibility"), held, strict=True))
+    return held
+
+
+def find_arrays(held: object, check: Check) -> tuple[np.ndarray, np.ndarray | None]:
+    """The tracks among what a file holds, and which points are visible, where it says so."""
+    if isinstance(held, np.ndarray | torch.Tensor):
+        return numbers(held), None
+    problem = f"holds a {type(held).__name__}, neither an array nor a dict of them; give [T, K, 2]"
+    check(isinstance(held, Mapping), "", problem)
+    names = [str(name) for name in held if not isinstance(held, dict) or held[name] is not None]
+    tracks, flags = ([name for name in known if name in names] for known in (TRACKS, (*VISIBLE, *HIDDEN)))
+    check(len(tracks) == 1, "", f"holds {', '.join(names)}; name the tracks {' or '.join(TRACKS)}")
+    unknown = [name for name in names if name not in (*tracks, *flags, *IGNORED)]
+    seen = f"which points are seen is told by {', '.join((*VISIBLE, *HIDDEN))}"
+    check(not unknown, "", f"{', '.join(unknown)}: not understood; {seen}")
+    check(len(flags) < 2, "", f"holds {' and '.join(flags)}; leave one out")
+    points, shown = numbers(held[tracks[0]]), numbers(held[flags[0]]) if flags else None
+    return points, 1 - shown if flags and flags[0] in HIDDEN else shown
 
 
 def own_size(path: Path) -> media.Size:
@@ -138,9 +139,7 @@ def own_size(path: Path) -> media.Size:
     check(path.exists(), "", "no such file; correct the path")
     if path.is_dir() or path.suffix.lower() in media.VIDEO_SUFFIXES:
         return next(media.read_frames(path, check)).shape[:2]
-    if path.suffix.lower() in POINTS:
-        read_points(path)  # a file that can't be read is the first thing to report
-    elif "width" in (top := read_boxes_json(path)):
+    if path.suffix.lower() not in POINTS and "width" in (top := read_boxes_json(path)):
         return top["height"], top["width"]
     raise UserError(f"{path}: doesn't say how large its frame is; give --size, height x width as in 704x1280")
 
@@ -164,10 +163,7 @@ def from_points(cfg: Config, size: media.Size, source_size: media.Size) -> Traje
     mend = "leave it out with --pick, or correct --size or --source_size"
     check(inside[0].all(), "", f"point {inside[0].argmin()} is not to be seen in frame 0; {mend}")
     boxes[~inside] = np.nan
-    masks = np.zeros((count, *size), dtype=bool)
-    for mask, (x0, y0, x1, y1) in zip(masks, boxes[0].round().astype(int), strict=True):
-        mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = True
-    colors = np.array(PALETTE[:count], dtype=np.uint8)
+    masks, colors = np.stack([fill_box(box, size) for box in boxes[0]]), np.array(PALETTE[:count], dtype=np.uint8)
     return Trajectory(boxes.transpose(1, 0, 2), masks, colors, [f"point {k}" for k in range(count)])
 
 
@@ -191,7 +187,8 @@ def write_boxes(path: Path, trajectory: Trajectory) -> None:
 
 
 def main(cfg: Config) -> None:
-    source_size, out = read_size("source_size", cfg.source_size) if cfg.source_size else None, Path(cfg.to)
+    out = Path(cfg.to)
+    source_size = read_size("source_size", cfg.source_size) if cfg.source_size else None
     size = read_size("size", cfg.size) if cfg.size else source_size or own_size(Path(cfg.source))
     source_size, preview = source_size or size, out.with_suffix(".preview.mp4")
     if out.suffix not in (".json", ".mp4", ""):

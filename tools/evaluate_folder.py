@@ -19,12 +19,12 @@ IoU is averaged over the frames in which the truth shows the object, then over o
 found counts as 0. As in FlashBench, rows are for all videos and by number of objects.
 """
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -52,30 +52,22 @@ class Config:
 def read_whole(path: Path) -> Tensor:
     """uint8 [T, 3, h, w]."""
     check = partial(check_input, path)
-    frames = read_frames(path, check)
-    first = next(frames)
-    most = MOST_VIDEO // first[..., 0].size
-    video = [first, *islice(frames, most)]
-    check(len(video) <= most, "", f"more than {MOST_VIDEO} pixels in all its frames; cut it")
+    video = []
+    for frame in read_frames(path, check):
+        video.append(frame)
+        check(len(video) * frame[..., 0].size <= MOST_VIDEO, "", f"more than {MOST_VIDEO} pixels in its frames; cut it")
     return torch.from_numpy(np.stack(video)).permute(0, 3, 1, 2)
 
 
-def open_network(path: Path, use: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`use(network, ...)` with the network of a TorchScript file."""
+@contextlib.contextmanager
+def blame(path: Path) -> Iterator[None]:
+    """UserError that names the file, if a network that the user brought fails."""
     try:
-        network = torch.jit.load(path).eval()
+        yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, but not the file's fault
+        raise
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{path}: no TorchScript file ({reason(error)})") from None
-
-    def call(*inputs: Tensor) -> Tensor:
-        try:
-            return use(network, *inputs)
-        except torch.OutOfMemoryError:  # a RuntimeError too, but not the file's fault
-            raise
-        except RuntimeError as error:
-            raise UserError(f"{path}: can't be called as --help says ({reason(error)})") from None
-
-    return call
+        raise UserError(f"{path}: no TorchScript file that works as --help says ({reason(error)})") from None
 
 
 def image_features(network: Callable, *videos: Tensor) -> list[Tensor]:
@@ -125,85 +117,86 @@ def read_labels(path: Path, colors: np.ndarray | None = None) -> tuple[list[np.n
     return labels, colors
 
 
-def box_overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """IoU of two boxes [4]; 0 if the first is NaN."""
-    both = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0).prod()
-    areas = [(box[2:] - box[:2]).prod() for box in (a, b)]
-    return float(both / (areas[0] + areas[1] - both)) if both > 0 else 0.0
+def box_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of boxes [..., 4]; 0 where one is NaN."""
+    both = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0).prod(-1)
+    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b)]
+    return np.nan_to_num(both / (areas[0] + areas[1] - both))
 
 
 def overlaps(cfg: Config, name: str) -> dict[str, float]:
-    """A video's mask IoU, box IoU and number of objects."""
+    """A video's mask IoU, box IoU and number of objects K."""
     true_path, path = (find_masks(folder, name) for folder in (cfg.true, cfg.generated))
     true, colors = read_labels(true_path)
-    found, count, boxes = read_labels(path, colors)[0], len(colors), None
-    if len(found) != len(true):
-        raise UserError(f"{path}: has not as many frames as the true masks; give one of each frame")
+    found, _ = read_labels(path, colors)
+    if [label.shape for label in found] != [label.shape for label in true]:
+        raise UserError(f"{path}: has not as many frames as the true masks, of their size; give one of each frame")
+    count = len(colors)
+    boxes, found_boxes = (np.stack([extents(label, count) for label in both], axis=1) for both in (true, found))
     if (file := Path(cfg.true) / "boxes" / f"{name}.json").parent.is_dir():
-        boxes = load_trajectory(file, true[0].shape, len(true)).boxes
+        given = load_trajectory(file, true[0].shape, len(true)).boxes
         # Boxes come in an order of their own; the masks of frame 0 tell which is whose.
-        order = [int(np.argmax([box_overlap(track[0], box) for track in boxes])) for box in extents(true[0], count)]
-        fine = sorted(order) == list(range(len(boxes)))
+        order = [int(box_overlap(given[:, 0], box).argmax()) for box in boxes[:, 0]]
+        fine = sorted(order) == list(range(len(given)))
         check_input(file, fine, "objects", f"are not the {count} that frame 0 of {true_path} shows")
-        boxes = boxes[order]
-    mask_ious, box_ious = ([[] for _ in colors] for _ in range(2))
-    for t, (want, got) in enumerate(zip(true, found, strict=True)):
-        if want.shape != got.shape:
-            raise UserError(f"{path}: frame {t} is {got.shape}, the true mask {want.shape}; give one size")
-        true_boxes = extents(want, count) if boxes is None else boxes[:, t]
-        for k, (true_box, box) in enumerate(zip(true_boxes, extents(got, count), strict=True)):
-            a, b = want == k, got == k
-            if a.any():
-                mask_ious[k].append((a & b).sum() / (a | b).sum())
-            if np.isfinite(true_box).all():
-                box_ious[k].append(box_overlap(box, true_box))
-    means = [[np.mean(values) for values in per_object if values] for per_object in (mask_ious, box_ious)]
+        boxes = given[order]
+    true, found = np.stack(true), np.stack(found)
+    mask_ious, box_ious = [], []  # of each object, in the frames that show it
+    for k in range(count):
+        want, got = (labels[(true == k).any((1, 2))] == k for labels in (true, found))
+        mask_ious.append((want & got).sum((1, 2)) / (want | got).sum((1, 2)))
+        shown = np.isfinite(boxes[k]).all(-1)
+        box_ious.append(box_overlap(found_boxes[k, shown], boxes[k, shown]))
+    means = ([values.mean() for values in ious if len(values)] for ious in (mask_ious, box_ious))
     mask_iou, box_iou = (float(np.mean(values)) if values else math.nan for values in means)
     return {"mask_iou": mask_iou, "box_iou": box_iou, "objects": count}
 
 
 @torch.no_grad()
 def main(cfg: Config) -> None:
-    out = output_path(cfg.out, ".json")
-    masked = (Path(cfg.true) / "masks").is_dir()
+    out, masked = output_path(cfg.out, ".json"), (Path(cfg.true) / "masks").is_dir()
     for folder in (Path(cfg.generated) / "masks", Path(cfg.true) / "boxes"):
         if folder.is_dir() and not masked:
             raise UserError(f"{folder}: is compared with {cfg.true}/masks, which is missing")
-    for flag in ("generated", "true"):
-        if not Path(getattr(cfg, flag)).is_dir():
-            raise UserError(f"--{flag} {getattr(cfg, flag)}: no such folder; correct the path")
     made_of, true_of = videos(cfg.generated), videos(cfg.true)
     if not made_of:
         raise UserError(f"--generated {cfg.generated}: holds no .mp4 files")
     if alone := sorted(made_of.keys() - true_of.keys()):
         raise UserError(f"--true {cfg.true}: holds no {alone[0]}.mp4, which is generated; {len(alone)} are missing")
     if alone := sorted(true_of.keys() - made_of.keys()):
-        said = f"--generated {cfg.generated}: {alone[0]}.mp4 is missing, {len(alone)} in all; they are left out"
-        print(said, file=sys.stderr)
+        absent = f"{alone[0]}.mp4 is missing, {len(alone)} in all; they are left out"
+        print(f"--generated {cfg.generated}: {absent}", file=sys.stderr)
     files = {measure: Path(cfg.networks) / name for measure, (name, _) in NETWORKS.items() if cfg.networks}
-    networks = {measure: open_network(file, NETWORKS[measure][1]) for measure, file in files.items() if file.exists()}
+    networks = {}
+    for measure, file in files.items():
+        if file.exists():
+            with blame(file):
+                networks[measure] = torch.jit.load(file).eval()
     if files and not networks:
-        raise UserError(f"--networks {cfg.networks}: holds no {', '.join(file for file, _ in NETWORKS.values())}")
+        raise UserError(f"--networks {cfg.networks}: holds no {', '.join(file.name for file in files.values())}")
     scores = []  # of each video; its features until the distance between the sets is taken
     for name in sorted(made_of):
         made, true = read_whole(made_of[name]), read_whole(true_of[name])
         if made.shape != true.shape:
-            shapes = f"{list(made.shape)} generated, {list(true.shape)} true"
-            raise UserError(f"{name}.mp4: {shapes}; cut or resize one")
+            raise UserError(f"{name}.mp4: {[*made.shape]} generated, {[*true.shape]} true; cut or resize one")
         if "fvd" in networks and len(made) < 10:
             raise UserError(f"{name}.mp4: {len(made)} frames; FVD needs 10 at least")
-        score = {measure: network(made, true) for measure, network in networks.items()}
-        scores.append(score | (overlaps(cfg, name) if masked else {}))
+        scores.append(overlaps(cfg, name) if masked else {})
+        for measure, network in networks.items():
+            with blame(files[measure]):
+                scores[-1][measure] = NETWORKS[measure][1](network, made, true)
     rows = []
-    for group in ("all", *sorted({score["objects"] for score in scores if "objects" in score})):
+    for group in ("all", *sorted({score["objects"] for score in scores if masked})):
         members = [score for score in scores if group in ("all", score.get("objects"))]
         row = {"name": Path(cfg.generated).name, "videos": len(members), "objects": group}
-        for measure in ("fid", "fvd"):
-            sets = [torch.cat(side) for side in zip(*(m[measure] for m in members if measure in m), strict=True)]
-            row[measure] = round(frechet_distance(*sets), 4) if sets and len(sets[0]) > 1 else None
-        for measure in ("mask_iou", "box_iou", "lpips"):
-            values = [float(m[measure]) for m in members if measure in m and math.isfinite(m[measure])]
-            row[measure] = round(float(np.mean(values)), 4) if values else None
+        for measure in ("fid", "fvd", "mask_iou", "box_iou", "lpips"):
+            values, result = [member[measure] for member in members if measure in member], None
+            if measure in ("fid", "fvd"):
+                sets = [torch.cat(side) for side in zip(*values, strict=True)]
+                result = frechet_distance(*sets) if sets and len(sets[0]) > 1 else None
+            elif finite := [float(value) for value in values if math.isfinite(value)]:
+                result = float(np.mean(finite))
+            row[measure] = None if result is None else round(result, 4)
         rows.append(row)
     print(markdown(rows))
     write_rows(out, rows)

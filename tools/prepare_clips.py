@@ -14,7 +14,7 @@ A clip that can't be used is left out, and rejected.csv says why. If the command
 import csv
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -56,8 +56,6 @@ WAN5B = replace(
     frames=121,  # (Wan)
     maps="outline",  # (paper)
 )
-
-
 SHARD = 16  # clips per file
 
 
@@ -73,21 +71,20 @@ class Clip:
     end: int | None = None  # the frame after the last
 
 
+def require(fine: object, problem: str) -> None:
+    if not fine:
+        raise UserError(problem)
+
+
 def find_clips(source: Path) -> list[Clip]:
     """The clips of a CSV in its order, or of a folder by name. UserError if there are none."""
-    if source.is_dir():
-        files = sorted(file for file in source.iterdir() if file.is_file() and not file.name.startswith("."))
-        videos = {file.stem for file in files if file.suffix.lower() in VIDEO_SUFFIXES}
-        files = [file for file in files if file.suffix not in (".txt", ".json") or file.stem not in videos]
-        clips = [Clip(f, read_caption(f.with_suffix(".txt")), f.with_suffix(".json")) for f in files]  # others: listed
-    else:
-        rows = read_table(source)
-        if absent := [name for name in ("path", "num_frames", "text") if name not in rows[0]]:
-            raise UserError(f"{source}: has no column {', '.join(absent)}; its first line must name the columns")
-        clips = [read_row(source, line, row) for line, row in enumerate(rows, start=2)]
-    if not clips or (source.is_dir() and not videos):
-        raise UserError(f"{source}: holds no clips; give a CSV with rows or a folder with videos")
-    return clips
+    if not source.is_dir():
+        return [read_row(source, line, row) for line, row in enumerate(read_table(source), start=2)]
+    files = sorted(file for file in source.iterdir() if file.is_file() and not file.name.startswith("."))
+    videos = {file.stem for file in files if file.suffix.lower() in VIDEO_SUFFIXES}
+    require(videos, f"{source}: holds no clips; give a CSV with rows or a folder with videos")
+    files = [file for file in files if file.suffix not in (".txt", ".json") or file.stem not in videos]
+    return [Clip(f, read_caption(f.with_suffix(".txt")), f.with_suffix(".json")) for f in files]  # no video: rejected
 
 
 def read_caption(file: Path) -> str:
@@ -100,21 +97,17 @@ def read_caption(file: Path) -> str:
 
 def read_row(source: Path, line: int, row: dict[str, str]) -> Clip:
     """One row of a CSV, whose paths are relative to its folder."""
-    folder, video = source.parent, source.parent / row["path"]
+    absent = [name for name in ("path", "num_frames", "text") if name not in row]
+    require(not absent, f"{source}: has no column {', '.join(absent)}; its first line must name the columns")
     try:
         start, end = int(row.get("mask_start_index") or 0), int(row.get("mask_end_index") or row["num_frames"])
     except ValueError:
         raise UserError(f"{source}: line {line}: a frame number is not a whole number; correct it") from None
-    if start < 0:
-        raise UserError(f"{source}: line {line}: mask_start_index is negative; correct it")
+    require(start >= 0, f"{source}: line {line}: mask_start_index is negative; correct it")
+    folder, video = source.parent, source.parent / row["path"]
     masks = row.get("trajectory_maps_path") or f"masks/{video.stem}"
     boxes = row.get("box_path") or f"boxs/{video.stem}"
     return Clip(video, row["text"].strip(), folder / boxes, folder / masks, start, end)
-
-
-def require(fine: bool, reason: str) -> None:
-    if not fine:
-        raise UserError(reason)
 
 
 def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, maps: Maps = "outline") -> dict[str, Tensor]:
@@ -123,7 +116,7 @@ def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, maps: Maps =
     `fit` gives the clip's (height, width) for the file's. UserError with the reason if a clip can't be used.
     """
     require(clip.video.suffix.lower() in VIDEO_SUFFIXES, f"no video; read are {', '.join(sorted(VIDEO_SUFFIXES))}")
-    require(bool(clip.caption), "no caption, or none in UTF-8")
+    require(clip.caption, "no caption, or none in UTF-8")
     require(clip.video.exists(), "no such video")
     try:
         stack = list(islice(read_video(clip.video), clip.start, clip.start + frames))
@@ -131,32 +124,33 @@ def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, maps: Maps =
         raise UserError("the video can't be decoded") from None
     length = len(stack) if clip.end is None else min(len(stack), clip.end - clip.start)
     require(length == frames, f"{length} frames of {frames}")
-    height, width = stack[0].shape[:2]
-    size = fit((height, width))
+    height, width = own = stack[0].shape[:2]
+    size = fit(own)
     require(height >= size[0] and width >= size[1], f"{width}x{height} is smaller than {size[1]}x{size[0]}")
     video = cover_frames(np.stack(stack), size) / 127.5 - 1
     if clip.boxes.suffix == ".json":
-        trajectory = load_trajectory(clip.boxes, size, frames, (height, width), cut=True)
+        trajectory = load_trajectory(clip.boxes, size, frames, own, cut=True)
         return {"video": video, "box": trajectory.maps("box", video[:, 0] if maps == "pixels" else None)}
     require(maps == "outline", "painted maps, which hold no pixels of the clip; give a boxes.json")
-    paths = {"mask": clip.masks, "box": clip.boxes}
-    mask, box = (read_maps(f"{kind} maps", path, (height, width), size, frames) for kind, path in paths.items())
+    mask, box = (read_maps(*each, own, size, frames) for each in (("mask", clip.masks), ("box", clip.boxes)))
     box[:, 0] = mask[:, 0]  # frame 0 of every condition is the segmentation mask
     return {"video": video, "mask": mask, "box": box}
 
 
-def read_maps(what: str, path: Path, source: Size, size: Size, frames: int) -> Tensor:
-    """The first maps of a folder or video, for a video of size `source`: [3, T, *size] in [-1, 1]. Raises UserError."""
-    require(path.exists(), f"{what}: {path} does not exist")
-    maps = list(islice(read_frames(path, lambda fine, _, why: require(fine, f"{what}: {why}")), frames))
-    require(len(maps) == frames, f"{what}: {len(maps)} frames of {frames}")
-    height, width = maps[0].shape[:2]
-    require(all(m.shape == maps[0].shape for m in maps), f"{what}: not all of one size")
-    alike = abs(height * source[1] / (width * source[0]) - 1) < 0.02  # the sides of small maps are rounded
-    sizes = f"{width}x{height}, of another shape than the video's {source[1]}x{source[0]}"
-    require(alike, f"{what}: {sizes}")
+def read_maps(kind: str, path: Path, own: Size, size: Size, frames: int) -> Tensor:
+    """The first maps of a folder or video, for a video of size `own`: [3, T, *size] in [-1, 1]. Raises UserError."""
+
+    def check(fine: object, _field: str, problem: str) -> None:
+        require(fine, f"{kind} maps: {problem}")
+
+    check(path.exists(), "", f"{path} does not exist")
+    maps = list(islice(read_frames(path, check), frames))
+    check(len(maps) == frames, "", f"{len(maps)} frames of {frames}")
+    for height, width, _ in (frame.shape for frame in maps):
+        alike = abs(height * own[1] / (width * own[0]) - 1) < 0.02  # the sides of small maps are rounded
+        check(alike, "", f"{width}x{height}, of another shape than the video's {own[1]}x{own[0]}")
     fitted = torch.from_numpy(np.stack([cover_nearest(m, size) for m in maps])).permute(3, 0, 1, 2).float() / 127.5 - 1
-    require(bool((fitted[:, 0] > -0.8).any()), f"{what}: frame 0 shows no object")
+    check((fitted[:, 0] > -0.8).any(), "", "frame 0 shows no object")
     return fitted
 
 
@@ -168,64 +162,56 @@ def darken(maps: Tensor, share: float, number: int) -> Tensor:
 
 def main(cfg: Config) -> None:
     """Encode captions, then videos and maps, shard by shard; the processes share the shards among them."""
-    if not cfg.source:
-        raise UserError("--source: missing; give a CSV in MagicData's format or a folder of videos")
+    require(cfg.source, "--source: missing; give a CSV in MagicData's format or a folder of videos")
     check_options(cfg)
     procs = parallel.init_processes()
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
     codec.video_size(cfg.size, cfg.frames)
-    out = Path(cfg.out)
-    clips = find_clips(Path(cfg.source))
-    starts = range(0, len(clips), SHARD)
+    out, clips = Path(cfg.out), find_clips(Path(cfg.source))
     if procs.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        check_shards(out, cfg, clips)
-        for unfinished in out.glob(".tmp*"):  # of a killed run
-            unfinished.unlink()
+        check_shards(out / "config.json", cfg, clips)
     procs.barrier()
 
-    def missing(kind: str) -> list[tuple[int, Path]]:
-        """This process's shards that are still to be made: the first clip and the file of each."""
-        own = [(n, out / f"{kind}-{n // SHARD:05}.safetensors") for n in starts[procs.rank :: procs.world]]
-        return [(start, file) for start, file in own if not file.exists()]
+    def missing(kind: str, title: str) -> Iterator[tuple[int, list[Clip], Path]]:
+        """This process's shards that are still to be made: the number of the first clip, the clips and the file."""
+        starts = range(0, len(clips), SHARD)[procs.rank :: procs.world]
+        files = [(n, clips[n : n + SHARD], out / f"{kind}-{n // SHARD:05}.safetensors") for n in starts]
+        return tqdm([shard for shard in files if not shard[2].exists()], title, disable=procs.rank > 0)
 
-    if todo := missing("text"):
-        encode = codec.text_encoder()  # large, and not needed below
-        for start, file in tqdm(todo, "captions", disable=procs.rank > 0):
-            captions = [clip.caption for clip in clips[start : start + SHARD]]
-            names = [*map(str, range(start, start + len(captions))), "empty", "negative"]
-            rows = zip(names, encode([*captions, "", codec.negative]), strict=True)
-            write_safetensors(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, {})
-        del encode
-    for start, file in tqdm(missing("latents"), "clips", disable=procs.rank > 0):
+    encode = None
+    for start, shard, file in missing("text", "captions"):
+        encode = encode or codec.text_encoder()
+        names = [*map(str, range(start, start + len(shard))), "empty", "negative"]
+        rows = zip(names, encode([*(clip.caption for clip in shard), "", codec.negative]), strict=True)
+        write_safetensors(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, {})
+    del encode  # it is large
+    for start, shard, file in missing("latents", "clips"):
         tensors, rejected = {}, []
-        for number, clip in enumerate(clips[start : start + SHARD], start):
+        for number, clip in enumerate(shard, start):
             try:
                 parts = read_clip(clip, partial(codec.video_size, cfg.size, cfg.frames), cfg.frames, cfg.maps)
             except UserError as reason:
                 rejected.append((str(clip.video), str(reason)))
                 continue
             parts["box"] = darken(parts["box"], cfg.sparse, number)
-            for kind, video in parts.items():
-                tensors[f"{number}.{kind}"] = codec.encode_video(video[None])[0]
+            tensors |= {f"{number}.{kind}": codec.encode_video(video[None])[0] for kind, video in parts.items()}
         write_safetensors(file, tensors, {"rejected": json.dumps(rejected)})
     procs.barrier()
     if procs.rank == 0:
         report(out)
 
 
-def check_shards(out: Path, cfg: Config, clips: list[Clip]) -> None:
-    """Write down what the shards are made from. UserError if there are shards made from something else."""
+def check_shards(file: Path, cfg: Config, clips: list[Clip]) -> None:
+    """Write to a file what the shards beside it are made from. UserError if it says that they hold something else."""
     sizes = [clip.video.stat().st_size if clip.video.exists() else 0 for clip in clips]
     contents = zlib.crc32(repr([clips, sizes]).encode(errors="surrogateescape"))
-    file = out / "config.json"
     options = asdict(cfg) | {"shard": SHARD, "clips": len(clips), "contents": contents}
     del options["out"], options["weights"]
     if not file.exists():
         return write_text(file, json.dumps(options, indent=1))
-    before = {"maps": "outline"} | read_config(file)  # older shards hold outlines, and don't say so
-    if other := [name for name, now in options.items() if before.get(name, now) != now]:
-        were = ", ".join("other captions or videos" if n == "contents" else f"{n} {before[n]}" for n in other)
+    before = read_config(file)
+    if other := [name for name, now in options.items() if before.get(name) != now]:
+        were = ", ".join("other captions or videos" if n == "contents" else f"{n} {before.get(n)}" for n in other)
         raise UserError(f"{file}: shards of other clips lie here ({were}); give another --out")
 
 

@@ -60,7 +60,7 @@ def enlarge(trajectory: Trajectory, path: str | Path, size: Size) -> Trajectory:
         if not trajectory.masks[k].any():
             continue  # it enters later
         if "mask" in item:
-            painted = read_mask(Path(path).parent / item["mask"], lambda got: None)
+            painted = read_mask(Path(path).parent / item["mask"])
             masks[k] = resize_mask(painted, crop_box(painted.shape, trajectory.size))
         else:
             masks[k] = fill_box(boxes[k, 0], size)
