@@ -19,6 +19,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -41,7 +42,7 @@ from core.weights import split_key
 from data import open_codec
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 from tools.batch import overlay_path, read_jobs, share
-from tools.serve import Stage, serve_page
+from tools.serve import serve_page
 from toy.detail import add_detail, enlarge, full_size
 from trajectory import Maps, Trajectory, draw_overlay, load_trajectory
 from wan.lora import merge
@@ -96,6 +97,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"--guidance {cfg.guidance}: the fast networks have none; add --speed slow")
     if cfg.shift < 0:
         raise UserError(f"--shift {cfg.shift}: greater than 0, or 0 for the sampler's own")
+    if not isinstance(cfg.seed, int) or cfg.seed < 0:  # a table may hold anything
+        raise UserError(f"--seed {cfg.seed}: a whole number, 0 at least")
     if cfg.detail and cfg.preset == "wan5b":
         raise UserError("--detail true: preset wan5b makes large videos as it is; leave it out")
     if cfg.serve and (cfg.batch or "RANK" in os.environ):
@@ -140,8 +143,6 @@ class Condition(NamedTuple):
 def read_condition(job: Config, codec: Codec) -> Condition:
     """Read and check what a video is made from, and where it goes. UserError if it can't be made."""
     check(job)
-    if not isinstance(job.seed, int) or job.seed < 0:
-        raise UserError(f"--seed {job.seed}: a whole number, 0 at least")
     for name in ("image", "traj"):
         if not getattr(job, name):
             raise UserError(f"--{name}: empty; name a file")
@@ -175,37 +176,26 @@ def load_networks(cfg: Config, files: tuple[str, Path], procs: parallel.Processe
     return generator, adapter
 
 
-def encode(codec: Codec, condition: Condition, maps: Maps, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Latents of the first frame [1,C,1,H,W] and of the trajectory's maps [1,C,F,H,W]. `maps`: how they are painted."""
-    image, trajectory = condition[:2]
-    painted = trajectory.maps("box", image[0, :, 0] if maps == "pixels" else None)[None]
-    return codec.encode_video(image).to(device), codec.encode_video(painted).to(device)
-
-
 @torch.no_grad()
 def denoise(
     cfg: Config, generator: VideoDiT, adapter: Adapter, first: Tensor, traj: Tensor, text: Tensor, negative: Tensor,
-    on_step: Callable[[int], None] | None = None,
+    on_step: flow.OnStep | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample the latents [1,C,F,H,W] of a video. Both branches of guidance get the trajectory, as in MagicMotion."""
-    residuals = None
-    if adapter.static and cfg.preset == "small":
-        with parallel.autocast(first.device, cfg.dtype):
-            residuals = adapter(traj)  # once for all steps: it sees the trajectory alone
 
-    def velocity(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        # Else at every step, each when its block asks for it: at wan5b's full size 5 GB less, for 0.2% of the work.
-        return generator(x, t, text, residuals or adapter.residuals(traj, x, t, text))
+    def velocity(text: Tensor) -> flow.Velocity:
+        # Residuals are made at every step, each when its block asks: to keep them takes 5 GB at wan5b's full size.
+        return lambda x, t: generator(x, t, text, adapter.residuals(traj, x, t, text))
 
     steps, shift, guidance = sampling(cfg)
     sigmas, shape = flow.sigma_schedule(steps, shift), traj.shape[1:]
-    conditional, unconditional = partial(velocity, text=text), partial(velocity, text=negative)
     with parallel.autocast(first.device, cfg.dtype), gpu_kernels(first.device):
         if cfg.speed == "fast":
             noise = step_noise(steps, shape, [0], cfg.seed).to(first.device)
-            return flow.sample_fewstep(conditional, first, noise, sigmas, on_step)
+            return flow.sample_fewstep(velocity(text), first, noise, sigmas, on_step)
         noise = sample_noise(shape, [0], cfg.seed).to(first.device)
-        return flow.sample_multistep(flow.guided(conditional, unconditional, guidance), first, noise, sigmas, on_step)
+        guided = flow.guided(velocity(text), velocity(negative), guidance)
+        return flow.sample_multistep(guided, first, noise, sigmas, on_step)
 
 
 def decode(codec: Codec, latents: Tensor, procs: parallel.Processes) -> np.ndarray:
@@ -214,31 +204,26 @@ def decode(codec: Codec, latents: Tensor, procs: parallel.Processes) -> np.ndarr
     return np.concatenate([frames for *_, frames in sorted(procs.gather(own), key=lambda piece: piece[:2])])
 
 
-def write(out: str, video: np.ndarray, condition: Condition, fps: int) -> None:
-    """The video, and beside it the same with its boxes."""
-    trajectory = condition.trajectory
-    if condition.full:
-        picture, trajectory = condition.full
-        video = add_detail(video, picture, trajectory)
-    write_video(overlay_path(out), draw_overlay(video, trajectory), fps)
-    write_video(out, video, fps)  # last: a video that is there is complete
-
-
 def make_video(
-    job: Config, condition: Condition, text: Tensor, negative: Tensor, stage: Stage,
-    on_step: Callable[[int], None] | None = None, *, codec: Codec, networks: Callable[[], tuple[VideoDiT, Adapter]],
+    job: Config, condition: Condition, text: Tensor, negative: Tensor, stage: Callable[[str], AbstractContextManager],
+    on_step: flow.OnStep | None = None, *, codec: Codec, networks: Callable[[], tuple[VideoDiT, Adapter]],
     maps: Maps, procs: parallel.Processes,
 ) -> None:  # fmt: skip
     """Encode, denoise, decode and write one video, which `procs` share. `stage(name)` surrounds each part of the work.
 
     `networks()` is called when the codec has encoded and needs no more memory; what it gives is let go before decoding.
+    `maps`: how the trajectory is painted.
     """
+    image, trajectory, full = condition
     with stage("encode image and boxes"):
-        encoded = encode(codec, condition, maps, procs.device)
+        painted = trajectory.maps("box", image[0, :, 0] if maps == "pixels" else None)[None]
+        first, traj, text, negative = (
+            x.to(procs.device) for x in (codec.encode_video(image), codec.encode_video(painted), text, negative)
+        )
     with stage("read networks"):
         generator, adapter = networks()
     with stage("denoise"):
-        latents = denoise(job, generator, adapter, *encoded, text.to(procs.device), negative.to(procs.device), on_step)
+        latents = denoise(job, generator, adapter, first, traj, text, negative, on_step)
     del generator, adapter
     gc.collect()  # compiled blocks hold themselves
     if not latents.isfinite().all():
@@ -247,7 +232,11 @@ def make_video(
         video = decode(codec, latents, procs)
     if procs.rank == 0:
         with stage("write"):
-            write(job.out, video, condition, codec.fps)
+            if full:
+                picture, trajectory = full
+                video = add_detail(video, picture, trajectory)
+            write_video(overlay_path(job.out), draw_overlay(video, trajectory), codec.fps)
+            write_video(job.out, video, codec.fps)  # last: a video that is there is complete
 
 
 def main(cfg: Config) -> None:
@@ -256,19 +245,18 @@ def main(cfg: Config) -> None:
     team = replace(procs, rank=0, world=1, mesh=None) if cfg.batch else procs  # those who share a video
     if cfg.compile:
         parallel.start_compiler(procs.device)
-    codec = open_codec(
-        cfg.preset, cfg.weights, procs.device, dtype=frozen_dtype(cfg.preset, cfg.dtype), low=cfg.memory == "low",
-        decoder=cfg.decoder,
-    )  # fmt: skip
+    options = {"dtype": frozen_dtype(cfg.preset, cfg.dtype), "low": cfg.memory == "low", "decoder": cfg.decoder}
+    codec = open_codec(cfg.preset, cfg.weights, procs.device, **options)
     codec.video_size(cfg.size, cfg.frames)
     files = find_networks(cfg)
-    maps, networks = read_maps(files[1], f"{cfg.speed.title()}Adapter"), partial(load_networks, cfg, files, procs)
+    networks = partial(load_networks, cfg, files, procs)
     if cfg.batch or cfg.serve:
         networks = cache(networks)  # kept from one video to the next
+    maps = read_maps(files[1], f"{cfg.speed.title()}Adapter")
     make = partial(make_video, codec=codec, networks=networks, maps=maps, procs=team)
     if cfg.serve:
         usual = vars(WAN5B if cfg.preset == "wan5b" else Config())
-        return serve_page(cfg, usual, sampling(cfg).steps, codec, networks, read_condition, make)
+        return serve_page(cfg, usual, sampling(cfg).steps, codec, networks(), read_condition, make)
 
     clock, failed = memory.Clock(procs.device), []
     jobs = [replace(cfg, **row) for row in read_jobs(Path(cfg.batch))] if cfg.batch else [cfg]

@@ -1,5 +1,6 @@
 """What all codecs share. They turn videos and prompts into latents and embeddings, and latents back into videos."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -43,15 +44,13 @@ class Codec:
         """
         unit = self.spatial * self.patch
         if frames < 2 or (frames - 1) % self.temporal:
-            below = self.temporal * max((frames - 1) // self.temporal, 1) + 1
-            near = min((below, below + self.temporal), key=lambda n: abs(n - frames))
+            near = self.temporal * max(1, math.ceil((frames - 1) / self.temporal - 0.5)) + 1
             raise UserError(f"--frames {frames}: must be {self.temporal} n + 1, at least 2; {near} is")
         if size == "auto":
             height, width = best_size(picture, self.area, unit) if picture else (0, 0)
         else:
-            sides = re.fullmatch(r"(\d+)x(\d+)", size)
             form = f"--size {size}: takes auto, or height x width, both multiples of {unit}"
-            if not sides:
+            if not (sides := re.fullmatch(r"(\d+)x(\d+)", size)):
                 raise UserError(f"{form}, as {4 * unit}x{6 * unit}")
             height, width = map(int, sides.groups())
             near = [max(unit, round(n / unit) * unit) for n in (height, width)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,20 @@ class Hands:
             self.page.click(button)
         chooser.value.set_files(files)
         self.wait("!$('pane').ariaBusy")
+
+    def save(self, folder: Path, button: str = "#save") -> Path:
+        """Save the zip by its button, unpack it in the folder, and return where it lies."""
+        with self.page.expect_download() as download:
+            self.page.click(button)
+        with zipfile.ZipFile(download.value.path()) as file:
+            assert file.testzip() is None
+            file.extractall(folder)
+            return folder / Path(file.namelist()[0]).parent
+
+    def fill(self, name: str, text: str) -> None:
+        """Type into a field and leave it."""
+        self.page.fill(name, text)
+        self.press("Tab")
 
     def spot(self, x: float, y: float) -> tuple[float, float]:
         """Where on the screen a point of the picture is."""

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, product
 from unittest import mock
 
@@ -149,14 +150,23 @@ def backward(loss: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def pretend_gpus(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack]:
-    """Inside, this is rank 0 of `world` processes, each with a GPU, in nodes of `node`. The stack takes more."""
+def patched(patches: list[tuple[object, str, object]]) -> Iterator[None]:
+    """Inside, attributes of objects are replaced."""
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        yield
+
+
+@contextlib.contextmanager
+def pretend_gpus(world: int = 1) -> Iterator[None]:
+    """Inside, this is rank 0 of `world` processes, each with a GPU, in nodes of 8."""
     import torch._dynamo  # lists torch's functions: before any is replaced
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    places = {"RANK": 0, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": min(world, node)}
+    places = {"RANK": 0, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": min(world, 8)}
     environment = {name: str(value) for name, value in places.items()} if world > 1 else {}
     init, new_group, begin = dist.init_process_group, dist.new_group, parallel.init_processes
     casts = Autocast()
@@ -165,12 +175,9 @@ def pretend_gpus(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack
         with _disable_current_modes():  # the mesh looks at its own numbers
             return begin(sequence)
 
-    def start(*_: object, **__: object) -> None:
-        init("fake", store=FakeStore(), rank=0, world_size=world)
-
     patches = [
         (torch.cuda, "is_available", lambda: True), (torch.cuda, "is_bf16_supported", lambda *_: True),
-        (torch.cuda, "current_device", lambda: 0), (torch.cuda, "device_count", lambda: node),
+        (torch.cuda, "current_device", lambda: 0), (torch.cuda, "device_count", lambda: 8),
         *((torch.cuda, name, Quiet) for name in ("Stream", "stream", "current_stream", "Event")),
         (torch.accelerator, "current_stream", Quiet), (torch, "clear_autocast_cache", casts.kept.clear),
         (torch.cuda, "set_device", Quiet), (torch.cuda, "empty_cache", Quiet),
@@ -179,20 +186,15 @@ def pretend_gpus(world: int = 1, node: int = 8) -> Iterator[contextlib.ExitStack
         (torch.Tensor, "backward", backward),
         (torch.Tensor, "__int__", lambda tensor: 0 if tensor.device.type == "cpu" else tensor.item()),
         (FSDPParamGroup, "_validate_no_meta_params", Quiet), (nn.Module, "_apply", apply),
-        (dist, "init_process_group", start), (dist, "new_group", lambda *_, **__: new_group(backend="fake")),
+        (dist, "init_process_group", lambda *_, **__: init("fake", store=FakeStore(), rank=0, world_size=world)),
+        (dist, "new_group", lambda *_, **__: new_group(backend="fake")),
         (torch.nn.functional, "scaled_dot_product_attention", flash), (parallel, "init_processes", init_processes),
         (parallel.Processes, "wait_for_first", Quiet), (parallel.Processes, "mean", lambda *_: 0.5),
     ]  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(mock.patch.object(*patch))
-        stack.enter_context(mock.patch.dict(os.environ, environment))
-        stack.enter_context(FakeTensorMode())
+    with patched(patches), mock.patch.dict(os.environ, environment), FakeTensorMode(), Factories(), casts:
         rotary_table.cache_clear()
         try:
-            stack.enter_context(Factories())
-            stack.enter_context(casts)
-            yield stack
+            yield
         finally:
             rotary_table.cache_clear()  # no fake table must be found later
             if dist.is_initialized():
@@ -241,8 +243,8 @@ def cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return network
 
 
-def readers(kind: str, layers: int, always: torch.dtype | None = None) -> tuple[Callable, Callable]:
-    """Replacements of the functions that read a generator and an adapter, with so many blocks. `always`: a dtype."""
+def reading(kind: str, layers: int, script: object, always: torch.dtype | None = None) -> list[tuple]:
+    """Patches by which a script makes networks with so many blocks instead of reading them. `always`: a dtype."""
     shape = replace(PRESETS["wan5b"], layers=layers)
     light = replace(adapters.PRESETS["wan5b"], layers=layers)
 
@@ -250,11 +252,14 @@ def readers(kind: str, layers: int, always: torch.dtype | None = None) -> tuple[
         return cast(VideoDiT(shape), always or dtype)
 
     def read_adapter(path: str, network: str, dtype: torch.dtype = torch.float32, **_: object) -> adapters.Adapter:
-        if kind == "resnet":
-            return adapters.ResNetAdapter(light)
-        return cast(adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(shape))), dtype)
+        heavy = adapters.ControlNetConfig(**vars(shape))
+        return adapters.ResNetAdapter(light) if kind == "resnet" else cast(adapters.ControlNetAdapter(heavy), dtype)
 
-    return read, read_adapter
+    return [
+        (VideoDiT, "from_pretrained", read), (WanVAE, "from_pretrained", lambda _: WanVAE()),
+        *((module, "read_adapter", read_adapter) for module in (adapters, script) if hasattr(module, "read_adapter")),
+        (adapters, "PRESETS", {"wan5b": light}), (WanCodec, "_part", Quiet),
+    ]  # fmt: skip
 
 
 STAGES = {"1": train_slow_adapter, "2": distill_fast, "3": finetune_hybrid}
@@ -268,9 +273,8 @@ def rehearse_stage(
 
     `resident`: a Resident, to measure. This is then one of torchrun's processes on a CPU, and all of it is real.
     """
-    script, light = STAGES[stage], replace(adapters.PRESETS["wan5b"], layers=layers)
+    script, always = STAGES[stage], torch.float32 if more.get("dtype") == "float32" else None
     judge = replace(discriminators.PRESETS["wan5b"], feature_blocks=tuple(range(layers))[-3:])
-    read, read_adapter = readers(kind, layers, torch.float32 if more.get("dtype") == "float32" else None)
     networks, prepare, begin, schedule = [], parallel.prepare, runs.Run.__init__, flow.sigma_schedule
     tracker, peaks = resident or new_tracker(), {}
 
@@ -306,23 +310,20 @@ def rehearse_stage(
     options |= {"kind": kind} if stage == "1" else {"ratio": 1}
     decode = WanCodec.decode_video
     patches = [
-        (VideoDiT, "from_pretrained", read), (adapters, "read_adapter", read_adapter),
-        (finetune_hybrid, "read_adapter", read_adapter), (parallel, "prepare", keep),
-        (discriminators, "PRESETS", {"wan5b": judge}), (adapters, "PRESETS", {"wan5b": light}),
-        (script, "training_data", lambda *_: (Clips(grid), Clips(grid))), (runs, "save_network", Quiet),
+        *reading(kind, layers, script, always), (parallel, "prepare", keep),
+        (discriminators, "PRESETS", {"wan5b": judge}), (runs, "save_network", Quiet), (runs.Run, "save", save),
+        (script, "training_data", lambda *_: (Clips(grid), Clips(grid))), (runs, "write_image", Quiet),
         (runs.Run, "__init__", start_run), (runs.Run, "resume", lambda run: 0), (runs.Run, "check_finite", Quiet),
-        (runs.Run, "save", save), (runs, "write_image", Quiet), (runs, "write_video", Quiet),
-        (runs, "small_frames", lambda video: np.zeros((9, 16, 16, 3), np.uint8)), (adapters.FixedNorm, "fit", Quiet),
+        (runs, "small_frames", lambda video: np.zeros((9, 16, 16, 3), np.uint8)), (runs, "write_video", Quiet),
         (flow, "sigma_schedule", lambda steps, shift: schedule(min(steps, 2), shift)),
-        (flow, "FAST", {"wan5b": flow.Sampling(2, 5.0)}),
-        (WanCodec, "_part", Quiet), (WanVAE, "from_pretrained", lambda _: WanVAE()),
-        (WanCodec, "decode_video", decode_video),
+        (flow, "FAST", {"wan5b": flow.Sampling(2, 5.0)}), (WanCodec, "decode_video", decode_video),
+        (adapters.FixedNorm, "fit", Quiet),
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.ExitStack() as stack:
-        if resident is None:
-            stack.enter_context(pretend_gpus(world))
-        for patch in patches:
-            stack.enter_context(mock.patch.object(*patch))
+    pretended = contextlib.nullcontext() if resident else pretend_gpus(world)
+    with (
+        tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), pretended, patched(patches),
+        contextlib.ExitStack() as stack,
+    ):  # fmt: skip
         script.main(replace(script.WAN5B, **options | more))
         ends("export")
     return peaks
@@ -332,7 +333,6 @@ def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[
     """Peak GB of each part of sample.py, with so many blocks: one video, or a table of them with --batch."""
     from transformers import AutoTokenizer, BatchEncoding, UMT5Config, UMT5EncoderModel
 
-    read, read_adapter = readers(kind, layers)
     tracker, peaks, pieces = new_tracker(), {}, WanCodec.pieces
 
     @contextlib.contextmanager
@@ -360,19 +360,16 @@ def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[
     patches = [
         (sample, "find_networks", lambda _: ("", "")), (sample, "read_maps", lambda *_: "outline"),
         (sample, "read_condition", condition), (sample, "check_preset", Quiet), (sample, "check_fit", Quiet),
-        (sample, "read_jobs", lambda _: [{"out": f"{n}.mp4"} for n in range(videos)]), (sample, "write", Quiet),
-        (VideoDiT, "from_pretrained", read), (sample, "read_adapter", read_adapter),
+        (sample, "read_jobs", lambda _: [{"out": f"{n}.mp4"} for n in range(videos)]),
+        *reading(kind, layers, sample), (sample, "write_video", Quiet), (sample, "draw_overlay", Quiet),
         (umt5, "read_text_encoder", text_encoder), (AutoTokenizer, "from_pretrained", lambda _: tokenize),
-        (WanCodec, "_part", Quiet), (WanVAE, "from_pretrained", lambda _: WanVAE()),
         (WanCodec, "encode_video", encode_video), (sample.memory, "Clock", lambda _: clock),
         (WanCodec, "pieces", lambda codec, latents, procs: pieces(codec, latents[:, :, :3], procs)),
         (sample, "to_uint8", lambda _: np.zeros((1, 8, 8, 3))), (torch.Tensor, "isfinite", lambda _: np.array(True)),
         (sample, "gpu_kernels", lambda _: contextlib.nullcontext()),
     ]  # fmt: skip
     options |= {"batch": "jobs.csv"} if videos > 1 else {}
-    with pretend_gpus() as stack, tracker, contextlib.redirect_stdout(None):
-        for patch in patches:
-            stack.enter_context(mock.patch.object(*patch))
+    with pretend_gpus(), patched(patches), tracker, contextlib.redirect_stdout(None):
         sample.main(replace(sample.WAN5B, **options))
     return peaks
 
@@ -385,26 +382,25 @@ CASES = [
 ]
 
 
-def extrapolate(few: dict[str, float], more: dict[str, float], layers: tuple[int, int]) -> dict[str, float]:
+def extrapolate(peaks: Callable[[int], dict[str, float]], layers: tuple[int, int]) -> dict[str, float]:
     """Peaks with all blocks, from those with two small numbers of blocks: memory is linear in the number."""
+    few, more = map(peaks, layers)
     steps = (PRESETS["wan5b"].layers - layers[0]) / (layers[1] - layers[0])
     return {part: few[part] + steps * (more[part] - few[part]) for part in few}
 
 
 def table(layers: tuple[int, int] = (3, 4), cases: list = CASES) -> Iterator[dict]:
     """Rows of the memory table: a stage's highest peak, and that of each part of making a video."""
-    for stage, kind, world, sequence in cases:
-        peaks = extrapolate(*(rehearse_stage(stage, kind, world, sequence, n) for n in layers), layers)
+    for case in cases:
+        peaks = extrapolate(partial(rehearse_stage, *case), layers)
         most = max(peaks, key=peaks.get)
-        about = {"stage": stage, "adapter": kind, "GPUs": world, "sequence": sequence}
+        about = dict(zip(("stage", "adapter", "GPUs", "sequence"), case, strict=True))
         yield about | {"GB": round(peaks[most], 1), "peak_at": most, "measured_GB": None}
-    kinds = ("resnet", 1), ("controlnet", 1), ("resnet", 2)
-    for mode, (kind, videos) in product(("low", "high"), kinds):
-        peaks = extrapolate(*(rehearse_sample(mode, kind, n, videos) for n in layers), layers)
+    for mode, (kind, videos) in product(("low", "high"), (("resnet", 1), ("controlnet", 1), ("resnet", 2))):
+        peaks = extrapolate(lambda n: rehearse_sample(mode, kind, n, videos), layers)
+        about = {"stage": f"sample, {mode}{', a table of videos' if videos > 1 else ''}", "adapter": kind}
         for part, most in peaks.items():
-            about = {"stage": f"sample, {mode}{', a table of videos' if videos > 1 else ''}", "adapter": kind}
-            about |= {"GPUs": 1, "sequence": 1}
-            yield about | {"GB": round(most, 1), "peak_at": part, "measured_GB": None}
+            yield about | {"GPUs": 1, "sequence": 1, "GB": round(most, 1), "peak_at": part, "measured_GB": None}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import random
 import re
 import shlex
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,14 +37,11 @@ def photo(tmp_path):
     return picture(tmp_path / "my photo.png", 96, 64)
 
 
-def saved(hands: Hands, folder: Path) -> Path:
-    """Save the zip by its button, unpack it in the folder, and return where it lies."""
-    with hands.page.expect_download() as download:
-        hands.page.click("#save")
-    with zipfile.ZipFile(download.value.path()) as file:
-        assert file.testzip() is None
-        file.extractall(folder)
-        return folder / Path(file.namelist()[0]).parent
+@pytest.fixture
+def one_box(hands, photo):
+    """The photo is open, with one object in it."""
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
 
 
 def look(hands: Hands, layer: str, x: float, y: float) -> list[int]:
@@ -69,14 +65,13 @@ def test_what_is_drawn_is_what_is_read(hands, photo, tmp_path):
     hands.drag((60, 40), (90, 60))  # on empty ground: another object
     hands.go(6)
     hands.press("Alt+ArrowUp")
-    hands.page.fill("#visible", "0-3, 6")
-    hands.press("Tab")
+    hands.fill("#visible", "0-3, 6")
     hands.page.locator("#brush").fill("60")
     hands.page.click("#paint")
     hands.drag((70, 50), (76, 50))
     hands.page.click("#paint")
     hands.page.fill("#prompt", "it's a disc")
-    folder = saved(hands, tmp_path)
+    folder = hands.save(tmp_path)
     boxes = json.loads((folder / "boxes.json").read_text())
     assert [boxes[name] for name in ("num_frames", "width", "height")] == [9, 96, 64]
     first, second = boxes["objects"]
@@ -97,9 +92,7 @@ def test_what_is_drawn_is_what_is_read(hands, photo, tmp_path):
     assert hands.asked == [hands.address]  # no network
 
 
-def test_a_drag_on_empty_ground_makes_an_object_and_a_jitter_nothing(hands, photo):
-    hands.open(photo)
-    hands.drag((10, 10), (30, 30))
+def test_a_drag_on_empty_ground_makes_an_object_and_a_jitter_nothing(hands, one_box):
     hands.drag((50, 10), (80, 30))
     assert [one["boxes"] for one in hands.objects] == [{"0": [10, 10, 30, 30]}, {"0": [50, 10, 80, 30]}]
     x, y = hands.spot(70, 50)
@@ -155,9 +148,7 @@ def test_a_fast_stroke_leaves_no_gap_and_masks_have_the_colours_of_their_objects
     assert hands.objects[1]["mask"] == ""  # nothing of it is left
 
 
-def test_an_object_that_appears_late_leaves_frame_0_empty_and_the_page_says_so(hands, photo, tmp_path):
-    hands.open(photo)
-    hands.drag((10, 10), (30, 30))
+def test_an_object_that_appears_late_leaves_frame_0_empty_and_the_page_says_so(hands, one_box, tmp_path):
     hands.go(3)
     hands.drag((50, 10), (80, 30))
     assert not hands.page.is_visible("#late")
@@ -166,7 +157,7 @@ def test_an_object_that_appears_late_leaves_frame_0_empty_and_the_page_says_so(h
     hands.go(6)
     hands.press("o")
     assert hands.objects[1]["visible"] == [[3, 6]]
-    trajectory = load_trajectory(saved(hands, tmp_path) / "boxes.json", (64, 96), 9)
+    trajectory = load_trajectory(hands.save(tmp_path) / "boxes.json", (64, 96), 9)
     assert trajectory.masks[0].any() and not trajectory.masks[1].any()
     assert np.isfinite(trajectory.boxes[1, :, 0]).tolist() == [3 <= t <= 6 for t in range(9)]
 
@@ -178,11 +169,8 @@ def test_pictures_of_any_size_open_at_once_and_one_after_another(hands, tmp_path
     sizes = [(16, 16), (1, 1), (700, 500), (16, 12), (3, 900), (16, 16), (1300, 900), (8, 16)]
     for number, (width, height) in enumerate(sizes):
         hands.open(picture(tmp_path / f"{number}.png", width, height))
-        assert hands.see("[state.width, state.height, things.get(state.picture).name]") == [
-            width,
-            height,
-            f"{number}.png",
-        ]
+        shown = hands.see("[state.width, state.height, things.get(state.picture).name]")
+        assert shown == [width, height, f"{number}.png"]
         assert hands.page.is_hidden("#welcome")
     large, small = picture(tmp_path / "large.png", 1600, 1200, noise=True), tmp_path / "0.png"
     hands.page.locator("#files").set_input_files(large)  # still decodes when the next is opened: the later one stays
@@ -263,10 +251,8 @@ BROKEN = {
 }
 
 
-def test_a_damaged_boxes_json_is_named_and_leaves_all_as_it_was(hands, photo, tmp_path):
+def test_a_damaged_boxes_json_is_named_and_leaves_all_as_it_was(hands, one_box, tmp_path):
     """The page refuses what trajectory.py refuses, at once, and a reload shows the old drawing."""
-    hands.open(photo)
-    hands.drag((10, 10), (30, 30))
     before = hands.see("JSON.stringify([state, past])")
     file = tmp_path / "damaged.json"
     for name, change in BROKEN.items():
@@ -304,7 +290,7 @@ def test_boxes_of_another_size_are_scaled_aloud_and_of_another_shape_refused(han
     assert hands.note == "Boxes of 48x48 scaled to 480x480."
     assert hands.objects[0]["boxes"] == {"0": [310, 60, 480, 230], "4": [180, 110, 380, 310], "8": [250, 80, 470, 300]}
     assert all(one["mask"] for one in hands.objects) and hands.see("problem()") == ""
-    back = saved(hands, tmp_path)  # and what was saved opens again, masks and all
+    back = hands.save(tmp_path)  # and what was saved opens again, masks and all
     mask = np.asarray(Image.open(back / "mask_0.png").convert("L"))
     want = masks[0].repeat(10, 0).repeat(10, 1)
     assert np.array_equal(mask > 127, want > 127)
@@ -315,9 +301,7 @@ def test_boxes_of_another_size_are_scaled_aloud_and_of_another_shape_refused(han
     assert hands.see("problem()") == "" and hands.see("state.width") == 480
 
 
-def test_a_zip_of_the_page_opens_again(hands, photo, tmp_path):
-    hands.open(photo)
-    hands.drag((10, 10), (30, 30))
+def test_a_zip_of_the_page_opens_again(hands, one_box, tmp_path):
     hands.page.click("#ellipse")
     hands.page.fill("#prompt", "a disc")
     boxes = hands.see("exportBoxes()")
@@ -335,9 +319,7 @@ def test_a_zip_of_the_page_opens_again(hands, photo, tmp_path):
     assert hands.note == "bad.zip is no zip that this page saved" and hands.see("exportBoxes()") == boxes
 
 
-def test_the_same_file_opens_again_after_starting_anew_and_all_of_it_can_be_undone(hands, photo):
-    hands.open(photo)
-    hands.drag((10, 10), (30, 30))
+def test_the_same_file_opens_again_after_starting_anew_and_all_of_it_can_be_undone(hands, one_box, photo):
     hands.page.click("#clear")
     assert hands.see("state.width") == 0 and hands.page.is_visible("#welcome")
     hands.open(photo, button="#openFirst")
@@ -380,9 +362,7 @@ def test_undo_redo_and_a_reload(hands, photo):
     assert np.array_equal(hands.mask(0), painted)
 
 
-def test_a_prompt_is_one_step_of_undo_and_a_rename_survives(hands, photo):
-    hands.open(photo)
-    hands.drag((10, 10), (30, 30))
+def test_a_prompt_is_one_step_of_undo_and_a_rename_survives(hands, one_box):
     steps = hands.see("past.length")
     hands.page.click("#prompt")
     hands.page.keyboard.type("a long sentence " * 7 + "ended")
@@ -429,9 +409,7 @@ def row(hands: Hands, k: int, frame: float, bar: bool = False) -> tuple[float, f
     return area["x"] + hands.see(f"xOf({frame})"), area["y"] + k * 30 + (22 if bar else 10)
 
 
-def test_the_timeline_moves_keyframes_and_ends_of_bars(hands, photo):
-    hands.open(photo)
-    hands.drag((10, 10), (30, 30))
+def test_the_timeline_moves_keyframes_and_ends_of_bars(hands, one_box):
     hands.go(4)
     hands.drag((20, 20), (50, 30))
     hands.go(0)
@@ -455,9 +433,7 @@ def test_the_timeline_moves_keyframes_and_ends_of_bars(hands, photo):
         assert cursor["y"] <= ruler["y"] + 4 and cursor["y"] + cursor["height"] >= tracks["y"] + tracks["height"] - 2
 
 
-def test_duplicate_and_onion_skin(hands, photo):
-    hands.open(photo)
-    hands.drag((10, 10), (30, 30))
+def test_duplicate_and_onion_skin(hands, one_box):
     hands.go(8)
     hands.drag((20, 20), (60, 40))
     hands.press("Control+d")
@@ -473,8 +449,7 @@ def test_duplicate_and_onion_skin(hands, photo):
 def test_a_motion_is_recorded_with_its_timing_and_thinned(hands, photo):
     """R held: the box follows the mouse, frame by frame, and keyframes within a pixel of that remain."""
     hands.open(photo)
-    hands.page.fill("#frames", "200")
-    hands.press("Tab")
+    hands.fill("#frames", "200")
     hands.drag((10, 10), (20, 20))
     hands.see("void (thin = (thin => (boxes, ...more) => thin(window.recorded = boxes, ...more))(thin))")  # to look at
     hands.page.keyboard.down("r")
@@ -497,9 +472,7 @@ def test_a_motion_is_recorded_with_its_timing_and_thinned(hands, photo):
     assert list(hands.objects[0]["boxes"]) == ["0"]
 
 
-def test_the_camera_moves_all_boxes_and_hides_what_leaves(hands, photo, tmp_path):
-    hands.open(photo)
-    hands.drag((10, 10), (30, 30))
+def test_the_camera_moves_all_boxes_and_hides_what_leaves(hands, one_box, tmp_path):
     hands.drag((70, 10), (90, 30))
     hands.page.click("summary:has-text('Camera')")
     hands.page.fill("#amount", "50")
@@ -513,7 +486,7 @@ def test_the_camera_moves_all_boxes_and_hides_what_leaves(hands, photo, tmp_path
     hands.page.click("#shoot")
     assert hands.objects[1]["boxes"]["8"] == [81, -1, 111, 29]  # 1.5 times as far from the middle, beyond the frame
     assert hands.see("problem()") == ""
-    load_trajectory(saved(hands, tmp_path) / "boxes.json", (64, 96), 9)
+    load_trajectory(hands.save(tmp_path) / "boxes.json", (64, 96), 9)
 
 
 def test_play_moves_the_cut_out_and_says_what_it_is(hands, tmp_path):
@@ -528,9 +501,8 @@ def test_play_moves_the_cut_out_and_says_what_it_is(hands, tmp_path):
     hands.go(0)
     assert not hands.page.is_visible("#badge")
     hands.press("Space")
-    assert hands.page.text_content("#badge") == "Sketch of the motion, not generated" and hands.page.is_visible(
-        "#badge"
-    )
+    assert hands.page.text_content("#badge") == "Sketch of the motion, not generated"
+    assert hands.page.is_visible("#badge")
     hands.wait("now === 8")
     hands.press("Space")
     hands.see("(playing = {}, now = 8, drawPaths(), drawStage())")
@@ -549,20 +521,16 @@ def test_lengths_are_those_that_the_networks_make(hands, photo):
     hands.page.select_option("#preset", "wan5b")
     assert hands.see("state.frames") == 121
     for asked, taken in (("50", 49), ("52", 53), ("1", 5), ("100000", 997), ("81", 81)):
-        hands.page.fill("#frames", asked)
-        hands.press("Tab")
+        hands.fill("#frames", asked)
         assert hands.see("state.frames") == taken and (str(taken) in hands.note) == (asked != str(taken))
         WanCodec.video_size(WanCodec, "auto", taken)
     hands.page.select_option("#preset", "small")
-    hands.page.fill("#frames", "1")
-    hands.press("Tab")
+    hands.fill("#frames", "1")
     assert hands.see("state.frames") == 2
-    hands.page.fill("#frames", "9")
-    hands.press("Tab")
+    hands.fill("#frames", "9")
     hands.go(8)
     hands.drag((10, 10), (30, 30))
-    hands.page.fill("#frames", "5")
-    hands.press("Tab")
+    hands.fill("#frames", "5")
     assert hands.note == "1 keyframe beyond frame 4 removed; Undo brings them back."
     hands.press("Control+z")
     assert list(hands.objects[0]["boxes"]) == ["8"] and hands.see("state.frames") == 9
@@ -576,7 +544,7 @@ def test_the_command_for_wan5b_finds_what_it_needs(hands, photo, tmp_path, monke
     hands.page.fill("#prompt", "--a 'strange' $prompt")
     hands.page.fill("#steps", "8")
     hands.page.fill("#seed", "7")
-    folder = saved(hands, tmp_path)
+    folder = hands.save(tmp_path)
     words = shlex.split((folder / "command.txt").read_text())
     assert words[:2] == ["python", "sample.py"]
     cfg = parse_config(sample.Config, words[2:], {"wan5b": sample.WAN5B})
@@ -601,7 +569,7 @@ def test_the_example_is_the_shipped_one_and_the_page_says_what_networks_know(han
     hands.page.select_option("#preset", "wan5b")
     assert "on a GPU" in hands.page.text_content("#knows")
     hands.page.select_option("#preset", "small")
-    folder = saved(hands, tmp_path)
+    folder = hands.save(tmp_path)
     given, want = (json.loads(path.read_text()) for path in (folder / "boxes.json", ROOT / "examples/balloons.json"))
     for one, other in zip(given["objects"], want["objects"], strict=True):
         assert one["boxes"] == other["boxes"] and one["name"] == other["name"]
@@ -614,11 +582,8 @@ def test_the_example_is_the_shipped_one_and_the_page_says_what_networks_know(han
 def random_drawing(rng: random.Random) -> dict:
     """A picture of any shape, and boxes anywhere near it."""
     preset = rng.choice(("small", "small", "wan5b"))
-    width, height = (
-        (rng.randint(64, 4000), rng.randint(64, 4000))
-        if preset == "wan5b"
-        else (rng.randint(8, 400), rng.randint(8, 400))
-    )
+    sides = (64, 4000) if preset == "wan5b" else (8, 400)
+    width, height = rng.randint(*sides), rng.randint(*sides)
     frames = rng.choice((5, 49, 121)) if preset == "wan5b" else rng.choice((2, 9, 13))
     objects = []
     for k in range(rng.randint(1, 4)):
@@ -683,9 +648,8 @@ def test_paths_sizes_and_cuts_are_those_of_the_project(hands):
         frames = np.sort(rng.choice(121, rng.integers(1, 12), replace=False))
         cases.append((kind, frames, rng.integers(0, 1280, (len(frames), 4))))
     given = [[kind, dict(zip(map(int, f), k.tolist(), strict=True))] for kind, f, k in cases]
-    for track, (kind, frames, keys) in zip(
-        hands.read(f"{json.dumps(given)}.map(([kind, boxes]) => interpolate(boxes, 121, kind))"), cases, strict=True
-    ):
+    tracks = hands.read(f"{json.dumps(given)}.map(([kind, boxes]) => interpolate(boxes, 121, kind))")
+    for track, (kind, frames, keys) in zip(tracks, cases, strict=True):
         want = interpolate(frames, keys.astype(float), 121, kind)
         got = np.array([[np.nan] * 4 if box is None else box for box in track], dtype=float)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
@@ -712,17 +676,13 @@ def test_masks_are_read_as_the_project_reads_them(hands, photo, tmp_path):
         if number == 0:
             hands.open(photo)
             hands.drag((10, 10), (30, 30))
-        with hands.page.expect_file_chooser() as chooser:
-            hands.page.click("#loadMask")
         before = hands.objects[0]["mask"]
-        chooser.value.set_files(file)
+        hands.open(file, button="#loadMask")
         hands.wait(f"state.objects[0].mask !== {before!r}")
         want = read_mask(file)
         assert np.array_equal(hands.mask(0), want)
     Image.fromarray(soft[:32]).save(tmp_path / "half.png")
-    with hands.page.expect_file_chooser() as chooser:
-        hands.page.click("#loadMask")
-    chooser.value.set_files(tmp_path / "half.png")
+    hands.open(tmp_path / "half.png", button="#loadMask")
     hands.wait("$('note').textContent.includes('96x32')")  # and the old mask stands
     assert np.array_equal(hands.mask(0), want)
 
@@ -767,9 +727,7 @@ def reached(hands: Hands) -> set[str]:
     return set(found)
 
 
-def test_every_control_has_a_name_is_reached_by_tab_and_its_text_can_be_read(hands, photo):
-    hands.open(photo)
-    hands.drag((10, 10), (30, 30))
+def test_every_control_has_a_name_is_reached_by_tab_and_its_text_can_be_read(hands, one_box):
     hands.go(4)
     hands.drag((20, 20), (50, 30))
     hands.press("i")

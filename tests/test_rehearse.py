@@ -20,7 +20,7 @@ WHERE = ("stage", "adapter", "GPUs", "sequence")
 @pytest.mark.parametrize("memory, most", [("low", 11), ("high", 18)])
 def test_a_video_is_made_within_the_memory_of_small_gpus(memory, most):
     """Each network has gone when the next one comes. Reckoned from two and three blocks; CUDA's own comes on top."""
-    peaks = rehearse.extrapolate(*(rehearse.rehearse_sample(memory, "resnet", n) for n in (2, 3)), (2, 3))
+    peaks = rehearse.extrapolate(partial(rehearse.rehearse_sample, memory, "resnet"), (2, 3))
     assert set(peaks) == {"encode prompt", "encode image and boxes", "denoise", "decode"}
     assert max(peaks.values()) < most, peaks
     rows = [row for row in TABLE if (row["stage"], row["adapter"]) == (f"sample, {memory}", "resnet")]
@@ -96,7 +96,7 @@ def test_stages_fit_the_gpus_that_the_page_names():
 
 
 def test_what_waits_for_a_number_or_mixes_devices_is_caught():
-    with rehearse.pretend_gpus() as _:
+    with rehearse.pretend_gpus():
         there, here = torch.zeros(2, device=parallel.init_processes().device), torch.zeros(2)
         with pytest.raises(RuntimeError, match="two devices, cuda:0 and cpu"):
             there + here

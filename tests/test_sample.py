@@ -39,57 +39,50 @@ def test_shipped_example(run, tmp_path):
     assert job.returncode == 0, job.stderr
     assert time.time() - began < 60
     assert int(job.stdout.split()[-1]) < 2 << 20  # KiB
-    assert "denoise" in job.stdout and "out/sample.mp4" in job.stdout
+    assert "denoise" in job.stdout and "4 steps on cpu: out/sample.mp4" in job.stdout
     video, overlay = (iio.imread(tmp_path / "out" / name) for name in ("sample.mp4", "sample.boxes.mp4"))
     picture = read_picture(ROOT / "examples/balloons.jpg")
     shown = full_size(picture, (152, 184))
     assert picture.shape == (192, 240, 3) and video.shape == overlay.shape == (9, *shown.shape)
-    assert (
-        shown.shape == (192, 232, 3) and np.abs(video[0].astype(float) - shown).mean() < 2
-    )  # it starts from the image
+    assert shown.shape == (192, 232, 3)
+    assert np.abs(video[0].astype(float) - shown).mean() < 2  # it starts from the image
     assert np.abs(video[8].astype(float) - video[0]).mean() > 1  # and moves
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sample.boxes.mp4", "sample.mp4"]
 
 
-def test_seed_and_prompt_matter_and_runs_repeat(run, tmp_path):
-    def pixels(*flags):
-        job = run("sample.py", "--size", "48x64", "--steps", 2, *flags)
-        assert job.returncode == 0, job.stderr
-        return iio.imread(tmp_path / "out/sample.mp4")
+@pytest.fixture
+def pixels(run, tmp_path):
+    def make(*flags: object, processes: int = 1) -> np.ndarray:
+        job = run("sample.py", "--size", "48x64", "--dtype", "float32", *flags, processes=processes)
+        assert job.returncode == 0 and job.stdout.count("steps on cpu") == 1, job.stderr  # one of them speaks
+        return iio.imread(tmp_path / "out/sample.mp4").astype(float)
 
-    first = pixels()
-    assert np.array_equal(first, pixels())
-    assert not np.array_equal(first, pixels("--seed", 1))
-    told = "--prompt", "a red blob spinning clockwise"
+    return make
+
+
+def test_seed_and_prompt_matter_and_runs_repeat(pixels):
+    first = pixels("--steps", 2)
+    assert np.array_equal(first, pixels("--steps", 2))
+    assert not np.array_equal(first, pixels("--steps", 2, "--seed", 1))
+    told = "--steps", 2, "--prompt", "a red blob spinning clockwise"
     assert not np.array_equal(first, pixels(*told))
     slow = pixels(*told, "--speed", "slow")
     assert not np.array_equal(first, slow)
     assert not np.array_equal(slow, pixels(*told, "--speed", "slow", "--guidance", 2))
 
 
-def test_two_processes_and_compiled_blocks_give_the_same_video_and_8_bits_nearly(run, tmp_path):
-    def pixels(*flags, processes=1):
-        options = ("--size", "48x64", "--dtype", "float32")
-        job = run("sample.py", *options, *flags, processes=processes)
-        assert job.returncode == 0 and job.stdout.count("4 steps on cpu") == 1, job.stderr  # one of them speaks
-        return iio.imread(tmp_path / "out/sample.mp4").astype(float)
-
+def test_two_processes_and_compiled_blocks_give_the_same_video_and_8_bits_nearly(pixels):
     alone = pixels()
     assert np.abs(pixels(processes=2) - alone).mean() < 0.1
     assert np.abs(pixels("--compile") - alone).mean() < 0.1
-    low = np.abs(pixels("--memory", "low") - alone).mean()
-    assert 0.1 < low < 5
-
-
-GOOD = {"objects": [{"boxes": {"0": [4, 4, 20, 20], "8": [20, 20, 40, 40]}}]}
+    assert 0.1 < np.abs(pixels("--memory", "low") - alone).mean() < 5
 
 
 def boxes(**changes) -> dict:
-    return {"objects": [{**GOOD["objects"][0], **changes}]}
+    return {"objects": [{"boxes": {"0": [4, 4, 20, 20], "8": [20, 20, 40, 40]}, **changes}]}
 
 
-def image(path: Path, shape=(48, 48, 3)) -> None:
-    iio.imwrite(path, np.full(shape, 90, np.uint8))
+GOOD = boxes()
 
 
 # What boxes.json holds, or None where there is none; what the line must say.
@@ -148,9 +141,8 @@ BAD = [*((content, "", message) for content, message in BAD_BOXES), *((GOOD, *ca
 def test_bad_input_is_one_line_and_leaves_nothing(content, flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    image(tmp_path / "x.png")
-    image(tmp_path / "wide.png", (48, 60, 3))
-    image(tmp_path / "large.png", (524, 524, 3))
+    for name, shape in (("x.png", (48, 48, 3)), ("wide.png", (48, 60, 3)), ("large.png", (524, 524, 3))):
+        iio.imwrite(tmp_path / name, np.full(shape, 90, np.uint8))
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:60])
     if content is not None:
@@ -179,10 +171,9 @@ PLACES = {
     "Turbo's model.pt": ("fast", ["model.pt", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.2_VAE.pth"], "model.pt"),
     "a single other": ("fast", ["Turbo_fp8.safetensors", "wan2.2_vae.safetensors"], "Turbo_fp8.safetensors"),
     "a single other among the base's": (
-        "fast",
-        ["turbo.safetensors", "diffusion_pytorch_model-00001-of-00002.safetensors", "my_lora.safetensors",
-         "slow_generator.safetensors", "umt5_xxl.safetensors", "classifier.safetensors", "taew2_2.safetensors"],
-        "turbo.safetensors",
+        "fast", ["turbo.safetensors", "diffusion_pytorch_model-00001-of-00002.safetensors", "my_lora.safetensors",
+                 "slow_generator.safetensors", "umt5_xxl.safetensors", "classifier.safetensors",
+                 "taew2_2.safetensors"], "turbo.safetensors",
     ),
     "slow, own": ("slow", ["slow_generator.safetensors", "config.json"], "slow_generator.safetensors"),
     "slow, diffusers": ("slow", ["transformer/config.json", "model.pt"], "transformer"),
@@ -281,8 +272,8 @@ def test_the_networks_are_gone_when_the_video_is_decoded(monkeypatch, tmp_path, 
     held, alive = [], []
 
     def watched(read):
-        def wrapper(*args, **more):
-            network = read(*args, **more)
+        def wrapper(*args, **options):
+            network = read(*args, **options)
             held.append(weakref.ref(network))
             return network
 

@@ -26,17 +26,13 @@ def pair(config: VAEConfig) -> tuple[WanVAE, torch.nn.Module]:
     return ours, theirs
 
 
-def statistics() -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(torch.tensor(v)[:, None, None, None] for v in (vae.MEAN, vae.STD))
-
-
 CASES = [(SMALL, 1, 32, 48), (SMALL, 5, 48, 32), (SMALL, 9, 32, 64), (SMALL, 17, 64, 32), (WIDE, 5, 16, 24)]
 
 
 @pytest.mark.parametrize("config, frames, height, width", CASES)
 def test_parity_with_diffusers(config, frames, height, width):
     ours, theirs = pair(config)
-    mean, std = statistics()
+    mean, std = (torch.tensor(v)[:, None, None, None] for v in (vae.MEAN, vae.STD))
     video = torch.rand(2, 3, frames, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         wanted = (theirs.encode(video).latent_dist.mode() - mean) / std
@@ -49,18 +45,9 @@ def test_parity_with_diffusers(config, frames, height, width):
     with torch.no_grad():
         wanted = theirs.decode(z * std + mean).sample
     decoded = ours.decode(z)
+    assert [part.shape[2] for part in ours.frames(z)] == [1] + [ours.temporal] * (length - 1)
     assert decoded.shape == video.shape and 0.1 < wanted.std() < 0.9
     torch.testing.assert_close(decoded, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_a_video_streams_like_the_whole_at_once():
-    torch.manual_seed(0)
-    network = WanVAE(SMALL)
-    video, latents = torch.rand(1, 3, 17, 32, 32) * 2 - 1, torch.randn(1, 48, 5, 2, 2)
-    for chunk in (1, 2, 3):
-        torch.testing.assert_close(network.encode(video, chunk), network.encode(video, 5), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(network.decode(latents, chunk), network.decode(latents, 5), rtol=1e-4, atol=1e-5)
-    assert [part.shape[2] for part in network.frames(latents)] == [1, 4, 4, 4, 4]
 
 
 def test_bfloat16_changes_latents_little():
@@ -86,26 +73,21 @@ def test_the_past_does_not_see_the_future():
 def test_tiles_fade_into_one_another():
     """Where a tile lies alone: its own decoding, to the bit. At seams: no jump beyond those between other pixels."""
     torch.manual_seed(0)
-    network, latents = WanVAE(SMALL), torch.randn(1, 48, 2, 4, 20)
-    video = network.decode(latents, tile=12, overlap=4)
-    alone = network.decode(latents[..., :12])
-    assert torch.equal(video[..., : 16 * 8], alone[..., : 16 * 8])
+    network, latents = WanVAE(SMALL), torch.randn(1, 48, 2, 4, 28)
+    video = network.decode(latents, tile=16)  # the second tile begins at 12
+    alone = network.decode(latents[..., :16])
+    assert torch.equal(video[..., : 16 * 12], alone[..., : 16 * 12])
     jumps = video.diff(dim=-1).abs().mean((0, 1, 2, 3))
-    seams = torch.tensor([16 * 8, 16 * 12]) - 1  # where the second tile begins, where the first ends
-    assert jumps[seams].max() < 1.5 * jumps[: 16 * 8 - 2].max()
+    seams = torch.tensor([16 * 12, 16 * 16]) - 1  # where the second tile begins, where the first ends
+    assert jumps[seams].max() < 1.5 * jumps[: 16 * 12 - 2].max()
 
 
-@pytest.mark.parametrize("length,tile,overlap", [(20, 12, 4), (80, 32, 8), (33, 32, 16), (44, 11, 1)])
-def test_counts_of_tiles_add_up_to_one(length, tile, overlap):
-    total = torch.zeros(16 * length)
-    for place, count in vae.tiles(length, tile, overlap, 16):
-        assert place.stop - place.start == tile and count.min() >= 0
-        total[16 * place.start : 16 * place.stop] += count
-    torch.testing.assert_close(total, torch.ones_like(total))
-
-
-def test_a_tile_as_large_as_the_video_is_no_tile():
-    (place, count), *others = vae.tiles(20, 20, 4, 16)
-    assert not others and place == slice(0, 20) and torch.equal(count, torch.ones(320))
-    with pytest.raises(ValueError, match="half a tile"):
-        vae.tiles(20, 8, 5, 16)
+@pytest.mark.parametrize("length, tile, number", [(20, 12, 2), (80, 32, 3), (33, 32, 2), (44, 11, 5), (20, 20, 1),
+                                                  (20, 32, 1), (20, 0, 1), (1, 0, 1), (9, 1, 9)])  # fmt: skip
+def test_weights_of_tiles_add_up_to_one(length, tile, number):
+    total, found = torch.zeros(16 * length), vae.tiles(length, tile, 16)
+    assert len(found) == number
+    for place, weights in found:
+        assert place.stop - place.start == min(tile or length, length) and weights.min() >= 0
+        total[16 * place.start : 16 * place.stop] += weights
+    assert torch.allclose(total, torch.ones_like(total)) and (number > 1 or torch.equal(weights, total))

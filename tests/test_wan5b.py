@@ -84,33 +84,32 @@ def small(published, tmp_path, monkeypatch):
 
 def job(folder, **options) -> sample.Config:
     """What `sample.py --preset wan5b` is told, but for a shorter video."""
-    told = {"preset": "wan5b", "image": "x.png", "traj": "boxes.json", "out": "o.mp4", "frames": 5, "prompt": PROMPT}
-    return replace(sample.WAN5B, **told | {"weights": str(folder), "steps": 2} | options)
+    told = {"image": "x.png", "traj": "boxes.json", "out": "o.mp4", "frames": 5, "prompt": PROMPT, "steps": 2}
+    return replace(sample.WAN5B, **told | {"weights": str(folder), "generator": str(folder)} | options)
 
 
-class Recorder:
-    """Whatever is asked of a generator: the text, whether with residuals, and the noise level."""
+@pytest.fixture
+def calls(monkeypatch):
+    """What is asked of generators from now on: the text, the residuals if any, and the noise level."""
+    found, forward = [], VideoDiT.forward
 
-    def __init__(self, monkeypatch):
-        self.calls, forward = [], VideoDiT.forward
+    def recording(network, x, t, text, residuals=None, feature_blocks=()):
+        given = None if residuals is None else list(residuals)
+        found.append((text.clone(), given, t[0, 1].item() / 1000))
+        return forward(network, x, t, text, given, feature_blocks)
 
-        def recording(network, x, t, text, residuals=None, feature_blocks=()):
-            given = None if residuals is None else list(residuals)
-            self.calls.append((text.clone(), given, t[0, 1].item() / 1000))
-            return forward(network, x, t, text, given, feature_blocks)
-
-        monkeypatch.setattr(VideoDiT, "forward", recording)
+    monkeypatch.setattr(VideoDiT, "forward", recording)
+    return found
 
 
 # --- slow sampling ----------------------------------------------------------------------------------------------------
 
 
-def test_guidance_goes_away_from_the_negative_prompt_with_the_adapter_in_both_branches(small, monkeypatch):
-    recorder = Recorder(monkeypatch)
-    sample.main(job(small, speed="slow"))
-    text = WanCodec(small, torch.device("cpu")).encode_text([PROMPT, NEGATIVE_PROMPT]).split(1)
-    assert len(recorder.calls) == 4 and not torch.equal(*text)
-    for (prompt, added, _), (negative, added_too, _) in zip(recorder.calls[::2], recorder.calls[1::2], strict=True):
+def test_guidance_goes_away_from_the_negative_prompt_with_the_adapter_in_both_branches(small, calls):
+    sample.main(job(small, speed="slow", generator=""))
+    text = WanCodec(small, torch.device("cpu")).text_encoder()([PROMPT, NEGATIVE_PROMPT]).split(1)
+    assert len(calls) == 4 and not torch.equal(*text)
+    for (prompt, added, _), (negative, added_too, _) in zip(calls[::2], calls[1::2], strict=True):
         # Prompts are embedded in one batch here too, so to the bit.
         assert torch.equal(negative, text[1]) and torch.equal(prompt, text[0])
         assert len(added) == len(added_too) == 2 and added[0].any()
@@ -120,23 +119,22 @@ def test_guidance_goes_away_from_the_negative_prompt_with_the_adapter_in_both_br
 
 @pytest.mark.parametrize("shift", [0.0, 2.0])
 @pytest.mark.parametrize("speed", ["slow", "fast"])
-def test_shift_warps_the_noise_levels(speed, shift, small, monkeypatch):
-    recorder = Recorder(monkeypatch)
-    sample.main(job(small, speed=speed, guidance=1.0, shift=shift, generator=str(small)))
-    levels = [level for *_, level in recorder.calls]
+def test_shift_warps_the_noise_levels(speed, shift, small, calls):
+    sample.main(job(small, speed=speed, guidance=1.0, shift=shift))
+    levels = [level for *_, level in calls]
     assert levels == pytest.approx(flow.sigma_schedule(2, shift or 5.0)[:2], rel=1e-4)
 
 
 @pytest.mark.parametrize("prompt", ["", "  ", PROMPT])
 def test_an_empty_prompt_is_one_warning(prompt, small, capsys):
-    sample.main(job(small, prompt=prompt, generator=str(small), steps=1))
+    sample.main(job(small, prompt=prompt, steps=1))
     err = [line for line in capsys.readouterr().err.splitlines() if "prompt" in line]
     assert err == ([] if prompt == PROMPT else ["--prompt is empty: say what the video shows, or it will be poor"])
 
 
 def test_empty_prompts_of_a_table_are_counted(small, capsys):
     Path("jobs.csv").write_text("image,traj,prompt\nx.png,boxes.json,\nx.png,boxes.json,a disc\n")
-    sample.main(job(small, batch="jobs.csv", generator=str(small), steps=1))
+    sample.main(job(small, batch="jobs.csv", steps=1))
     assert "--prompt is empty in 1 of 2 rows: " in capsys.readouterr().err
 
 
@@ -163,7 +161,7 @@ def test_a_small_decoder_makes_the_pieces(small, monkeypatch):
     wanted = list(TinyDecoder.from_pretrained("taew2_2.pth").frames(latents))
     assert all(torch.equal(a, b) for a, b in zip(codec.pieces(latents), wanted, strict=True))
     monkeypatch.setattr(type(codec.vae), "frames", lambda *_: pytest.fail("the VAE decodes nothing"))
-    sample.main(job(small, decoder="taew2_2.pth", generator=str(small), steps=1))
+    sample.main(job(small, decoder="taew2_2.pth", steps=1))
     assert iio.imread("o.mp4").shape == (5, 32, 64, 3)
 
 
@@ -174,8 +172,7 @@ def write_clips(folder: Path) -> None:
     """Six wide clips and three tall ones: a square moves."""
     folder.mkdir()
     for number in range(9):
-        height, width = (32, 64) if number % 3 else (64, 32)
-        frames = np.full((5, height, width, 3), 20 * number, np.uint8)
+        frames = np.full((5, 32, 64, 3) if number % 3 else (5, 64, 32, 3), 20 * number, np.uint8)
         for t in range(5):
             frames[t, 6:18, 4 + 4 * t : 16 + 4 * t] = (200, 40, 40)
         write_video(folder / f"{number}.mp4", frames, fps=8)

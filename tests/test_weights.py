@@ -141,7 +141,7 @@ def test_damaged_weights_give_one_line_that_says_what_is_wrong(tmp_path, capsys)
 
     refused("not a readable checkpoint|more than tensors", whole / "config.json", WanVAE.from_pretrained)
     other = damaged("vae", "config.json", b'{"_class_name": "WanModel"}')
-    refused("config.json: not the VAE of Wan2.2", other, WanVAE.from_pretrained)
+    refused("config.json: _class_name is not that of Wan2.2", other, WanVAE.from_pretrained)
 
 
 def test_both_layouts_of_the_vae_give_the_reference_output(tmp_path):

@@ -5,12 +5,12 @@ exactly this host and origin. No path that a client sends is ever opened.
 """
 
 import base64
-import binascii
 import contextlib
 import json
 import os
+import re
 import secrets
-import selectors
+import select
 import shlex
 import shutil
 import signal
@@ -32,7 +32,7 @@ from core.config import ROOT, UserError, flags, reason
 from core.files import alive
 
 PORT = 7860  # or any free one where it is taken
-MOST_BYTES, MOST_WAITING, MOST_READING = 64 << 20, 16, 4  # of a request; jobs in line; bodies read at a time
+MOST_BYTES, MOST_WAITING = 64 << 20, 16  # of a request; jobs in line
 PATIENCE = 20  # seconds for a client to send its headers, or to go on with what it sends or reads
 SAFE = {
     "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
@@ -42,31 +42,30 @@ SAFE = {
 # The options that the page sets, and their types.
 ASKED = {"prompt": str, "seed": int, "steps": int, "size": str, "frames": int}
 MOST_STEPS = 1000
-Stage = Callable[[str], contextlib.AbstractContextManager]  # surrounds a part of the work, by its name
 # answer(request, folder, tell): does what the request says in an empty folder, and returns the files to send back.
 # tell(step=1, of=4) sends the page a line, and raises Gone if it has closed or cancelled.
 Answer = Callable[[dict, Path, Callable[..., None]], list[Path]]
 
 
 def serve_page(
-    cfg, usual: dict[str, object], steps: int, codec: Codec, networks: Callable[[], tuple[nn.Module, nn.Module]],
+    cfg, usual: dict[str, object], steps: int, codec: Codec, networks: tuple[nn.Module, nn.Module],
     read_condition: Callable, make_video: Callable,
 ) -> None:  # fmt: skip
     """Draw, generate and watch in a page of this machine, until Ctrl+C or SIGTERM.
 
-    `cfg`: sample.py's options, and `usual` those of the preset; `steps`: how many the sampler takes. `networks()` gives
-    the networks, which are kept. `read_condition` and `make_video` are sample.py's.
+    `cfg`: sample.py's options, and `usual` those of the preset; `steps`: how many the sampler takes. `networks` are
+    generator and adapter. `read_condition` and `make_video` are sample.py's.
     """
-    device = next(networks()[0].parameters()).device
+    device = next(networks[0].parameters()).device
     # Reading the text encoder takes longer than most videos.
     text_encoder = cache(codec.text_encoder) if cfg.memory == "high" else codec.text_encoder
 
     @lru_cache(16)
     def embed(prompt: str) -> Tensor:
-        for network in networks() if cfg.memory == "low" else ():
+        for network in networks if cfg.memory == "low" else ():
             network.to("cpu")  # the text encoder takes their place
         text = text_encoder()([prompt])
-        for network in networks():
+        for network in networks:
             network.to(device)
         return text
 
@@ -75,9 +74,7 @@ def serve_page(
             tell(says=name.capitalize())
             return contextlib.nullcontext()
 
-        options = unpack(request, folder)
-        options["steps"] = options["steps"] or steps
-        job = replace(cfg, **options)
+        job = replace(cfg, **unpack(request, folder, steps))
         try:
             condition = read_condition(job, codec)
         except UserError as error:
@@ -94,8 +91,11 @@ def serve_page(
     serve(about | {"options": flags({name: shlex.quote(str(value)) for name, value in others.items()})}, answer)
 
 
-def unpack(request: dict, folder: Path) -> dict[str, object]:
-    """The page's request as options. Its picture, masks and boxes.json are written to this folder, under our names."""
+def unpack(request: dict, folder: Path, steps: int) -> dict[str, object]:
+    """The page's request as options. Its picture, masks and boxes.json are written to this folder, under our names.
+
+    `steps`: how many there are if it asks for 0.
+    """
     for name, kind in ASKED.items():
         if type(request.get(name)) is not kind:
             raise UserError(f"{name}: {request.get(name)!r:.60} is no {kind.__name__}; reload the page")
@@ -105,27 +105,26 @@ def unpack(request: dict, folder: Path) -> dict[str, object]:
     def store(name: str, text: object) -> str:
         try:
             (folder / name).write_bytes(base64.b64decode(text, validate=True))
-        except (TypeError, ValueError, binascii.Error):
+        except (TypeError, ValueError):
             raise UserError(f"{name}: is not in base64; reload the page") from None
         return name
 
     boxes, masks = request.get("boxes"), request.get("masks")
-    objects = boxes.get("objects") if isinstance(boxes, dict) else None
-    fine = isinstance(objects, list) and isinstance(masks, list) and len(masks) == len(objects)
-    if not fine or not all(isinstance(item, dict) for item in objects):
-        raise UserError("boxes: not a boxes.json with a mask, or none, for each object; reload the page")
-    for k, (item, mask) in enumerate(zip(objects, masks, strict=True)):
-        item.pop("mask", None)  # a path of theirs
-        if mask:
-            item["mask"] = store(f"mask_{k}.png", mask)
+    try:
+        for k, (item, mask) in enumerate(zip(boxes["objects"], masks, strict=True)):
+            item.pop("mask", None)  # a path of theirs
+            if mask:
+                item["mask"] = store(f"mask_{k}.png", mask)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError("boxes: not a boxes.json with a mask, or none, for each object; reload the page") from None
     (folder / "boxes.json").write_text(json.dumps(boxes), encoding="utf-8")
-    image = str(folder / store("image", request.get("image")))
-    traj, out = (str(folder / name) for name in ("boxes.json", "video.mp4"))
-    return {"image": image, "traj": traj, "out": out} | {name: request[name] for name in ASKED}
+    names = {"image": store("image", request.get("image")), "traj": "boxes.json", "out": "video.mp4"}
+    options = {name: str(folder / file) for name, file in names.items()} | {name: request[name] for name in ASKED}
+    return options | {"steps": request["steps"] or steps}
 
 
-class Gone(Exception):
-    """The page has closed or cancelled: nobody waits for the answer."""
+class Gone(BaseException):
+    """The page has closed or cancelled: nobody waits for the answer. No Exception, as asyncio's CancelledError."""
 
 
 class Refused(Exception):
@@ -141,13 +140,6 @@ class Server(ThreadingHTTPServer):
         self.token = secrets.token_urlsafe(32)
         self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
         self.line, self.turn, self.closing = [], threading.Condition(), False  # the first in line is at work
-        self.reading = threading.Semaphore(MOST_READING)
-
-    def handle_error(self, request, client_address) -> None:
-        """A client that leaves is no error of ours."""
-        error = sys.exception()
-        if not isinstance(error, (OSError, ValueError)):  # ValueError: a file that was closed under the reader
-            print(f"serve: {type(error).__name__}: {reason(error)}", file=sys.stderr)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -155,21 +147,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         # Each header may come late, but not all of them: this ends a client that trickles.
-        self.alarm = threading.Timer(PATIENCE, self.hang_up)
+        self.alarm = threading.Timer(PATIENCE, self.connection.shutdown, [socket.SHUT_RDWR])
         self.alarm.daemon = True
         self.alarm.start()
         try:
             super().handle()
         except Refused as error:
             self.send_error(*error.args)
-        except Gone:
+        except (Gone, OSError):  # a client that leaves is no error of ours
             pass
         finally:
             self.alarm.cancel()
-
-    def hang_up(self) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *args) -> None:
         pass
@@ -210,19 +198,31 @@ class Handler(BaseHTTPRequestHandler):
         self.check(private=True)
         if self.path != "/generate":
             raise Refused(404, "no such page")
-        with self.server.reading:
-            request = self.read_request()
-        with self.server.turn:
-            if len(self.server.line) > MOST_WAITING:
+        request, server = self.read_request(), self.server
+        with server.turn:
+            if len(server.line) > MOST_WAITING:
                 raise Refused(503, f"{MOST_WAITING} videos wait already; try again later")
-            self.server.line.append(self)
-        self.work(request)
+            server.line.append(self)
+        try:
+            self.reply(200, kind="application/x-ndjson")
+            while place := server.line.index(self):
+                self.tell(place=place)
+                with server.turn:
+                    server.turn.wait_for(lambda: server.line.index(self) != place, timeout=0.5)
+            files = self.work(request)
+        finally:
+            with server.turn:
+                server.line.remove(self)
+                server.turn.notify_all()
+        if files:
+            self.tell(files=[[name, len(data)] for name, data in files.items()])
+            self.wfile.write(b"".join(files.values()))
 
     def read_request(self) -> dict:
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal()) or self.headers.get("Transfer-Encoding"):
+        if not re.fullmatch("[0-9]{1,99}", length) or self.headers.get("Transfer-Encoding"):
             raise Refused(411, "Content-Length is missing")
-        if len(length) > 12 or int(length) > MOST_BYTES:
+        if int(length) > MOST_BYTES:
             raise Refused(413, f"more than {MOST_BYTES >> 20} MiB; give a smaller picture")
         data = self.rfile.read(int(length))
         if len(data) < int(length):
@@ -235,44 +235,22 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, "not a JSON object")
         return request
 
-    def work(self, request: dict) -> None:
-        """Wait for our turn, do the job, and send its files after the last line."""
-        server, found = self.server, {}
+    def work(self, request: dict) -> dict[str, bytes]:
+        """Do the job, and return its files by name. Where it fails the page is told, and there are none."""
         try:
-            self.send_head()
-            while place := server.line.index(self):
-                self.tell(place=place)
-                with server.turn:
-                    server.turn.wait_for(lambda: server.line.index(self) != place, timeout=0.5)
             with tempfile.TemporaryDirectory(prefix=f".tmp{os.getpid()}-page-", ignore_cleanup_errors=True) as folder:
-                found = {file.name: file.read_bytes() for file in server.answer(request, Path(folder), self.tell)}
-        except Gone:
-            raise
+                return {file.name: file.read_bytes() for file in self.server.answer(request, Path(folder), self.tell)}
         except Exception as error:  # whatever it is, the server goes on with the next request
             if not isinstance(error, UserError):
                 print(f"serve: {type(error).__name__}: {reason(error)}", file=sys.stderr)
-            return self.tell(error=reason(error))
-        finally:
-            with server.turn:
-                server.line.remove(self)
-                server.turn.notify_all()
-        self.tell(files=[[name, len(data)] for name, data in found.items()])
-        with contextlib.suppress(OSError):
-            self.wfile.write(b"".join(found.values()))
-
-    def send_head(self) -> None:
-        try:
-            self.reply(200, kind="application/x-ndjson")
-        except OSError:
-            raise Gone from None
+            self.tell(error=reason(error))
+            return {}
 
     def tell(self, **event: object) -> None:
         """Send the page a line, if it is still there."""
         try:
-            with selectors.DefaultSelector() as ears:
-                ears.register(self.connection, selectors.EVENT_READ)
-                left = ears.select(0) and not self.connection.recv(1, socket.MSG_PEEK)
-            if left or self.server.closing:
+            readable = select.select([self.connection], [], [], 0)[0]
+            if self.server.closing or (readable and not self.connection.recv(1, socket.MSG_PEEK)):
                 raise Gone
             self.wfile.write(json.dumps(event).encode() + b"\n")
         except OSError:

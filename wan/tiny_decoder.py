@@ -6,6 +6,7 @@ grow with a video's length. Parameter names are those of `taew2_2.pth`.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from core.weights import load, read_checkpoint, read_safetensors
 
 WIDTHS = (256, 128, 64, 64)  # from the latent's resolution up
-TRIMMED = 3  # frames that the first latent frame gives too many: the VAE makes one of it, not four
 
 
 class MemoryBlock(nn.Module):
@@ -46,27 +46,17 @@ class Grow(nn.Module):
         return rearrange(self.conv(x), "n (t c) h w -> (n t) c h w", t=self.times)
 
 
-class Squash(nn.Module):
-    """Latents to (-3, 3), smoothly."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 3 * torch.tanh(x / 3)
-
-
 class TinyDecoder(nn.Module):
     """`frames(latents)` gives what `WanVAE.frames` gives, without gradient."""
 
     def __init__(self, channels: int = 48, patch: int = 2):
         super().__init__()
         self.patch = patch
-        levels: list[nn.Module] = []
-        for width, wider, times in zip(WIDTHS[1:], WIDTHS[:-1], (1, 2, 2), strict=True):
-            levels += [*(MemoryBlock(wider) for _ in range(3)), nn.Upsample(scale_factor=2), Grow(wider, times)]
-            levels += [nn.Conv2d(wider, width, 3, padding=1, bias=False)]
-        last = nn.Conv2d(WIDTHS[-1], 3 * patch**2, 3, padding=1)
-        self.decoder = nn.Sequential(
-            Squash(), nn.Conv2d(channels, WIDTHS[0], 3, padding=1), nn.ReLU(), *levels, nn.ReLU(), last
-        )
+        layers = [nn.Identity(), nn.Conv2d(channels, WIDTHS[0], 3, padding=1), nn.ReLU()]  # numbered as published
+        for (wider, width), times in zip(pairwise(WIDTHS), (1, 2, 2), strict=True):
+            layers += [*(MemoryBlock(wider) for _ in range(3)), nn.Upsample(scale_factor=2), Grow(wider, times)]
+            layers += [nn.Conv2d(wider, width, 3, padding=1, bias=False)]
+        self.decoder = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(WIDTHS[-1], 3 * patch**2, 3, padding=1))
 
     @classmethod
     def from_pretrained(cls, path: Path | str, dtype: torch.dtype = torch.float32) -> "TinyDecoder":
@@ -85,11 +75,12 @@ class TinyDecoder(nn.Module):
         in [-1, 1], t = 1 for the first and 4 for the others.
         """
         memory: dict[nn.Module, Tensor] = {}
-        for number, x in enumerate(latents.to(next(self.parameters()).dtype).unbind(2)):
+        latents = latents.to(next(self.parameters()).dtype)
+        for number, x in enumerate((3 * torch.tanh(latents / 3)).unbind(2)):
             for layer in self.decoder:
                 if isinstance(layer, MemoryBlock):
                     memory[layer], x = x[-1:], layer(x, memory.get(layer))
                 else:
                     x = layer(x)
             pixels = F.pixel_shuffle(x, self.patch).clamp(0, 1) * 2 - 1
-            yield rearrange(pixels if number else pixels[TRIMMED:], "t c h w -> 1 c t h w")
+            yield rearrange(pixels if number else pixels[3:], "t c h w -> 1 c t h w")  # frame 0 is one, not four

@@ -30,7 +30,7 @@ UMT5_XXL = {
 }  # fmt: skip
 
 
-def read_text_encoder(path: Path, dtype: torch.dtype = torch.bfloat16, shapes: dict | None = None) -> nn.Module:
+def read_text_encoder(path: Path, dtype: torch.dtype, shapes: dict = UMT5_XXL) -> nn.Module:
     """UMT5's encoder: `models_t5_umt5-xxl-enc-bf16.pth`, or diffusers' `text_encoder/`. `dtype`: bfloat16 or int8."""
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -38,17 +38,15 @@ def read_text_encoder(path: Path, dtype: torch.dtype = torch.bfloat16, shapes: d
         config = UMT5Config(**read_config(path / "config.json"))
         tensors = rename(read_folder(path, "model"), ((r"^encoder\.", ""), (r"^shared\.", "embed_tokens.")))
     else:
-        config = UMT5Config(**(shapes or UMT5_XXL))  # tests give the shapes of a small model
+        config = UMT5Config(**shapes)
         tensors = rename(read_checkpoint(path), UMT5_NAMES)
     return load(lambda: UMT5EncoderModel(config).encoder, tensors, path, dtype).eval().requires_grad_(False)
 
 
 def clean_prompt(prompt: str) -> str:
     """A prompt as Wan cleans it: ftfy (also plain commas for full-width ones), entities twice, white space folded."""
-    try:
-        import ftfy
-    except ImportError:
-        raise UserError("ftfy: not installed; pip install -r requirements-wan.txt") from None
+    import ftfy
+
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
@@ -57,10 +55,10 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Path, weights: Path, device: torch.device, length: int, dtype: torch.dtype):
         try:
+            import ftfy  # noqa: F401  # which `clean_prompt` needs: better said before anything large is read
             from transformers import AutoTokenizer
-        except ImportError:
-            raise UserError("transformers: not installed; pip install -r requirements-wan.txt") from None
-        clean_prompt("")  # needs ftfy, and says so before anything large is read
+        except ImportError as error:
+            raise UserError(f"{error.name}: not installed; pip install -r requirements-wan.txt") from None
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         except Exception as error:  # several libraries may read it, and they raise all sorts of errors
@@ -71,11 +69,10 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
         clean = [clean_prompt(prompt) for prompt in prompts]
-        cut = {"padding": "longest", "truncation": True, "max_length": self.length}
         for prompt, whole in zip(prompts, self.tokenizer(clean).input_ids, strict=True):
             if len(whole) > self.length:
-                says = f"has {len(whole)} tokens; Wan reads the first {self.length}"
-                print(f"{prompt[:40]!r}...: {says}", file=sys.stderr)
+                print(f"{prompt[:40]!r}...: {len(whole)} tokens; Wan reads the first {self.length}", file=sys.stderr)
+        cut = {"padding": "longest", "truncation": True, "max_length": self.length}
         tokens = self.tokenizer(clean, return_tensors="pt", **cut).to(self.device)
         mask = tokens.attention_mask
         text = self.network(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None]

@@ -1,7 +1,7 @@
 """The Wan2.2 VAE: videos to latents with 48 channels, 16 times smaller in space and 4 times in time, and back.
 
 It is causal: frame 0 becomes one latent frame, and so do every four frames after it (4 n + 1 frames make n + 1 latent
-frames). So videos stream through in chunks, and layers keep what they need of the past in a `Stream`.
+frames). So a video streams through, a latent frame at a time, and layers keep what they need of the past in a `Stream`.
 Parameter names are those of `Wan2.2_VAE.pth`.
 """
 
@@ -19,7 +19,7 @@ from core.config import UserError
 from core.parallel import Processes
 from core.weights import load, read_checkpoint, read_config, read_folder, rename
 from wan.published import vae_names
-from wan.stream import Relay, Stream
+from wan.stream import Stream
 
 # Statistics of the latents, per channel, as published: the DiT works on (z - MEAN) / STD.
 MEAN = (
@@ -59,20 +59,17 @@ class Layers(nn.Sequential):
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution that doesn't see the future: a video starts after frames of zeros. [B,C,T,H,W] -> the same T."""
+    """A convolution over three frames that doesn't see the future: [B,C,T,H,W] -> the same T. T is 1 for frame 0."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3), skips: int = 0):
-        """`skips`: how many of a video's first latent frames go past it."""
-        super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
-        self.skips = skips
+    def __init__(self, inputs: int, outputs: int, side: int = 3):
+        super().__init__(inputs, outputs, (3, side, side), padding=(0, side // 2, side // 2))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        if past := self.kernel_size[0] - 1:
-            before = stream.before(self, x, past)
-            x = F.pad(x, (0, 0, 0, 0, past, 0)) if before is None else torch.cat([before, x], dim=2)
-            stream[self] = x[:, :, -past:].clone(memory_format=torch.channels_last_3d)
-            if before is None and x.shape[2] == past + 1:  # frame 0 of the video: all before it is zero
-                return F.conv3d(x[:, :, -1:], self.weight[:, :, -1:], self.bias, padding=self.padding)
+        if stream.first:  # all before frame 0 is zero
+            stream.keep(self, F.pad(x, (0, 0, 0, 0, 1, 0)))
+            return F.conv3d(x, self.weight[:, :, -1:], self.bias, padding=self.padding)
+        x = torch.cat([stream.take(self, x, 2), x], dim=2)
+        stream.keep(self, x[:, :, -2:])
         # On a GPU, Winograd's way would move more memory than it saves in products.
         paired = self.kernel_size == (3, 3, 3) and x.device.type == "cpu"
         return conv_pairs(x, self.weight, self.bias) if paired else super().forward(x)
@@ -112,13 +109,6 @@ class RMSNorm(nn.Module):
         return (x * (x.shape[1] ** 0.5 / size).type_as(x)).mul_(self.gamma)
 
 
-class NormSiLU(RMSNorm):
-    """The norm, and SiLU of it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(super().forward(x), inplace=True)
-
-
 class AttentionBlock(nn.Module):
     """Self-attention within each frame, with one head."""
 
@@ -128,14 +118,11 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj = nn.Conv2d(width, width, 1)
 
-    def attend(self, frames: Tensor) -> Tensor:
-        """[n, C, h, w] -> the same shape."""
-        q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (s c) h w -> s n 1 (h w) c", s=3)
-        seen = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(seen, "n 1 (h w) c -> n c h w", h=frames.shape[2]))
-
     def forward(self, x: Tensor) -> Tensor:
-        return x + by_frame(self.attend, x)
+        frames = rearrange(x, "b c t h w -> (b t) c h w")
+        q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (s c) h w -> s n 1 (h w) c", s=3)
+        seen = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=x.shape[3])
+        return x + rearrange(self.proj(seen), "(b t) c h w -> b c t h w", b=len(x))
 
 
 class ResidualBlock(nn.Module):
@@ -143,14 +130,14 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.residual = Layers(  # numbered as published: SiLU and dropout have places of their own there
-            NormSiLU(inputs), nn.Identity(), CausalConv3d(inputs, outputs),
-            NormSiLU(outputs), nn.Identity(), nn.Identity(), CausalConv3d(outputs, outputs),
+        self.residual = Layers(
+            RMSNorm(inputs), nn.SiLU(inplace=True), CausalConv3d(inputs, outputs),
+            RMSNorm(outputs), nn.SiLU(inplace=True), nn.Identity(), CausalConv3d(outputs, outputs),
         )  # fmt: skip
-        self.shortcut = Layers() if inputs == outputs else CausalConv3d(inputs, outputs, (1, 1, 1))
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv3d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.shortcut(x, stream) + self.residual(x, stream)
+        return self.shortcut(x) + self.residual(x, stream)
 
 
 def residual_blocks(inputs: int, outputs: int, number: int) -> list[ResidualBlock]:
@@ -161,8 +148,6 @@ def residual_blocks(inputs: int, outputs: int, number: int) -> list[ResidualBloc
 class Downsample(nn.Module):
     """Halves height and width, and the frames if `temporal`: frame 0 stays, then each pair becomes one."""
 
-    skips = 0  # as a CausalConv3d's
-
     def __init__(self, width: int, temporal: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
@@ -170,12 +155,12 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = by_frame(self.resample, x)
-        if self.time_conv is None:
-            return x
-        before, stream[self] = stream.before(self, x, 1), x[:, :, -1:].clone()
-        if before is not None:
-            return self.time_conv(torch.cat([before, x], dim=2))
-        return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2) if x.shape[2] > 1 else x
+        if self.time_conv is not None:
+            last = x[:, :, -1:]
+            if not stream.first:
+                x = self.time_conv(torch.cat([stream.take(self, x, 1), x], dim=2))
+            stream.keep(self, last)
+        return x
 
 
 class Upsample(nn.Module):
@@ -184,15 +169,14 @@ class Upsample(nn.Module):
     def __init__(self, width: int, temporal: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1))
-        self.time_conv = CausalConv3d(width, 2 * width, (3, 1, 1), skips=1) if temporal else None
+        self.time_conv = CausalConv3d(width, 2 * width, 1) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None:
-            first, rest = x.tensor_split([0 if self in stream else 1], dim=2)
-            stream[self] = None  # only marks that the video has started
-            if rest.shape[2]:
-                rest = rearrange(self.time_conv(rest, stream), "b (p c) t h w -> b c (t p) h w", p=2)
-            x = torch.cat([first, rest], dim=2)
+            if stream.first:  # the convolution starts after frame 0, with zeros before it
+                stream.keep(self.time_conv, torch.cat([x, x], dim=2).zero_())
+            else:
+                x = rearrange(self.time_conv(x, stream), "b (p c) t h w -> b c (t p) h w", p=2)
         return by_frame(self.resample, x)
 
 
@@ -248,7 +232,7 @@ class Encoder(Layers):
         self.conv1 = CausalConv3d(3 * config.patch**2, widths[0])
         self.downsamples = Layers(*(DownBlock(*width, config.blocks, temporal) for width, temporal in levels))
         self.middle = middle(widths[-1])
-        self.head = Layers(NormSiLU(widths[-1]), nn.Identity(), CausalConv3d(widths[-1], 2 * config.channels))
+        self.head = Layers(RMSNorm(widths[-1]), nn.SiLU(inplace=True), CausalConv3d(widths[-1], 2 * config.channels))
 
 
 class Decoder(Layers):
@@ -261,7 +245,7 @@ class Decoder(Layers):
         self.conv1 = CausalConv3d(config.channels, widths[0])
         self.middle = middle(widths[0])
         self.upsamples = Layers(*(UpBlock(*width, config.blocks + 1, temporal) for width, temporal in levels))
-        self.head = Layers(NormSiLU(widths[-1]), nn.Identity(), CausalConv3d(widths[-1], 3 * config.patch**2))
+        self.head = Layers(RMSNorm(widths[-1]), nn.SiLU(inplace=True), CausalConv3d(widths[-1], 3 * config.patch**2))
 
 
 def middle(width: int) -> Layers:
@@ -286,19 +270,15 @@ class WanVAE(nn.Module):
         self.conv2 = nn.Conv3d(config.channels, config.channels, 1)
 
     @classmethod
-    def from_pretrained(
-        cls, path: Path | str, dtype: torch.dtype = torch.float32, config: VAEConfig = VAEConfig()
-    ) -> "WanVAE":
+    def from_pretrained(cls, path: Path, config: VAEConfig = VAEConfig()) -> "WanVAE":
         """Read the published file `Wan2.2_VAE.pth`, whose sizes are `config`'s, or the folder `vae/` of diffusers."""
-        path = Path(path)
         if not path.is_dir():
-            return load(lambda: cls(config), read_checkpoint(path), path, dtype)
-        file, mend = path / "config.json", "give the vae folder of Wan2.2-TI2V-5B-Diffusers"
-        theirs = read_config(file)
-        if theirs.get("_class_name") != "AutoencoderKLWan" or not theirs.get("is_residual"):
-            raise UserError(f"{file}: not the VAE of Wan2.2; {mend}")
-        for name, ours in (("latents_mean", MEAN), ("latents_std", STD)):  # by which latents are normalised
-            if theirs.get(name, list(ours)) != list(ours):
+            return load(lambda: cls(config), read_checkpoint(path), path)
+        file, statistics = path / "config.json", {"latents_mean": list(MEAN), "latents_std": list(STD)}
+        theirs = statistics | read_config(file)
+        for name, ours in {"_class_name": "AutoencoderKLWan", "is_residual": True, **statistics}.items():
+            if theirs.get(name) != ours:
+                mend = "give the vae folder of Wan2.2-TI2V-5B-Diffusers"
                 raise UserError(f"{file}: {name} is not that of Wan2.2; {mend}")
         names = (  # in VAEConfig's order
             "base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "patch_size"
@@ -306,15 +286,15 @@ class WanVAE(nn.Module):
         values = map(read_config(file, *names).get, names)
         config = VAEConfig(*(tuple(value) if isinstance(value, list) else value for value in values))
         tensors = rename(read_folder(path, "diffusion_pytorch_model"), vae_names(config.blocks))
-        return load(lambda: cls(config), tensors, path, dtype)
+        return load(lambda: cls(config), tensors, path)
 
     @torch.no_grad()
-    def encode(self, video: Tensor, chunk: int = 1) -> Tensor:
-        """Normalised latents, without sampling: [B,3,T,h,w] in [-1, 1] -> [B,C,F,h/16,w/16], `chunk` of F at once."""
+    def encode(self, video: Tensor) -> Tensor:
+        """Normalised latents, without sampling: [B,3,T,h,w] in [-1, 1] -> [B,C,F,h/16,w/16]."""
         stream, latents, side = Stream(), [], self.config.patch
-        cuts = range(1 + self.temporal * (chunk - 1), video.shape[2], self.temporal * chunk)
-        for start, end in pairwise([0, *cuts, video.shape[2]]):
-            part = video[:, :, start:end].to(self.conv1.weight)  # the whole may be too large for the device
+        cuts = list(range(1, video.shape[2], self.temporal))
+        for part in stream.chunks(video.tensor_split(cuts, dim=2)):
+            part = part.to(self.conv1.weight)  # the whole may be too large for the device
             part = rearrange(part, "b c t (h q) (w r) -> b (c r q) t h w", q=side, r=side)
             z = self.conv1(self.encoder(part.contiguous(memory_format=torch.channels_last_3d), stream))
             latents.append(z[:, : self.config.channels].to(video.dtype))
@@ -323,50 +303,48 @@ class WanVAE(nn.Module):
         return (z - mean) / std
 
     @torch.no_grad()
-    def frames(self, latents: Tensor, chunk: int = 1, procs: Processes | None = None) -> Iterator[Tensor]:
-        """The video in pieces [B,3,t,h,w] in [-1, 1] as they are decoded, from `chunk` latent frames each.
+    def frames(self, latents: Tensor, procs: Processes | None = None) -> Iterator[Tensor]:
+        """The video [B,3,t,h,w] in [-1, 1] in pieces as they are decoded, one latent frame's each.
 
         `procs`: processes that all have these latents and take the pieces in turn; each gives its own.
         """
-        (mean, std), stream = statistics(latents), Relay(procs) if procs and procs.world > 1 else Stream()
-        parts = (latents * std + mean).to(self.conv2.weight).split(chunk, dim=2)
-        for number, part in enumerate(parts):
-            if stream.turn(number, len(parts), number * chunk):
-                part = self.conv2(part).to(memory_format=torch.channels_last_3d)
-                x = self.decoder(part, stream).clamp(-1, 1)
-                yield rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.config.patch, r=self.config.patch)
-        stream.wait()
+        mean, std = statistics(latents)
+        parts = (latents * std + mean).to(self.conv2.weight).split(1, dim=2)
+        stream, side = Stream(procs), self.config.patch
+        for part in stream.chunks(parts):
+            x = self.decoder(self.conv2(part).to(memory_format=torch.channels_last_3d), stream).clamp(-1, 1)
+            yield rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=side, r=side)
 
-    def decode(self, latents: Tensor, chunk: int = 1, tile: int = 0, overlap: int = 8) -> Tensor:
+    def decode(self, latents: Tensor, tile: int = 0) -> Tensor:
         """Decodes normalised latents: [B,C,F,H,W] -> [B,3,T,16 H,16 W] in [-1, 1] in host memory, T = 4 (F - 1) + 1.
 
-        `chunk`: latent frames at a time. `tile`: to save memory, decode squares of this many latent positions one by
-        one; neighbouring squares share `overlap` positions, where one fades into the other.
+        `tile`: to save memory, decode squares of this many latent positions one by one.
         """
         n, _, length, height, width = latents.shape
-        shape = (n, 3, self.temporal * (length - 1) + 1, self.spatial * height, self.spatial * width)
+        scale = self.spatial
+        shape = (n, 3, self.temporal * (length - 1) + 1, scale * height, scale * width)
         video = latents.new_zeros(shape, device="cpu")
-        rows, columns = (tiles(n, tile, overlap, self.spatial) for n in (height, width))
-        for (y, fade_y), (x, fade_x) in product(rows, columns):
+        for (y, fade_y), (x, fade_x) in product(tiles(height, tile, scale), tiles(width, tile, scale)):
             fade, start = (fade_y[:, None] * fade_x).to(video), 0
-            area = (slice(self.spatial * n.start, self.spatial * n.stop) for n in (y, x))
-            target = video[..., *area]
-            for part in self.frames(latents[..., y, x], chunk):
+            target = video[..., scale * y.start : scale * y.stop, scale * x.start : scale * x.stop]
+            for part in self.frames(latents[..., y, x]):
                 target[:, :, start : start + part.shape[2]].addcmul_(fade, part.to(video))
                 start += part.shape[2]
         return video
 
 
-def tiles(length: int, tile: int, overlap: int, spatial: int) -> list[tuple[slice, Tensor]]:
-    """Tiles of an axis of `length` latent positions, with weights for their pixels that add up to 1 at every pixel."""
-    if not 0 < tile < length:
-        return [(slice(0, length), torch.ones(spatial * length))]
-    if not 0 < 2 * overlap <= tile:
-        raise ValueError(f"tile {tile}, overlap {overlap}: neighbours may share half a tile at most, and 1 at least")
-    starts = [min(n, length - tile) for n in range(0, length - overlap, tile - overlap)]
-    edges = [(spatial * n, spatial * (n + tile)) for n in starts]
-    place = torch.arange(spatial * length) + 0.5
-    # For each tile the distance of every pixel from its edge, constant beyond `overlap`.
-    depths = [torch.minimum(place - a, b - place).clamp(0, spatial * overlap) for a, b in edges]
-    total = torch.stack(depths).sum(0)
-    return [(slice(n, n + tile), (d / total)[a:b]) for n, (a, b), d in zip(starts, edges, depths, strict=True)]
+def tiles(length: int, tile: int, scale: int) -> list[tuple[slice, Tensor]]:
+    """Tiles of an axis of `length` latent positions, with weights for their pixels that add up to 1 at every pixel.
+
+    Neighbours share a quarter of a tile, where one fades into the other. `scale`: pixels per latent position.
+    """
+    tile = min(tile or length, length)
+    starts = sorted({min(n, length - tile) for n in range(0, length, tile - tile // 4)})
+    pixels = torch.arange(scale * length) + 0.5
+    # For each tile the distance of every pixel from its edge, constant beyond what neighbours share.
+    distances = [torch.minimum(pixels - scale * n, scale * (n + tile) - pixels) for n in starts]
+    weights = torch.stack(distances).clamp(0, scale * tile // 4)
+    weights /= weights.sum(0)
+    return [
+        (slice(n, n + tile), weight[scale * n : scale * (n + tile)]) for n, weight in zip(starts, weights, strict=True)
+    ]
