@@ -231,8 +231,12 @@ class Run:
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """A line in log.jsonl, and one to read, with speed, memory and the time that is left."""
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        log = self.folder / "log.jsonl"
+        try:
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **numbers}) + "\n")
+        except OSError as error:  # a full disk's names no file
+            raise UserError(f"{log}: can't be written ({reason(error)})") from None
         if self.wandb:
             self.wandb.log(numbers, step=step)
         total, (then, before), self.printed = self.config["steps"], self.printed, (time.perf_counter(), step)

@@ -236,7 +236,7 @@ def test_distilled_sampler_matches_a_gaussian_mixture():
     torch.manual_seed(0)
     student, fake, batch, steps = Points(), Points(), 128, 2000
     first, sigmas = torch.zeros(batch, 2, 1, 2, 2), flow.sigma_schedule(4, 1)
-    optimizers = {n: torch.optim.AdamW(n.parameters(), betas=(0, 0.999), weight_decay=0) for n in (student, fake)}
+    optimizers = {n: torch.optim.AdamW(n.parameters(), betas=(0.0, 0.999), weight_decay=0) for n in (student, fake)}
     ema = optim.EMA(student, 0.99)
 
     def sampled_errors():

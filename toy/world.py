@@ -114,7 +114,10 @@ class World:
         scale = (density[:, None] / zoom)[..., None]  # bank pixels to a pixel, (B, T, 1)
         x, y = (torch.arange(side) + 0.5 - side / 2 - pan[..., n, None] for n, side in enumerate((width, height)))
         x, y = x * scale * mirror[:, None, None] + middle[:, :1, None], y * scale + middle[:, 1:, None]
-        plate = look_up(bank[behind], x[:, :, None].float(), y[..., None].float())
+        plate = torch.empty(B, 3, T, height, width)
+        for some, frames in ((~camera, 1), (camera, T)):  # without a camera one frame serves all
+            there = x[some, :frames, None].float(), y[some, :frames, :, None].float()
+            plate[some] = look_up(bank[behind[some]], *there)
         plate = (plate * tint[..., None, None, None]).clamp_(0, 1)
 
         # 3. How many things, of which shape, and what they are made of: in one of three, the picture behind.
