@@ -21,7 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.boxes import draw_dots, draw_outlines, extents, fill_box, flat_colors, interpolate, label_pixels, move, place
+from core.boxes import (
+    draw_dots,
+    draw_outlines,
+    edges_of_outlines,
+    extents,
+    fill_box,
+    flat_colors,
+    interpolate,
+    label_pixels,
+    move,
+    place,
+)  # fmt: skip
 from core.config import UserError
 from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover_nearest, read_frames, read_mask
 
@@ -350,7 +361,7 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check) -> T
             mend = f"is cut away at {image_size[1]}x{image_size[0]}; change the size"
             check(masks.any((1, 2)).all(), "frame 0", f"an object {mend}")
         maps[count - 1] = cover_nearest(frame, image_size)
-        boxes.append(extents(label, len(colors)))
+        boxes.append(edges_of_outlines(label, len(colors)) if count > 1 else extents(label, len(colors)))
     check(count == num_frames, "", f"{count} maps but the video has {num_frames} frames; pass --frames {count}")
     given = torch.from_numpy(maps).permute(3, 0, 1, 2).float() / 127.5 - 1
     names = [f"object {k}" for k in range(len(colors))]

@@ -185,10 +185,10 @@ def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path, world):
     assert set(parts) == {"video", "box"} and first.caption == world.captions[0]
     x0, y0, x1, y1 = 12, 8, 24, 20
     lit = (parts["box"][0, 4] > -1).nonzero()
-    assert lit.amin(0).tolist() == [y0, x0] and lit.amax(0).tolist() == [y1 - 1, x1 - 1]
-    told, video = (read(first, "pixels")[kind] for kind in ("box", "video"))
-    assert torch.equal(told, load_trajectory(first.boxes, (48, 48), 9).maps("box", video[:, 0]))  # of the clip's frame
-    assert torch.allclose(told[:, 4, 8:20, 12:24], video[:, 0, 8:20, 4:16].clamp(min=-0.9), atol=1e-4)
+    assert lit.amin(0).tolist() == [y0, x0] and lit.amax(0).tolist() == [y1, x1]
+    painted, video = (read(first, "pixels")[kind] for kind in ("box", "video"))
+    assert torch.equal(painted, load_trajectory(first.boxes, (48, 48), 9).maps("box", video[:, 0]))
+    assert torch.allclose(painted[:, 4, 8:20, 12:24], video[:, 0, 8:20, 4:16].clamp(min=-0.9), atol=1e-4)
     for clip, reason in ((second, "b.json: objects"), (third, "no caption")):
         with pytest.raises(UserError, match=reason):
             read(clip)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+import zlib
 from dataclasses import replace
 
 import imageio.v3 as iio
@@ -12,7 +13,9 @@ import torch
 from conftest import make_trajectory
 from PIL import Image
 
+from core.boxes import draw_outlines
 from core.config import UserError
+from core.media import to_uint8, write_image
 from toy.world import World
 from trajectory import PALETTE, Trajectory, draw_overlay, load_trajectory, random_blackout
 
@@ -55,12 +58,12 @@ FILLED = """
 def test_box_map_pixel_by_pixel():
     maps = two_objects().maps("box")
     outlines = """
-    aaaaaa..
-    a....a..
+    aaaaaaa.
+    a.....a.
     a..bbbbb
-    aaabaa.b
-    ...b...b
-    ...bbbbb"""
+    a..b..a.
+    aaabaaa.
+    ...b...."""
     assert maps.dtype == torch.float32 and maps.shape == (3, 2, 6, 8)
     assert torch.equal(maps[:, 0], drawn(FILLED))
     assert torch.equal(maps[:, 1], drawn(outlines))
@@ -179,19 +182,48 @@ def test_given_maps_say_which_pixels_move():
     assert torch.equal(given.maps("box"), trajectory.maps("box"))
 
 
-@pytest.mark.parametrize("size, thickness", [((48, 48), 1), ((704, 1280), 7), ((480, 720), 4)])
-def test_outline_thickness(size, thickness):
-    lit = make_trajectory([[None, [10, 10, 40, 40]]], size).maps()[0] > -1
+@pytest.mark.parametrize("size, half", [((48, 48), 0), ((704, 1280), 4), ((480, 720), 2)])
+def test_outlines_are_centred_on_the_edges(size, half):
+    trajectory = make_trajectory([[None, [10, 10, 40, 40]]], size)
+    lit = trajectory.maps()[0] > -1
     for line in lit[1, 25], lit[1, :, 25]:
-        assert line.nonzero().flatten().tolist() == [*range(10, 10 + thickness), *range(40 - thickness, 40)]
+        assert line.nonzero().flatten().tolist() == [*range(10 - half, 11 + half), *range(40 - half, 41 + half)]
     assert not lit[0].any()
+
+
+# Pixels that cv2.rectangle(image, (x0, y0), (x1, y1), color, thickness) of OpenCV 4 paints, and the CRC of their mask.
+OPENCV = [
+    ((704, 1280), [100, 200, 300, 420], 7528, 3402925787), ((704, 1280), [-30, 40, 260, 729], 8308, 3153468899),
+    ((704, 1280), [611, 77, 640, 83], 538, 3433285077), ((480, 832), [100, 200, 300, 420], 4188, 1729970597),
+    ((480, 832), [-30, 40, 260, 505], 3497, 2031520355), ((480, 832), [611, 77, 640, 83], 338, 3314417185),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size, box, count, crc", OPENCV)
+def test_outlines_are_those_of_opencv(size, box, count, crc):
+    video = np.zeros((3, 1, *size), np.uint8)
+    draw_outlines(video, np.array([box], float), np.ones((3, 1, 1), np.uint8))
+    assert (video == video[:1]).all() and video[0].sum() == count
+    assert zlib.crc32(np.packbits(video[0, 0]).tobytes()) == crc
+
+
+@pytest.mark.parametrize("size", [(48, 64), (480, 832)])
+def test_boxes_are_found_again_in_painted_maps(tmp_path, size):
+    tracks = [[[20 + 3 * t, 12, 32 + 3 * t, 30] for t in range(3)], [[-4, 35, 9, 44]] * 3]
+    trajectory = make_trajectory(tracks, size)
+    (tmp_path / "maps").mkdir()
+    for t, frame in enumerate(to_uint8(trajectory.maps())):
+        write_image(tmp_path / "maps" / f"{t:05}.png", frame)
+    given = load_trajectory(tmp_path / "maps", size, 3)
+    assert given.boxes[0].tolist() == tracks[0]
+    assert given.boxes[1, 1:, 1:].tolist() == [[35, 9, 44]] * 2 and (given.boxes[1, 1:, 0] == 0).all()  # cut
 
 
 def test_edges_round_to_the_nearest_pixel_and_stay_inside():
     boxes = [[0, 0, 1, 1], [1.5, 1.49, 4.5, 4.49], [-3, 2, 20, 4], [6.1, 5.2, 6.2, 5.3], [9, 9, 12, 12]]
     maps = make_trajectory([boxes], (6, 8)).maps()
-    assert torch.equal(maps[:, 1], drawn("........ ..aaa... ..a.a... ..aaa... ........ ........"))
-    assert torch.equal(maps[:, 2], drawn("........ ........ aaaaaaaa aaaaaaaa ........ ........"))
+    assert torch.equal(maps[:, 1], drawn("........ ..aaaa.. ..a..a.. ..a..a.. ..aaaa.. ........"))
+    assert torch.equal(maps[:, 2], drawn("........ ........ aaaaaaaa ........ aaaaaaaa ........"))
     assert torch.equal(maps[:, 3], drawn("........ ........ ........ ........ ........ ......a."))  # never nothing
     assert torch.equal(maps[:, 4], drawn("........ " * 6))
 

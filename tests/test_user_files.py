@@ -426,8 +426,9 @@ def test_a_box_that_crosses_the_edge_is_cut_there_with_a_note(box, tmp_path, cap
     note = capsys.readouterr().err
     assert note.count("\n") == 1 and "boxes cross the video's edge and are cut there: cat in frame 8" in note
     ys, xs = np.nonzero((maps[:, 8] > -1).any(0).numpy())
-    inside = np.clip(box, 0, 48)
-    assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == tuple(np.floor(inside + 0.5))
+    corners = np.floor(np.add(box, 0.5)).astype(int)
+    inside = np.clip(np.add(corners, [0, 0, 1, 1]), 0, 48).tolist()  # an outline ends on its second corner
+    assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == tuple(inside)
 
 
 @pytest.mark.parametrize("box", [[-20, 4, 0, 20], [48, 4, 60, 20], [4, 50, 20, 60]])
