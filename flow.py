@@ -11,6 +11,7 @@ and the model predicts v. Latents are [B, C, F, H, W]. Noise levels are per late
 keeps frame 0 clean: its sigma is 0, and (1) then leaves it untouched without any special case.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -30,6 +31,8 @@ class Sampling(NamedTuple):
 # By preset. The toy's long last steps leave less noise in the slow sampler's videos: docs/LOG.md.
 SLOW = {"small": Sampling(50, 2.0), "wan5b": Sampling(50, 5.0, 5.0)}
 FAST = {"small": Sampling(4, 1.0), "wan5b": Sampling(4, 5.0)}
+
+EXIT_STEP = 2  # the random stream that draws the step at which backward simulation ends, in stages 2 and 3
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,F,H,W], t [B,F]) -> v [B,C,F,H,W]
 OnStep = Callable[[int], None]  # called before each step of a sampler, with its number from 1
@@ -119,6 +122,54 @@ def sample_multistep(
         level = frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])  # (B, F)
         x[:, :, 1:] += (following - sigma) * velocity(x, timestep(level))[:, :, 1:].float()
     return x
+
+
+def unipc_schedule(steps: int, shift: float) -> list[float]:
+    """The same for `sample_unipc`. At 1 the log of the signal-to-noise ratio has no value, so Wan begins at 0.999."""
+    return [shift_sigma(0.999 * (1 - i / steps), shift) for i in range(steps + 1)]
+
+
+@torch.no_grad()
+def sample_unipc(
+    velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float], on_step: OnStep | None = None
+) -> Tensor:
+    """As `sample_multistep`, by UniPC of order 2 (Zhao et al. 2023, B(h) = e^h - 1): Wan's own sampler.
+
+    Two predictions of x0 make each step; the prediction where it ends makes it once more. Timesteps are whole numbers.
+    """
+    x, begin = torch.cat([first, noise[:, :, 1:]], dim=2).float(), None
+    seen, levels = [], []  # the last two predictions, and their noise levels
+    for step, (sigma, following) in enumerate(pairwise(sigmas), start=1):
+        if on_step:
+            on_step(step)
+        level = frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])
+        x0 = velocity_to_x0(x, velocity(x, timestep(level).floor()).float(), level)
+        begin = x = unipc_step(begin, seen, [*levels, sigma], x0) if seen else x
+        seen, levels = [*seen[-1:], x0], [*levels[-1:], sigma]
+        x = unipc_step(x, seen, [*levels, following]) if following else x0
+        x[:, :, :1] = first
+    return x
+
+
+def unipc_step(x: Tensor, seen: Sequence[Tensor], levels: Sequence[float], end: Tensor | None = None) -> Tensor:
+    """x at the last but one of these levels -> x at the last. seen: x0 predicted at all levels but the last, `end` too.
+
+    The shapes are x's.
+    """
+    ages = [math.log((1 - sigma) / sigma) for sigma in levels]  # half the log of the signal-to-noise ratio
+    h, x0 = ages[-1] - ages[-2], seen[-1]
+    phi, change = math.expm1(-h), 0.0
+    if len(seen) > 1:
+        rate = (ages[-3] - ages[-2]) / h
+        slope = (seen[-2] - x0) / rate
+        change = slope / 2
+    if end is not None and len(seen) == 1:
+        change = (end - x0) / 2
+    elif end is not None:  # exact for polynomials of degree 2
+        total, moment = -1 / h - 1 / phi, (2 * (1 + phi / h) / h - 1) / phi
+        share = (total - moment) / (1 - rate)
+        change = share * slope + (total - share) * (end - x0)
+    return levels[-1] / levels[-2] * x - (1 - levels[-1]) * phi * (x0 + change)
 
 
 def backward_simulation(

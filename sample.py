@@ -8,7 +8,8 @@
     python sample.py --preset wan5b --weights Wan2.2-TI2V-5B --image x.png --traj boxes.json --prompt "a cat jumps"
 
 Writes `--out` and, beside it, the same video with the boxes drawn over it. Fast: FastGenerator + FastAdapter in 4
-steps, each of which predicts the clean video and adds noise again. Slow: SlowGenerator + SlowAdapter in 50 Euler steps.
+steps, each of which predicts the clean video and adds noise again. Slow: SlowGenerator + SlowAdapter in 50 steps along
+the flow.
 An image of another shape than the video's is resized until it covers it and cut to its middle, and the boxes with it.
 Small videos are written as large as the image, with its own detail wherever they show what it shows: toy/detail.py.
 For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, with the networks of this project in it.
@@ -64,6 +65,7 @@ class Config:
     speed: Literal["fast", "slow"] = "fast"  # which networks, and their sampler
     steps: int = 0  # denoising steps; 0 is the sampler's own number: 4 fast, 50 slow
     guidance: float = 0.0  # slow only: strength of the prompt; 1 is none, at half the work; 0 is the preset's own
+    solver: Literal["euler", "unipc"] = "euler"  # slow only: its steps; unipc is of second order
     shift: float = 60.0  # warp of noise levels towards noise, where today's networks know most; 0: the sampler's own
     seed: int = 0  # another seed, another video
     size: str = "auto"  # height x width of the video, or auto: the image's own shape
@@ -82,6 +84,7 @@ WAN5B = replace(
     weights="Wan2.2-TI2V-5B",
     steps=0,  # (4 fast: paper; 50 slow: Wan)
     guidance=0.0,  # (5: Wan)
+    solver="unipc",  # (Wan)
     shift=0.0,  # (5: Wan, Turbo)
     size="auto",  # (Wan)
     frames=121,  # (Wan)
@@ -187,15 +190,16 @@ def denoise(
         # Residuals are made at every step, each when its block asks: to keep them takes 5 GB at wan5b's full size.
         return lambda x, t: generator(x, t, text, adapter.residuals(traj, x, t, text))
 
-    steps, shift, guidance = sampling(cfg)
-    sigmas, shape = flow.sigma_schedule(steps, shift), traj.shape[1:]
+    (steps, shift, guidance), shape = sampling(cfg), traj.shape[1:]
     with parallel.autocast(first.device, cfg.dtype), gpu_kernels(first.device):
         if cfg.speed == "fast":
             noise = step_noise(steps, shape, [0], cfg.seed).to(first.device)
-            return flow.sample_fewstep(velocity(text), first, noise, sigmas, on_step)
+            return flow.sample_fewstep(velocity(text), first, noise, flow.sigma_schedule(steps, shift), on_step)
         noise = sample_noise(shape, [0], cfg.seed).to(first.device)
         guided = flow.guided(velocity(text), velocity(negative), guidance)
-        return flow.sample_multistep(guided, first, noise, sigmas, on_step)
+        if cfg.solver == "unipc":
+            return flow.sample_unipc(guided, first, noise, flow.unipc_schedule(steps, shift), on_step)
+        return flow.sample_multistep(guided, first, noise, flow.sigma_schedule(steps, shift), on_step)
 
 
 def decode(codec: Codec, latents: Tensor, procs: parallel.Processes) -> np.ndarray:

@@ -1,7 +1,9 @@
 """The rectified-flow maths against answers worked out by hand."""
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import flow
 
@@ -115,3 +117,29 @@ def test_backward_simulation_has_gradient_in_its_last_step_alone(last):
     assert [sigma for sigma, _ in seen] == pytest.approx(sigmas[: last + 1])
     assert [on for _, on in seen] == [False] * last + [True]
     assert x0.requires_grad and torch.equal(x0[:, :, :1], first)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_unipc_is_that_of_diffusers(steps):
+    """With Wan's levels and whole timesteps, on a random network, where frame 0 is given."""
+    from diffusers import UniPCMultistepScheduler  # seconds
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(nn.Conv3d(4, 16, 3, padding=1), nn.Tanh(), nn.Conv3d(16, 4, 3, padding=1))
+    first, noise, asked = torch.randn(1, 4, 1, 8, 8), torch.randn(1, 4, 3, 8, 8), []
+
+    @torch.no_grad()
+    def velocity(x, t):
+        asked.append(t[0].tolist())
+        return network(x) * (1 + t[:, None, :, None, None] / 1000)
+
+    got = flow.sample_unipc(velocity, first, noise, flow.unipc_schedule(steps, 5.0))
+    times = [t for _, t, _ in asked]
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    solver.set_timesteps(sigmas=0.999 * (1 - np.arange(steps) / steps))
+    assert times == solver.timesteps.tolist() and (steps < 50 or times[:4] == [999, 995, 991, 987])
+    rest = noise[:, :, 1:]
+    for t in solver.timesteps:
+        v = velocity(torch.cat([first, rest], 2), torch.tensor([[0, t, t]]))
+        rest = solver.step(v[:, :, 1:], t, rest).prev_sample
+    torch.testing.assert_close(got, torch.cat([first, rest], 2), atol=1e-5, rtol=0)
