@@ -23,14 +23,12 @@ from core import optim, parallel
 from core.codec import Batch
 from core.config import run_script, shipped
 from core.memory import send
-from core.noise import rng, sample_uniform, step_noise
+from core.noise import draw_integer, sample_uniform, step_noise
 from core.parallel import Processes, Recompute
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
 from flow import Velocity
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
-
-EXIT_STEP = 2  # the random stream that draws where backward simulation ends
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def make_draw(
     noise = send(step_noise(steps + 1, x0.shape[1:], samples, cfg.seed, turn), device)
     u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), device)
     sigma = (cfg.judge_sigma_max * flow.shift_sigma(u, shift)).clamp(0.02, 0.98)
-    exit_step = int(torch.randint(steps, (), generator=rng(cfg.seed, turn, EXIT_STEP)))  # the same on every rank
+    exit_step = draw_integer(steps, cfg.seed, turn, flow.EXIT_STEP)
     draw = Draw(x0[:, :, :1], flow.sigma_schedule(steps, shift), exit_step, noise[:-1], noise[-1], sigma)
     return {"text": text} | ({"traj": traj} if kind else {}), draw
 

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 finetune_hybrid.py
 
 The diffusion loss alone keeps to the trajectory and blurs; the adversarial loss alone drifts. The adapter gets both,
-`loss = gan_scale * adversarial + lambda(step) * diffusion` (paper, stage 3). The discriminator judges the result of all
-four steps. It learns at every step and the adapter at every fifth; all else is frozen. In the small preset the first
-steps have the diffusion loss alone. To resume, run the same command again.
+`loss = gan_scale * adversarial + lambda(step) * diffusion` (paper, stage 3). The discriminator judges the videos
+of all four steps, or with wan5b of a random number of them. It learns at every step and the adapter at every fifth; all
+else is frozen. In the small preset the first steps have the diffusion loss alone. To resume, run the command again.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from core import optim, parallel
 from core.codec import Batch
 from core.config import UserError, run_script, shipped
 from core.memory import send
-from core.noise import sample_uniform, step_noise
+from core.noise import draw_integer, sample_uniform, step_noise
 from core.parallel import Processes, Recompute
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
@@ -47,9 +47,11 @@ class Recipe:
     muon: bool = True  # for the classifier, which learns nothing by AdamW alone in so few steps
     momentum: float = 0.9  # AdamW's beta1
     warmup: int = 20  # steps of linear warm-up before the cosine
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rates after it
+    clip: float = 1.0  # largest gradient norm
     ema: float = 0.95  # decay of the averaged adapter, the one exported
-    judge_sigma_min: float = 0.05  # least noise level at which videos are judged
-    judge_sigma_max: float = 0.5  # greatest; levels are spread between the two
+    exit_step: Literal["last", "random"] = "last"  # of the generator's four: whose videos are judged, and teach
+    judge_sigma_max: float = 0.5  # highest noise level at which videos are judged
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,12 @@ WAN5B = replace(
     classifier_lr=2e-6,  # (paper: its stage3.yaml)
     muon=False,  # (paper: its stage3.yaml)
     momentum=0.0,  # (paper: its stage3.yaml)
-    warmup=20,  # (guess, as the cosine after it is)
-    ema=0.95,  # (guess)
-    judge_sigma_min=0.02,  # (paper: its stage3.yaml)
-    judge_sigma_max=0.98,  # (paper: its stage3.yaml)
+    warmup=20,  # (guess)
+    schedule="constant",  # (Turbo)
+    clip=10.0,  # (Turbo)
+    ema=0.99,  # (Turbo: from step 200 on)
+    exit_step="random",  # (Turbo)
+    judge_sigma_max=1.0,  # (Turbo; levels below 0.02 and above 0.98 are set to these)
     accumulate=0,
     recompute="full",
 )
@@ -138,12 +142,14 @@ def phase(step: int, steps: int, ratio: int, diffusion_first: int, adapter_start
 
 
 class Draw(NamedTuple):
-    """Videos and noise for one loss."""
+    """Videos, noise and the generator's schedule for one loss."""
 
     x0: Tensor  # true videos [B,C,F,H,W]
     text: Tensor  # [B,L,text_dim]
     traj: Tensor  # [B,C,F,H,W]
     noise: Tensor  # of the generator's sampling [steps,B,C,F,H,W]
+    sigmas: list[float]  # its noise levels
+    exit_step: int  # the step at which it ends
     renoise: Tensor  # added to true and generated videos before they are judged [B,C,F,H,W]
     level: Tensor  # at this noise level [B,F]
 
@@ -152,9 +158,10 @@ def make_draw(samples: list[int], turn: int, cfg: Config, data: Source, device: 
     x0, text, traj = data.batch(samples, "box", cfg.sparse).to(device)
     steps, shift, _ = flow.FAST[cfg.preset]
     noise = send(step_noise(steps + 1, x0.shape[1:], samples, cfg.seed, turn), device)
-    u = flow.shift_sigma(send(sample_uniform(samples, cfg.batch, cfg.seed, turn), device), shift)
-    sigma = cfg.judge_sigma_min + (cfg.judge_sigma_max - cfg.judge_sigma_min) * u
-    return Draw(x0, text, traj, noise[:-1], noise[-1], flow.frame_sigma(sigma, x0.shape[2]))
+    u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), device)
+    level = flow.frame_sigma((cfg.judge_sigma_max * flow.shift_sigma(u, shift)).clamp(0.02, 0.98), x0.shape[2])
+    exit_step = steps - 1 if cfg.exit_step == "last" else draw_integer(steps, cfg.seed, turn, flow.EXIT_STEP)
+    return Draw(x0, text, traj, noise[:-1], flow.sigma_schedule(steps, shift), exit_step, noise[-1], level)
 
 
 def discriminator_step(
@@ -164,13 +171,14 @@ def discriminator_step(
     """The classifier learns to tell true videos from those of the generator and the adapter as it is now, of the same
     images, texts and trajectories. Both are noised alike. Nothing else gets a gradient.
     """
-    turn, losses, sigmas = 2 * step, [], flow.sigma_schedule(*flow.FAST[cfg.preset][:2])
+    turn, losses = 2 * step, []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
-        x0, text, traj, noise, renoise, level = make_draw(samples, turn, cfg, data, procs.device)
+        x0, text, traj, noise, sigmas, exit_step, renoise, level = make_draw(samples, turn, cfg, data, procs.device)
         with parallel.autocast(procs.device, cfg.dtype):
             with torch.no_grad():
-                fake = flow.sample_fewstep(with_adapter(generator, adapter, text, traj), x0[:, :, :1], noise, sigmas)
+                velocity = with_adapter(generator, adapter, text, traj)
+                fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, exit_step)
                 # One after the other: one batch would take twice the memory, and a compiled block of its own.
                 seen = [
                     discriminator.features(flow.add_noise(video, renoise, level), flow.timestep(level), text)
@@ -181,7 +189,7 @@ def discriminator_step(
             loss = discriminator_loss(*logits.chunk(2))
         (loss / len(shares)).backward()
         losses.append(loss.detach())
-    norm = optim.clip_and_step(discriminator.classifier, optimizers)
+    norm = optim.clip_and_step(discriminator.classifier, optimizers, cfg.clip)
     return {"discriminator_loss": torch.stack(losses).mean(), "discriminator_grad_norm": norm}
 
 
@@ -193,10 +201,10 @@ def adapter_step(
 
     `weight` is the diffusion loss's. `judged`: the adversarial loss counts too.
     """
-    turn, losses, sigmas = 2 * step + 1, [], flow.sigma_schedule(*flow.FAST[cfg.preset][:2])
+    turn, losses = 2 * step + 1, []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
-        x0, text, traj, noise, renoise, level = make_draw(samples, turn, cfg, data, procs.device)
+        x0, text, traj, noise, sigmas, exit_step, renoise, level = make_draw(samples, turn, cfg, data, procs.device)
         diffusion = adversarial = torch.zeros((), device=procs.device)
         with parallel.autocast(procs.device, cfg.dtype):
             velocity = with_adapter(generator, adapter, text, traj)
@@ -204,16 +212,17 @@ def adapter_step(
                 u = sample_uniform(samples, cfg.batch, cfg.seed, turn, DIFFUSION_STEP)
                 sigma = send(torch.tensor([sigmas[int(v * (len(sigmas) - 1))] for v in u]), procs.device)
                 diffusion = flow.flow_matching_loss(velocity, x0, renoise, sigma, "x0")
-            if judged:  # the video of all steps together, noised, is to pass for real
-                fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, len(sigmas) - 2)
+            if judged:  # the generator's video, noised, is to pass for real
+                fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, exit_step)
                 x_t = flow.add_noise(fake, renoise, level)
                 adversarial = adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
         ((cfg.gan_scale * adversarial + weight * diffusion) / len(shares)).backward()
         losses.append(torch.stack([adversarial.detach(), diffusion.detach()]))
     discriminator.zero_grad()  # the gradient passed through it; its own comes from discriminator_step
-    norm = optim.clip_and_step(adapter, optimizers)
+    norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
     adversarial, diffusion = torch.stack(losses).mean(0)
-    return {"adversarial_loss": adversarial, "diffusion_loss": diffusion, "adapter_grad_norm": norm}
+    values = {"adversarial_loss": adversarial, "diffusion_loss": diffusion, "adapter_grad_norm": norm}
+    return values | {"exit_step": float(exit_step)}
 
 
 def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adapter: Adapter) -> list[Tensor]:
@@ -277,11 +286,12 @@ def main(cfg: Config) -> None:
         judged, values = cfg.use_gan and now.judged, {}
         if judged:
             age, lifetime = step - now.begin, now.end - now.begin
-            optim.set_lr(classifier_optimizers, optim.learning_rate(age, cfg.classifier_lr, cfg.warmup, lifetime))
+            rate = optim.learning_rate(age, cfg.classifier_lr, cfg.warmup, lifetime, cfg.schedule)
+            optim.set_lr(classifier_optimizers, rate)
             values |= discriminator_step(step, cfg, *networks, classifier_optimizers, data, procs)
         if now.adapter_learns:
             age, lifetime = step - now.adapter_begin, now.end - now.adapter_begin
-            optim.set_lr(optimizers, optim.learning_rate(age, cfg.lr, cfg.warmup, lifetime))
+            optim.set_lr(optimizers, optim.learning_rate(age, cfg.lr, cfg.warmup, lifetime, cfg.schedule))
             weight = diffusion_weight(cfg.diffusion_scale, age / lifetime)
             values |= adapter_step(step, weight, judged, cfg, *networks, optimizers, data, procs)
             ema.update(step)

@@ -9,9 +9,10 @@ import adapter as adapters
 import discriminator as discriminators
 import finetune_hybrid
 import flow
-from adapter import AdapterConfig, ResNetAdapter
+from adapter import AdapterConfig, ControlNetAdapter, ControlNetConfig, ResNetAdapter
 from core import optim
 from core.config import UserError
+from core.noise import draw_integer
 from core.weights import save_network
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss
 from finetune_hybrid import diffusion_weight, phase
@@ -61,6 +62,40 @@ def test_adversarial_gradient_reaches_the_adapter_through_the_noisy_latent_alone
     loss(cut=False).backward()
     assert all(block.project.weight.grad.abs().max() > 0 for block in adapter.blocks)
     assert all(p.grad is None for network in (generator, backbone) for p in network.parameters())
+
+
+def test_the_adversarial_loss_teaches_a_controlnet_at_every_step_of_the_generator(files, monkeypatch):
+    """Where the generator's sampling ends at random, each of its four levels comes up and gives a gradient."""
+    generator = VideoDiT.from_pretrained(files["generator"], "FastGenerator")
+    shape = ControlNetConfig(**vars(generator.config))
+    adapter = ControlNetAdapter(shape)
+    adapter.copy_generator(generator)
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    save_network("adapter.safetensors", "SlowAdapter", shape, adapter.state_dict())
+    norms, draws, make_draw, stepped = {}, [], finetune_hybrid.make_draw, optim.clip_and_step
+
+    def watched_draw(samples, turn, cfg, *rest):
+        draws.append((turn, make_draw(samples, turn, cfg, *rest)))
+        return draws[-1][1]
+
+    def watched_step(network, optimizers, clip):
+        norm = stepped(network, optimizers, clip)
+        if isinstance(network, ControlNetAdapter):
+            norms.setdefault(draws[-1][1].exit_step, []).append(norm.item())
+        return norm
+
+    monkeypatch.setattr(finetune_hybrid, "make_draw", watched_draw)
+    monkeypatch.setattr(optim, "clip_and_step", watched_step)
+    quiet = {"batch": 1, "compile": False, "dtype": "float32", "sample_every": 0, "save_every": 1000}
+    own = {"ratio": 1, "diffusion_first": 0, "adapter_start": 0, "use_diffusion": False, "muon": False}
+    finetune_hybrid.main(finetune_hybrid.Config(**files, **quiet, **own, steps=40, exit_step="random"))
+    assert sorted(norms) == [0, 1, 2, 3] and all(min(values) > 0 for values in norms.values())
+    assert sum(map(len, norms.values())) == 40
+    # The step follows from seed and turn alone, so it is the same on every rank.
+    steps = {turn: draw.exit_step for turn, draw in draws}
+    assert steps == {turn: draw_integer(4, 0, turn, flow.EXIT_STEP) for turn in range(80)}
+    assert all(draw.level[:, 1:].min() >= 0.02 and draw.level.max() <= 0.98 for _, draw in draws)
 
 
 # --- when who learns --------------------------------------------------------------------------------------------------
@@ -114,7 +149,7 @@ def files(here):
 def test_the_discriminator_sees_what_the_adapter_makes_now(files, monkeypatch):
     """A run of stage 3: fakes are made at every step of the discriminator, by the adapter as it is."""
     adapter, made, updates = [], [], []
-    read, sampler, stepped = finetune_hybrid.read_adapter, flow.sample_fewstep, optim.clip_and_step
+    read, sampler, stepped = finetune_hybrid.read_adapter, flow.backward_simulation, optim.clip_and_step
 
     def state():
         return torch.cat([p.detach().flatten() for p in adapter[0].parameters()])
@@ -124,7 +159,8 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(files, monkeypatch):
         return adapter[0]
 
     def watched_sampler(*args):
-        made.append((len(updates), state()))
+        if not torch.is_grad_enabled():
+            made.append((len(updates), state()))
         return sampler(*args)
 
     def watched_step(network, *args):
@@ -134,7 +170,7 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(files, monkeypatch):
         return norm
 
     monkeypatch.setattr(finetune_hybrid, "read_adapter", watched_read)
-    monkeypatch.setattr(flow, "sample_fewstep", watched_sampler)
+    monkeypatch.setattr(flow, "backward_simulation", watched_sampler)
     monkeypatch.setattr(optim, "clip_and_step", watched_step)
     finetune_hybrid.main(
         finetune_hybrid.Config(
@@ -153,11 +189,12 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(files, monkeypatch):
 def test_fakes_have_the_true_videos_conditions_at_every_step(files, monkeypatch):
     """The same first frames, texts and trajectories."""
     seen, judged, made = [], [], []
-    sampler, features = flow.sample_fewstep, DiffusionDiscriminator.features
+    sampler, features = flow.backward_simulation, DiffusionDiscriminator.features
     judge = Classifier.forward
 
     def watched_sampler(*args):
-        made.append(args)
+        if not torch.is_grad_enabled():
+            made.append(args)
         return sampler(*args)
 
     def watched_features(self, x_t, t, text):
@@ -170,7 +207,7 @@ def test_fakes_have_the_true_videos_conditions_at_every_step(files, monkeypatch)
             judged.append([text, traj])
         return judge(self, features, text, traj)
 
-    monkeypatch.setattr(flow, "sample_fewstep", watched_sampler)
+    monkeypatch.setattr(flow, "backward_simulation", watched_sampler)
     monkeypatch.setattr(DiffusionDiscriminator, "features", watched_features)
     monkeypatch.setattr(Classifier, "forward", watched_judge)
     finetune_hybrid.main(
