@@ -21,6 +21,7 @@ class Stream:
     def __init__(self, procs: Processes | None = None):
         self.rank, self.world = (procs.rank, procs.world) if procs else (0, 1)
         self.frames: dict[nn.Module, Tensor] = {}
+        self.kernels: dict[nn.Module, Tensor] = {}  # what layers compute of their weights, once a video
         self.sending: list[tuple[dist.Work, Tensor]] = []
         # The last process sends to the first over a second connection: with two processes and a single one, that would
         # queue behind what comes back.

@@ -97,6 +97,24 @@ def conv_pairs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
+def doubling_kernel(weight: Tensor) -> Tensor:
+    """What `double_and_conv` needs of a 3x3 convolution's weight: [O,C,3,3] -> [4 O,C,2,2]."""
+    # Of three neighbouring new pixels two are copies of one old pixel, so the weights add up to a 2x2 kernel.
+    sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(weight)  # [new pixel, old pixel, weight]
+    return torch.einsum("aru,bsv,ocuv->abocrs", sums, sums, weight).flatten(0, 2)
+
+
+def double_and_conv(frames: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution: [n,C,h,w] -> [n,O,2h,2w]."""
+    (n, _, h, w), width = frames.shape, len(bias)
+    parts = F.conv2d(frames, kernel, bias.repeat(4), padding=1).split(width, dim=1)  # (n, O, h + 1, w + 1) each
+    shape = (n, width, 2 * h, 2 * w)
+    out = torch.empty(shape, dtype=frames.dtype, device=frames.device, memory_format=torch.channels_last)
+    for (a, b), part in zip(product(range(2), repeat=2), parts, strict=True):
+        out[:, :, a::2, b::2] = part[:, :, a : a + h, b : b + w]
+    return out
+
+
 class RMSNorm(nn.Module):
     """RMS norm over the channels of every position; gamma is [C, 1, 1(, 1)], as published."""
 
@@ -177,7 +195,10 @@ class Upsample(nn.Module):
                 stream.keep(self.time_conv, torch.cat([x, x], dim=2).zero_())
             else:
                 x = rearrange(self.time_conv(x, stream), "b (p c) t h w -> b c (t p) h w", p=2)
-        return by_frame(self.resample, x)
+        conv = self.resample[1]
+        if self not in stream.kernels:
+            stream.kernels[self] = doubling_kernel(conv.weight)
+        return by_frame(lambda frames: double_and_conv(frames, stream.kernels[self], conv.bias), x)
 
 
 class DownBlock(nn.Module):
