@@ -102,7 +102,7 @@ class ResNetAdapter(nn.Module):
         self.patch_embedding = nn.Linear(2 * c * config.patch[1] * config.patch[2], config.hidden)
         self.blocks = nn.ModuleList(ResNetBlock(config.hidden, config.dim) for _ in range(config.layers))
         init_xavier(self.patch_embedding)
-        for block in self.blocks:
+        for block in () if self.patch_embedding.weight.is_meta else self.blocks:  # there, weights are about to be read
             for layer in (block.space, block.time):
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)

@@ -212,13 +212,18 @@ class VideoDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
+        if not self.head.head.weight.is_meta:  # there, weights are about to be read
+            self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier matrices, small embeddings, a head that starts at zero."""
         init_xavier(self)
         for layer in (self.time_embedding[0], self.time_embedding[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (self.text_embedding[0], self.text_embedding[2]):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # about 0.02, Wan's, for its 4,096 inputs
         for part in (*self.blocks, self.head):
-            nn.init.normal_(part.modulation, std=dim**-0.5)
+            nn.init.normal_(part.modulation, std=self.config.dim**-0.5)
         nn.init.zeros_(self.head.head.weight)
 
     @classmethod
