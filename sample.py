@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import flow
-from adapter import Adapter, check_fit, read_adapter, read_maps
+from adapter import Adapter, check_fit, read_adapter, read_maps, with_adapter
 from core import memory, parallel
 from core.attention import gpu_kernels
 from core.codec import Codec
@@ -187,7 +187,9 @@ def denoise(
     """Sample the latents [1,C,F,H,W] of a video. Both branches of guidance get the trajectory, as in MagicMotion."""
 
     def velocity(text: Tensor) -> flow.Velocity:
-        # Residuals are made at every step, each when its block asks: to keep them takes 5 GB at wan5b's full size.
+        if cfg.preset == "small":
+            return with_adapter(generator, adapter, text, traj)
+        # Residuals are made at every step, each when its block asks: to keep them takes 5 GB at full size.
         return lambda x, t: generator(x, t, text, adapter.residuals(traj, x, t, text))
 
     (steps, shift, guidance), shape = sampling(cfg), traj.shape[1:]
