@@ -156,7 +156,7 @@ class ControlNetAdapter(VideoDiT):
         tokens, _, e, text, rope = self.embed(torch.cat([x, traj.to(x)], dim=1), t, text)
         for block, project in zip(self.blocks, self.project, strict=True):
             tokens = block(tokens, e, text, rope)
-            yield project(tokens)
+            yield project(tokens.type_as(text))
 
 
 Adapter = ResNetAdapter | ControlNetAdapter

@@ -9,7 +9,6 @@ latent channels, F latent frames, H W latent size, N = F*h*w tokens, D width, L 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import repeat
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,12 +39,14 @@ class DiTConfig:
     freq_dim: int = 256  # sinusoidal features of the timestep
     sees_first: bool = False  # every frame has frame 0 beside it, as more channels (Wan2.1 image-to-video does so)
     predicts: Literal["velocity", "x0"] = "velocity"  # what the head gives; `forward` returns the velocity of either
+    float32_stream: bool = False  # the tokens between blocks are float32 in training too, not in sampling alone
     eps: float = 1e-6
 
 
 PRESETS = {
     "small": DiTConfig(256, 768, 4, 6, text_dim=64, text_tokens=32, channels=24, sees_first=True, predicts="x0"),
-    "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512),
+    # Wan trains so: a bfloat16 token of size 4 can't feel an adapter's first 0.01. Costs 5 GB a network with gradient.
+    "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512, float32_stream=True),
 }
 LEAST_SIGMA = 0.05  # below it the velocity of a predicted x0 is no longer magnified
 OTHER_FILE = "give the --preset that it was trained with, or another file"
@@ -172,17 +173,17 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
     def forward(self, x: Tensor, e: Tensor, text: Tensor, rope: Rope) -> Tensor:
-        """x [B,N,D], e [B,F,6,D] float32, text [B,L,D] -> [B,N,D]."""
+        """x [B,N,D], e [B,F,6,D] float32, text [B,L,D] -> [B,N,D] in x's dtype; text's is that of the products."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).unbind(2)  # (B, F, D) each
-        y = modulate(self.norm1(x), shift1, scale1).type_as(x)
+        y = modulate(self.norm1(x), shift1, scale1).type_as(text)
         x = add_gated(x, self.self_attn(y, y, rope), gate1)
-        x = x + self.cross_attn(self.norm3(x).type_as(x), text)
-        y = modulate(self.norm2(x), shift2, scale2).type_as(x)
+        x = x + self.cross_attn(self.norm3(x).type_as(text), text)
+        y = modulate(self.norm2(x), shift2, scale2).type_as(text)
         return add_gated(x, self.ffn(y), gate2)
 
 
 class Head(nn.Module):
-    """Last norm, modulation and projection to patches."""
+    """Last norm, modulation and projection to patches, in float32 whatever the weights' dtype."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -193,7 +194,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         shift, scale = (self.modulation.float() + e[:, :, None]).unbind(2)  # (B, F, D)
-        return self.head(modulate(self.norm(x), shift, scale).type_as(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(modulate(self.norm(x), shift, scale), self.head.weight.float(), self.head.bias.float())
 
 
 class VideoDiT(nn.Module):
@@ -268,6 +270,8 @@ class VideoDiT(nn.Module):
             x = torch.cat([x, x[:, :, :1].expand_as(x)], dim=1)
         tables = rotary_table(frames, height, width, self.config.dim // self.config.heads, x.device)
         tokens, cos, sin = (self.split.own_tokens(y, frames) for y in (self.patch_embedding(x), *tables))
+        if self.config.float32_stream or not torch.is_grad_enabled():
+            tokens = tokens.float()
         rope = Rope(cos, sin, self.split, self.split.not_padding(frames, height * width, x.device))
         with torch.autocast(x.device.type, enabled=False):  # as Wan: every layer depends on these few rows
             e = self.time_embedding(self.time_features(t).to(self.time_embedding[0].weight.dtype))
@@ -279,24 +283,24 @@ class VideoDiT(nn.Module):
         self, x: Tensor, t: Tensor, text: Tensor, residuals: Iterable[Tensor] | None = None,
         feature_blocks: tuple[int, ...] = (),
     ) -> Tensor | tuple[Tensor, list[Tensor]]:  # fmt: skip
-        """Velocity of x [B,C,F,H,W] at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim].
+        """Velocity of x [B,C,F,H,W], float32, at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim].
 
         `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output; taken one by one.
         `feature_blocks`: numbers of the blocks whose outputs [B,N,D] are returned too, as a list beside the velocity.
         """
         tokens, e, e6, text, rope = self.embed(x, t, text)
         (frames, height, width), (p, q, r) = self.grid(x), self.config.patch
-        features, added = [], repeat(None, len(self.blocks)) if residuals is None else residuals
-        for i, (block, residual) in enumerate(zip(self.blocks, added, strict=True)):
+        features, added = [], None if residuals is None else iter(residuals)
+        for i, block in enumerate(self.blocks):
             tokens = block(tokens, e6, text, rope)
-            if residual is not None:
-                tokens = tokens + residual.type_as(tokens)
+            if added:
+                tokens = (tokens + next(added)).type_as(tokens)
             if i in feature_blocks:
                 features.append(self.split.all_tokens(tokens, frames, height * width))
         out = self.split.all_tokens(self.head(tokens, e.float()), frames, height * width)
         out = rearrange(out, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=frames, h=height, p=p, q=q, r=r)
         if self.config.predicts == "x0":
-            out = (x - out.float()) / (t / 1000).clamp(min=LEAST_SIGMA)[:, None, :, None, None]
+            out = (x - out) / (t / 1000).clamp(min=LEAST_SIGMA)[:, None, :, None, None]
         return (out, features) if feature_blocks else out
 
 
