@@ -11,9 +11,9 @@ no_gan = --use_gan false
 constant = --diffusion_scale constant
 decay = --diffusion_scale decay
 grow = --diffusion_scale grow
-no_semantic = --semantic false
-no_trajectory = --trajectory false
-no_video = --video false
+no_semantic = --without semantic
+no_trajectory = --without trajectory
+no_video = --without video
 
 .PHONY: demo test ablation
 

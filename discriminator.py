@@ -3,6 +3,10 @@
 The backbone is the frozen SlowGenerator, which reads a noisy latent. Features of some of its blocks go to a classifier,
 the only part that learns: a learned query attends to the first frame and the text, then to the trajectory, then to the
 video, and becomes one logit (paper, section on the diffusion discriminator).
+
+The paper gives no sizes. With preset wan5b the classifier has 68M parameters: a query of a third of the backbone's
+width, and no feed-forward. Wan2.2-TI2V-5B-Turbo's has the full width, norms of queries and keys and a feed-forward of
+8,192, some 260M. `hidden` and `feed_forward` go part of that way.
 """
 
 from dataclasses import dataclass
@@ -29,6 +33,7 @@ class ClassifierConfig:
     semantic: bool = True  # self-attention of the query with first-frame and text tokens
     trajectory: bool = True  # cross-attention to the trajectory's tokens
     video: bool = True  # cross-attention to the video's tokens
+    feed_forward: int = 0  # width of a feed-forward after the attentions; none if 0
     cautious: bool = False  # starts almost silent, for a small world that it might memorise
 
 
@@ -50,15 +55,21 @@ class ClassifierBlock(nn.Module):
         self.attentions = nn.ModuleDict(
             {name: nn.MultiheadAttention(width, config.heads, batch_first=True) for name in used}
         )
+        self.ffn = None
+        if wide := config.feed_forward:
+            layers = nn.LayerNorm(width), nn.Linear(width, wide), nn.GELU("tanh"), nn.Linear(wide, width)
+            self.ffn = nn.Sequential(*layers)
 
-    def forward(self, video: Tensor, text: Tensor, traj: Tensor, per_frame: int) -> Tensor:
-        """video and traj [B,N,hidden], text [B,L,hidden]; tokens of a frame -> [B,hidden]."""
+    def forward(self, video: Tensor, text: Tensor, padding: Tensor, traj: Tensor, per_frame: int) -> Tensor:
+        """video and traj [B,N,hidden], text [B,L,hidden], padding [B,L]; tokens of a frame -> [B,hidden]."""
         query = self.query.expand(len(video), -1, -1)
         for name, attention in self.attentions.items():
-            y = self.norms[name](query)
+            y, hidden = self.norms[name](query), None
             seen = {"semantic": torch.cat([y, video[:, :per_frame], text], 1), "trajectory": traj, "video": video}[name]
-            query = query + attention(y, seen, seen, need_weights=False)[0]
-        return query[:, 0]
+            if name == "semantic":
+                hidden = F.pad(padding, (1 + per_frame, 0))
+            query = query + attention(y, seen, seen, hidden, need_weights=False)[0]
+        return (query if self.ffn is None else query + self.ffn(query))[:, 0]
 
 
 class Classifier(nn.Module):
@@ -99,13 +110,17 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.logit.weight)
 
     def forward(self, features: list[Tensor], text: Tensor, traj: Tensor) -> Tensor:
-        """Features [B,N,D] of each block, text [B,L,Dt], traj [B,C,F,H,W] -> logits [B], large for real."""
+        """Features [B,N,D] of each block, text [B,L,Dt], traj [B,C,F,H,W] -> logits [B], large for real.
+
+        Rows of zeros in the text are padding, which is not attended to. Wan's own attention reads it.
+        """
         frames, height, width = (n // p for n, p in zip(traj.shape[2:], self.config.patch, strict=True))
         cos, sin = rotary_table(frames, height, width, self.config.position_dim, traj.device)
         where = self.position(torch.cat([cos, sin], dim=1))  # (N, hidden)
+        padding = (text == 0).all(-1)  # (B, L)
         tokens, text = self.patch_embedding(traj) + where, self.text(text)
         seen = [
-            block(embed(feature.float()) + where, text, tokens, height * width)
+            block(embed(feature.float()) + where, text, padding, tokens, height * width)
             for block, embed, feature in zip(self.blocks, self.tokens, features, strict=True)
         ]
         return self.logit(self.norm(torch.cat(seen, dim=1)))[:, 0].float()
@@ -134,3 +149,12 @@ def adversarial_loss(fake: Tensor) -> Tensor:
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """`softplus(-D(real)) + softplus(D(fake))` [paper, L_D]. Logits [B] each -> scalar."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def r1_penalty(real: Tensor, near: Tensor) -> Tensor:
+    """`(D(real) - D(near))^2`, near being the true video with a little noise. Logits [B] each -> scalar.
+
+    It stands for R1, the gradient's square at true videos, which would need second derivatives of the backbone (Lin et
+    al. 2025, "Diffusion adversarial post-training", approximated R1).
+    """
+    return (real - near).square().mean()

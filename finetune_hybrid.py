@@ -25,15 +25,16 @@ from core import optim, parallel
 from core.codec import Batch
 from core.config import UserError, run_script, shipped
 from core.memory import send
-from core.noise import draw_integer, sample_uniform, step_noise
+from core.noise import draw_integer, sample_noise, sample_uniform, step_noise
 from core.parallel import Processes, Recompute
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
-from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
+from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss, r1_penalty
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 from toy.muon import muon_and_adamw
 
 DIFFUSION_STEP = 3  # the random stream that draws at which of the four noise levels the diffusion loss looks
+NEAR, R1_NOISE = 4, 0.1  # the stream of the R1 penalty's noise, and its deviation (FastGen)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Recipe:
     ema: float = 0.95  # decay of the averaged adapter, the one exported
     exit_step: Literal["last", "random"] = "last"  # of the generator's four: whose videos are judged, and teach
     judge_sigma_max: float = 0.5  # highest noise level at which videos are judged
+    r1: float = 0.0  # weight of the discriminator's approximate R1 penalty; 100 to 1000 where it is used (FastGen)
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,7 @@ class Config(Recipe):
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss
     diffusion_scale: Literal["decay", "grow", "constant"] = "decay"  # lambda, the diffusion loss's weight over time
-    semantic: bool = True  # the discriminator's attention to first frame and text
-    trajectory: bool = True  # the discriminator's attention to the trajectory
-    video: bool = True  # the discriminator's attention to the video
+    without: Literal["", "semantic", "trajectory", "video"] = ""  # an attention that the discriminator does not get
     batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 6e-4  # peak learning rate of the adapter
@@ -109,6 +109,7 @@ WAN5B = replace(
     ema=0.99,  # (Turbo: from step 200 on)
     exit_step="random",  # (Turbo)
     judge_sigma_max=1.0,  # (Turbo; levels below 0.02 and above 0.98 are set to these)
+    r1=0.0,  # (FastGen: its default, and that of its configs for Wan2.2 5B)
     accumulate=0,
     recompute="full",
 )
@@ -179,14 +180,21 @@ def discriminator_step(
             with torch.no_grad():
                 velocity = with_adapter(generator, adapter, text, traj)
                 fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, exit_step)
+                videos = [x0, fake]
+                if cfg.r1:  # a true video with a little noise, but for its first frame
+                    away = R1_NOISE * sample_noise(x0.shape[1:], samples, cfg.seed, turn, NEAR)
+                    videos.append(torch.cat([x0[:, :, :1], (x0 + send(away, procs.device))[:, :, 1:]], 2))
                 # One after the other: one batch would take twice the memory, and a compiled block of its own.
                 seen = [
                     discriminator.features(flow.add_noise(video, renoise, level), flow.timestep(level), text)
-                    for video in (x0, fake)
+                    for video in videos
                 ]
-                features = [torch.cat(pair) for pair in zip(*seen, strict=True)]
-            logits = discriminator.classifier(features, torch.cat([text] * 2), torch.cat([traj] * 2))
-            loss = discriminator_loss(*logits.chunk(2))
+                features, count = [torch.cat(parts) for parts in zip(*seen, strict=True)], len(videos)
+            logits = discriminator.classifier(features, torch.cat([text] * count), torch.cat([traj] * count))
+            real, fake, *near = logits.chunk(count)
+            loss = discriminator_loss(real, fake)
+            if near:
+                loss = loss + cfg.r1 * r1_penalty(real, *near)
         (loss / len(shares)).backward()
         losses.append(loss.detach())
     norm = optim.clip_and_step(discriminator.classifier, optimizers, cfg.clip)
@@ -259,8 +267,8 @@ def main(cfg: Config) -> None:
     check_preset(generator, cfg.generator, cfg.preset)
     check_preset(backbone, cfg.backbone, cfg.preset)
     check_fit(adapter, cfg.adapter, generator, cfg.generator)
-    attentions = {"semantic": cfg.semantic, "trajectory": cfg.trajectory, "video": cfg.video}
-    classifier = Classifier(replace(discriminators.PRESETS[cfg.preset], **attentions))
+    shape = discriminators.PRESETS[cfg.preset]
+    classifier = Classifier(replace(shape, **{cfg.without: False}) if cfg.without else shape)
     generator, backbone, adapter, classifier = (
         parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype)
         for network in (generator.requires_grad_(False), backbone.requires_grad_(False), adapter, classifier)

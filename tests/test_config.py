@@ -142,7 +142,7 @@ def test_help_says_where_each_value_of_wan5b_comes_from(script, capsys):
 def test_every_number_that_a_training_of_wan5b_depends_on_has_its_source(script, capsys):
     numbers = {field.name for field in dataclasses.fields(script.Config) if isinstance(field.default, int | float)}
     machine = {"accumulate", "sequence", "seed", "compile", "save_every", "sample_every"}
-    parts = {"use_gan", "use_diffusion", "semantic", "trajectory", "video"}  # what the ablation leaves out
+    parts = {"use_gan", "use_diffusion"}  # what the ablation leaves out
     prepared = {"sparse"}  # by tools.prepare_clips
     assert numbers - machine - parts - prepared <= shown(script, capsys)[1].keys()
 

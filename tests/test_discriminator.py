@@ -9,7 +9,7 @@ import torch
 import discriminator as discriminators
 from core import optim
 from core.weights import load, read_network, save_network
-from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss
+from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss, r1_penalty
 from model import PRESETS, VideoDiT
 
 
@@ -37,6 +37,7 @@ def test_losses_by_hand():
     assert discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
     assert discriminator_loss(large, -large).item() == pytest.approx(0, abs=1e-9)
     assert discriminator_loss(-large, large).item() == pytest.approx(100)
+    assert r1_penalty(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0])).item() == pytest.approx(5)
 
 
 def test_only_the_classifier_learns_and_the_gradient_reaches_the_latent():
@@ -76,6 +77,35 @@ def test_each_attention_sees_its_part_and_can_be_switched_off(alone):
             "trajectory": classifier(features, text, torch.randn_like(traj)),
         }
     assert {name for name, value in other.items() if not torch.equal(value, logit)} == SEES[alone]
+
+
+def test_padding_of_the_text_is_not_seen():
+    """Wan's prompts are padded to 512 rows of zeros, which would take a quarter of the attention."""
+    classifier, (_, _, text, traj) = build().classifier, inputs()
+    features = torch.randn(3, 2, 12, 256)
+    text[0, 20:], text[1, 5:] = 0, 0
+    padded = classifier(features, text, traj)
+    for i, length in enumerate((20, 5)):
+        alone = classifier(features[:, i : i + 1], text[i : i + 1, :length], traj[i : i + 1])
+        torch.testing.assert_close(padded[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(classifier(features, text + 1e-3 * (text == 0), traj), padded)
+    assert classifier(features, torch.zeros_like(text), traj).isfinite().all()  # a dropped caption
+
+
+def test_a_feed_forward_follows_the_attentions():
+    classifier, (_, _, text, traj) = build(feed_forward=96).classifier, inputs()
+    features = torch.randn(3, 2, 12, 256)
+    before = classifier(features, text, traj)
+    before.sum().backward()
+    assert [layer.weight.grad.abs().max() > 0 for block in classifier.blocks for layer in block.ffn[1::2]] == [True] * 6
+    torch.nn.init.zeros_(classifier.blocks[1].ffn[3].weight)
+    assert not torch.allclose(classifier(features, text, traj), before)
+    with torch.device("meta"):
+        plain, wide = (
+            sum(p.numel() for p in Classifier(replace(discriminators.PRESETS["wan5b"], feed_forward=n)).parameters())
+            for n in (0, 4096)
+        )
+    assert plain == 67_534_849 and wide - plain == 3 * (2 * 1024 * 4096 + 4096 + 3 * 1024)
 
 
 def test_presets_fit_their_networks():

@@ -1,6 +1,7 @@
 """Stage 3: what its losses weigh, whom they move, how the gradient reaches the adapter, and when who learns."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from adapter import AdapterConfig, ControlNetAdapter, ControlNetConfig, ResNetAd
 from core import optim
 from core.config import UserError
 from core.noise import draw_integer
-from core.weights import save_network
+from core.weights import read_safetensors, save_network
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss
 from finetune_hybrid import diffusion_weight, phase
 from model import PRESETS, DiTConfig, VideoDiT
@@ -96,6 +97,26 @@ def test_the_adversarial_loss_teaches_a_controlnet_at_every_step_of_the_generato
     steps = {turn: draw.exit_step for turn, draw in draws}
     assert steps == {turn: draw_integer(4, 0, turn, flow.EXIT_STEP) for turn in range(80)}
     assert all(draw.level[:, 1:].min() >= 0.02 and draw.level.max() <= 0.98 for _, draw in draws)
+
+
+def test_the_r1_penalty_compares_true_videos_with_their_neighbours(files, monkeypatch):
+    """Deviation 0.1 in later frames, the same noise level and noise; without it the discriminator sees two videos."""
+    seen, features = [], DiffusionDiscriminator.features
+    monkeypatch.setattr(
+        DiffusionDiscriminator, "features", lambda self, x, *rest: seen.append(x) or features(self, x, *rest)
+    )
+    quiet = {"batch": 2, "compile": False, "dtype": "float32", "sample_every": 0, "save_every": 1000, "steps": 3}
+    own = {"ratio": 5, "diffusion_first": 0, "adapter_start": 0, "muon": False}
+    weights = []
+    for r1 in (0.0, 100.0):
+        seen.clear()
+        finetune_hybrid.main(finetune_hybrid.Config(**files, **quiet, **own, name=f"r{r1}", r1=r1))
+        assert len(seen) == 3 * (2 + (r1 > 0))
+        weights.append(read_safetensors(Path(f"runs/r{r1}/classifier.safetensors"))[1]["logit.weight"].read())
+    true, _, near = seen[:3]
+    level = (near - true)[:, :, 1:]
+    assert torch.equal(true[:, :, 0], near[:, :, 0]) and 0 < level.std() < 0.1 and level.abs().max() > 0
+    assert not torch.equal(*weights)  # from the second step on: the first logits are zero
 
 
 # --- when who learns --------------------------------------------------------------------------------------------------
