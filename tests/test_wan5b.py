@@ -29,7 +29,7 @@ from core.runs import Run
 from core.weights import read_network, read_safetensors, save_network
 from data import ClipLatents
 from model import VideoDiT
-from tools import prepare_clips
+from tools import prepare_clips, train_baseline
 from wan.codec import NEGATIVE_PROMPT, WanCodec
 from wan.tiny_decoder import TinyDecoder
 
@@ -236,6 +236,15 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     (row,) = map(json.loads, Path("runs/fast_adapter/log.jsonl").read_text().splitlines())
     assert row["adversarial_loss"] > 0 and row["diffusion_loss"] > 0 and saves == [1, 1, 1]
     assert read_safetensors("runs/fast_adapter/classifier.safetensors")[0]["network"] == "Classifier"
+
+    for name in ("slow_adapter", "fast_generator"):
+        (small / f"{name}.safetensors").unlink(missing_ok=True)
+        shutil.copy(out[name], small)
+    for kind in ("dmd", "lcm"):
+        run(train_baseline, name=kind, loss=kind, ratio=1, lr=1e-2)
+        base = adapters.read_adapter(f"runs/{kind}/fast_adapter.safetensors", "FastAdapter")
+        assert not torch.equal(base.blocks[0].project.weight, adapter.blocks[0].project.weight)
+    assert len(judged) == 4 and len(saves) == 5
 
     networks = {"generator": str(out["fast_generator"]), "adapter": str(out["fast_adapter"])}
     sample.main(job(small, **networks, out="fast.mp4", steps=0, dtype="float32"))

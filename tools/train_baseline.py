@@ -2,6 +2,7 @@
 
     python -m tools.train_baseline --loss dmd        # distribution matching, as stage 2 does it, applied to the adapter
     python -m tools.train_baseline --loss lcm        # a consistency loss along the slow networks' own path
+    torchrun --nproc_per_node=8 -m tools.train_baseline --preset wan5b --data shards
 
 Both start from the SlowAdapter and train it alone, on the frozen FastGenerator. The paper names the two ("DMD applied
 to adapter", "LCM applied to adapter") and gives no details: what their sources don't say is this project's guess. The
@@ -9,8 +10,9 @@ result, `runs/<name>/fast_adapter.safetensors`, is used as stage 3's. To resume,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,17 +21,18 @@ from torch.optim import Optimizer
 
 import distill_fast
 import flow
-from adapter import read_adapter
+from adapter import check_fit, read_adapter
 from core import optim, parallel
 from core.config import run_script, shipped
+from core.memory import send
 from core.noise import sample_uniform, step_noise
-from core.parallel import Processes
+from core.parallel import Processes, Recompute
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
 from distill_fast import Draw, Networks, matching_step, student_learns
 from finetune_hybrid import make_video
 from flow import Velocity
-from model import VideoDiT
+from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 
 PATH, SKIP = 40, 2  # lcm: steps of the slow networks from noise to data, and between two levels that are to agree
 
@@ -38,12 +41,14 @@ PATH, SKIP = 40, 2  # lcm: steps of the slow networks from noise to data, and be
 class Recipe(distill_fast.Recipe):
     """Values to be edited here; those of stage 2 are dmd's."""
 
-    preset: str = "small"  # size of the networks
     batch: int = 8  # videos a step, over all processes
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches a step; 0 is one video in each
+    recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
+    sequence: int = 1  # neighbouring processes that share one video
     lr: float = 6e-4  # peak learning rate of the adapter
     fake_lr: float = 4e-4  # dmd: peak learning rate of the fake score
     fake_error: Literal["x0", "velocity"] = "velocity"
+    levels: Literal["above", "all"] = "above"  # dmd: noise levels at which the scores judge
     ema: float = 0.95  # decay of the averaged adapter: the one exported, and the target of the consistency loss
     save_every: int = 50  # steps
     sample_every: int = 300  # steps
@@ -52,13 +57,36 @@ class Recipe(distill_fast.Recipe):
 @dataclass(frozen=True)
 class Config(Recipe):
     name: str = "baseline"  # run folder under runs/
+    preset: Literal["small", "wan5b"] = "small"  # size of the networks
     loss: Literal["dmd", "lcm"] = "dmd"  # distribution matching, or consistency
+    data: str = ""  # folder of prepared clips (tools.prepare_clips); the small preset's world if empty
     weights: str = shipped("checkpoints/small")  # folder of slow_generator, slow_adapter and fast_generator.safetensors
     steps: int = 400  # of training; with dmd the adapter learns in every `ratio`-th
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
     seed: int = 0  # of data order and noise
     wandb: str = ""  # project on Weights & Biases to which the log goes too
+
+
+# The paper says nothing of these. They are stage 3's values, and for the fake score stage 2's.
+WAN5B = replace(
+    Config(),
+    preset="wan5b",
+    weights="Wan2.2-TI2V-5B",  # as published, with slow_adapter and fast_generator.safetensors beside its own files
+    steps=1000,  # (guess)
+    batch=4,  # (guess)
+    accumulate=0,
+    recompute="full",
+    lr=2e-6,  # (guess)
+    fake_lr=1e-7,  # (guess)
+    fake_error="x0",  # (guess)
+    levels="all",  # (guess)
+    judge_sigma_max=1.0,  # (guess)
+    guidance=7.0,  # (guess; for lcm too, whose teacher it strengthens)
+    schedule="constant",  # (guess)
+    clip=10.0,  # (guess)
+    ema=0.99,  # (guess)
+)
 
 
 class Pair(nn.Module):
@@ -90,25 +118,30 @@ def consistency_loss(
 
 
 def consistency_step(
-    step: int, cfg: Config, student: Pair, teacher: Pair, ema: optim.EMA, optimizers: Sequence[Optimizer],
-    data: Source, procs: Processes,
+    step: int, cfg: Config, student: Pair, teacher: Pair, negative: Tensor, ema: optim.EMA,
+    optimizers: Sequence[Optimizer], data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the adapter by the consistency loss."""
-    (samples,), path = procs.share(cfg.batch, 1, step), flow.sigma_schedule(PATH, flow.FAST[cfg.preset].shift)
-    x0, text, traj = data.batch(samples, "box").to(procs.device)
-    noise = step_noise(1, x0.shape[1:], samples, cfg.seed, step)[0].to(procs.device)
-    first = [int(v * (PATH - SKIP + 1)) for v in sample_uniform(samples, cfg.batch, cfg.seed, step)]
-    high, low = (torch.tensor([path[i + k] for i in first], device=procs.device) for k in (0, SKIP))
-    velocity, truth = (partial(network, text=text, traj=traj) for network in (student, teacher))
+    path, losses = flow.sigma_schedule(PATH, flow.FAST[cfg.preset].shift), []
+    shares = procs.share(cfg.batch, cfg.accumulate, step)
+    for samples in shares:
+        x0, text, traj = data.batch(samples, "box").to(procs.device)
+        noise = send(step_noise(1, x0.shape[1:], samples, cfg.seed, step)[0], procs.device)
+        first = [int(v * (PATH - SKIP + 1)) for v in sample_uniform(samples, cfg.batch, cfg.seed, step)]
+        high, low = (send(torch.tensor([path[i + k] for i in first]), procs.device) for k in (0, SKIP))
+        velocity, truth = (partial(network, text=text, traj=traj) for network in (student, teacher))
+        truth = flow.guided(truth, partial(truth, text=negative.expand_as(text)), cfg.guidance)
 
-    def averaged(x: Tensor, t: Tensor) -> Tensor:
-        with ema.applied():
-            return velocity(x, t)
+        def averaged(x: Tensor, t: Tensor, velocity: Velocity = velocity) -> Tensor:
+            with ema.applied():
+                return velocity(x, t)
 
-    with parallel.autocast(procs.device, cfg.dtype):
-        loss = consistency_loss(velocity, averaged, truth, x0, noise, high, low)
-    loss.backward()
-    return {"consistency_loss": loss.detach(), "generator_grad_norm": optim.clip_and_step(student, optimizers)}
+        with parallel.autocast(procs.device, cfg.dtype):
+            loss = consistency_loss(velocity, averaged, truth, x0, noise, high, low)
+        (loss / len(shares)).backward()
+        losses.append(loss.detach())
+    norm = optim.clip_and_step(student, optimizers, cfg.clip)
+    return {"consistency_loss": torch.stack(losses).mean(), "generator_grad_norm": norm}
 
 
 def levels_above(u: Tensor, exit_step: int, steps: int) -> Tensor:
@@ -126,6 +159,8 @@ def make_draw(
 ) -> tuple[dict[str, Tensor], Draw]:
     """Stage 2's, with the trajectory, and with the levels at which the sampler shows what it has predicted."""
     given, draw = distill_fast.make_draw(samples, turn, cfg, data, device, "box")
+    if cfg.levels == "all":
+        return given, draw
     steps, shift, _ = flow.FAST[cfg.preset]
     u = sample_uniform(samples, cfg.batch, cfg.seed, turn).to(device)
     sigma = flow.shift_sigma(levels_above(u, draw.exit_step, steps), shift).clamp(0.02, 0.98)
@@ -133,40 +168,50 @@ def make_draw(
 
 
 def main(cfg: Config) -> None:
-    procs = start_processes(cfg)
+    procs = start_processes(cfg, PRESETS[cfg.preset].heads)
 
     # 1. The student: the frozen FastGenerator and the adapter that learns. The teacher: the slow networks, frozen.
-    def read(kind: str) -> Pair:
-        file = f"{cfg.weights}/{kind.lower()}_generator.safetensors"
-        network = VideoDiT.from_pretrained(file, f"{kind}Generator").requires_grad_(False)
-        adapter = read_adapter(f"{cfg.weights}/slow_adapter.safetensors", "SlowAdapter").requires_grad_(False)
-        return Pair(*(parallel.prepare(part, procs, cfg.compile, dtype=cfg.dtype) for part in (network, adapter)))
+    folder, dtype, elsewhere = Path(cfg.weights), frozen_dtype(cfg.preset, cfg.dtype), procs.rank > 0
 
-    student, teacher = read("Fast"), read("Slow")
-    adapter = student.adapter.requires_grad_(True)
+    def read(kind: str, generator_learns: bool, adapter_learns: bool) -> Pair:
+        file, own = folder / f"{kind.lower()}_generator.safetensors", folder / "slow_adapter.safetensors"
+        if kind == "Slow" and cfg.preset == "wan5b":
+            file = folder  # the published generator
+        wide, narrow = (torch.float32 if learns else dtype for learns in (generator_learns, adapter_learns))
+        network = VideoDiT.from_pretrained(file, f"{kind}Generator", wide, elsewhere)
+        adapter = read_adapter(own, "SlowAdapter", narrow, elsewhere)
+        check_preset(network, file, cfg.preset)
+        check_fit(adapter, own, network, file)
+        both = network.requires_grad_(generator_learns), adapter.requires_grad_(adapter_learns)
+        return Pair(*(parallel.prepare(part, procs, cfg.compile, cfg.recompute, cfg.dtype) for part in both))
+
+    student, teacher = read("Fast", False, True), read("Slow", False, False)
+    adapter = student.adapter
     optimizers, ema = [optim.adamw(adapter)], optim.EMA(adapter, cfg.ema)
     parts = {"adapter": (adapter, optimizers, ema)}
     if cfg.loss == "dmd":
-        fake_score = read("Slow").requires_grad_(True)
+        fake_score = read("Slow", True, True)
         fake_optimizers = [optim.adamw(fake_score)]
         parts["fake"] = fake_score, fake_optimizers, None
 
     # 2. What they learn from.
-    codec = open_codec(cfg.preset, "", procs.device)
-    data, held_out = training_data("", codec, cfg.seed, cfg.batch, adapter.config.maps)
+    codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=dtype)
+    data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch, adapter.config.maps)
+    negative = send(data.unconditional(), procs.device)
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
 
     # 3. The loop.
     make = partial(make_video, cfg=cfg, generator=student.generator, adapter=adapter)
     for step in range(start, cfg.steps):
-        optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
+        optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps, cfg.schedule))
         if cfg.loss == "lcm":
-            values = consistency_step(step, cfg, student, teacher, ema, optimizers, data, procs)
+            values = consistency_step(step, cfg, student, teacher, negative, ema, optimizers, data, procs)
             ema.update(step)
         else:
-            optim.set_lr(fake_optimizers, optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps))
-            networks = Networks(student, fake_score, teacher, data.unconditional())
+            rate = optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps, cfg.schedule)
+            optim.set_lr(fake_optimizers, rate)
+            networks = Networks(student, fake_score, teacher, negative)
             values = matching_step(step, "fake", cfg, networks, fake_optimizers, data, procs, make_draw)
             if student_learns(step, cfg.ratio):
                 values |= matching_step(step, "generator", cfg, networks, optimizers, data, procs, make_draw)
@@ -181,4 +226,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config)
+    run_script(main, Config, {"wan5b": WAN5B})
