@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.codec import Batch, Codec
+from core.codec import Batch, Codec, drop_caption
 from core.config import UserError
 from core.weights import read_config, read_folder
 from toy.codec import ToyCodec
@@ -49,6 +49,8 @@ class ClipLatents:
         self.texts = read_folder(self.folder, "text")
         if lacking := [n for clips in shapes.values() for n in clips if str(n) not in self.texts]:
             raise UserError(f"{folder}: clip {min(lacking)} has no caption; run python -m tools.prepare_clips again")
+        if "negative" not in self.texts:
+            raise UserError(f"{folder}: holds no negative prompt; prepare the clips anew")
         held = most[:HELD_OUT]
         del most[:HELD_OUT]
         self.channels = next(iter(shapes))[0]
@@ -60,8 +62,8 @@ class ClipLatents:
         `sparse` is ignored: tools.prepare_clips has chosen the clips that have frames without boxes.
         """
         clips = [self.pick(sample) for sample in samples]
-        dropped = [np.random.default_rng([self.seed, sample, 1]).random() < drop_text for sample in samples]
-        names = ["empty" if drop else str(n) for n, drop in zip(clips, dropped, strict=True)]
+        u = [np.random.default_rng([self.seed, sample, 1]).random() for sample in samples]
+        names = [drop_caption(drop_text, *each, "empty", "negative") for each in zip(u, map(str, clips), strict=True)]
         text = torch.stack([self.text(name) for name in names])
         if kind and (absent := [n for n in clips if f"{n}.{kind}" not in self.latents]):
             mend = "pass --mask_steps 0" if kind == "mask" else "prepare it anew"
@@ -79,8 +81,6 @@ class ClipLatents:
 
     def unconditional(self) -> Tensor:
         """Embeddings [1, L, text_dim] of guidance's negative prompt."""
-        if "negative" not in self.texts:
-            raise UserError(f"{self.folder}: holds no negative prompt; prepare the clips anew")
         return self.text("negative")[None]
 
     def pick(self, sample: int) -> int:

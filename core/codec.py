@@ -63,6 +63,11 @@ class Codec:
         return height, width
 
 
+def drop_caption(share: float, u: float, caption: str, empty: str, negative: str) -> str:
+    """The caption; in a `share` of the cases, told by u in [0, 1), the empty or the negative prompt, as often."""
+    return caption if u >= share else empty if u >= share / 2 else negative
+
+
 def best_size(picture: tuple[int, int], area: int, unit: int) -> tuple[int, int]:
     """The (height, width) in multiples of `unit`, of `area` pixels at most, whose shape is nearest to the picture's.
 

@@ -19,6 +19,7 @@ from data import ClipLatents, training_data
 from model import DiTConfig, VideoDiT
 from tools import prepare_clips
 from toy.codec import ToyCodec
+from toy.latents import ToyLatents
 from wan.codec import WanCodec
 
 SIZES = {"square": (48, 48), "wide": (32, 64)}  # height, width
@@ -119,14 +120,22 @@ def test_guidance_goes_away_from_the_negative_prompt(both, tmp_path):
     data = ClipLatents(both, 32)
     wanted = ToyCodec().encode_text([NEGATIVE]).bfloat16().float()
     assert torch.equal(data.unconditional(), wanted) and wanted.any()
-    assert not data.batch([0], drop_text=1.0).text.any()  # what training drops captions for stays the empty prompt
     old = tmp_path / "old"
     shutil.copytree(both, old)
     for file in old.glob("text-*.safetensors"):  # as they were before
         texts = {name: stored.read() for name, stored in read_safetensors(file)[1].items() if name != "negative"}
         write_safetensors(file, texts, {})
     with pytest.raises(UserError, match="old: holds no negative prompt; prepare the clips anew"):
-        ClipLatents(old, 32).unconditional()
+        ClipLatents(old, 32)
+
+
+def test_dropped_captions_are_the_empty_prompt_or_the_negative_one(both, monkeypatch):
+    monkeypatch.setattr(ToyCodec, "negative", NEGATIVE)
+    for data in (ClipLatents(both, 32, "validation"), ToyLatents(ToyCodec(), size=(48, 48), frames=9)):
+        whole, some, again = (data.batch(list(range(120)), drop_text=share).text for share in (0, 0.5, 0.5))
+        negative, empty = (some == data.unconditional()).flatten(1).all(1), ~some.flatten(1).any(1)
+        assert 15 < negative.sum() < 45 > empty.sum() > 15 and torch.equal(some, again)
+        assert torch.equal(some[~negative & ~empty], whole[~negative & ~empty])
 
 
 def test_too_few_clips_of_a_shape_are_one_line(tmp_path):

@@ -254,7 +254,7 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     assert fast.shape == slow.shape == (5, 32, 64, 3) and not np.array_equal(fast, slow)
 
 
-def test_clips_from_before_the_negative_prompt_are_refused_by_stage_2_alone(small):
+def test_clips_from_before_the_negative_prompt_are_refused(small):
     latents = {f"{n}.{part}": torch.zeros(48, 2, 2, 4) for n in range(6) for part in ("video", "box")}
     Path("shards").mkdir()
     safetensors.torch.save_file(latents, "shards/latents-00000.safetensors")

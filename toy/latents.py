@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.codec import Batch
+from core.codec import Batch, drop_caption
 from core.config import UserError
 from toy.codec import ToyCodec
 from toy.world import World
@@ -31,13 +31,14 @@ class ToyLatents:
         """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
 
         A share `sparse` of the trajectories is blacked out in a random subset of frames; a share `drop_text` of the
-        captions is empty, to train the unconditional branch of guidance.
+        captions is dropped, to train the other branch of guidance.
         """
         samples = [self.offset + s for s in samples]
         with torch.device(self.device):  # where all new tensors go
             batch = self.world.batch(samples)
         chance = [np.random.default_rng([self.world.first, s, 1]).random(2 + self.world.frames) for s in samples]
-        captions = ["" if u[0] < drop_text else c for u, c in zip(chance, batch.captions, strict=True)]
+        each = zip(chance, batch.captions, strict=True)
+        captions = [drop_caption(drop_text, u[0], caption, "", self.codec.negative) for u, caption in each]
         x0, text = self.codec.encode_video(batch.video), self.codec.encode_text(captions)
         if kind is None:
             return Batch(x0, text, None)
