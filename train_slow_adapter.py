@@ -43,6 +43,7 @@ class Recipe:
     warmup: int = 50  # steps of linear warm-up before the cosine
     ema: float = 0.995  # decay of the averaged weights, the ones exported
     shift: float = 3.0  # warp of training noise levels towards noise
+    loss_weight: Literal["none", "bell"] = "none"  # of noise levels in the loss: alike, or more in the middle
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,31 @@ WAN5B = replace(
     muon=False,  # (guess)
     warmup=200,  # (guess, as the cosine after it is)
     ema=0.999,  # (guess)
-    shift=5.0,  # (Wan)
+    shift=5.0,  # (guess: Turbo's trainer of the diffusion loss has it, as Wan's sampling has; FastGen has none)
+    loss_weight="bell",  # (Turbo: the same trainer; FastGen has none)
     accumulate=0,
     recompute="full",
 )
 
 
-def adapter_loss(generator: VideoDiT, adapter: Adapter, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
+def bell(sigma: Tensor, shift: float) -> Tensor:
+    """Weights of noise levels [Turbo, utils/scheduler.py]: a bell, 0 at 0 and 1, of mean 1 over the levels drawn."""
+    drawn = flow.shift_sigma(torch.arange(1, 1001) / 1000, shift)
+    h = [torch.expm1(2 * s * (1 - s)).clamp(min=0) for s in (sigma, drawn)]  # ~ exp(-2 (s - 1/2)^2) - exp(-1/2)
+    return h[0] / h[1].mean()
+
+
+def adapter_loss(
+    generator: VideoDiT, adapter: Adapter, batch: Batch, noise: Tensor, sigma: Tensor, weight: Tensor | None = None
+) -> Tensor:
     """`|| v(x_t, t, text, traj) - (noise - x0) ||^2` [paper, stage 1], or of x0, whichever the generator predicts.
 
-    noise [B,C,F,H,W], sigma [B].
+    noise [B,C,F,H,W], sigma [B]; `weight` [B]: how much each video counts, all alike if there is none.
     """
     velocity = with_adapter(generator, adapter, batch.text, batch.traj)
+    if weight is not None:  # an error times the root is squared to the weight
+        plain, target, root = velocity, noise - batch.x0, weight.sqrt()[:, None, None, None, None]
+        velocity = lambda x_t, t: target + root * (plain(x_t, t) - target)  # noqa: E731
     return flow.flow_matching_loss(velocity, batch.x0, noise, sigma, generator.config.predicts)
 
 
@@ -109,8 +123,10 @@ def adapter_step(
         batch = data.batch(samples, kind, sparse, drop_text=0.1).to(procs.device)
         noise = send(sample_noise(batch.x0.shape[1:], samples, cfg.seed, step), procs.device)
         u = send(sample_uniform(samples, cfg.batch, cfg.seed, step), procs.device)
+        sigma = flow.shift_sigma(u, cfg.shift)
+        weight = bell(sigma, cfg.shift) if cfg.loss_weight == "bell" else None
         with parallel.autocast(procs.device, cfg.dtype):
-            loss = adapter_loss(generator, adapter, batch, noise, flow.shift_sigma(u, cfg.shift))
+            loss = adapter_loss(generator, adapter, batch, noise, sigma, weight)
         (loss / len(shares)).backward()
         losses.append(loss.detach())
     norm = optim.clip_and_step(adapter, optimizers)

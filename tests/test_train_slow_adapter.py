@@ -41,6 +41,45 @@ def test_the_loss_moves_the_adapter_alone():
     assert all(p.grad is None for p in generator.parameters())
 
 
+def test_the_bell_weighs_noise_levels_as_turbos_scheduler(stage_1, monkeypatch):
+    """Values printed by its FlowMatchScheduler, for 1000 training steps: of levels 0, 100, 400, 700, 950 and 999."""
+    levels = torch.tensor([1000, 900, 600, 300, 50, 1]) / 1000
+    for shift, wanted in {
+        1.0: [0.0, 0.4802146, 1.5001113, 1.2709510, 0.2426645, 0.0048697],
+        5.0: [0.0, 0.1390749, 0.7385321, 1.7387844, 1.2507786, 0.0318790],
+    }.items():
+        got = train_slow_adapter.bell(flow.shift_sigma(levels, shift), shift)
+        torch.testing.assert_close(got, torch.tensor(wanted), rtol=1e-4, atol=1e-6)
+    assert (Config().loss_weight, WAN5B.loss_weight) == ("none", "bell")
+    seen, loss = [], train_slow_adapter.adapter_loss
+    monkeypatch.setattr(train_slow_adapter, "adapter_loss", lambda *args: seen.append(args[4:]) or loss(*args))
+    stage_1(steps=1, loss_weight="bell", shift=5.0)
+    ((sigma, weight),) = seen
+    assert torch.equal(weight, train_slow_adapter.bell(sigma, 5.0))
+
+
+def test_a_weight_counts_videos_in_the_loss_and_its_gradient():
+    torch.manual_seed(0)
+    generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=16, text_tokens=8, channels=16)).requires_grad_(False)
+    adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
+    for part in (generator.head.head, *(block.project for block in adapter.blocks)):
+        torch.nn.init.normal_(part.weight, std=0.1)
+    x0, noise, traj = torch.randn(3, 2, 16, 3, 4, 4)
+    text, sigma = torch.randn(2, 8, 16), torch.tensor([0.3, 0.8])
+
+    def gradient(rows, *weight):
+        adapter.zero_grad()
+        batch = Batch(x0[rows], text[rows], traj[rows])
+        loss = adapter_loss(generator, adapter, batch, noise[rows], sigma[rows], *weight)
+        loss.backward()
+        return torch.cat([loss[None].detach(), *(p.grad.flatten() for p in adapter.parameters())])
+
+    alone = [gradient(slice(n, n + 1)) for n in range(2)]
+    got = gradient(slice(0, 2), torch.tensor([0.0, 1.7]))
+    torch.testing.assert_close(got, 1.7 * alone[1] / 2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient(slice(0, 2)), (alone[0] + alone[1]) / 2, rtol=1e-4, atol=1e-6)
+
+
 def test_wan5b_learns_by_adamw_with_a_warm_up():
     assert (WAN5B.lr, WAN5B.muon) == (1e-4, False) and WAN5B.warmup > 50
     assert Config().muon
