@@ -277,9 +277,14 @@ def main(cfg: Config) -> None:
     if cfg.batch:
         with clock("read networks"):
             networks()
+    told = cfg.preset != "wan5b" or maps != "outline" or procs.rank > 0
     for number, job in enumerate(left, start=1):
         try:
-            make(job, early or read_condition(job, codec), text[job.prompt], text[codec.negative], clock)
+            condition = early or read_condition(job, codec)
+            if not told and (names := condition.trajectory.unmasked):
+                told, shown = True, f"{job.traj}: frame 0 shows {', '.join(names)} by filled boxes"
+                print(f"{shown}, which the paper's training never saw; give masks", file=sys.stderr)
+            make(job, condition, text[job.prompt], text[codec.negative], clock)
         except Exception as error:  # whatever it is: a video that can't be made does not stop the rest
             if not cfg.batch:
                 raise

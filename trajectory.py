@@ -71,6 +71,12 @@ class Trajectory:
         """Of frame 0, bool [K, height, width]."""
         return self.masks if self.masks.ndim == 3 else self.masks[:, 0]
 
+    @property
+    def unmasked(self) -> list[str]:
+        """Names of the objects that frame 0 shows as their filled boxes."""
+        first = zip(self.names, self.first_masks, self.boxes[:, 0], strict=True)
+        return [name for name, mask, box in first if mask.any() and (mask == fill_box(box, self.size)).all()]
+
     def maps(self, kind: str = "box", picture: Tensor | None = None) -> Tensor:
         """The condition video, float32 [3, T, height, width] in [-1, 1], black is -1.
 

@@ -141,6 +141,23 @@ def test_empty_prompts_of_a_table_are_counted(small, capsys):
     assert "--prompt is empty in 1 of 2 rows: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("maps", ["outline", "pixels"])
+def test_a_first_frame_without_a_mask_is_told_once(maps, small, monkeypatch, capsys):
+    for name in ("load_networks", "make_video"):
+        monkeypatch.setattr(sample, name, lambda *_, **__: None)
+    monkeypatch.setattr(sample, "embed_prompts", lambda codec, prompts: dict.fromkeys(prompts))
+    monkeypatch.setattr(sample, "read_maps", lambda *_: maps)
+    iio.imwrite("mask.png", np.eye(64, 128, dtype=np.uint8) * 255)
+    masked = json.loads(Path("boxes.json").read_text())
+    masked["objects"][0]["mask"] = "mask.png"
+    Path("masked.json").write_text(json.dumps(masked))
+    Path("jobs.csv").write_text("image,traj,prompt\nx.png,masked.json,a\nx.png,boxes.json,a\nx.png,boxes.json,b\n")
+    sample.main(job(small, batch="jobs.csv"))
+    err = [line for line in capsys.readouterr().err.splitlines() if "frame 0" in line]
+    shown = "boxes.json: frame 0 shows object 0 by filled boxes, which the paper's training never saw; give masks"
+    assert err == ([shown] if maps == "outline" else [])
+
+
 def test_one_network_of_a_checkpoint_makes_the_video(small):
     """`--generator FILE:key`; where none is given, the best key."""
     weights = VideoDiT.from_pretrained(small, "SlowGenerator").state_dict()
