@@ -40,7 +40,7 @@ KEEP = 2  # how many checkpoints
 LOG_EVERY = 20  # steps
 # Options that may change when a run resumes: how it is computed and shown. Its result changes by rounding at most.
 FREE = ["dtype", "compile", "recompute", "sequence", "accumulate", "save_every", "sample_every", "wandb"]
-COUNTS, SHARES = ("steps", "batch", "save_every", "shard"), ("small", "sparse", "pure_noise")
+COUNTS, SHARES = ("steps", "batch", "save_every", "shard"), ("small", "sparse", "boxed", "pure_noise")
 
 
 def check_options(config) -> None:

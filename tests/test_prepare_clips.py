@@ -16,18 +16,20 @@ from safetensors import safe_open
 
 from core.config import UserError
 from core.media import to_uint8, write_video
+from core.weights import read_safetensors
 from data import ClipLatents
 from tools import prepare_clips
 from tools.prepare_clips import Config
 from toy.codec import ToyCodec
 from toy.world import World, WorldBatch
 from trajectory import load_trajectory
+from wan.codec import WanCodec
 
 FRAMES, LIKE_MAGIC = 9, {"size": "48x48", "maps": "outline"}  # of the clips
 
 
 def read(clip, maps="outline"):
-    return prepare_clips.read_clip(clip, lambda _: (48, 48), 9, maps)
+    return prepare_clips.read_clip(clip, Config(size="48x48", maps=maps), ToyCodec())[0]
 
 
 def write_maps(folder, maps):
@@ -57,7 +59,7 @@ def magic(tmp_path_factory, world):
         rows.append({"path": f"videos/{name}.mp4", "num_frames": FRAMES, "text": world.captions[i]})
     (root / "videos/clip03.mp4").write_bytes(b"no video at all")
     write_video(root / "videos/clip07.mp4", to_uint8(world.video[7])[:5], fps=8)
-    write_video(root / "videos/clip11.mp4", to_uint8(world.video[11])[:, :32], fps=8)
+    write_video(root / "videos/clip11.mp4", to_uint8(world.video[11])[:, :24], fps=8)
     (root / "masks/clip15/annotated_frame_00008.png").unlink()
     with (root / "MagicData.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, ["path", "num_frames", "text"])
@@ -69,7 +71,7 @@ def magic(tmp_path_factory, world):
 REJECTED = {
     "clip03": "the video can't be decoded",
     "clip07": "5 frames of 9",
-    "clip11": "48x32 is smaller than 48x48",
+    "clip11": "48x24 is smaller than --smallest 32",
     "clip15": "mask maps: 8 frames of 9",
 }
 
@@ -238,6 +240,70 @@ def test_a_share_of_the_clips_loses_boxes_in_some_frames():
     assert torch.equal(prepare_clips.darken(maps, 0.0, 1), maps)
 
 
+def test_a_share_of_the_clips_shows_boxes_instead_of_masks_in_frame_0(magic, prepared, world, tmp_path):
+    options = {"source": str(magic / "MagicData.csv"), "out": str(tmp_path / "out"), "sparse": 0.0, "boxed": 0.5}
+    prepare_clips.main(Config(**options | LIKE_MAGIC))
+    file = [read_safetensors(folder / "latents-00000.safetensors")[1] for folder in (tmp_path / "out", prepared)]
+    boxed = []
+    for number in [n for n in range(16) if f"clip{n:02}" not in REJECTED]:
+        masks = world.trajectory(number, "mask")
+        drawn = zip(masks.colors, masks.first_masks, strict=True)
+        frame, shown = torch.full((3, 48, 48), -1.0), np.zeros((48, 48), bool)
+        for color, mask in reversed(list(drawn)):  # those in front first; their pixels hide what is behind
+            y, x = np.nonzero(mask & ~shown)
+            shown |= mask
+            if len(y):
+                frame[:, y.min() : y.max() + 1, x.min() : x.max() + 1] = torch.tensor(color / 127.5 - 1)[:, None, None]
+        latent = ToyCodec().encode_video(frame[None, :, None])[0, :, 0]
+        new, mask = (file[i][f"{number}.{kind}"].read().float()[:, 0] for i, kind in ((0, "box"), (1, "mask")))
+        boxed.append(not torch.equal(new, mask))
+        if boxed[-1] and len(masks.colors) == 1:
+            assert (new - latent).abs().max() < 0.1 < (new - mask).abs().max()
+        assert torch.equal(file[0][f"{number}.mask"].read(), file[1][f"{number}.mask"].read())
+    assert 3 < sum(boxed) < 13
+
+
+WIDE, TALL = (48, 2, 44, 80), (48, 2, 80, 44)  # latents of 5 frames of 704x1280, and of 1280x704
+
+
+class Shrinking(WanCodec):
+    """Has Wan's sizes and none of its networks: latents are shrunken frames."""
+
+    def encode_video(self, video):
+        return (
+            torch.nn.functional.avg_pool2d(video[0, :, ::4].transpose(0, 1), 16)
+            .transpose(0, 1)
+            .repeat(16, 1, 1, 1)[None]
+        )
+
+    def text_encoder(self):
+        return lambda captions: torch.ones(len(captions), 2, 4)
+
+
+def test_wan5b_has_two_sizes_and_enlarges_small_clips(tmp_path, monkeypatch, capsys):
+    """Wide clips and tall ones, each covered and cut; what --smallest leaves out; --size auto, as before."""
+    monkeypatch.setattr(prepare_clips, "open_codec", lambda *_: Shrinking(tmp_path, torch.device("cpu")))
+    sizes = [(720, 1280), (1080, 1920), (540, 960), (480, 720), (1920, 1080), (478, 720)]
+    (tmp_path / "clips").mkdir()
+    for number, size in enumerate(sizes):
+        write_plain(tmp_path / "clips", number, {"0": [200, 200, 400, 300]}, np.full((5, *size, 3), 90, np.uint8))
+    cfg = replace(prepare_clips.WAN5B, source=str(tmp_path / "clips"), frames=5, out=str(tmp_path / "out"))
+    prepare_clips.main(cfg)
+    said = "2 clips were enlarged, by 1.78 at most; --smallest leaves out the smallest"
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    assert "720x478 is smaller than --smallest 480" in (tmp_path / "out/rejected.csv").read_text()
+    stored = read_safetensors(tmp_path / "out/latents-00000.safetensors")[1]
+    assert [stored[f"{n}.video"].shape for n in range(5)] == [WIDE, WIDE, WIDE, WIDE, TALL]
+    assert [stored[f"{n}.box"].shape for n in range(5)] == [WIDE, WIDE, WIDE, WIDE, TALL]
+    lit = (
+        stored["3.box"].read()[0, 0] > -0.99
+    ).nonzero()  # 720 columns become 1280, and 480 rows 853, of which 704 stay
+    assert lit.amin(0).tolist() == [(200 * 16 // 9 - 74) // 16, 200 * 16 // 9 // 16]
+    first, auto = prepare_clips.find_clips(tmp_path / "clips")[0], replace(cfg, size="auto")
+    codec = WanCodec(tmp_path, torch.device("cpu"))
+    assert prepare_clips.read_clip(first, auto, codec)[0]["video"].shape == (3, 5, 704, 1248)
+
+
 def test_bad_input_is_one_line(tmp_path, prepared, magic):
     def refused(message, **options):
         with pytest.raises(UserError, match=message) as caught:
@@ -254,6 +320,7 @@ def test_bad_input_is_one_line(tmp_path, prepared, magic):
     ):
         (tmp_path / "x.csv").write_text(text)
         refused(message, source=str(tmp_path / "x.csv"))
+    refused(r"--boxed 1\.5: from 0 to 1", source=str(magic / "MagicData.csv"), boxed=1.5)
     refused(r"--sparse 7\.0: from 0 to 1", source=str(magic / "MagicData.csv"), sparse=7.0)
     refused("--size 48x50", source=str(magic / "MagicData.csv"), size="48x50")
     copy = tmp_path / "copy"

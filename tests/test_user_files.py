@@ -22,6 +22,7 @@ from core.files import atomic, output_path, write_text
 from core.media import load_image, read_mask, read_picture, read_video, write_image, write_video
 from core.weights import load, read_checkpoint, read_safetensors, write_safetensors
 from tools import convert, prepare_clips
+from toy.codec import ToyCodec
 from trajectory import load_trajectory
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -350,7 +351,7 @@ def test_every_file_of_a_folder_is_read_or_listed(tmp_path):
     clips, listed = prepare_clips.find_clips(tmp_path), []
     for one in clips:
         try:
-            prepare_clips.read_clip(one, lambda _: (48, 48), 9)
+            prepare_clips.read_clip(one, prepare_clips.Config(size="48x48"), ToyCodec())
         except UserError as error:
             listed.append((one.video.name, str(error)))
     assert len(clips) == 9 and {name for name, _ in listed} == {"notes.md", "lonely.txt", "x.jpg"}

@@ -207,7 +207,7 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     Stage 2's rates are too small for bfloat16 to show one step of them, so here they are larger.
     """
     write_clips(Path("clips"))
-    clips = {"source": "clips", "weights": str(small), "frames": 5, "sparse": 0.5}
+    clips = {"source": "clips", "weights": str(small), "frames": 5, "sparse": 0.5, "size": "32x64", "smallest": 32}
     prepare_clips.main(replace(prepare_clips.WAN5B, out="shards", **clips))
     data = ClipLatents("shards", 32, batch=2)
     assert len(data.shapes) == 2 and data.unconditional().any()

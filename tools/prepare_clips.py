@@ -14,10 +14,9 @@ A clip that can't be used is left out, and rejected.csv says why. If the command
 import csv
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -27,14 +26,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core import parallel
+from core.boxes import extents, fill_box, flat_colors, label_pixels
+from core.codec import Codec
 from core.config import UserError, run_script
 from core.files import atomic, write_text
-from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover_frames, cover_nearest, read_frames, read_video
+from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover_frames, cover_nearest, read_frames, read_video, to_uint8
 from core.runs import check_options
 from core.weights import read_config, read_safetensors, write_safetensors
 from data import open_codec
 from tools.batch import read_table
-from trajectory import Maps, load_trajectory, random_blackout
+from trajectory import MOST_OBJECTS, Maps, load_trajectory, random_blackout
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,22 @@ class Config:
     out: str = "shards"  # folder for the shards and rejected.csv
     preset: Literal["small", "wan5b"] = "small"  # whose codec
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published
-    size: str = "64x64"  # height x width of the clips, or auto: each of its own shape
+    size: str = "64x64"  # height x width of wide clips, turned for tall ones; or auto: each of its own shape
+    smallest: int = 32  # pixels that a clip has both ways at least; what is smaller than `size` is enlarged
     frames: int = 9  # their length; longer ones are cut
     maps: Maps = "pixels"  # how boxes are painted: as outlines, or as the clip's own first pixels, moved along
     sparse: float = 0.15  # share of clips whose box maps are blacked out in a random subset of frames
+    boxed: float = 0.0  # share of clips whose box maps show filled boxes in frame 0, too, not masks; outlines only
 
 
 WAN5B = replace(
     Config(),
     preset="wan5b",
-    size="auto",  # (Wan)
+    size="704x1280",  # (Turbo, FastVideo; that tall clips have it turned is a guess)
+    smallest=480,  # (guess)
     frames=121,  # (Wan)
     maps="outline",  # (paper)
+    boxed=0.1,  # (guess: the paper's frame 0 is always a mask; users may have none)
 )
 SHARD = 16  # clips per file
 
@@ -110,31 +115,32 @@ def read_row(source: Path, line: int, row: dict[str, str]) -> Clip:
     return Clip(video, row["text"].strip(), folder / boxes, folder / masks, start, end)
 
 
-def read_clip(clip: Clip, fit: Callable[[Size], Size], frames: int, maps: Maps = "outline") -> dict[str, Tensor]:
+def read_clip(clip: Clip, cfg: Config, codec: Codec) -> tuple[dict[str, Tensor], float]:
     """Video and maps, [3, T, height, width] in [-1, 1] each: "video", "box", and "mask" if every frame has masks.
 
-    `fit` gives the clip's (height, width) for the file's. UserError with the reason if a clip can't be used.
+    And how many times as large as in the file they are. UserError with the reason if a clip can't be used.
     """
     require(clip.video.suffix.lower() in VIDEO_SUFFIXES, f"no video; read are {', '.join(sorted(VIDEO_SUFFIXES))}")
     require(clip.caption, "no caption, or none in UTF-8")
     require(clip.video.exists(), "no such video")
     try:
-        stack = list(islice(read_video(clip.video), clip.start, clip.start + frames))
+        stack = list(islice(read_video(clip.video), clip.start, clip.start + cfg.frames))
     except BROKEN:
         raise UserError("the video can't be decoded") from None
     length = len(stack) if clip.end is None else min(len(stack), clip.end - clip.start)
-    require(length == frames, f"{length} frames of {frames}")
-    height, width = own = stack[0].shape[:2]
-    size = fit(own)
-    require(height >= size[0] and width >= size[1], f"{width}x{height} is smaller than {size[1]}x{size[0]}")
+    require(length == cfg.frames, f"{length} frames of {cfg.frames}")
+    own = stack[0].shape[:2]
+    require(min(own) >= cfg.smallest, f"{own[1]}x{own[0]} is smaller than --smallest {cfg.smallest}")
+    size = tuple(sorted(codec.video_size(cfg.size, cfg.frames, own), reverse=own[0] > own[1]))  # turned as the clip is
+    scale = max(size[0] / own[0], size[1] / own[1])
     video = cover_frames(np.stack(stack), size) / 127.5 - 1
     if clip.boxes.suffix == ".json":
-        trajectory = load_trajectory(clip.boxes, size, frames, own, cut=True)
-        return {"video": video, "box": trajectory.maps("box", video[:, 0] if maps == "pixels" else None)}
-    require(maps == "outline", "painted maps, which hold no pixels of the clip; give a boxes.json")
-    mask, box = (read_maps(*each, own, size, frames) for each in (("mask", clip.masks), ("box", clip.boxes)))
+        trajectory = load_trajectory(clip.boxes, size, cfg.frames, own, cut=True)
+        return {"video": video, "box": trajectory.maps("box", video[:, 0] if cfg.maps == "pixels" else None)}, scale
+    require(cfg.maps == "outline", "painted maps, which hold no pixels of the clip; give a boxes.json")
+    mask, box = (read_maps(*each, own, size, cfg.frames) for each in (("mask", clip.masks), ("box", clip.boxes)))
     box[:, 0] = mask[:, 0]  # frame 0 of every condition is the segmentation mask
-    return {"video": video, "mask": mask, "box": box}
+    return {"video": video, "mask": mask, "box": box}, scale
 
 
 def read_maps(kind: str, path: Path, own: Size, size: Size, frames: int) -> Tensor:
@@ -158,6 +164,14 @@ def darken(maps: Tensor, share: float, number: int) -> Tensor:
     """Box maps [3, T, H, W], in a `share` of the clips blacked out in a random subset of frames, but never frame 0."""
     dark = random_blackout(np.random.default_rng([0, number]).random(1 + maps.shape[1]), share)
     return maps.masked_fill(torch.from_numpy(dark)[:, None, None], -1)
+
+
+def fill_boxes(frame: Tensor) -> None:
+    """Fill the boxes around the masks in a map [3, height, width], each in its mask's colour."""
+    image = to_uint8(frame[:, None])[0]
+    colors = flat_colors(image, MOST_OBJECTS)
+    for color, box in zip(colors, extents(label_pixels(image, colors), len(colors)), strict=True):
+        frame[:, fill_box(box, image.shape[:2])] = torch.from_numpy(color / 127.5 - 1).float()[:, None]
 
 
 def main(cfg: Config) -> None:
@@ -186,16 +200,19 @@ def main(cfg: Config) -> None:
         write_safetensors(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, {})
     del encode  # it is large
     for start, shard, file in missing("latents", "clips"):
-        tensors, rejected = {}, []
+        tensors, rejected, scales = {}, [], []
         for number, clip in enumerate(shard, start):
             try:
-                parts = read_clip(clip, partial(codec.video_size, cfg.size, cfg.frames), cfg.frames, cfg.maps)
+                parts, scale = read_clip(clip, cfg, codec)
             except UserError as reason:
                 rejected.append((str(clip.video), str(reason)))
                 continue
+            scales.append(scale)
             parts["box"] = darken(parts["box"], cfg.sparse, number)
+            if cfg.maps == "outline" and np.random.default_rng([0, number, 1]).random() < cfg.boxed:
+                fill_boxes(parts["box"][:, 0])
             tensors |= {f"{number}.{kind}": codec.encode_video(video[None])[0] for kind, video in parts.items()}
-        write_safetensors(file, tensors, {"rejected": json.dumps(rejected)})
+        write_safetensors(file, tensors, {"report": json.dumps([rejected, scales])})  # one key: several have no order
     procs.barrier()
     if procs.rank == 0:
         report(out)
@@ -216,15 +233,15 @@ def check_shards(file: Path, cfg: Config, clips: list[Clip]) -> None:
 
 
 def report(out: Path) -> None:
-    """Write rejected.csv, and print how many clips were kept."""
-    kept, rejected, shards = 0, [], sorted(out.glob("latents-*.safetensors"))
-    for file in shards:
-        header, tensors = read_safetensors(file)
-        kept += sum(name.endswith(".video") for name in tensors)
-        rejected += json.loads(header["rejected"])
+    """Write rejected.csv, and print how many clips were kept, and how many of them were enlarged."""
+    shards = sorted(out.glob("latents-*.safetensors"))
+    reports = [json.loads(read_safetensors(file)[0]["report"]) for file in shards]
+    rejected, scales = ([*chain(*lists)] for lists in zip(*reports, strict=True))
     with atomic(out / "rejected.csv") as temporary, temporary.open("w", newline="") as table:
         csv.writer(table).writerows([("path", "reason"), *rejected])
-    print(f"{out}: {kept} clips in {len(shards)} shards; {len(rejected)} rejected, listed in {out}/rejected.csv")
+    print(f"{out}: {len(scales)} clips in {len(shards)} shards; {len(rejected)} rejected, listed in {out}/rejected.csv")
+    if larger := [scale for scale in scales if scale > 1]:
+        print(f"{len(larger)} clips were enlarged, by {max(larger):.2f} at most; --smallest leaves out the smallest")
 
 
 if __name__ == "__main__":
