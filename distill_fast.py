@@ -85,6 +85,7 @@ WAN5B = replace(
     guidance=7.0,  # (Turbo: written there as cond + 6 (cond - uncond))
     accumulate=0,
     recompute="full",
+    save_every=250,  # a checkpoint has 140 GB
 )
 
 

@@ -112,6 +112,7 @@ WAN5B = replace(
     r1=0.0,  # (FastGen: its default, and that of its configs for Wan2.2 5B)
     accumulate=0,
     recompute="full",
+    save_every=100,  # a ControlNet's checkpoint has 85 GB
 )
 
 
@@ -214,17 +215,20 @@ def adapter_step(
     for samples in shares:
         x0, text, traj, noise, sigmas, exit_step, renoise, level = make_draw(samples, turn, cfg, data, procs.device)
         diffusion = adversarial = torch.zeros((), device=procs.device)
-        with parallel.autocast(procs.device, cfg.dtype):
-            velocity = with_adapter(generator, adapter, text, traj)
-            if cfg.use_diffusion:  # the true video, noised to one of the sampler's levels
-                u = sample_uniform(samples, cfg.batch, cfg.seed, turn, DIFFUSION_STEP)
-                sigma = send(torch.tensor([sigmas[int(v * (len(sigmas) - 1))] for v in u]), procs.device)
+        if cfg.use_diffusion:  # the true video, noised to one of the sampler's levels
+            u = sample_uniform(samples, cfg.batch, cfg.seed, turn, DIFFUSION_STEP)
+            sigma = send(torch.tensor([sigmas[int(v * (len(sigmas) - 1))] for v in u]), procs.device)
+            with parallel.autocast(procs.device, cfg.dtype):
+                velocity = with_adapter(generator, adapter, text, traj)
                 diffusion = flow.flow_matching_loss(velocity, x0, renoise, sigma, "x0")
-            if judged:  # the generator's video, noised, is to pass for real
+            (weight * diffusion / len(shares)).backward()  # one loss after the other, each with activations of its own
+        if judged:  # the generator's video, noised, is to pass for real
+            with parallel.autocast(procs.device, cfg.dtype):
+                velocity = with_adapter(generator, adapter, text, traj)
                 fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, exit_step)
                 x_t = flow.add_noise(fake, renoise, level)
                 adversarial = adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
-        ((cfg.gan_scale * adversarial + weight * diffusion) / len(shares)).backward()
+            (cfg.gan_scale * adversarial / len(shares)).backward()
         losses.append(torch.stack([adversarial.detach(), diffusion.detach()]))
     discriminator.zero_grad()  # the gradient passed through it; its own comes from discriminator_step
     norm = optim.clip_and_step(adapter, optimizers, cfg.clip)

@@ -70,12 +70,13 @@ def velocity_to_x0(x_t: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
 
 
 def flow_matching_loss(
-    velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor, on: str = "velocity", weight: Tensor | None = None
-) -> Tensor:
+    velocity: Velocity, x0: Tensor, noise: Tensor, sigma: Tensor, on: str = "velocity", weight: Tensor | None = None,
+    by_video: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`|| v(x_t, t) - (noise - x0) ||^2`, averaged over every frame but the given first one.
 
     x0, noise [B,C,F,H,W]; sigma [B]. `on` "x0": the error of the clean video that v gives, sigma times the velocity's.
-    `weight` [B,1,F,H,W]: how much each place counts, relative to the mean of its video.
+    `weight` [B,1,F,H,W]: how much each place counts, relative to the mean of its video. `by_video` [B]: the video's.
     """
     level = frame_sigma(sigma, x0.shape[2])  # (B, F)
     error = velocity(add_noise(x0, noise, level), timestep(level)).float() - (noise - x0)
@@ -85,7 +86,7 @@ def flow_matching_loss(
     if weight is not None:
         weight = weight[:, :, 1:]
         error = error * (weight / weight.mean((1, 2, 3, 4), keepdim=True))
-    return error.mean()
+    return error.mean() if by_video is None else (error.mean((1, 2, 3, 4)) * by_video).mean()
 
 
 def sigma_schedule(steps: int, shift: float) -> list[float]:

@@ -106,10 +106,7 @@ def adapter_loss(
     noise [B,C,F,H,W], sigma [B]; `weight` [B]: how much each video counts, all alike if there is none.
     """
     velocity = with_adapter(generator, adapter, batch.text, batch.traj)
-    if weight is not None:  # an error times the root is squared to the weight
-        plain, target, root = velocity, noise - batch.x0, weight.sqrt()[:, None, None, None, None]
-        velocity = lambda x_t, t: target + root * (plain(x_t, t) - target)  # noqa: E731
-    return flow.flow_matching_loss(velocity, batch.x0, noise, sigma, generator.config.predicts)
+    return flow.flow_matching_loss(velocity, batch.x0, noise, sigma, generator.config.predicts, by_video=weight)
 
 
 def adapter_step(

@@ -389,7 +389,7 @@ def extrapolate(peaks: Callable[[int], dict[str, float]], layers: tuple[int, int
     return {part: few[part] + steps * (more[part] - few[part]) for part in few}
 
 
-def table(layers: tuple[int, int] = (3, 4), cases: list = CASES) -> Iterator[dict]:
+def table(layers: tuple[int, int] = (5, 6), cases: list = CASES) -> Iterator[dict]:
     """Rows of the memory table: a stage's highest peak, and that of each part of making a video."""
     for case in cases:
         peaks = extrapolate(partial(rehearse_stage, *case), layers)

@@ -269,16 +269,19 @@ def test_memory_of_the_real_model_is_the_committed_one():
 
 
 def test_memory_at_scale_is_what_its_formula_gives():
-    """2 bytes of a frozen parameter, 20 of a trained one (16 of the fake score), over W; the rest over S."""
+    """2 bytes of a frozen parameter, 20 of a trained one (16 of the fake score), over W; the rest over S.
+
+    Of activations 4 bytes in each network, 2 in the residuals.
+    """
     page, (generator, resnet, control, classifier) = text("docs/SCALE.md"), (5.000e9, 0.018e9, 5.283e9, 0.068e9)
     for row, held, kept in (
-        ("| 1, ResNet | P | A | 1 + 1 |", 2 * generator + 20 * resnet, 2),
-        ("| 1, ControlNet | P | A | 2 + 1 |", 2 * generator + 20 * control, 3),
-        ("| 2 | P | 2 P | 1 + 0 |", (2 + 20 + 16) * generator, 1),
-        ("| 3, ResNet | 2 P | A + C | 2 + 1 |", 4 * generator + 20 * (resnet + classifier), 3),
-        ("| 3, ControlNet | 2 P | A + C | 3 + 1 |", 4 * generator + 20 * (control + classifier), 4),
+        ("| 1, ResNet | P | A | 1 + 1 |", 2 * generator + 20 * resnet, 6),
+        ("| 1, ControlNet | P | A | 2 + 1 |", 2 * generator + 20 * control, 10),
+        ("| 2 | P | 2 P | 1 + 0 |", (2 + 20 + 16) * generator, 4),
+        ("| 3, ResNet | 2 P | A + C | 2 + 1 |", 4 * generator + 20 * (resnet + classifier), 10),
+        ("| 3, ControlNet | 2 P | A + C | 3 + 1 |", 4 * generator + 20 * (control + classifier), 14),
     ):
         for gpus, share in ((1, 1), (4, 1), (4, 4), (8, 1), (8, 8)):
-            activations = (kept * 2 * 27280 * 3072 * 30 + 5e9) / share
+            activations = (kept * 27280 * 3072 * 30 + 5e9) / share
             row += f" {(held / gpus + activations + 0.7e9) / 1e9:.0f} GB |"
         assert f"\n{row}\n" in page

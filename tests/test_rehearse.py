@@ -39,7 +39,7 @@ def test_the_first_cycle_of_a_stage_meets_no_other_device_and_waits_for_no_numbe
 
 
 def test_the_table_is_what_is_rehearsed():
-    """Reckoned from two and three blocks here, and there from three and four."""
+    """Reckoned from two and three blocks here, and there from five and six."""
     again = next(rehearse.table((2, 3), [("1", "resnet", 1, 1)]))
     (row,) = (row for row in TABLE if [row[n] for n in WHERE] == ["1", "resnet", 1, 1])
     assert again["GB"] == pytest.approx(row["GB"], rel=0.03) and again["peak_at"] == row["peak_at"]
