@@ -36,6 +36,7 @@ class Stored:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    dtype: torch.dtype = torch.float32  # of what lies there
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str], dtype=torch.bfloat16) -> None:
@@ -98,8 +99,12 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored
             return file.get_tensor(name)
 
     with file_errors(path, "a readable safetensors file"), safetensors.safe_open(path, "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return file.metadata() or {}, {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            shape = tuple(part.get_shape())
+            tensors[name] = Stored(shape, partial(read, name), (part[:0] if shape else file.get_tensor(name)).dtype)
+        return file.metadata() or {}, tensors
 
 
 def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
@@ -146,7 +151,7 @@ def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -
     valid = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
     if not valid or not tensors:
         raise UserError(f"{path}: no dict of tensors{f' under the key {key!r}' if key else ''}")
-    return {name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
+    return {n: Stored(tuple(tensor.shape), lambda t=tensor: t, tensor.dtype) for n, tensor in tensors.items()}
 
 
 def read_config(path: Path, *fields: str) -> dict:
@@ -191,7 +196,9 @@ def load(
         for name, stored in tensors.items()
         if name in own and stored.shape != tuple(own[name].shape)
     ]
+    whole = [name for name in own if name in tensors and not tensors[name].dtype.is_floating_point]
     problems = {"missing": own.keys() - tensors.keys(), "unexpected": tensors.keys() - own.keys(), "wrong shape": wrong}
+    problems["whole numbers, without a scale that is read"] = whole
     if found := "; ".join(f"{problem}: {brief(names)}" for problem, names in problems.items() if names):
         raise UserError(f"{path}: {found}")
     if dtype == torch.int8:

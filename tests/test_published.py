@@ -124,6 +124,72 @@ def test_fp8_without_scales(weights, tmp_path):
     assert torch.equal(answer(file), answer({n: p.float() for n, p in small.items()}))
 
 
+LAYER = "blocks.0.ffn.0"
+
+
+def with_codes(weights, folder, codes=None, header=None, **beside) -> Path:
+    """A file in which a layer's weight is replaced by codes, with tensors beside it: `_` in their names is the dot."""
+    name, file = f"{LAYER}.weight", folder / "quantized.safetensors"
+    stored = {n: p for n, p in weights.items() if n != name} | ({} if codes is None else {name: codes})
+    safetensors.torch.save_file(stored | {f"{LAYER}.{n}": p for n, p in beside.items()}, file, header)
+    return file
+
+
+def told(**fields) -> Tensor:
+    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["int8 a row", "int8 of the header", "parts of an output"])
+def test_values_times_scales_are_read_exactly(kind, weights, tmp_path):
+    """ComfyUI's int8, told in a tensor or in the header, and musubi-tuner's fp8, whose scales are of blocks."""
+    weight = weights[f"{LAYER}.weight"]  # (512, 256)
+    if kind == "parts of an output":
+        scale = weight.view(512, 4, 64).abs().amax(-1, keepdim=True) / 448
+        codes = (weight.view(512, 4, 64) / scale).view(512, 256).to(torch.float8_e4m3fn)
+        meant, beside, header = (codes.float().view(512, 4, 64) * scale).view(512, 256), {"scale_weight": scale}, None
+    else:
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        codes = (weight / scale).round().to(torch.int8)
+        meant, beside = codes * scale, {"weight_scale": scale if kind == "int8 a row" else scale.flatten()}
+        fields = {"format": "int8_tensorwise", "per_row": True, "convrot": False}
+        header = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {LAYER: fields}})}
+        beside, header = (beside | {"comfy_quant": told(**fields)}, None) if kind == "int8 a row" else (beside, header)
+    got = answer(with_codes(weights, tmp_path, codes, header, **beside))
+    assert torch.equal(got, answer(weights | {f"{LAYER}.weight": meant}))
+
+
+BYTES, ROWS = torch.zeros(512, 256, dtype=torch.int8), torch.ones(512, 1)
+ROTATED = {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 256}}
+FOREIGN = {  # what quantizers write -> codes, header, tensors beside, what the message names
+    "ConvRot": (BYTES, None, {"weight_scale": ROWS, "comfy_quant": told(**ROTATED)}, "comfy_quant convrot=True"),
+    "ConvRot in the header": (BYTES, {"_quantization_metadata": json.dumps({"layers": {LAYER: ROTATED}})},
+                              {"weight_scale": ROWS}, "comfy_quant convrot=True"),
+    "NVFP4": (BYTES[:, :128].to(torch.uint8), None, {"weight_scale": torch.ones(512, 16), "comfy_quant":
+              told(format="nvfp4"), "weight_scale_2": torch.ones(())}, "weight_scale_2"),
+    "MXFP8": (torch.zeros(512, 256).to(torch.float8_e4m3fn), None, {"weight_scale": torch.ones(512, 8)},
+              r"weight_scale \[512, 8\] for a weight \[512, 256\]"),
+    "a format to come": (BYTES, None, {"comfy_quant": told(format="int7")}, "comfy_quant format=int7"),
+    "bitsandbytes": (torch.zeros(65536, 1, dtype=torch.uint8), None, {"weight.absmax": torch.ones(2048),
+                     "weight.quant_state.bitsandbytes__nf4": told(blocksize=64)}, r"ffn\.0\.weight\.absmax"),
+    "quanto": (None, None, {"weight._data": BYTES, "weight._scale": ROWS}, r"weight\._data"),
+    "nunchaku": (None, None, {"qweight": BYTES, "wscales": ROWS, "smooth_factor": torch.ones(256)}, "qweight"),
+    "torchao": (None, None, {"_weight_qdata": BYTES, "_weight_scale": ROWS}, "_weight_qdata"),
+    "a scale without its weight": (None, None, {"weight_scale": ROWS}, r"weight_scale \[512, 1\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_other_quantizers_write_is_refused_by_name(kind, weights, tmp_path):
+    codes, header, beside, name = FOREIGN[kind]
+    with pytest.raises(UserError, match=rf"{name}.*: quantized in a way that is not read; get .* in 16 bits"):
+        answer(with_codes(weights, tmp_path, codes, header, **beside))
+
+
+def test_whole_numbers_without_a_scale_are_no_weights(weights, tmp_path):
+    with pytest.raises(UserError, match=r"whole numbers, without a scale that is read: blocks\.0\.ffn\.0\.weight"):
+        answer(with_codes(weights, tmp_path, BYTES))
+
+
 def test_shards_without_their_index(network, weights, tmp_path):
     names = sorted(weights)
     for number in range(2):
@@ -160,6 +226,9 @@ FORMS = {  # prefix, name of a layer, names of both matrices, alpha
     "diffusers": ("transformer.", DIFFUSERS.get, ("lora_A", "lora_B"), None),
     "peft": ("base_model.model.", DIFFUSERS.get, ("lora_A.default", "lora_B.default"), None),
     "kohya": ("lora_unet_", lambda layer: layer.replace(".", "_"), ("lora_down", "lora_up"), 2.0),
+    "VideoX-Fun": ("lora_unet__", lambda layer: layer.replace(".", "_"), ("lora_down", "lora_up"), 2.0),
+    "SimpleTuner": ("lycoris_", lambda layer: DIFFUSERS[layer].replace(".", "_"), ("lora_down", "lora_up"), 2.0),
+    "DiffSynth": ("pipe.dit.", str, ("lora_A.default", "lora_B.default"), None),
 }
 
 
@@ -207,13 +276,61 @@ def test_differences_of_weights_biases_and_norms(weights, tmp_path):
     torch.testing.assert_close(dict(merged.state_dict()), by_hand, rtol=0, atol=1e-6)
 
 
-def test_alpha_in_the_header_of_diffusers(weights, tmp_path):
+@pytest.mark.parametrize("name", ["blocks.1.diff_m", "head.diff_m", "head.modulation.diff"])
+def test_differences_of_modulations(name, weights, tmp_path):
+    target = f"{name.partition('.diff')[0].removesuffix('.modulation')}.modulation"
+    change = torch.randn_like(weights[target])
+    merged = merged_with({f"diffusion_model.{name}": change}, 0.5, weights, tmp_path)
+    torch.testing.assert_close(merged.state_dict()[target], weights[target] + 0.5 * change, rtol=0, atol=1e-6)
+
+
+CONFIGS = {  # PEFT's config of a LoRA of rank 4, and alpha / rank
+    "alpha": ({"peft_type": "LORA", "r": 4, "lora_alpha": 8}, 2),
+    "rslora": ({"r": 4, "lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.1, "init_lora_weights": True}, 3),
+    "a pattern": ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn2.to_q": 4, r"blocks\.\d+\.attn1\.to_q": 12}}, 3),
+    "ranks": ({"r": 16, "rank_pattern": {"to_q": 4}, "lora_alpha": 16, "target_modules": ["to_q", "to_k"]}, 4),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("place", ["header", "file"])
+def test_alpha_of_peft_and_diffusers(kind, place, weights, tmp_path):
+    """From the header, as diffusers writes it, or adapter_config.json; a bias of B is a part of the product."""
+    (config, scale), header = CONFIGS[kind], None
+    if place == "header":
+        header = {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value for name, value in config.items()})}
+    else:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (a, b), bias = factors(weights, LAYERS[0]), torch.randn(256)
+    layer = f"{'transformer' if place == 'header' else 'base_model.model'}.{DIFFUSERS[LAYERS[0]]}"
+    stored = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b, f"{layer}.lora_B.bias": bias}
+    merged = merged_with(stored, 1.0, weights, tmp_path, header).state_dict()
+    for name, change in (("weight", b @ a), ("bias", bias)):
+        wanted = weights[f"{LAYERS[0]}.{name}"] + scale * change
+        torch.testing.assert_close(merged[f"{LAYERS[0]}.{name}"], wanted, rtol=0, atol=1e-6)
+
+
+def test_alpha_of_a_header_alone_and_of_a_config_that_is_lost(weights, tmp_path, capsys):
     a, b = factors(weights, LAYERS[0])
-    said = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})}
-    names = (f"transformer.{DIFFUSERS[LAYERS[0]]}.lora_{kind}.weight" for kind in "AB")
-    merged = merged_with(dict(zip(names, (a, b), strict=True)), 1.0, weights, tmp_path, said)
-    wanted = weights[f"{LAYERS[0]}.weight"] + 2 * b @ a
-    torch.testing.assert_close(merged.state_dict()[f"{LAYERS[0]}.weight"], wanted, rtol=0, atol=1e-6)
+    stored = {f"base_model.model.{LAYERS[0]}.lora_A.weight": a, f"base_model.model.{LAYERS[0]}.lora_B.weight": b}
+    for header, scale, says in (({"ss_network_alpha": "6"}, 1.5, ""), (None, 1, "tells no alpha, nor does a file")):
+        merged = merged_with(stored, 1.0, weights, tmp_path, header).state_dict()
+        wanted = weights[f"{LAYERS[0]}.weight"] + scale * b @ a
+        torch.testing.assert_close(merged[f"{LAYERS[0]}.weight"], wanted, rtol=0, atol=1e-6)
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"use_dora": True}, "use_dora=True: not read"), ({"peft_type": "LOHA"}, "peft_type=LOHA: not read"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4"), ({"fan_in_fan_out": True}, "fan_in"),
+    ({"r": 8}, "rank 4, its config says 8; give the config that belongs"), ({"lora_alpha": "x"}, "not a number"),
+])  # fmt: skip
+def test_a_config_that_means_more_than_a_lora_is_refused(config, message, weights, tmp_path):
+    a, b = factors(weights, LAYERS[0])
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4} | config))
+    with pytest.raises(UserError, match=message):
+        names = (f"base_model.model.{LAYERS[0]}.lora_{kind}.weight" for kind in "AB")
+        merged_with(dict(zip(names, (a, b), strict=True)), 1.0, weights, tmp_path)
 
 
 def test_a_lora_is_merged_before_rounding_to_8_bits(weights, tmp_path):
@@ -230,7 +347,15 @@ def test_a_lora_is_merged_before_rounding_to_8_bits(weights, tmp_path):
     [
         ({"blocks.9.self_attn.q.lora_A.weight": torch.zeros(4, 256)}, r"is called blocks\.9\.self_attn\.q\.lora_A"),
         ({"text_model.x.lora_A.weight": torch.zeros(4, 256)}, "a LoRA of another network"),
-        ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 256)}, r"q\.weight is of another shape"),
+        ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 256)}, r"self_attn\.q has half of a LoRA"),
+        ({"blocks.0.self_attn.q.alpha": torch.ones(())}, r"self_attn\.q has half of a LoRA"),
+        ({"blocks.0.self_attn.q.lora_A.one.weight": torch.zeros(4, 256),
+          "blocks.0.self_attn.q.lora_A.two.weight": torch.zeros(4, 256)}, "a second LoRA in one file"),
+        ({"blocks.0.self_attn.q.lora_magnitude_vector.weight": torch.ones(256)}, r"\(DoRA\): not read"),
+        ({"lycoris_blocks_0_attn1_to_q.lokr_w1": torch.ones(2, 2)}, r"\(LoKr\): not read"),
+        ({"lora_unet_blocks_0_self_attn_q.oft_blocks": torch.ones(2, 2)}, r"\(OFT\): not read"),
+        ({"diffusion_model.patch_embedding.set_weight": torch.ones(2)}, "set_weight: not read"),
+        ({"base_model.model.head.head.weight": torch.ones(192, 256)}, r"head\.head\.weight: not read"),
         ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 128),
           "blocks.0.self_attn.q.lora_B.weight": torch.zeros(256, 4)}, r"q\.weight is of another shape here"),
         ({"blocks.0.norm3.diff": torch.zeros(7)}, r"norm3\.weight is of another shape here"),

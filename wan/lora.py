@@ -2,93 +2,141 @@
 
     W + strength * (alpha / rank) * B A      with A [rank, in] and B [out, rank]; alpha is the rank where none is given
 
-Names are `lora_A` and `lora_B`, or `lora_down` and `lora_up`; `diff` and `diff_b` add to a weight and a bias as they
-are. Layers are called as in Wan, in diffusers, or with underscores after `lora_unet_`.
+Names are `lora_A` and `lora_B`, or `lora_down` and `lora_up`; `diff`, `diff_b` and `diff_m` add to a weight, a bias and
+a modulation as they are. Layers are called as in Wan, in diffusers, or with underscores after `lora_unet_` or the like.
+alpha is a tensor, or stands in the file's header or in the adapter_config.json that PEFT writes beside it. Whatever
+else a file or config says would change the result too, so it is refused by name.
 """
 
 import json
 import re
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from core.config import UserError
-from core.weights import Stored, brief, read_safetensors, rename, split_key
+from core.weights import Stored, brief, file_errors, read_config, read_safetensors, rename, split_key
 from wan.published import DIFFUSERS_NAMES, NOT_WAN
 
 PART = re.compile(
-    r"^(.+)\.(lora_A|lora_down|lora_B|lora_up|diff_b|diff|alpha)(?:\.(?!weight|bias)\w+)?(?:\.(weight|bias))?$"
+    r"^(.+)\.(lora_A|lora_down|lora_B|lora_up|diff_b|diff_m|diff|[wb]_norm|alpha)"
+    r"(?:\.(?!weight|bias)\w+)?(?:\.(weight|bias))?$"
 )
 NUMBER = r"-?\d*\.?\d+"
-KINDS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
+KINDS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "w_norm": "diff", "b_norm": "diff_b"}
+TARGETS = {"up": "weight", "diff": "weight", "up_bias": "bias", "diff_b": "bias", "diff_m": "modulation"}
+FLAT = r"^(lora_unet|lora_transformer|lycoris)_+"  # before layers' names with underscores
+FLAT_NAMES = [(old.replace(r"\.", "_"), new.replace(".", "_")) for old, new in DIFFUSERS_NAMES]
+OTHERS = {"dora": "DoRA", "magnitude": "DoRA", "hada": "LoHa", "lokr": "LoKr", "oft": "OFT", "lora_mid": "LoCon"}
+NOT_READ = "not read, only plain LoRA is; merge it into the generator with the program that made it"
+# Of PEFT's config, field=value: what is heeded, and what leaves the sum above as it is.
+PLAIN = (
+    r"peft_type=LORA|init_lora_weights=(True|gaussian|eva|orthogonal)|(r|lora_alpha|use_rslora|revision)=.*"
+    r"|((rank|alpha|layers)_pattern|(eva|corda|loftq|lora_ga|runtime)_config|qalora_group_size|ensure_weight_tying)=.*"
+    r"|\w*(_modules|_to_save|_to_transform|_version|task_type|_mode|_path|_mapping|_core|bias|dropout)=.*"
+)
 
 
 def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
     """A transformer's tensors with the changes of a LoRA, "FILE" or "FILE:strength": float32 when they are read.
 
-    UserError if there is no such file, or if a name or shape of the LoRA finds no match.
+    UserError if there is no such file, if a name or shape in it finds no match, or if it is more than a LoRA.
     """
     path, strength = split_key(text)
+    if path.is_dir():
+        raise UserError(f"--lora {text}: is a folder; give the .safetensors in it")
     if not path.is_file() or not re.fullmatch(NUMBER, strength or "1"):
         raise UserError(f"--lora {text}: no such file; give FILE or FILE:strength")
     header, parts = read_safetensors(path)
-    flat = {name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in tensors}
-    changes: dict[str, dict[str, Stored]] = {}  # tensor's name -> its changes by kind
-    unknown = []
+    layers = {name.rpartition(".")[0] for name in tensors}
+    flat, places = {layer.replace(".", "_"): layer for layer in layers}, layers | tensors.keys()
+    changes: dict[str, dict[str, Stored]] = {}  # layer's name in the file -> what changes it, by kind
+    unread, unknown = [], []
     for name, stored in parts.items():
         found = PART.match(name)
-        layer = own_name(found[1], flat) if found else ""
-        if f"{layer}.weight" not in tensors:
+        kind = KINDS.get(found[2], found[2]) + "_bias" * (found[3] == "bias") if found else ""
+        if kind not in (*TARGETS, "down", "alpha"):
+            known = any(own_name(name[: dot.start()], flat) in layers for dot in re.finditer(r"\.", name))
+            (unread if known else unknown).append(name)
+        elif own_name(found[1], flat) not in places:
             unknown.append(name)
-        elif found[2] == "diff_b" or found[3] == "bias":  # lora_B.bias adds to the bias
-            changes.setdefault(f"{layer}.bias", {})["diff"] = stored
-        else:
-            changes.setdefault(f"{layer}.weight", {})[KINDS.get(found[2], found[2])] = stored
+        elif changes.setdefault(found[1], {}).setdefault(kind, stored) is not stored:
+            raise UserError(f"{path}: {name}: a second LoRA in one file; give a file for each")
+    if unread:
+        other = next((f" ({kind})" for part, kind in OTHERS.items() if part in unread[0]), "")
+        raise UserError(f"{path}: {unread[0]}{other}: {NOT_READ}")
     if unknown or not changes:
         which = brief(unknown) or "like its own"
         raise UserError(f"{path}: a LoRA of another network; no layer here is called {which}")
-    alpha, merged = read_alpha(header), dict(tensors)
-    for target, own in changes.items():
-        if target not in tensors or not have_shape(own, tensors[target].shape):
-            raise UserError(f"{path}: {target} is of another shape here; the file was made for another network")
-        merged[target] = add(tensors[target], own, float(strength or 1), alpha)
+    config, merged = read_adapter_config(path, header, parts), dict(tensors)
+    for name, own in changes.items():
+        layer, down, alpha, scale = own_name(name, flat), own.pop("down", None), own.pop("alpha", None), 1.0
+        if not own or bool(down) != ("up" in own):
+            raise UserError(f"{path}: {name} has half of a LoRA; get the file again")
+        if down:
+            rank, own["up"] = down.shape[0], product(own["up"], down)
+            scale = alpha.read().float().item() / rank if alpha else scaling(path, config, name, rank)
+        for kind, change in own.items():
+            target = layer if layer in tensors else f"{layer}.{TARGETS[kind]}"
+            if target not in tensors or tensors[target].shape != change.shape:
+                raise UserError(f"{path}: {target} is of another shape here; the file was made for another network")
+            factor = float(strength or 1) * (scale if kind.startswith("up") else 1)
+            merged[target] = replace(merged[target], read=partial(add, merged[target], change, factor))
     return merged
 
 
 def own_name(layer: str, flat: dict[str, str]) -> str:
-    """A layer's name as Wan's files have it."""
-    if layer.startswith("lora_unet_"):
-        return flat.get(layer.removeprefix("lora_unet_"), layer)
+    """A layer's name as Wan's files have it. `flat`: those names by what they are with underscores."""
+    if re.match(FLAT, layer):
+        layer = re.sub(FLAT, "", layer)
+        return flat.get(layer) or flat.get(next(iter(rename({f"{layer}_": None}, FLAT_NAMES))).removesuffix("_"), layer)
     return next(iter(rename({f"{layer}.": None}, (*NOT_WAN, *DIFFUSERS_NAMES)))).removesuffix(".")
 
 
-def read_alpha(header: dict[str, str]) -> float | None:
-    """alpha / rank, if the header has both, as diffusers writes them."""
-    try:
-        said = json.loads(header.get("lora_adapter_metadata", "{}"))
-        values = {key.rpartition(".")[2]: value for key, value in said.items()}
-        return float(values["lora_alpha"]) / float(values["r"])
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return None
+def read_adapter_config(path: Path, header: dict[str, str], names: Iterable[str]) -> dict[str, object]:
+    """PEFT's config: from the header, as diffusers writes it, or from beside the file; else alpha from the header."""
+    place, peft = path.with_name("adapter_config.json"), any(name.startswith("base_model.") for name in names)
+    if said := header.get("lora_adapter_metadata"):
+        with file_errors(path, "a file whose lora_adapter_metadata is JSON"):
+            config = {name.removeprefix("transformer."): value for name, value in json.loads(said).items()}
+    elif place.exists() and (peft or path.stem == "adapter_model"):
+        config = read_config(place)
+    else:
+        config = {"lora_alpha": header[name] for name in sorted(header) if name.endswith("alpha")}  # noqa: B035
+        if peft and not config and not any(name.endswith("alpha") for name in names):
+            print(f"{path}: tells no alpha, nor does a file {place.name} beside it; alpha / rank is 1", file=sys.stderr)
+    fields = [f"{name}={value}" for name, value in config.items() if value]
+    if changed := [field for field in fields if not re.fullmatch(PLAIN, field, re.DOTALL)]:
+        raise UserError(f"{path}: its config says {changed[0]}: {NOT_READ}")
+    return config
 
 
-def have_shape(changes: dict[str, Stored], shape: tuple[int, ...]) -> bool:
-    """Whether the changes add up to a tensor of this shape."""
-    shapes = {kind: stored.shape for kind, stored in changes.items()}
-    up, down = shapes.get("up", ()), shapes.get("down", ())
-    product = (*up[:1], *down[1:]) if up[1:2] == down[:1] else ()
-    return (product == shape or not up + down) and shapes.get("diff", shape) == shape
+def scaling(path: Path, config: dict, layer: str, rank: int) -> float:
+    """alpha / rank of a layer whose alpha is no tensor, as PEFT works it out; 1 if the config is empty."""
+    layer = next(iter(rename({layer: None}, NOT_WAN)))
+
+    def pick(kind: str, default: object) -> object:
+        patterns = (config.get(f"{kind}_pattern") or {}).items()
+        return next((value for name, value in patterns if re.fullmatch(rf"(.*\.)?({name})", layer)), default)
+
+    alpha = pick("alpha", config.get("lora_alpha", 8 if "r" in config else rank))  # 8 is PEFT's default
+    if (r := pick("rank", config.get("r", rank))) != rank:
+        raise UserError(f"{path}: {layer} has rank {rank}, its config says {r}; give the config that belongs to it")
+    with file_errors(f"{path}: alpha of {layer}", "a number"):
+        return float(f"{alpha}") / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def add(target: Stored, changes: dict[str, Stored], strength: float, alpha: float | None) -> Stored:
-    """A tensor that adds its changes when it is read."""
+def product(up: Stored, down: Stored) -> Stored:
+    """B A as a weight. It has no weight's shape if they don't fit."""
+    fits = up.shape[1:] == (*down.shape[:1], *[1] * (len(down.shape) - 2))
+    shape = (*up.shape[:1], *down.shape[1:]) if fits else ()
+    return Stored(shape, lambda: (up.read().float().flatten(1) @ down.read().float().flatten(1)).view(shape))
 
-    def read() -> Tensor:
-        whole = target.read().to(torch.float32)
-        if "down" in changes:
-            down, up = (changes[kind].read().float().flatten(1) for kind in ("down", "up"))
-            scale = changes["alpha"].read().float().item() / len(down) if "alpha" in changes else alpha or 1.0
-            whole = whole + strength * scale * (up @ down).view(whole.shape)
-        return whole + strength * changes["diff"].read().float() if "diff" in changes else whole
 
-    return Stored(target.shape, read)
+def add(target: Stored, change: Stored, factor: float) -> Tensor:
+    return target.read().to(torch.float32) + factor * change.read().float()

@@ -1,23 +1,27 @@
 """Wan2.2's transformer as others publish it: folders and files, the names and types of its tensors."""
 
+import json
 import re
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from core.config import UserError
-from core.weights import Stored, read_checkpoint, read_folder, read_safetensors, rename
+from core.weights import Stored, file_errors, read_checkpoint, read_folder, read_safetensors, rename
 
 NOT_WAN = (  # what training wrappers add anywhere in a name, and what files put before every name
     (r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|module)\.", ""),
-    (r"^((base_model\.model|model|diffusion_model|transformer|generator)\.)+", ""),
+    (r"^((base_model\.model|model|diffusion_model|transformer|generator|pipe\.dit)\.)+", ""),
 )
 KEYS = ("generator_ema", "ema", "generator", "state_dict", "model")  # in a training checkpoint, the best first
 HEAD_DIM = 128  # of every Wan transformer; no tensor has this shape
 NO_PARAMETER = r"(^|\.)(scaled_fp8|comfy_quant|scale_input|input_scale|scale_weight|weight_scale)$"
+# What ComfyUI may say of a layer: that it is values times scales, and what changes nothing.
+PLAIN = r"format=(float8_e4m3fn(_rowwise)?|float8_e5m2|int8_tensorwise)|(full_|per_row|orig_|params|convrot_).*"
+# What bitsandbytes, quanto, torchao, nunchaku, GPTQ, HQQ and ModelOpt keep beside a weight, or in its place.
+QUANTIZERS = r"\.weight\.(_data|absmax)$|[._](weight_(?!scale$)\w+|qweight|W_q|SCB|smooth_factor|pre_quant_scale)$"
 
 # Weights beside a generator in a folder, none of which is one.
 NO_GENERATOR = r"(?i)slow_|diffusion_pytorch_model|.*(adapter|classifier|vae|tae|lora|umt5|t5)"
@@ -50,13 +54,14 @@ def read_generator(path: Path, key: str = "") -> tuple[dict[str, object], dict[s
     """
     if path.suffix == ".gguf":
         raise UserError(f"{path}: GGUF is not read; get the same network as .safetensors (16 bits or fp8) or .pt")
+    header = {}
     if path.is_dir():
         tensors = read_folder(path, "diffusion_pytorch_model")
     elif path.suffix == ".safetensors":
-        tensors = read_safetensors(path)[1]
+        header, tensors = read_safetensors(path)
     else:
         tensors = read_checkpoint(path, key, KEYS)
-    tensors = unscale(rename(tensors, NOT_WAN))
+    tensors = unscale(path, header, rename(tensors, NOT_WAN))
     if any(name.startswith("condition_embedder.") for name in tensors):
         tensors = rename(tensors, DIFFUSERS_NAMES)
     layers = ("patch_embedding", "blocks.0.ffn.0", "text_embedding.0", "time_embedding.0")
@@ -71,17 +76,37 @@ def read_generator(path: Path, key: str = "") -> tuple[dict[str, object], dict[s
     return shapes | {"patch": tuple(patch), "text_dim": text_dim, "freq_dim": freq_dim}, tensors
 
 
-def unscale(tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """Weights in 8-bit floating point times the scales that lie beside them, without what is no parameter."""
+def unscale(path: Path, header: dict[str, str], tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """Weights in 8 bits times the scales beside them, without what is no parameter. UserError for other quantizers'.
+
+    A scale is of a tensor, [] or [1]; of an output, [out] or [out, 1]; or of a part of an output, [out, parts, 1].
+    """
 
     def multiply(weight: Stored, scale: Stored) -> Tensor:
         factor = scale.read().float()
-        return weight.read().to(torch.float32) * factor.reshape(-1, *[1] * (len(weight.shape) - 1))
+        factor = factor[:, None] if factor.ndim == 1 else factor
+        return (weight.read().float().reshape(*factor.shape[:-1], -1) * factor).reshape(weight.shape)
 
     out = {name: stored for name, stored in tensors.items() if not re.search(NO_PARAMETER, name)}
-    for name, kind in product(out, ("scale_weight", "weight_scale")):
-        if scale := tensors.get(f"{name.removesuffix('.weight')}.{kind}"):
-            out[name] = Stored(out[name].shape, partial(multiply, out[name], scale))
+    foreign = [name for name in tensors if re.search(QUANTIZERS, name)]
+    said = [bytes(stored.read().tolist()) for name, stored in tensors.items() if name.endswith("comfy_quant")]
+    with file_errors(path, "a file that says in JSON how it is quantized"):
+        listed = json.loads(header.get("_quantization_metadata", "{}")).get("layers", {})
+        for layer in [*map(json.loads, said), *listed.values()]:
+            fields = [f"{name}={value}" for name, value in (layer | layer.get("params", {})).items() if value]
+            foreign += [f"comfy_quant {field}" for field in fields if not re.fullmatch(PLAIN, field)]
+    for name in (name for name in tensors if re.search(r"\.(scale_weight|weight_scale)$", name)):
+        scale, target = tensors[name], f"{name.rpartition('.')[0]}.weight"
+        weight = out.get(target, scale)
+        rows, shape = weight.shape[:1], scale.shape
+        parts = shape[::2] == (*rows, 1) and len(shape) == 3 and weight.shape[1] % shape[1] == 0
+        if target not in out or not (parts or shape in (rows, (*rows, 1)) or set(shape) <= {1}):
+            foreign.append(f"{name} {list(shape)} for a weight {list(weight.shape)}")
+        dtype = torch.float32 if weight.dtype == torch.int8 else weight.dtype
+        out[target] = Stored(weight.shape, partial(multiply, weight, scale), dtype)
+    if foreign:
+        mend = "get the same network in 16 bits, or in fp8 with scales"
+        raise UserError(f"{path}: {foreign[0]}: quantized in a way that is not read; {mend}")
     return out
 
 
