@@ -102,6 +102,32 @@ def test_points_become_boxes_of_one_size_cut_at_the_edge(tmp_path):
     assert one[0].tolist() == [60, 6, 96, 26]  # twice as large, and cut at the right edge
 
 
+GRID = (
+    np.array([[12 + 10 * i, 12 + 10 * j] for j in range(3) for i in range(3)]) + np.arange(9)[:, None, None]
+)  # (T, K, 2)
+SQUARE = {  # nine points in nine frames, as trackers write them
+    "cotracker.npz": lambda p: np.savez(p, pred_tracks=GRID[None], pred_visibility=np.ones((1, 9, 9), bool)),
+    "tapvid.npz": lambda p: np.savez(p, target_points=GRID.swapaxes(0, 1), occluded=np.zeros((9, 9), bool)),
+    "lines.txt": lambda p: p.write_text("\n".join(" ".join(map(str, frame.ravel())) for frame in GRID)),
+    "wan_move_tracks.npy": lambda p: (np.save(p, GRID[None]), np.save(p.with_name("wan_move_visibility.npy"),
+                                                                      np.ones((1, 9, 9)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SQUARE)
+def test_names_tell_the_order_where_there_are_as_many_points_as_frames(name, tmp_path):
+    SQUARE[name](tmp_path / name)
+    points, shown = read_points(tmp_path / name, 9)
+    assert np.array_equal(points, GRID) and shown.all()
+
+
+@pytest.mark.parametrize("name", ["tracks.npy", "x_track.npy"])
+def test_the_visibility_that_wan_move_writes_beside_tracks_is_read(name, tmp_path):
+    np.save(tmp_path / name, POINTS)
+    np.save(tmp_path / name.replace("tracks", "visibility").replace("track", "visibility"), SHOWN[None])
+    assert np.array_equal(read_points(tmp_path / name, 9)[1], SHOWN)
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("code ran",))
@@ -114,7 +140,13 @@ BAD = [
     ("object.npy", {}, "object.npy: can't be read as point tracks"),
     ("evil.pth", {}, "evil.pth: holds more than tensors"),
     ("other.npz", {}, "other.npz: holds points; name the tracks tracks or pred_tracks or"),
-    ("depth.npy", {}, "depth.npy: the third number of a point is visibility, 0 to 1; leave it out"),
+    ("depth.npy", {}, "depth.npy: the third number of a point is visibility, 0 or 1; leave it out"),
+    ("share.npy", {}, "share.npy: the third number of a point is visibility, 0 or 1"),  # depth may be so small
+    ("logits.npz", {}, "logits.npz: occlusion: holds more than 0 to 1, logits perhaps; give visibility, 0 to 1"),
+    ("doubts.npz", {}, "doubts.npz: expected_dist: not understood; which points are seen is told by"),
+    ("square.npy", {}, "square.npy: has as many points as frames, 9; save the array in an .npz as pred_tracks if"),
+    ("pair.pth", {}, "pair.pth: has as many points as frames, 9; save"),
+    ("parts.npy", {}, "parts.npy: most coordinates lie within 1 pixel; if they are parts"),
     ("nan.npy", {}, "nan.npy: no point has a place in any frame"),
     ("list.pt", {}, "list.pt: holds a list, neither an array nor a dict of them; give"),
     ("header.npy", {}, "header.npy: can't be read as point tracks"),
@@ -150,6 +182,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(source, flags, message, tmp_pa
     late[0, 1, 2] = 0
     np.save("late.npy", late)
     np.save("depth.npy", np.concatenate([POINTS, np.full((9, 2, 1), 3.5)], -1))
+    np.save("share.npy", np.concatenate([POINTS, np.full((9, 2, 1), 0.7)], -1))
+    np.savez("logits.npz", tracks=POINTS, occlusion=SHOWN * 9.0 - 4)
+    np.savez("doubts.npz", tracks=POINTS, occlusion=SHOWN * 0.8, expected_dist=SHOWN * 0.8)
+    np.save("square.npy", np.full((9, 9, 2), 20.0))
+    torch.save((torch.full((1, 9, 9, 2), 20.0), torch.ones(1, 9, 9)), "pair.pth")
+    np.save("parts.npy", (POINTS - 9) / 30)  # some beyond the picture
     np.save("nan.npy", POINTS * np.nan)
     torch.save([torch.tensor(POINTS)], "list.pt")
     written = {
@@ -216,6 +254,16 @@ def test_boxes_that_leave_the_cut_come_back_as_far_as_they_are_inside(tmp_path):
     back = load_trajectory(tmp_path / "cut.json", (48, 48), 9).boxes[0]
     assert 2 < (want[:, 0] < 0).sum() < 9  # partly outside, which the format allows
     np.testing.assert_allclose(back.clip(0, 48), want.clip(0, 48), atol=1e-3)
+
+
+@pytest.mark.parametrize("late", [{"visible": [[4, 8]]}, {"visible": [[2, 3], [6, 7]]}, {"visible": [[8, 8]]}])
+def test_what_is_written_can_be_read_where_an_object_enters_later(late, tmp_path):
+    first, second = {"boxes": {"0": [2, 3, 14, 15]}}, {"boxes": {"4": [26, 4, 40, 20], "8": [30, 2, 38, 14]}, **late}
+    (tmp_path / "a.json").write_text(json.dumps({"objects": [first, second]}))
+    convert.main(Config(str(tmp_path / "a.json"), str(tmp_path / "b.json"), **SMALL))
+    want, back = (load_trajectory(tmp_path / name, (48, 48), 9) for name in ("a.json", "b.json"))
+    np.testing.assert_allclose(back.boxes, want.boxes, atol=1e-3)
+    assert np.array_equal(back.masks, want.masks) and not (tmp_path / "b_mask_1.png").exists()
 
 
 def test_an_odd_size_makes_no_mp4(tmp_path):

@@ -482,7 +482,7 @@ def test_a_folder_of_maps_with_a_gap_is_refused(names, gap, tmp_path):
 def test_tracks_in_parts_of_the_picture_are_refused(low, high, tmp_path):
     points = np.random.default_rng(0).uniform(low, high, (9, 2, 2))
     np.save(tmp_path / "t.npy", points)
-    with pytest.raises(UserError, match="all coordinates lie within 1 pixel"):
+    with pytest.raises(UserError, match="most coordinates lie within 1 pixel"):
         convert.read_points(tmp_path / "t.npy")
     np.save(tmp_path / "t.npy", points + 20)
     assert convert.read_points(tmp_path / "t.npy")[0].min() > 10

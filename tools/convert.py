@@ -4,11 +4,12 @@
     python -m tools.convert boxes.json --to maps --image x.png  # PNG maps, and maps.preview.mp4: boxes over the image
     python -m tools.convert tracks.npy --to boxes.json --size 704x1280 --box 80x60 --pick 0,4,7  # a box around a point
 
-Point tracks are x and y in pixels for every frame: `.npy` of [T, K, 2], or of [T, K, 3] with visibility (above 0.5)
-last; `.npz` with `tracks` and optionally `visibility` [T, K]; `.pt` or `.pth` of a tensor, or of a dict with these
-names or CoTracker's `pred_tracks` and `pred_visibility`, or of these two as a pair (a first axis of 1 is dropped);
-`.txt` with one line per frame, `x y` of every point, `- -` if it is hidden. Nothing is unpickled but tensors and plain
-containers.
+Point tracks are x and y in pixels for every frame: `.npy` of [T, K, 2], or of [T, K, 3] with visibility, 0 or 1, last;
+`.npz` with `tracks` and optionally `visibility` [T, K]; `.pt` or `.pth` of a tensor, or of a dict with these names or
+CoTracker's `pred_tracks` and `pred_visibility`, or of these two as a pair (a first axis of 1 is dropped); `.txt` with
+one line per frame, `x y` of every point, `- -` if it is hidden. [K, T, ...] is told by --frames; with as many points as
+frames only the names `pred_tracks`, frame by frame, and `target_points`, point by point, tell. Nothing is unpickled but
+tensors and plain containers.
 """
 
 import io
@@ -33,11 +34,13 @@ from core.weights import unpickle
 from trajectory import PALETTE, POINTS, Check, Trajectory, check_input, draw_overlay, load_trajectory, read_boxes_json
 
 MOST_BYTES = 1 << 30
-# Arrays of point tracks by the names that CoTracker, TAPIR, TAP-Vid, SpatialTracker and others give them.
-TRACKS = ("tracks", "pred_tracks", "target_points", "trajs", "trajectories")
+# Arrays of point tracks by the names that CoTracker, TAPIR, TAP-Vid, SpatialTracker and others give them, and whether
+# the name says that they are point by point.
+TRACKS = {"tracks": None, "pred_tracks": False, "target_points": True, "trajs": None, "trajectories": None}
 VISIBLE = ("visibility", "visibilities", "pred_visibility", "visible", "visibles", "vis")
 HIDDEN = ("occluded", "occlusion", "occlusions", "pred_occluded")
-IGNORED = ("video", "frames", "fps", "query_points", "queries", "uncertainty", "expected_dist")
+IGNORED = ("video", "frames", "fps", "query_points", "queries")
+DOUBTS = ("uncertainty", "expected_dist")  # of TAPIR; its `visibles` have them in, its `occlusion` has not
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     check, form = partial(check_input, path), "give [T, K, 2], or [T, K, 3] with visibility last"
     check(path.is_file(), "", "no such file; correct the path")
     try:
-        points, shown = find_arrays(read_tracks(path), check)
+        points, shown, by_point = find_arrays(read_tracks(path), check)
     except pickle.UnpicklingError:
         check(False, "", f"holds more than tensors, code perhaps, or is garbled, so it is not opened; {form}")
     except (*media.BROKEN, TypeError, MemoryError, zipfile.BadZipFile, tokenize.TokenError) as error:
@@ -77,17 +80,21 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     check(points.ndim == 3 and points.shape[2] in (2, 3) and points.size > 0, "", f"is {list(points.shape)}; {form}")
     if points.shape[2] == 3:
         points, shown = points[..., :2], points[..., 2]
-        fine = not ((shown < 0) | (shown > 1)).any()
-        check(fine, "", "the third number of a point is visibility, 0 to 1; leave it out if it is something else")
+        fine = np.isin(shown[np.isfinite(shown)], (0, 1)).all()
+        check(fine, "", "the third number of a point is visibility, 0 or 1; leave it out if it is depth or a share")
     check(np.isfinite(points).any(), "", "no point has a place in any frame; give other tracks")
     mend = "if they are parts of the picture, multiply by its size"
-    check(np.nanmax(np.abs(points)) > 1, "", f"all coordinates lie within 1 pixel; {mend}")
+    middle = np.nanmedian(np.abs(points), axis=(0, 1)).max()  # some points may lie beyond the picture
+    check(middle > 1, "", f"most coordinates lie within 1 pixel; {mend}")
     shape = points.shape[:2]
     shown = np.ones(shape) if shown is None else shown
     alike = [n for n in shown.shape if n > 1] == [n for n in shape if n > 1]
     check(alike, "visibility", f"is {list(shown.shape)}; give {list(shape)}")
     shown = (shown.reshape(shape) > 0.5) & np.isfinite(points).all(-1)
-    if shape[0] != frames == shape[1]:  # point by point, as TAPIR and TAP-Vid have them
+    square, names = shape[0] == shape[1], "pred_tracks if it is frame by frame, target_points if it is point by point"
+    mend = f"save the array in an .npz as {names}"
+    check(by_point is not None or not square or shape[0] == 1, "", f"has as many points as frames, {shape[0]}; {mend}")
+    if by_point if square or frames not in shape else shape[1] == frames:  # as TAPIR and TAP-Vid have them
         points, shown = points.swapaxes(0, 1), shown.T
     return points, shown
 
@@ -106,31 +113,37 @@ def read_tracks(path: Path) -> object:
     if path.suffix.lower() == ".txt":
         lines = path.read_text(encoding="utf-8-sig").replace(",", " ").splitlines()
         rows = [[np.nan if word == "-" else float(word) for word in line.split()] for line in lines if line.strip()]
-        return np.array(rows).reshape(len(rows), -1, 2)
+        return {"pred_tracks": np.array(rows).reshape(len(rows), -1, 2)}
+    beside = path.with_name(re.sub(r"tracks?(?=\.npy$)", "visibility", path.name))  # as Wan-Move writes them
+    if beside != path and beside.is_file():
+        return {"pred_tracks": np.load(path, allow_pickle=False), "visibility": np.load(beside, allow_pickle=False)}
     held = unpickle(path) if path.suffix.lower() in (".pt", ".pth") else np.load(path, allow_pickle=False)
     if isinstance(held, bytes):  # as ATI writes them: a packed array [K, T, 1, 3], in eighths of a pixel
         packed = np.load(io.BytesIO(held), allow_pickle=False)["array"]
-        return np.asarray(packed, dtype=float)[:, :, 0].swapaxes(0, 1) / [8, 8, 1]
-    if isinstance(held, tuple | list) and len(held) == 2:  # as CoTracker returns them
-        return dict(zip(("pred_tracks", "pred_visibility"), held, strict=True))
+        return {"target_points": np.asarray(packed, dtype=float)[:, :, 0] / [8, 8, 1]}
+    if isinstance(held, tuple | list) and len(held) == 2:  # as CoTracker and TAPIR return them
+        return dict(zip(("tracks", "visibility"), held, strict=True))
     return held
 
 
-def find_arrays(held: object, check: Check) -> tuple[np.ndarray, np.ndarray | None]:
-    """The tracks among what a file holds, and which points are visible, where it says so."""
+def find_arrays(held: object, check: Check) -> tuple[np.ndarray, np.ndarray | None, bool | None]:
+    """The tracks among what a file holds, which points are visible, and whether it is point by point, if it says so."""
     if isinstance(held, np.ndarray | torch.Tensor):
-        return numbers(held), None
+        return numbers(held), None, None
     problem = f"holds a {type(held).__name__}, neither an array nor a dict of them; give [T, K, 2]"
     check(isinstance(held, Mapping), "", problem)
     names = [str(name) for name in held if not isinstance(held, dict) or held[name] is not None]
     tracks, flags = ([name for name in known if name in names] for known in (TRACKS, (*VISIBLE, *HIDDEN)))
     check(len(tracks) == 1, "", f"holds {', '.join(names)}; name the tracks {' or '.join(TRACKS)}")
-    unknown = [name for name in names if name not in (*tracks, *flags, *IGNORED)]
+    known = (*tracks, *flags, *IGNORED, *(DOUBTS if {*flags} & {*VISIBLE} else ()))
+    unknown = [name for name in names if name not in known]
     seen = f"which points are seen is told by {', '.join((*VISIBLE, *HIDDEN))}"
     check(not unknown, "", f"{', '.join(unknown)}: not understood; {seen}")
     check(len(flags) < 2, "", f"holds {' and '.join(flags)}; leave one out")
     points, shown = numbers(held[tracks[0]]), numbers(held[flags[0]]) if flags else None
-    return points, 1 - shown if flags and flags[0] in HIDDEN else shown
+    fine = shown is None or ((shown >= 0) & (shown <= 1)).all()
+    check(fine, "".join(flags), "holds more than 0 to 1, logits perhaps; give visibility, 0 to 1, after the sigmoid")
+    return points, 1 - shown if flags and flags[0] in HIDDEN else shown, TRACKS[tracks[0]]
 
 
 def own_size(path: Path) -> media.Size:
@@ -176,12 +189,15 @@ def write_boxes(path: Path, trajectory: Trajectory) -> None:
         name = trajectory.names[drawn.any(1).argmin()]
         raise UserError(f"--to {path}: {name} has no box inside the video in any frame; change --size")
     objects = []
-    for k, name in enumerate(trajectory.names):
-        boxes = {str(t): cut[k, t].tolist() for t in np.flatnonzero(drawn[k])}
-        kind, color = "linear" if drawn[k].all() else "none", trajectory.colors[k].tolist()
-        mask = f"{path.stem}_mask_{k}.png"
-        media.write_image(path.with_name(mask), trajectory.masks[k].astype(np.uint8) * 255)
-        objects.append({"name": name, "mask": mask, "color": color, "interpolate": kind, "boxes": boxes})
+    for k, (name, mask) in enumerate(zip(trajectory.names, trajectory.first_masks, strict=True)):
+        at, kind = np.flatnonzero(drawn[k]).tolist(), "linear" if drawn[k].all() else "none"
+        boxes, color = {t: cut[k, t].tolist() for t in at}, trajectory.colors[k].tolist()
+        objects.append({"name": name, "color": color, "interpolate": kind, "boxes": boxes})
+        if mask.any():
+            objects[k]["mask"] = f"{path.stem}_mask_{k}.png"
+            media.write_image(path.with_name(objects[k]["mask"]), mask.astype(np.uint8) * 255)
+        elif at[0]:  # it enters later
+            objects[k]["visible"] = [[at[0], at[-1]]]
     top = {"num_frames": trajectory.num_frames, "width": width, "height": height, "objects": objects}
     write_text(path, json.dumps(top, indent=1))
 
