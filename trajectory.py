@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from core.boxes import (
+    DARK,
     draw_dots,
     draw_outlines,
     edges_of_outlines,
@@ -350,7 +351,7 @@ def _read_mask(check: Check, field: str, file: Path, sizes: set[Size], image_siz
 
 def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check) -> Trajectory:
     """A map video or folder of PNG maps. Objects are the flat colours of frame 0; boxes, the extent of each colour."""
-    maps, boxes, count = np.empty((num_frames, *image_size, 3), dtype=np.uint8), [], 0
+    maps, boxes, count, late = np.empty((num_frames, *image_size, 3), dtype=np.uint8), [], 0, ""
     for count, frame in enumerate(read_frames(path, check), start=1):
         if count == 1:
             size, colors = frame.shape[:2], flat_colors(frame, MOST_OBJECTS)
@@ -362,6 +363,9 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check) -> T
             check(few, "", f"more than {count - 1} maps but the video has {num_frames} frames; cut it")
             continue  # only to count them
         label = label_pixels(frame, colors)
+        if not late and ((label < 0) & (frame.max(-1) > DARK)).sum() > max(16, (label >= 0).sum() / 4):
+            late = f"{path}: frame {count - 1}: shows colours that frame 0 doesn't; no boxes are found for these"
+            print(late, file=sys.stderr)
         if count == 1:
             masks = cover_nearest(label, image_size) == np.arange(len(colors))[:, None, None]
             mend = f"is cut away at {image_size[1]}x{image_size[0]}; change the size"

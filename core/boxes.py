@@ -131,6 +131,13 @@ def flat_colors(frame: np.ndarray, most: int) -> np.ndarray:
     flat = (windows.max((-1, -2)) - windows.min((-1, -2))).max(-1) <= 16
     inner = frame[1:-1, 1:-1]
     pixels = inner[flat & (inner.max(-1) > DARK)].astype(float)  # (n, 3)
+    base = np.array([65536, 256, 1])
+    codes, counts = np.unique(pixels.astype(int) @ base, return_counts=True)
+    if len(codes) <= most:
+        exact = codes[np.argsort(-counts), None] // base % 256.0
+        gaps = abs(exact[:, None] - exact).max(-1) + 255 * np.eye(len(exact))
+        if gaps.min(initial=255) > 5:  # no codec has touched them: each is an object's, however small
+            return exact
     colors = []
     while len(pixels) and len(colors) <= most:
         code = pixels.astype(int) // 8 @ np.array([1024, 32, 1])
@@ -158,6 +165,8 @@ def label_pixels(frame: np.ndarray, colors: np.ndarray) -> np.ndarray:
             offset -= (offset @ pale / (pale @ pale + 1e-9)).clip(0, 1)[:, None] * pale
         distance[k] = np.linalg.norm(offset, axis=1)
     label[bright] = np.where(distance.min(0) < NEAR, distance.argmin(0), -1)
+    for k, color in enumerate(colors):  # of two near colours the very one, where no codec has touched them
+        label[(frame == color).all(-1)] = k
     if thick:
         across = label[:, 1:] == label[:, :-1]
         square = np.pad(across[1:] & across[:-1] & (label[1:, 1:] == label[:-1, 1:]), 1)  # 2x2 equal labels

@@ -68,10 +68,10 @@ def cover_frames(frames: np.ndarray, size: Size) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(3, 0, 1, 2).float()
 
 
-def read_picture(path: Path | str) -> np.ndarray:
+def read_picture(path: Path | str, ground: str = "white") -> np.ndarray:
     """uint8 [height, width, 3] in sRGB, upright as its EXIF says; an animation's first frame. Raises one of BROKEN.
 
-    Grey of 16 bits or floats keeps its shades. What is transparent shows white, as in most viewers.
+    Grey of 16 bits or floats keeps its shades. What is transparent shows the ground: white, as in most viewers.
     """
     image = open_upright(path)
     if image.mode in DEEP:
@@ -84,7 +84,7 @@ def read_picture(path: Path | str) -> np.ndarray:
         with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):  # garbled, or of another kind of picture
             image = ImageCms.profileToProfile(image, source(io.BytesIO(profile)), target, outputMode="RGB")
     image = image.convert("RGB")
-    return np.asarray(Image.composite(image, Image.new("RGB", image.size, "white"), alpha) if alpha else image)
+    return np.asarray(Image.composite(image, Image.new("RGB", image.size, ground), alpha) if alpha else image)
 
 
 def load_image(path: Path | str) -> np.ndarray:
@@ -140,8 +140,16 @@ def ffmpeg(*arguments: object) -> list[str]:
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *map(str, arguments)]
 
 
-def read_video(path: Path) -> Iterator[np.ndarray]:
-    """The pictures [height, width, 3] uint8 that a video file holds, in their order. Raises one of BROKEN."""
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, by name, but what systems hide in it, such as the ._ files of macOS."""
+    return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def read_video(path: Path, maps: bool = False) -> Iterator[np.ndarray]:
+    """The pictures [height, width, 3] uint8 that a video file holds, in their order. Raises one of BROKEN.
+
+    `maps`: what is transparent is black.
+    """
     said = subprocess.run(ffmpeg("-i", f"file:{path}"), capture_output=True).stderr.decode(errors="replace")
     stream = re.search(r"Stream #\S+ .*?Video: (.*)", said)
     about = f"{stream[1]}," if stream else ""
@@ -154,8 +162,13 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
     if hdr := re.search("smpte2084|arib-std-b67", about):
         raise ValueError(f"is HDR ({hdr[0]}); convert it to SDR first")
     tagged = re.search(r"\((?:[^()]*, )?(bt709|smpte170m|bt470bg|bt2020|gbr|fcc|smpte240m)", about)
-    matrix = [] if tagged or height < HD or "rgb" in about or "gbr" in about else ["-vf", "scale=in_color_matrix=bt709"]
-    command = ffmpeg("-v", "error", "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough", *matrix,
+    filters = [] if tagged or height < HD or "rgb" in about or "gbr" in about else ["scale=in_color_matrix=bt709"]
+    decoder = []
+    if maps and (alpha := "alpha_mode" in said or re.search("yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16|pal8", about)):
+        filters.append("format=gbrap,premultiply=inplace=1")
+        decoder = ["-c:v", "libvpx-vp9" if "vp9" in about else "libvpx"] if alpha is True else []
+    command = ffmpeg("-v", "error", *decoder, "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough",
+                     "-vf", ",".join([*filters, "null"]),
                      "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-")  # fmt: skip
     pixels = None
     with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as job:
@@ -175,20 +188,27 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
             job.kill()  # the caller may have read enough
 
 
-def read_frames(path: Path, check: Callable[[bool, str, str], None]) -> Iterator[np.ndarray]:
-    """Frames [height, width, 3] uint8 of a video, or of a folder of PNG files: 2.png before 10.png."""
+def read_frames(path: Path, check: Callable[[bool, str, str], None], maps: bool = True) -> Iterator[np.ndarray]:
+    """Frames [height, width, 3] uint8 of a video, or of a folder of PNG files: 2.png before 10.png.
+
+    `maps`: their ground is black, where they are transparent too; a white one is refused.
+    """
     try:
         if path.is_dir():
-            files = [file for file in path.iterdir() if file.suffix.lower() == ".png"]
+            files = [file for file in visible(path) if file.suffix.lower() == ".png"]
             check(len(files) > 0, "", "a folder without PNG files; put one PNG map per frame in it")
             files.sort(key=lambda file: [int(s) if s.isdigit() else s for s in re.split("([0-9]+)", file.name)])
             numbers = [int(found[-1]) for file in files if (found := re.findall("[0-9]+", file.stem))]
             if len(numbers) == len(files) and len({after - before for before, after in pairwise(numbers)}) > 1:
                 gap = min(set(range(numbers[0], numbers[-1])) - set(numbers), default=numbers[0])
                 check(False, "", f"a file is missing: number {gap}; frames are numbered without gaps")
-            yield from map(read_picture, files)
+            frames = (read_picture(file, "black") for file in files)
         else:
-            yield from read_video(path)
+            frames = read_video(path, maps)
+        for number, frame in enumerate(frames):
+            white = maps and number == 0 and frame[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 200  # in all four corners
+            check(not white, "frame 0", "its ground is white; paint the ground of maps black")
+            yield frame
     except BROKEN as error:
         check(False, "", f"can't be decoded ({reason(error)}); save it as an H.264 mp4 or as PNG files")
 

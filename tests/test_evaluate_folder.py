@@ -105,6 +105,38 @@ def test_overlaps_worked_out_by_hand(world):
     assert [r["box_iou"] for r in rows(world)] == [r["box_iou"] for r in (everyone, one, two)]
 
 
+FOUND = {  # colours in which a segmentation network paints the two objects
+    "white and grey": [(255, 255, 255), (120, 120, 120)], "the same, swapped": [COLORS[1], COLORS[0]],
+    "one that is the other's": [(250, 200, 0), COLORS[0]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOUND)
+def test_objects_are_matched_whatever_their_colours(kind, world, monkeypatch):
+    boxes = [[[0, 0, 20, 20], [30, 10, 50, 30]], [[4, 0, 24, 20], [30, 14, 50, 34]]]
+    for n in range(4):
+        masks(world / "true/masks", f"v{n}", boxes)
+    monkeypatch.setattr("test_evaluate_folder.COLORS", FOUND[kind])
+    for n in range(4):
+        masks(world / "generated/masks", f"v{n}", [boxes[0], [boxes[1][0], None]])
+    (world / "generated/._v9.mp4").write_bytes(b"Mac OS X")
+    evaluate_folder.main(Config())
+    assert rows(world)[0]["mask_iou"] == rows(world)[0]["box_iou"] == 0.75  # the second is lost in frame 1
+
+
+def test_an_object_that_can_be_none_of_the_true_ones_is_refused(world, monkeypatch):
+    two_masks(world, "true/masks")
+    for color, message in (
+        ((255, 255, 255), "frame 0: an object lies where none"),
+        ((1, 1, 1), "shows objects, but in"),
+    ):
+        monkeypatch.setattr("test_evaluate_folder.COLORS", [color, color])
+        for n in range(4):
+            masks(world / "generated/masks", f"v{n}", [[[30, 10, 50, 30], None]] * 2)
+        with pytest.raises(UserError, match=message):
+            evaluate_folder.main(Config())
+
+
 def two_masks(world, place):
     """Masks of two frames for every video."""
     for n in range(4):

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import subprocess
 import time
 import zlib
 from dataclasses import replace
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -565,6 +567,66 @@ def test_map_errors(tmp_path):
     colors = np.stack([blocks % 256, blocks // 256 * 16 % 256, blocks * 7 % 256], -1)
     Image.fromarray(colors.astype(np.uint8)).save(folder / "0.png")
     assert "over 64" in message(folder)
+
+
+GROUNDS = {  # two RGBA maps -> files in which the ground is transparent, by Pillow or by these options of ffmpeg
+    "rgba.png": lambda path, picture, _: picture.save(path),
+    "palette.png": lambda path, picture, _: picture.quantize(8).save(path, transparency=0),
+    "maps.gif": lambda path, picture, other: picture.save(path, save_all=True, append_images=[other], disposal=2),
+    "vp9.webm": ["-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-crf", "5", "-b:v", "0"],
+    "vp8.webm": ["-c:v", "libvpx", "-pix_fmt", "yuva420p", "-auto-alt-ref", "0", "-b:v", "2M"],
+    "png.mov": ["-c:v", "png"], "prores.mov": ["-c:v", "prores_ks", "-pix_fmt", "yuva444p10le"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GROUNDS)
+def test_a_transparent_ground_of_maps_is_black(kind, tmp_path):
+    """Whatever colour lies beneath: here white."""
+    rgba, write = np.full((2, 64, 64, 4), (255, 255, 255, 0), np.uint8), GROUNDS[kind]
+    rgba[:, 10:30, 8:28] = *PALETTE[0], 255
+    rgba[1, 20, 20, 3] = 0  # Pillow drops a frame like the one before
+    path, pictures = tmp_path / "maps" / kind, [Image.fromarray(frame) for frame in rgba]
+    path.parent.mkdir()
+    if callable(write):
+        write(path, *pictures)
+    else:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgba", "-s", "64x64"]
+        subprocess.run([*command, "-i", "-", *write, path], input=rgba.tobytes(), check=True)
+    frames = 1 if path.suffix == ".png" else 2
+    given = load_trajectory(path.parent if frames == 1 else path, (64, 64), frames)
+    assert given.boxes.tolist() == [[[8, 10, 28, 30]] * frames] and (given.maps()[:, :, 40:] < -0.9).all()
+
+
+@pytest.mark.parametrize("kind", ["a white ground", "a mask in black on white"])
+def test_a_white_ground_of_maps_is_refused(kind, tmp_path):
+    picture = np.full((64, 64, 3), 250, np.uint8)
+    picture[10:30, 8:28] = PALETTE[0] if kind == "a white ground" else 0
+    Image.fromarray(picture).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match="frame 0: its ground is white; paint the ground of maps black"):
+        load_trajectory(tmp_path, (64, 64), 1)
+    picture[0, 0] = 0  # a white object that reaches three corners is one
+    Image.fromarray(picture).save(tmp_path / "0.png")
+    assert load_trajectory(tmp_path, (64, 64), 1).colors.max() == 250
+
+
+def test_small_objects_and_near_colours_are_found_where_no_codec_was(tmp_path, capsys):
+    """And one that comes later, in a colour that frame 0 doesn't show, is told of. Files of macOS are passed over."""
+    places = {
+        (128, 32, 32): (100, 100, 400, 300),
+        (128, 44, 32): (500, 100, 700, 300),
+        (32, 64, 128): (800, 50, 804, 53),
+    }
+    for t in range(3):
+        picture = np.zeros((704, 1280, 3), np.uint8)
+        for color, (x0, y0, x1, y1) in places.items():
+            picture[y0:y1, x0:x1] = color
+        if t == 2:
+            picture[400:600, 100:500] = 32, 128, 32
+        Image.fromarray(picture).save(tmp_path / f"{t}.png")
+        (tmp_path / f"._{t}.png").write_bytes(b"Mac OS X")
+    given = load_trajectory(tmp_path, (704, 1280), 3)
+    assert dict(zip(map(tuple, given.colors.tolist()), map(tuple, given.boxes[:, 2].tolist()), strict=True)) == places
+    assert capsys.readouterr().err.count("frame 2: shows colours that frame 0 doesn't; no boxes are found") == 1
 
 
 def test_the_worlds_mask_maps_are_its_masks_painted():

@@ -11,8 +11,8 @@ Videos are paired by name: `name.mp4` in both folders. Each of these files and f
     networks/lpips.pt                   TorchScript, two batches of images in [-1, 1] to distances [n]
     true/masks/                         true masks, `name/` with one PNG per frame or `name.mp4`: black, one colour per
                                         object; mask IoU, and box IoU between their extents
-    generated/masks/                    the same of the generated videos, in the same colours, from a segmentation
-                                        network that was given the objects of frame 0
+    generated/masks/                    the same of the generated videos, from a segmentation network that was given the
+                                        objects of frame 0: there they are matched with the true ones, in any colours
     true/boxes/                         `name.json`, boxes as sample.py takes them: for box IoU, instead of true masks
 
 IoU is averaged over the frames in which the truth shows the object, then over objects; a frame in which nothing is
@@ -22,7 +22,7 @@ found counts as 0. As in FlashBench, rows are for all videos and by number of ob
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.boxes import extents, flat_colors, label_pixels
+from core.boxes import DARK, NEAR, extents, flat_colors, label_pixels
 from core.config import UserError, reason, run_script
 from core.files import output_path
 from core.frechet import frechet_distance
-from core.media import MOST_VIDEO, VIDEO_SUFFIXES, read_frames
+from core.media import MOST_VIDEO, VIDEO_SUFFIXES, read_frames, visible
 from core.tables import markdown, write_rows
 from trajectory import MOST_OBJECTS, check_input, load_trajectory
 
@@ -53,7 +53,7 @@ def read_whole(path: Path) -> Tensor:
     """uint8 [T, 3, h, w]."""
     check = partial(check_input, path)
     video = []
-    for frame in read_frames(path, check):
+    for frame in read_frames(path, check, maps=False):
         video.append(frame)
         check(len(video) * frame[..., 0].size <= MOST_VIDEO, "", f"more than {MOST_VIDEO} pixels in its frames; cut it")
     return torch.from_numpy(np.stack(video)).permute(0, 3, 1, 2)
@@ -95,7 +95,7 @@ NETWORKS = {  # measure -> its network's file, and how that is called
 
 def videos(folder: str) -> dict[str, Path]:
     """Names and paths of a folder's mp4 files, but those that sample.py writes with boxes."""
-    found = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    found = visible(Path(folder)) if Path(folder).is_dir() else ()
     return {p.stem: p for p in found if p.suffix.lower() == ".mp4" and not p.stem.endswith(".boxes")}
 
 
@@ -107,14 +107,38 @@ def find_masks(folder: str, name: str) -> Path:
     raise UserError(f"{places[0]}: no such folder or video; every generated video needs one")
 
 
-def read_labels(path: Path, colors: np.ndarray | None = None) -> tuple[list[np.ndarray], np.ndarray]:
-    """Which object each pixel shows, a list of frames [h, w] with -1 for none; and the objects' colours [K, 3]."""
-    check, labels = partial(check_input, path), []
+def read_labels(path: Path, known: Sequence[np.ndarray] = ()) -> tuple[list[np.ndarray], np.ndarray]:
+    """Which object each pixel shows, a list of frames [h, w] with -1 for none; and the objects' colours [K, 3].
+
+    The colours are those of frame 0, and any `known` ones that are not among them.
+    """
+    check, labels, lit = partial(check_input, path), [], False
     for frame in read_frames(path, check):
-        colors = flat_colors(frame, MOST_OBJECTS) if colors is None else colors
-        check(len(colors) > 0, "frame 0", "shows no object; paint each in a colour of its own")
+        if not labels:
+            own = flat_colors(frame, MOST_OBJECTS)
+            colors = np.array([*own, *(c for c in known if (np.linalg.norm(own - c, axis=1) >= NEAR).all())])
+            check(len(colors) > 0, "frame 0", "shows no object; paint each in a colour of its own")
         labels.append(label_pixels(frame, colors))
+        lit |= frame.max() > (0 if path.is_dir() else DARK)
+    seen = max(label.max() for label in labels) >= 0
+    check(seen or not lit, "", "shows objects, but in none of the true masks' colours, nor in bright ones in frame 0")
     return labels, colors
+
+
+def match(true: np.ndarray, found: np.ndarray, near: np.ndarray) -> list[int]:
+    """Which found object each of K true ones is, by how labels [h, w] of frame 0 overlap; -1 for one that isn't there.
+
+    `near` [K, M]: whether both have one colour, which decides where nothing overlaps.
+    """
+    shared = near * 1e-9
+    for k, m in np.ndindex(near.shape):
+        both, either = ((true == k) & (found == m)).sum(), ((true == k) | (found == m)).sum()
+        shared[k, m] += both / max(either, 1)
+    which = [-1] * len(near)
+    while shared.max() > 0:
+        k, m = np.unravel_index(shared.argmax(), shared.shape)
+        which[k], shared[k], shared[:, m] = m, 0, 0
+    return which
 
 
 def box_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -128,10 +152,18 @@ def overlaps(cfg: Config, name: str) -> dict[str, float]:
     """A video's mask IoU, box IoU and number of objects K."""
     true_path, path = (find_masks(folder, name) for folder in (cfg.true, cfg.generated))
     true, colors = read_labels(true_path)
-    found, _ = read_labels(path, colors)
+    found, found_colors = read_labels(path, colors)
     if [label.shape for label in found] != [label.shape for label in true]:
         raise UserError(f"{path}: has not as many frames as the true masks, of their size; give one of each frame")
-    count = len(colors)
+    true, found, count = np.stack(true), np.stack(found), len(colors)
+    which = match(true[0], found[0], np.linalg.norm(colors[:, None] - found_colors, axis=-1) < NEAR)
+    shown = set(np.unique(found)) - {-1}
+    if set(which) - shown and shown - set(which):
+        problem = "an object lies where none of the true ones does, and has a colour of its own"
+        raise UserError(f"{path}: frame 0: {problem}; use the true masks' colours")
+    names = np.full(len(found_colors) + 1, -1)  # the last is for pixels of no object
+    names[[m for m in which if m >= 0]] = [k for k, m in enumerate(which) if m >= 0]
+    found = names[found]
     boxes, found_boxes = (np.stack([extents(label, count) for label in both], axis=1) for both in (true, found))
     if (file := Path(cfg.true) / "boxes" / f"{name}.json").parent.is_dir():
         given = load_trajectory(file, true[0].shape, len(true)).boxes
@@ -140,7 +172,6 @@ def overlaps(cfg: Config, name: str) -> dict[str, float]:
         fine = sorted(order) == list(range(len(given)))
         check_input(file, fine, "objects", f"are not the {count} that frame 0 of {true_path} shows")
         boxes = given[order]
-    true, found = np.stack(true), np.stack(found)
     mask_ious, box_ious = [], []  # of each object, in the frames that show it
     for k in range(count):
         want, got = (labels[(true == k).any((1, 2))] == k for labels in (true, found))
