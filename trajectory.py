@@ -35,7 +35,7 @@ from core.boxes import (
     place,
 )  # fmt: skip
 from core.config import UserError
-from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover_nearest, read_frames, read_mask
+from core.media import BROKEN, VIDEO_SUFFIXES, Size, alike, cover_nearest, read_frames, read_mask
 
 # Half-intensity colours, as MagicMotion draws them; its first two are these. Any two are at least 45 apart in RGB.
 PALETTE = [
@@ -165,15 +165,23 @@ def load_trajectory(
     """Read a boxes.json, a map video or a folder of PNG maps. UserError for anything in it that can't be used.
 
     image_size is the (height, width) of the generated video. source_size is that of the user's image, in whose pixels
-    the boxes are unless the JSON states a width and height (default: image_size). A frame of another shape than the
-    video is treated as the image is: resized until it covers the video, and cut to its middle.
+    the boxes are unless the JSON states a width and height (default: image_size). The frame of boxes or maps must have
+    the shape of the image or the video. It is treated as the image is: resized until it covers the video, and cut to
+    its middle.
     `cut`: a boxes.json may be for a longer video, of which these are the first frames.
     """
     path = Path(path)
     check = partial(check_input, path)
+
+    def check_shape(field: str, size: Size) -> None:
+        own = source_size or size
+        how = "the picture as it is stored, not as it is shown" if alike(size, own[::-1]) else "another shape"
+        problem = f"{size[1]}x{size[0]} is of {how}; the picture is {own[1]}x{own[0]}; give boxes or maps in its shape"
+        check(alike(size, own) or alike(size, image_size), field, problem)
+
     check(os.path.exists(path), "", "no such file; correct the path")
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
-        return _load_maps(path, image_size, num_frames, check)
+        return _load_maps(path, image_size, num_frames, check, check_shape)
 
     top, length = read_boxes_json(path), num_frames
     num_frames = top.get("num_frames", length)
@@ -181,6 +189,7 @@ def load_trajectory(
     fine = num_frames == length or (cut and num_frames > length)
     check(fine, "", f"num_frames is {num_frames} but the video has {length} frames; {mend}")
     size = (top["height"], top["width"]) if "width" in top else tuple(source_size or image_size)
+    check_shape("width", size)
     objects = top.get("objects")
     fine = isinstance(objects, list) and 0 < len(objects) <= MOST_OBJECTS
     check(fine, "objects", f"must be a list of 1 to {MOST_OBJECTS} objects; draw at least one or delete some")
@@ -349,12 +358,15 @@ def _read_mask(check: Check, field: str, file: Path, sizes: set[Size], image_siz
     return mask
 
 
-def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check) -> Trajectory:
+def _load_maps(
+    path: Path, image_size: Size, num_frames: int, check: Check, check_shape: Callable[[str, Size], None]
+) -> Trajectory:
     """A map video or folder of PNG maps. Objects are the flat colours of frame 0; boxes, the extent of each colour."""
     maps, boxes, count, late = np.empty((num_frames, *image_size, 3), dtype=np.uint8), [], 0, ""
     for count, frame in enumerate(read_frames(path, check), start=1):
         if count == 1:
             size, colors = frame.shape[:2], flat_colors(frame, MOST_OBJECTS)
+            check_shape("frame 0", size)
             mend = "a map is black, with one filled mask of one colour per object"
             check(0 < len(colors) <= MOST_OBJECTS, "frame 0", f"shows no object, or over {MOST_OBJECTS}; {mend}")
         check(frame.shape[:2] == size, f"frame {count - 1}", "is of another size than frame 0; give all maps one size")

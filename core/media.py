@@ -16,7 +16,7 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 
 from core.config import UserError, reason
@@ -34,6 +34,11 @@ BROKEN = (
 )  # fmt: skip
 Image.MAX_IMAGE_PIXELS = MOST_PICTURE // 2  # Pillow warns above this, and refuses twice as much
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def alike(one: Size, other: Size) -> bool:
+    """Whether two pictures have one shape, but for sides that were rounded."""
+    return abs(one[0] * other[1] / (one[1] * other[0]) - 1) < 0.02
 
 
 def cover(source: Size, target: Size) -> tuple[Size, int, int]:
@@ -94,6 +99,10 @@ def load_image(path: Path | str) -> np.ndarray:
     try:
         with Image.open(path) as image:  # a photo's embedded previews don't count
             count = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "TIFF") else 1
+            with contextlib.suppress(Exception):  # as in open_upright
+                if image.getexif().get(ExifTags.Base.Orientation, 1) > 1:
+                    says = "is turned as its EXIF says; boxes and masks are of the turned picture"
+                    print(f"{path}: {says}", file=sys.stderr)
         if count > 1:
             print(f"{path}: holds {count} pictures; the first is taken", file=sys.stderr)
         return read_picture(path)
@@ -148,7 +157,7 @@ def visible(folder: Path) -> list[Path]:
 def read_video(path: Path, maps: bool = False) -> Iterator[np.ndarray]:
     """The pictures [height, width, 3] uint8 that a video file holds, in their order. Raises one of BROKEN.
 
-    `maps`: what is transparent is black.
+    They are turned and stretched as players show them. `maps`: what is transparent is black.
     """
     said = subprocess.run(ffmpeg("-i", f"file:{path}"), capture_output=True).stderr.decode(errors="replace")
     stream = re.search(r"Stream #\S+ .*?Video: (.*)", said)
@@ -156,13 +165,16 @@ def read_video(path: Path, maps: bool = False) -> Iterator[np.ndarray]:
     size = re.search(r"[ ,](\d+)x(\d+)[ ,\[]", about)
     if not size:
         raise ValueError("holds no picture that can be decoded" if about else "holds no video")
-    width, height = int(size[1]), int(size[2])
+    pixel = re.search(r"SAR ([1-9]\d*):([1-9]\d*)", about)
+    across, down = map(int, pixel.groups()) if pixel else (1, 1)
+    width, height = int(size[1]) * across // down, int(size[2])
     if width * height > MOST_PICTURE:
         raise ValueError(f"a frame of {width}x{height} is larger than {MOST_PICTURE} pixels")
     if hdr := re.search("smpte2084|arib-std-b67", about):
         raise ValueError(f"is HDR ({hdr[0]}); convert it to SDR first")
     tagged = re.search(r"\((?:[^()]*, )?(bt709|smpte170m|bt470bg|bt2020|gbr|fcc|smpte240m)", about)
     filters = [] if tagged or height < HD or "rgb" in about or "gbr" in about else ["scale=in_color_matrix=bt709"]
+    filters += ["scale=round(iw*sar):ih"] if across != down else []
     decoder = []
     if maps and (alpha := "alpha_mode" in said or re.search("yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16|pal8", about)):
         filters.append("format=gbrap,premultiply=inplace=1")

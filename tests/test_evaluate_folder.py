@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -153,6 +154,12 @@ def too_few_masks(world):
     (world / "generated/masks/v0/1.png").unlink()
 
 
+def turned_masks(world):
+    both_masks(world)
+    for place in (world / side / f"masks/v0/{t}.png" for side in ("true", "generated") for t in range(2)):
+        write_image(place, iio.imread(place).swapaxes(0, 1))
+
+
 def no_objects(world):
     both_masks(world)
     masks(world / "true/masks", "v0", [[None, None]] * 2)
@@ -180,6 +187,7 @@ BAD = {  # what is wrong -> what makes it so, options, message
                      r"v0.mp4: \[12, 3, 48, 64\] generated, \[12, 3, 24, 32\] true"),
     "ending": (None, {"out": "x.txt"}, "--out x.txt: the name must end in .json"),
     "too few masks": (too_few_masks, {}, "generated/masks/v0: has not as many frames as the true masks"),
+    "turned masks": (turned_masks, {}, r"true/masks/v0: masks \[h, w\] \[64, 48\] of a video \[48, 64\]"),
     "no objects": (no_objects, {}, "true/masks/v0: frame 0: shows no object"),
 }  # fmt: skip
 

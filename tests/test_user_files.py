@@ -146,6 +146,17 @@ def test_frame_k_is_the_kth_picture(kind, tmp_path, capfd):
     assert not np.array_equal(frames[0], frames[31])
 
 
+@pytest.mark.parametrize("aspect, turn, shape", [("2", (), (96, 144)), ("16/15", (), (96, 77)), ("1/2", (), (96, 36)),
+                                                 ("2", ("-display_rotation", "90"), (144, 96))])  # fmt: skip
+def test_pixels_that_are_not_square_are_stretched_as_players_do(aspect, turn, shape, tmp_path):
+    half = "color=white:s=36x96:d=0.2,pad=72:96:0:0,setsar=" + aspect  # its left half is white
+    path = encode(tmp_path / "x.mp4", "-f", "lavfi", "-i", half, "-crf", "1")
+    path = encode(tmp_path / "y.mp4", *turn, "-i", path, "-c", "copy")
+    frame = next(read_video(path))
+    assert frame.shape == (*shape, 3)
+    assert abs((frame[..., 0] > 128).mean() - 0.5) < 0.02
+
+
 @pytest.mark.parametrize("start", [0.3, 0.7, 1.1])
 def test_a_clip_cut_by_stream_copy_has_the_pictures_it_shows(start, tmp_path):
     whole = encode(tmp_path / "whole.mp4", "-f", "lavfi", "-i", SOURCE, "-g", "30", "-bf", "2")
@@ -430,6 +441,40 @@ def test_a_box_that_crosses_the_edge_is_cut_there_with_a_note(box, tmp_path, cap
     corners = np.floor(np.add(box, 0.5)).astype(int)
     inside = np.clip(np.add(corners, [0, 0, 1, 1]), 0, 48).tolist()  # an outline ends on its second corner
     assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == tuple(inside)
+
+
+@pytest.mark.parametrize("size, problem", [
+    ((48, 64), "48x64 is of the picture as it is stored, not as it is shown; the picture is 64x48"),
+    ((64, 64), "64x64 is of another shape; the picture is 64x48; give boxes or maps in its shape"), ((96, 128), None),
+    ((90, 90), "90x90 is of another shape"), ((200, 100), None), ((47, 63), None),  # the video has the first's
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["boxes", "maps"])
+def test_a_frame_of_the_unturned_picture_is_refused(kind, size, problem, tmp_path):
+    """The picture is 48 high and 64 wide, the video 60 and 30. A size is (height, width); messages say width first."""
+    height, width = size if problem is None else size[::-1]
+    path, item = tmp_path / kind, {"boxes": {"0": [0.4 * width, 0.4 * height, 0.6 * width, 0.6 * height]}}
+    if kind == "boxes":
+        path.write_text(json.dumps({"width": width, "height": height, "objects": [item]}))
+    else:
+        picture = np.zeros((height, width, 3), np.uint8)
+        picture[int(0.4 * height) : int(0.6 * height), int(0.4 * width) : int(0.6 * width)] = 128, 32, 32
+        write_image(path / "0.png", picture)
+    if problem is None:
+        assert load_trajectory(path, (60, 30), 1, (48, 64)).masks.any()
+    else:
+        with pytest.raises(UserError, match=problem):
+            load_trajectory(path, (60, 30), 1, (48, 64))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6])
+def test_a_picture_that_is_turned_says_so(orientation, tmp_path, capsys):
+    """By 180 degrees, or if it is square, no shape tells that boxes are of the stored one."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.jpg", exif=exif)
+    load_image(tmp_path / "x.jpg")
+    said = f"{tmp_path}/x.jpg: is turned as its EXIF says; boxes and masks are of the turned picture\n"
+    assert capsys.readouterr().err == ("" if orientation == 1 else said)
 
 
 @pytest.mark.parametrize("box", [[-20, 4, 0, 20], [48, 4, 60, 20], [4, 50, 20, 60]])

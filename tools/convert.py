@@ -221,7 +221,7 @@ def main(cfg: Config) -> None:
     if Path(cfg.source).suffix.lower() in POINTS:
         trajectory = from_points(cfg, size, source_size)
     else:
-        trajectory = load_trajectory(cfg.source, size, cfg.frames, source_size)
+        trajectory = load_trajectory(cfg.source, size, cfg.frames, source_size if cfg.source_size else None)
     image = media.cover_nearest(media.load_image(cfg.image), size) if cfg.image else None
     if out.suffix == ".json":
         write_boxes(out, trajectory)

@@ -36,7 +36,7 @@ from core.boxes import DARK, NEAR, extents, flat_colors, label_pixels
 from core.config import UserError, reason, run_script
 from core.files import output_path
 from core.frechet import frechet_distance
-from core.media import MOST_VIDEO, VIDEO_SUFFIXES, read_frames, visible
+from core.media import MOST_VIDEO, VIDEO_SUFFIXES, Size, alike, read_frames, visible
 from core.tables import markdown, write_rows
 from trajectory import MOST_OBJECTS, check_input, load_trajectory
 
@@ -148,13 +148,15 @@ def box_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.nan_to_num(both / (areas[0] + areas[1] - both))
 
 
-def overlaps(cfg: Config, name: str) -> dict[str, float]:
-    """A video's mask IoU, box IoU and number of objects K."""
+def overlaps(cfg: Config, name: str, size: Size) -> dict[str, float]:
+    """A video's mask IoU, box IoU and number of objects K. `size`: the video's."""
     true_path, path = (find_masks(folder, name) for folder in (cfg.true, cfg.generated))
     true, colors = read_labels(true_path)
     found, found_colors = read_labels(path, colors)
     if [label.shape for label in found] != [label.shape for label in true]:
         raise UserError(f"{path}: has not as many frames as the true masks, of their size; give one of each frame")
+    if not alike(true[0].shape, size):
+        raise UserError(f"{true_path}: masks [h, w] {[*true[0].shape]} of a video {[*size]}; give them in its shape")
     true, found, count = np.stack(true), np.stack(found), len(colors)
     which = match(true[0], found[0], np.linalg.norm(colors[:, None] - found_colors, axis=-1) < NEAR)
     shown = set(np.unique(found)) - {-1}
@@ -166,7 +168,7 @@ def overlaps(cfg: Config, name: str) -> dict[str, float]:
     found = names[found]
     boxes, found_boxes = (np.stack([extents(label, count) for label in both], axis=1) for both in (true, found))
     if (file := Path(cfg.true) / "boxes" / f"{name}.json").parent.is_dir():
-        given = load_trajectory(file, true[0].shape, len(true)).boxes
+        given = load_trajectory(file, true[0].shape, len(true), true[0].shape).boxes
         # Boxes come in an order of their own; the masks of frame 0 tell which is whose.
         order = [int(box_overlap(given[:, 0], box).argmax()) for box in boxes[:, 0]]
         fine = sorted(order) == list(range(len(given)))
@@ -212,7 +214,7 @@ def main(cfg: Config) -> None:
             raise UserError(f"{name}.mp4: {[*made.shape]} generated, {[*true.shape]} true; cut or resize one")
         if "fvd" in networks and len(made) < 10:
             raise UserError(f"{name}.mp4: {len(made)} frames; FVD needs 10 at least")
-        scores.append(overlaps(cfg, name) if masked else {})
+        scores.append(overlaps(cfg, name, made.shape[2:]) if masked else {})
         for measure, network in networks.items():
             with blame(files[measure]):
                 scores[-1][measure] = NETWORKS[measure][1](network, made, true)
