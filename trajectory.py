@@ -358,11 +358,9 @@ def _read_mask(check: Check, field: str, file: Path, sizes: set[Size], image_siz
     return mask
 
 
-def _load_maps(
-    path: Path, image_size: Size, num_frames: int, check: Check, check_shape: Callable[[str, Size], None]
-) -> Trajectory:
+def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check, check_shape: Callable) -> Trajectory:
     """A map video or folder of PNG maps. Objects are the flat colours of frame 0; boxes, the extent of each colour."""
-    maps, boxes, count, late = np.empty((num_frames, *image_size, 3), dtype=np.uint8), [], 0, ""
+    maps, boxes, count, late = np.empty((num_frames, *image_size, 3), dtype=np.uint8), [], 0, []
     for count, frame in enumerate(read_frames(path, check), start=1):
         if count == 1:
             size, colors = frame.shape[:2], flat_colors(frame, MOST_OBJECTS)
@@ -375,9 +373,7 @@ def _load_maps(
             check(few, "", f"more than {count - 1} maps but the video has {num_frames} frames; cut it")
             continue  # only to count them
         label = label_pixels(frame, colors)
-        if not late and ((label < 0) & (frame.max(-1) > DARK)).sum() > max(16, (label >= 0).sum() / 4):
-            late = f"{path}: frame {count - 1}: shows colours that frame 0 doesn't; no boxes are found for these"
-            print(late, file=sys.stderr)
+        late += [count - 1] * bool(((label < 0) & (frame.max(-1) > DARK)).sum() > max(16, (label >= 0).sum() / 4))
         if count == 1:
             masks = cover_nearest(label, image_size) == np.arange(len(colors))[:, None, None]
             mend = f"is cut away at {image_size[1]}x{image_size[0]}; change the size"
@@ -385,6 +381,9 @@ def _load_maps(
         maps[count - 1] = cover_nearest(frame, image_size)
         boxes.append(edges_of_outlines(label, len(colors)) if count > 1 else extents(label, len(colors)))
     check(count == num_frames, "", f"{count} maps but the video has {num_frames} frames; pass --frames {count}")
+    if late:
+        problem = "shows colours that frame 0 doesn't; no boxes are found for them"
+        print(f"{path}: frame {late[0]}: {problem}", file=sys.stderr)
     given = torch.from_numpy(maps).permute(3, 0, 1, 2).float() / 127.5 - 1
     names = [f"object {k}" for k in range(len(colors))]
     placed = place(size, image_size, np.stack(boxes, axis=1))

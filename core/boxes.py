@@ -133,11 +133,10 @@ def flat_colors(frame: np.ndarray, most: int) -> np.ndarray:
     pixels = inner[flat & (inner.max(-1) > DARK)].astype(float)  # (n, 3)
     base = np.array([65536, 256, 1])
     codes, counts = np.unique(pixels.astype(int) @ base, return_counts=True)
-    if len(codes) <= most:
-        exact = codes[np.argsort(-counts), None] // base % 256.0
-        gaps = abs(exact[:, None] - exact).max(-1) + 255 * np.eye(len(exact))
-        if gaps.min(initial=255) > 5:  # no codec has touched them: each is an object's, however small
-            return exact
+    exact = codes[np.argsort(-counts), None][: most + 1] // base % 256.0
+    gaps = abs(exact[:, None] - exact).max(-1) + 255 * np.eye(len(exact))
+    if len(codes) <= most and gaps.min(initial=255) > 5:  # no codec has touched them: each is an object's
+        return exact
     colors = []
     while len(pixels) and len(colors) <= most:
         code = pixels.astype(int) // 8 @ np.array([1024, 32, 1])

@@ -201,10 +201,7 @@ def read_video(path: Path, maps: bool = False) -> Iterator[np.ndarray]:
 
 
 def read_frames(path: Path, check: Callable[[bool, str, str], None], maps: bool = True) -> Iterator[np.ndarray]:
-    """Frames [height, width, 3] uint8 of a video, or of a folder of PNG files: 2.png before 10.png.
-
-    `maps`: their ground is black, where they are transparent too; a white one is refused.
-    """
+    """Frames [height, width, 3] uint8 of a video, or of a folder of PNG files: 2.png before 10.png."""
     try:
         if path.is_dir():
             files = [file for file in visible(path) if file.suffix.lower() == ".png"]

@@ -36,7 +36,6 @@ class Stored:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    dtype: torch.dtype = torch.float32  # of what lies there
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str], dtype=torch.bfloat16) -> None:
@@ -99,12 +98,8 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored
             return file.get_tensor(name)
 
     with file_errors(path, "a readable safetensors file"), safetensors.safe_open(path, "pt") as file:
-        tensors = {}
-        for name in file.keys():  # noqa: SIM118
-            part = file.get_slice(name)
-            shape = tuple(part.get_shape())
-            tensors[name] = Stored(shape, partial(read, name), (part[:0] if shape else file.get_tensor(name)).dtype)
-        return file.metadata() or {}, tensors
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return file.metadata() or {}, {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
 
 
 def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
@@ -151,7 +146,7 @@ def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -
     valid = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
     if not valid or not tensors:
         raise UserError(f"{path}: no dict of tensors{f' under the key {key!r}' if key else ''}")
-    return {n: Stored(tuple(tensor.shape), lambda t=tensor: t, tensor.dtype) for n, tensor in tensors.items()}
+    return {name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
 
 
 def read_config(path: Path, *fields: str) -> dict:
@@ -196,9 +191,7 @@ def load(
         for name, stored in tensors.items()
         if name in own and stored.shape != tuple(own[name].shape)
     ]
-    whole = [name for name in own if name in tensors and not tensors[name].dtype.is_floating_point]
     problems = {"missing": own.keys() - tensors.keys(), "unexpected": tensors.keys() - own.keys(), "wrong shape": wrong}
-    problems["whole numbers, without a scale that is read"] = whole
     if found := "; ".join(f"{problem}: {brief(names)}" for problem, names in problems.items() if names):
         raise UserError(f"{path}: {found}")
     if dtype == torch.int8:
@@ -209,6 +202,8 @@ def load(
         parent, _, leaf = name.rpartition(".")
         module, exact = network.get_submodule(parent), re.search(getattr(network, "float32", "$^"), name)
         tensor = empty if shapes_only else tensors[name].read()
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: {name} holds whole numbers, without a scale that is read; get it in 16 bits")
         if not tensor.is_meta and not tensor.float().isfinite().all():
             raise UserError(f"{path}: {name} holds values that are no finite numbers; get the file again")
         tensor = tensor.to(torch.float32 if exact else dtype, copy=True)

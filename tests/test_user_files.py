@@ -147,7 +147,7 @@ def test_frame_k_is_the_kth_picture(kind, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("aspect, turn, shape", [("2", (), (96, 144)), ("16/15", (), (96, 77)), ("1/2", (), (96, 36)),
-                                                 ("2", ("-display_rotation", "90"), (144, 96))])  # fmt: skip
+                                                 ("2", ("-display_rotation", "90"), (72, 48))])  # fmt: skip
 def test_pixels_that_are_not_square_are_stretched_as_players_do(aspect, turn, shape, tmp_path):
     half = "color=white:s=36x96:d=0.2,pad=72:96:0:0,setsar=" + aspect  # its left half is white
     path = encode(tmp_path / "x.mp4", "-f", "lavfi", "-i", half, "-crf", "1")

@@ -4,12 +4,7 @@
     python -m tools.convert boxes.json --to maps --image x.png  # PNG maps, and maps.preview.mp4: boxes over the image
     python -m tools.convert tracks.npy --to boxes.json --size 704x1280 --box 80x60 --pick 0,4,7  # a box around a point
 
-Point tracks are x and y in pixels for every frame: `.npy` of [T, K, 2], or of [T, K, 3] with visibility, 0 or 1, last;
-`.npz` with `tracks` and optionally `visibility` [T, K]; `.pt` or `.pth` of a tensor, or of a dict with these names or
-CoTracker's `pred_tracks` and `pred_visibility`, or of these two as a pair (a first axis of 1 is dropped); `.txt` with
-one line per frame, `x y` of every point, `- -` if it is hidden. [K, T, ...] is told by --frames; with as many points as
-frames only the names `pred_tracks`, frame by frame, and `target_points`, point by point, tell. Nothing is unpickled but
-tensors and plain containers.
+Point tracks are .npy, .npz, .pt, .pth or .txt, x and y in pixels for every frame: docs/FORMATS.md has names and axes.
 """
 
 import io
@@ -40,7 +35,6 @@ TRACKS = {"tracks": None, "pred_tracks": False, "target_points": True, "trajs": 
 VISIBLE = ("visibility", "visibilities", "pred_visibility", "visible", "visibles", "vis")
 HIDDEN = ("occluded", "occlusion", "occlusions", "pred_occluded")
 IGNORED = ("video", "frames", "fps", "query_points", "queries")
-DOUBTS = ("uncertainty", "expected_dist")  # of TAPIR; its `visibles` have them in, its `occlusion` has not
 
 
 @dataclass(frozen=True)
@@ -135,8 +129,7 @@ def find_arrays(held: object, check: Check) -> tuple[np.ndarray, np.ndarray | No
     names = [str(name) for name in held if not isinstance(held, dict) or held[name] is not None]
     tracks, flags = ([name for name in known if name in names] for known in (TRACKS, (*VISIBLE, *HIDDEN)))
     check(len(tracks) == 1, "", f"holds {', '.join(names)}; name the tracks {' or '.join(TRACKS)}")
-    known = (*tracks, *flags, *IGNORED, *(DOUBTS if {*flags} & {*VISIBLE} else ()))
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in (*tracks, *flags, *IGNORED)]
     seen = f"which points are seen is told by {', '.join((*VISIBLE, *HIDDEN))}"
     check(not unknown, "", f"{', '.join(unknown)}: not understood; {seen}")
     check(len(flags) < 2, "", f"holds {' and '.join(flags)}; leave one out")

@@ -125,20 +125,17 @@ def read_labels(path: Path, known: Sequence[np.ndarray] = ()) -> tuple[list[np.n
     return labels, colors
 
 
-def match(true: np.ndarray, found: np.ndarray, near: np.ndarray) -> list[int]:
-    """Which found object each of K true ones is, by how labels [h, w] of frame 0 overlap; -1 for one that isn't there.
+def match(true: np.ndarray, found: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Which found object each of K true ones is, by how labels [h, w] of frame 0 overlap; -1 for one that is lost.
 
     `near` [K, M]: whether both have one colour, which decides where nothing overlaps.
     """
-    shared = near * 1e-9
-    for k, m in np.ndindex(near.shape):
-        both, either = ((true == k) & (found == m)).sum(), ((true == k) | (found == m)).sum()
-        shared[k, m] += both / max(either, 1)
-    which = [-1] * len(near)
-    while shared.max() > 0:
-        k, m = np.unravel_index(shared.argmax(), shared.shape)
-        which[k], shared[k], shared[:, m] = m, 0, 0
-    return which
+    sides = zip((true, found), near.shape, strict=True)
+    one, other = ((labels.ravel() == np.arange(n)[:, None]) * 1.0 for labels, n in sides)  # (K, h w), (M, h w)
+    both = one @ other.T  # (K, M)
+    shared = both / (one.sum(1)[:, None] + other.sum(1) - both).clip(1) + near * 1e-9
+    which = shared.argmax(1)
+    return np.where(shared[:, which].max(0) == shared.max(1), which, -1)
 
 
 def box_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -164,7 +161,7 @@ def overlaps(cfg: Config, name: str, size: Size) -> dict[str, float]:
         problem = "an object lies where none of the true ones does, and has a colour of its own"
         raise UserError(f"{path}: frame 0: {problem}; use the true masks' colours")
     names = np.full(len(found_colors) + 1, -1)  # the last is for pixels of no object
-    names[[m for m in which if m >= 0]] = [k for k, m in enumerate(which) if m >= 0]
+    names[which[which >= 0]] = np.flatnonzero(which >= 0)
     found = names[found]
     boxes, found_boxes = (np.stack([extents(label, count) for label in both], axis=1) for both in (true, found))
     if (file := Path(cfg.true) / "boxes" / f"{name}.json").parent.is_dir():

@@ -12,7 +12,6 @@ import json
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -56,22 +55,20 @@ def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
     layers = {name.rpartition(".")[0] for name in tensors}
     flat, places = {layer.replace(".", "_"): layer for layer in layers}, layers | tensors.keys()
     changes: dict[str, dict[str, Stored]] = {}  # layer's name in the file -> what changes it, by kind
-    unread, unknown = [], []
+    foreign = []
     for name, stored in parts.items():
         found = PART.match(name)
         kind = KINDS.get(found[2], found[2]) + "_bias" * (found[3] == "bias") if found else ""
-        if kind not in (*TARGETS, "down", "alpha"):
-            known = any(own_name(name[: dot.start()], flat) in layers for dot in re.finditer(r"\.", name))
-            (unread if known else unknown).append(name)
-        elif own_name(found[1], flat) not in places:
-            unknown.append(name)
+        if kind not in (*TARGETS, "down", "alpha") or own_name(found[1], flat) not in places:
+            foreign.append(name)
         elif changes.setdefault(found[1], {}).setdefault(kind, stored) is not stored:
             raise UserError(f"{path}: {name}: a second LoRA in one file; give a file for each")
-    if unread:
-        other = next((f" ({kind})" for part, kind in OTHERS.items() if part in unread[0]), "")
-        raise UserError(f"{path}: {unread[0]}{other}: {NOT_READ}")
-    if unknown or not changes:
-        which = brief(unknown) or "like its own"
+    for name in (name for name in foreign if not PART.match(name)):
+        if any(own_name(name[: dot.start()], flat) in layers for dot in re.finditer(r"\.", name)):
+            other = next((f" ({kind})" for part, kind in OTHERS.items() if part in name), "")
+            raise UserError(f"{path}: {name}{other}: {NOT_READ}")
+    if foreign or not changes:
+        which = brief(foreign) or "like its own"
         raise UserError(f"{path}: a LoRA of another network; no layer here is called {which}")
     config, merged = read_adapter_config(path, header, parts), dict(tensors)
     for name, own in changes.items():
@@ -86,7 +83,7 @@ def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
             if target not in tensors or tensors[target].shape != change.shape:
                 raise UserError(f"{path}: {target} is of another shape here; the file was made for another network")
             factor = float(strength or 1) * (scale if kind.startswith("up") else 1)
-            merged[target] = replace(merged[target], read=partial(add, merged[target], change, factor))
+            merged[target] = Stored(change.shape, partial(add, merged[target], change, factor))
     return merged
 
 
@@ -118,15 +115,11 @@ def read_adapter_config(path: Path, header: dict[str, str], names: Iterable[str]
 
 def scaling(path: Path, config: dict, layer: str, rank: int) -> float:
     """alpha / rank of a layer whose alpha is no tensor, as PEFT works it out; 1 if the config is empty."""
-    layer = next(iter(rename({layer: None}, NOT_WAN)))
-
-    def pick(kind: str, default: object) -> object:
-        patterns = (config.get(f"{kind}_pattern") or {}).items()
-        return next((value for name, value in patterns if re.fullmatch(rf"(.*\.)?({name})", layer)), default)
-
-    alpha = pick("alpha", config.get("lora_alpha", 8 if "r" in config else rank))  # 8 is PEFT's default
-    if (r := pick("rank", config.get("r", rank))) != rank:
-        raise UserError(f"{path}: {layer} has rank {rank}, its config says {r}; give the config that belongs to it")
+    layer, patterns = next(iter(rename({layer: None}, NOT_WAN))), config.get("alpha_pattern") or {}
+    if not config.get("rank_pattern") and config.get("r", rank) != rank:
+        raise UserError(f"{path}: {layer} has rank {rank}, its config says {config['r']}; give the config of this file")
+    matching = [value for name, value in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", layer)]
+    alpha = [*matching, config.get("lora_alpha", 8 if "r" in config else rank)][0]  # 8 is PEFT's default
     with file_errors(f"{path}: alpha of {layer}", "a number"):
         return float(f"{alpha}") / (rank**0.5 if config.get("use_rslora") else rank)
 

@@ -5,7 +5,6 @@ import re
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from core.config import UserError
@@ -24,7 +23,7 @@ PLAIN = r"format=(float8_e4m3fn(_rowwise)?|float8_e5m2|int8_tensorwise)|(full_|p
 QUANTIZERS = r"\.weight\.(_data|absmax)$|[._](weight_(?!scale$)\w+|qweight|W_q|SCB|smooth_factor|pre_quant_scale)$"
 
 # Weights beside a generator in a folder, none of which is one.
-NO_GENERATOR = r"(?i)slow_|diffusion_pytorch_model|.*(adapter|classifier|vae|tae|lora|umt5|t5)"
+NO_GENERATOR = r"(?i)\.|slow_|diffusion_pytorch_model|.*(adapter|classifier|vae|tae|lora|umt5|t5)"
 # Parameter names of diffusers' WanTransformer3DModel -> Wan's own.
 DIFFUSERS_NAMES = (
     (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
@@ -102,8 +101,7 @@ def unscale(path: Path, header: dict[str, str], tensors: dict[str, Stored]) -> d
         parts = shape[::2] == (*rows, 1) and len(shape) == 3 and weight.shape[1] % shape[1] == 0
         if target not in out or not (parts or shape in (rows, (*rows, 1)) or set(shape) <= {1}):
             foreign.append(f"{name} {list(shape)} for a weight {list(weight.shape)}")
-        dtype = torch.float32 if weight.dtype == torch.int8 else weight.dtype
-        out[target] = Stored(weight.shape, partial(multiply, weight, scale), dtype)
+        out[target] = Stored(weight.shape, partial(multiply, weight, scale))
     if foreign:
         mend = "get the same network in 16 bits, or in fp8 with scales"
         raise UserError(f"{path}: {foreign[0]}: quantized in a way that is not read; {mend}")
