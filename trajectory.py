@@ -35,6 +35,7 @@ from core.boxes import (
     place,
 )  # fmt: skip
 from core.config import UserError
+from core.files import no_pointer
 from core.media import BROKEN, VIDEO_SUFFIXES, Size, alike, cover_nearest, read_frames, read_mask
 
 # Half-intensity colours, as MagicMotion draws them; its first two are these. Any two are at least 45 apart in RGB.
@@ -276,6 +277,7 @@ def _check_fields(check: Check, where: str, record: object, fields: dict[str, tu
 def read_boxes_json(path: Path) -> dict:
     """What a boxes.json holds, checked but for its objects. UserError if it can't be used."""
     check = partial(check_input, path)
+    no_pointer(path)
     check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; is this a boxes.json?")
     tracks = f"point tracks are {', '.join(POINTS[:-1])} or {POINTS[-1]}, for python -m tools.convert"
 

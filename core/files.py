@@ -38,6 +38,13 @@ def output_path(text: str, suffix: str, flag: str = "out", **read: Path | str) -
     return path
 
 
+def no_pointer(path: Path | str) -> None:
+    """UserError if a clone without git-lfs left only a pointer in place of a file."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise UserError(f"{path}: is a pointer of git-lfs, not the file itself; run git lfs pull in its folder")
+
+
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path next to `path`; rename it once all is on disk, remove it on any failure.

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 
 from core.config import UserError, reason
-from core.files import atomic
+from core.files import atomic, no_pointer
 
 Size = tuple[int, int]  # height, width in pixels
 MOST_VIDEO_SIDE = 16384  # x264 takes no more
@@ -96,6 +96,7 @@ def load_image(path: Path | str) -> np.ndarray:
     """`read_picture`, or UserError if it can't be used. A line on stderr says if the file holds more pictures."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such image; give a PNG or JPEG with --image")
+    no_pointer(path)
     try:
         with Image.open(path) as image:  # a photo's embedded previews don't count
             count = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "TIFF") else 1
@@ -128,6 +129,7 @@ def read_mask(path: Path | str) -> np.ndarray:
 
 def open_upright(path: Path | str) -> Image.Image:
     """A picture, turned as its EXIF says."""
+    no_pointer(path)
     image = Image.open(path)
     image.load()
     with contextlib.suppress(Exception):  # a garbled EXIF block can raise anything; the picture is fine
@@ -154,14 +156,25 @@ def visible(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
 
 
+def describe(path: Path) -> tuple[str, str]:
+    """What ffmpeg says of a file's video stream, "" if it has none, and all that it says."""
+    no_pointer(path)
+    said = subprocess.run(ffmpeg("-i", f"file:{path}"), capture_output=True).stderr.decode(errors="replace")
+    stream = re.search(r"Stream #\S+ .*?Video: (.*)", said)
+    return f"{stream[1]}," if stream else "", said
+
+
+def frame_rate(path: Path) -> int:
+    """Of a video, in whole frames a second; 0 if it doesn't say."""
+    return round(float((re.search(r" ([\d.]+) (?:fps|tbr)", describe(path)[0]) or ["", 0])[1]))
+
+
 def read_video(path: Path, maps: bool = False) -> Iterator[np.ndarray]:
     """The pictures [height, width, 3] uint8 that a video file holds, in their order. Raises one of BROKEN.
 
     They are turned and stretched as players show them. `maps`: what is transparent is black.
     """
-    said = subprocess.run(ffmpeg("-i", f"file:{path}"), capture_output=True).stderr.decode(errors="replace")
-    stream = re.search(r"Stream #\S+ .*?Video: (.*)", said)
-    about = f"{stream[1]}," if stream else ""
+    about, said = describe(path)
     size = re.search(r"[ ,](\d+)x(\d+)[ ,\[]", about)
     if not size:
         raise ValueError("holds no picture that can be decoded" if about else "holds no video")

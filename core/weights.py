@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import UserError, reason
-from core.files import atomic
+from core.files import atomic, no_pointer
 from core.memory import Int8Linear, use_int8
 from core.parallel import fast_bfloat16
 
@@ -79,6 +79,7 @@ def is_a(value: object, kind: Any) -> bool:
 @contextlib.contextmanager
 def file_errors(path: Path | str, wanted: str) -> Iterator[None]:
     """What libraries raise while they read a file becomes a UserError. `wanted`: what the file should be."""
+    no_pointer(path)
     try:
         yield
     except FileNotFoundError:

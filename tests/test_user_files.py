@@ -20,8 +20,9 @@ from core import media
 from core.config import UserError
 from core.files import atomic, output_path, write_text
 from core.media import load_image, read_mask, read_picture, read_video, write_image, write_video
-from core.weights import load, read_checkpoint, read_safetensors, write_safetensors
-from tools import convert, prepare_clips
+from core.weights import load, read_checkpoint, read_config, read_safetensors, write_safetensors
+from tools import convert, evaluate_folder, prepare_clips
+from tools.batch import read_table
 from toy.codec import ToyCodec
 from trajectory import load_trajectory
 
@@ -367,6 +368,41 @@ def test_every_file_of_a_folder_is_read_or_listed(tmp_path):
             listed.append((one.video.name, str(error)))
     assert len(clips) == 9 and {name for name, _ in listed} == {"notes.md", "lonely.txt", "x.jpg"}
     assert all(why.startswith("no video; read are .avi") for _, why in listed)
+
+
+READERS = {  # of files that a clone without their content holds as pointers
+    "g.safetensors": lambda path: read_safetensors(path), "g.pt": lambda path: read_checkpoint(path),
+    "c.json": lambda path: read_config(path), "x.png": lambda path: load_image(path), "m.webp": lambda p: read_mask(p),
+    "v.mp4": lambda path: next(read_video(path)), "t.npy": lambda path: convert.read_points(path),
+    "t.txt": lambda path: convert.read_points(path), "b.json": lambda path: load_trajectory(path, (8, 8), 1),
+    "maps/0.png": lambda path: load_trajectory(path.parent, (8, 8), 1), "s.csv": read_table,
+    "a.txt": prepare_clips.read_caption, "i.pt": lambda path: evaluate_folder.blame(path).__enter__(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_pointer_in_place_of_a_file_is_known_as_one(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064d}\nsize 10127437376\n")
+    with pytest.raises(UserError, match=rf"{name}: is a pointer of git-lfs, not the file itself; run git lfs pull"):
+        READERS[name](path)
+
+
+@pytest.mark.parametrize("rate, whole", [("30000/1001", 30), ("24000/1001", 24), ("8", 8), ("60", 60)])
+def test_the_rate_of_a_video_is_in_whole_frames_a_second(rate, whole, tmp_path):
+    assert media.frame_rate(encode(tmp_path / "x.mp4", "-f", "lavfi", "-i", f"testsrc=s=48x48:r={rate}:d=1")) == whole
+
+
+def test_mixed_rates_of_clips_are_told_with_their_counts(tmp_path, capsys):
+    for shard, rates in enumerate(([24, 24, 60], [24])):
+        header = {"rejected": "[]", "rates": json.dumps(rates)}
+        write_safetensors(tmp_path / f"latents-{shard:05}.safetensors", {"0.video": torch.zeros(1)}, header)
+    prepare_clips.report(tmp_path)
+    assert "frame rates are mixed: 24 a second in 3 clips, 60 a second in 1 clips" in capsys.readouterr().err
+    (tmp_path / "latents-00000.safetensors").unlink()
+    prepare_clips.report(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 # --- tracks

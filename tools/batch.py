@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from core.config import UserError
+from core.files import no_pointer
 from core.parallel import Processes
 
 MOST_ROWS = 100_000
@@ -19,6 +20,7 @@ COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | 
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, "" for missing cells. UserError if it isn't a table of 1 to MOST_ROWS rows."""
+    no_pointer(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="", strict=True)

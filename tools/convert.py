@@ -24,7 +24,7 @@ import torch
 from core import media
 from core.boxes import fill_box, place
 from core.config import UserError, reason, run_script, shipped
-from core.files import output_path, write_text
+from core.files import no_pointer, output_path, write_text
 from core.weights import unpickle
 from trajectory import PALETTE, POINTS, Check, Trajectory, check_input, draw_overlay, load_trajectory, read_boxes_json
 
@@ -99,6 +99,7 @@ def numbers(array: np.ndarray | torch.Tensor) -> np.ndarray:
 
 def read_tracks(path: Path) -> object:
     """What a file of point tracks holds: an array, or arrays by name. Raises what readers raise."""
+    no_pointer(path)
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from core.boxes import DARK, NEAR, extents, flat_colors, label_pixels
 from core.config import UserError, reason, run_script
-from core.files import output_path
+from core.files import no_pointer, output_path
 from core.frechet import frechet_distance
 from core.media import MOST_VIDEO, VIDEO_SUFFIXES, Size, alike, read_frames, visible
 from core.tables import markdown, write_rows
@@ -62,6 +62,7 @@ def read_whole(path: Path) -> Tensor:
 @contextlib.contextmanager
 def blame(path: Path) -> Iterator[None]:
     """UserError that names the file, if a network that the user brought fails."""
+    no_pointer(path)
     try:
         yield
     except torch.OutOfMemoryError:  # a RuntimeError too, but not the file's fault

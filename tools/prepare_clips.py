@@ -13,7 +13,9 @@ A clip that can't be used is left out, and rejected.csv says why. If the command
 
 import csv
 import json
+import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -25,11 +27,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core import parallel
+from core import media, parallel
 from core.boxes import extents, fill_box, flat_colors, label_pixels
 from core.codec import Codec
 from core.config import UserError, run_script
-from core.files import atomic, write_text
+from core.files import atomic, no_pointer, write_text
 from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover_frames, cover_nearest, read_frames, read_video, to_uint8
 from core.runs import check_options
 from core.weights import read_config, read_safetensors, write_safetensors
@@ -94,6 +96,7 @@ def find_clips(source: Path) -> list[Clip]:
 
 def read_caption(file: Path) -> str:
     """A text file's content; empty if there is no such file, or no text in it."""
+    no_pointer(file)
     try:
         return file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError):
@@ -200,7 +203,7 @@ def main(cfg: Config) -> None:
         write_safetensors(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, {})
     del encode  # it is large
     for start, shard, file in missing("latents", "clips"):
-        tensors, rejected, scales = {}, [], []
+        tensors, rejected, scales, rates = {}, [], [], []
         for number, clip in enumerate(shard, start):
             try:
                 parts, scale = read_clip(clip, cfg, codec)
@@ -208,11 +211,13 @@ def main(cfg: Config) -> None:
                 rejected.append((str(clip.video), str(reason)))
                 continue
             scales.append(scale)
+            rates.append(media.frame_rate(clip.video))
             parts["box"] = darken(parts["box"], cfg.sparse, number)
             if cfg.maps == "outline" and np.random.default_rng([0, number, 1]).random() < cfg.boxed:
                 fill_boxes(parts["box"][:, 0])
             tensors |= {f"{number}.{kind}": codec.encode_video(video[None])[0] for kind, video in parts.items()}
-        write_safetensors(file, tensors, {"report": json.dumps([rejected, scales])})  # one key: several have no order
+        lists = json.dumps([rejected, scales, rates])
+        write_safetensors(file, tensors, {"report": lists})  # one key: several have no order
     procs.barrier()
     if procs.rank == 0:
         report(out)
@@ -233,12 +238,16 @@ def check_shards(file: Path, cfg: Config, clips: list[Clip]) -> None:
 
 
 def report(out: Path) -> None:
-    """Write rejected.csv, and print how many clips were kept, and how many of them were enlarged."""
+    """Write rejected.csv, and print how many clips were kept, how many were enlarged, and their rates if they differ."""
     shards = sorted(out.glob("latents-*.safetensors"))
     reports = [json.loads(read_safetensors(file)[0]["report"]) for file in shards]
-    rejected, scales = ([*chain(*lists)] for lists in zip(*reports, strict=True))
+    rejected, scales, rates = ([*chain(*lists)] for lists in zip(*reports, strict=True))
     with atomic(out / "rejected.csv") as temporary, temporary.open("w", newline="") as table:
         csv.writer(table).writerows([("path", "reason"), *rejected])
+    if len(rates := Counter(rates)) > 1:
+        listed = ", ".join(f"{rate} a second in {n} clips" for rate, n in sorted(rates.items()))
+        mend = "they are taken picture by picture, as if of one rate; convert them to one if speeds matter"
+        print(f"{out}: frame rates are mixed: {listed}; {mend}", file=sys.stderr)
     print(f"{out}: {len(scales)} clips in {len(shards)} shards; {len(rejected)} rejected, listed in {out}/rejected.csv")
     if larger := [scale for scale in scales if scale > 1]:
         print(f"{len(larger)} clips were enlarged, by {max(larger):.2f} at most; --smallest leaves out the smallest")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import UserError, reason
+from core.files import no_pointer
 from core.weights import load, read_checkpoint, read_config, read_folder, rename
 
 # Wan's names for the text encoder's parameters -> transformers' names.
@@ -59,6 +60,8 @@ class TextEncoder:
             from transformers import AutoTokenizer
         except ImportError as error:
             raise UserError(f"{error.name}: not installed; pip install -r requirements-wan.txt") from None
+        for file in Path(tokenizer).glob("*"):
+            no_pointer(file)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         except Exception as error:  # several libraries may read it, and they raise all sorts of errors
