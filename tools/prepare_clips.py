@@ -238,7 +238,7 @@ def check_shards(file: Path, cfg: Config, clips: list[Clip]) -> None:
 
 
 def report(out: Path) -> None:
-    """Write rejected.csv, and print how many clips were kept, how many were enlarged, and their rates if they differ."""
+    """Write rejected.csv, and print how many clips were kept and enlarged, and their frame rates if they differ."""
     shards = sorted(out.glob("latents-*.safetensors"))
     reports = [json.loads(read_safetensors(file)[0]["report"]) for file in shards]
     rejected, scales, rates = ([*chain(*lists)] for lists in zip(*reports, strict=True))
