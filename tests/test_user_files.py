@@ -396,7 +396,7 @@ def test_the_rate_of_a_video_is_in_whole_frames_a_second(rate, whole, tmp_path):
 
 def test_mixed_rates_of_clips_are_told_with_their_counts(tmp_path, capsys):
     for shard, rates in enumerate(([24, 24, 60], [24])):
-        header = {"rejected": "[]", "rates": json.dumps(rates)}
+        header = {"report": json.dumps([[], [1.0] * len(rates), rates])}
         write_safetensors(tmp_path / f"latents-{shard:05}.safetensors", {"0.video": torch.zeros(1)}, header)
     prepare_clips.report(tmp_path)
     assert "frame rates are mixed: 24 a second in 3 clips, 60 a second in 1 clips" in capsys.readouterr().err
