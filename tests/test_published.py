@@ -15,7 +15,7 @@ from model import DiTConfig, VideoDiT
 from wan.lora import merge
 from wan.tiny_decoder import TinyDecoder
 
-SHAPES = DiTConfig(256, 512, 2, 2, text_dim=64, text_tokens=512)
+SHAPES = DiTConfig(256, 512, 2, 2, text_dim=64, text_tokens=512, float32_stream=True)
 
 
 @pytest.fixture(scope="module")
