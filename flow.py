@@ -35,7 +35,6 @@ FAST = {"small": Sampling(4, 1.0), "wan5b": Sampling(4, 5.0)}
 EXIT_STEP = 2  # the random stream that draws the step at which backward simulation ends, in stages 2 and 3
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,F,H,W], t [B,F]) -> v [B,C,F,H,W]
-OnStep = Callable[[int], None]  # called before each step of a sampler, with its number from 1
 
 
 def shift_sigma(u: Tensor | float, shift: float) -> Tensor | float:
@@ -109,17 +108,13 @@ def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velo
 
 
 @torch.no_grad()
-def sample_multistep(
-    velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float], on_step: OnStep | None = None
-) -> Tensor:
+def sample_multistep(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Integrate (2) from noise to data with Euler steps: the slow sampler.
 
     first [B,C,1,H,W] is the clean first-frame latent, noise [B,C,F,H,W]; returns x0 [B,C,F,H,W] in float32.
     """
     x = torch.cat([first, noise[:, :, 1:]], dim=2).float()
-    for step, (sigma, following) in enumerate(pairwise(sigmas), start=1):
-        if on_step:
-            on_step(step)
+    for sigma, following in pairwise(sigmas):
         level = frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])  # (B, F)
         x[:, :, 1:] += (following - sigma) * velocity(x, timestep(level))[:, :, 1:].float()
     return x
@@ -131,18 +126,14 @@ def unipc_schedule(steps: int, shift: float) -> list[float]:
 
 
 @torch.no_grad()
-def sample_unipc(
-    velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float], on_step: OnStep | None = None
-) -> Tensor:
+def sample_unipc(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
     """As `sample_multistep`, by UniPC of order 2 (Zhao et al. 2023, B(h) = e^h - 1): Wan's own sampler.
 
     Two predictions of x0 make each step; the prediction where it ends makes it once more. Timesteps are whole numbers.
     """
     x, begin = torch.cat([first, noise[:, :, 1:]], dim=2).float(), None
     seen, levels = [], []  # the last two predictions, and their noise levels
-    for step, (sigma, following) in enumerate(pairwise(sigmas), start=1):
-        if on_step:
-            on_step(step)
+    for sigma, following in pairwise(sigmas):
         level = frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])
         x0 = velocity_to_x0(x, velocity(x, timestep(level).floor()).float(), level)
         begin = x = unipc_step(begin, seen, [*levels, sigma], x0) if seen else x
@@ -174,9 +165,8 @@ def unipc_step(x: Tensor, seen: Sequence[Tensor], levels: Sequence[float], end: 
 
 
 def backward_simulation(
-    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float], last: int,
-    on_step: OnStep | None = None,
-) -> Tensor:  # fmt: skip
+    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float], last: int
+) -> Tensor:
     """The few-step sampler from its start to step `last`, whose prediction of x0 is returned and alone has a gradient.
 
     first [B,C,1,H,W]; noise [steps,B,C,F,H,W], fresh for every step; returns x0 [B,C,F,H,W] in float32. In training
@@ -184,8 +174,6 @@ def backward_simulation(
     """
     x = torch.cat([first, noise[0][:, :, 1:]], dim=2).float()
     for step in range(last + 1):
-        if on_step:
-            on_step(step + 1)
         level = frame_sigma(x.new_full((x.shape[0],), sigmas[step]), x.shape[2])
         with torch.set_grad_enabled(torch.is_grad_enabled() and step == last):
             x0 = velocity_to_x0(x, velocity(x, timestep(level)).float(), level)  # frame 0 has sigma 0: unchanged
@@ -197,11 +185,10 @@ def backward_simulation(
 
 @torch.no_grad()
 def sample_fewstep(
-    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float],
-    on_step: OnStep | None = None,
-) -> Tensor:  # fmt: skip
+    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float]
+) -> Tensor:
     """Predict x0, noise it again to the next level, repeat: the sampler of distilled generators (DMD, consistency).
 
     `sigmas` as `sigma_schedule` makes them, 0 at the end. Shapes as in `backward_simulation`.
     """
-    return backward_simulation(velocity, first, noise, sigmas, len(sigmas) - 2, on_step)
+    return backward_simulation(velocity, first, noise, sigmas, len(sigmas) - 2)

@@ -19,10 +19,11 @@ import gc
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 import flow
-from adapter import Adapter, check_fit, read_adapter, read_maps, with_adapter
+from adapter import Adapter, check_fit, read_adapter, read_maps
 from core import memory, parallel
 from core.attention import gpu_kernels
 from core.codec import Codec
@@ -44,7 +45,7 @@ from data import open_codec
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
 from tools.batch import overlay_path, read_jobs, share
 from tools.serve import serve_page
-from toy.detail import add_detail, enlarge, full_size
+from toy.detail import add_detail, enlarge, full_size, written_size
 from trajectory import Maps, Trajectory, draw_overlay, load_trajectory
 from wan.lora import merge
 from wan.published import find_generator
@@ -135,6 +136,9 @@ def embed_prompts(codec: Codec, prompts: list[str]) -> dict[str, Tensor]:
     return dict(zip(prompts, text.split(1), strict=True))
 
 
+OnBlock = Callable[[float], None]  # called after each block of the generator, with the share of the denoising done
+
+
 class Condition(NamedTuple):
     """What one video is made from, besides the prompt."""
 
@@ -163,6 +167,19 @@ def read_condition(job: Config, codec: Codec) -> Condition:
     return Condition(image, trajectory, (picture, enlarge(trajectory, job.traj, picture.shape[:2])))
 
 
+def warn_of_blanks(jobs: list[Config]) -> None:
+    """Say on stderr if prompts are missing that networks need."""
+    if blank := sum(job.preset == "wan5b" and not job.prompt.strip() for job in jobs):
+        where = f" in {blank} of {len(jobs)} rows" if jobs[0].batch else ""
+        print(f"--prompt is empty{where}: say what the video shows, or it will be poor", file=sys.stderr)
+
+
+def read_served(job: Config, codec: Codec) -> Condition:
+    """What the page asks for, with all that is said on stderr of it."""
+    warn_of_blanks([job])
+    return read_condition(job, codec)
+
+
 def load_networks(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:
     """Generator and adapter, ready to work. UserError if they don't fit the preset or one another."""
     name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg.preset, cfg.dtype)
@@ -182,26 +199,33 @@ def load_networks(cfg: Config, files: tuple[str, Path], procs: parallel.Processe
 @torch.no_grad()
 def denoise(
     cfg: Config, generator: VideoDiT, adapter: Adapter, first: Tensor, traj: Tensor, text: Tensor, negative: Tensor,
-    on_step: flow.OnStep | None = None,
+    on_block: OnBlock | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample the latents [1,C,F,H,W] of a video. Both branches of guidance get the trajectory, as in MagicMotion."""
+    (steps, shift, guidance), shape, done = sampling(cfg), traj.shape[1:], count(1)
+    blocks = steps * len(generator.blocks) * (1 if cfg.speed == "fast" or guidance == 1 else 2)
+
+    def counted(residuals: Iterable[Tensor]) -> Iterator[Tensor]:
+        for residual in residuals:  # each block takes one
+            yield residual
+            if on_block:
+                on_block(next(done) / blocks)
 
     def velocity(text: Tensor) -> flow.Velocity:
-        if cfg.preset == "small":
-            return with_adapter(generator, adapter, text, traj)
-        # Residuals are made at every step, each when its block asks: to keep them takes 5 GB at full size.
-        return lambda x, t: generator(x, t, text, adapter.residuals(traj, x, t, text))
+        # The small preset's residuals are kept for all steps. Those of wan5b would take 5 GB at full size, so they are
+        # made at every step, each when its block asks.
+        kept = adapter(traj) if cfg.preset == "small" and adapter.static else None
+        return lambda x, t: generator(x, t, text, counted(kept or adapter.residuals(traj, x, t, text)))
 
-    (steps, shift, guidance), shape = sampling(cfg), traj.shape[1:]
     with parallel.autocast(first.device, cfg.dtype), gpu_kernels(first.device):
         if cfg.speed == "fast":
             noise = step_noise(steps, shape, [0], cfg.seed).to(first.device)
-            return flow.sample_fewstep(velocity(text), first, noise, flow.sigma_schedule(steps, shift), on_step)
+            return flow.sample_fewstep(velocity(text), first, noise, flow.sigma_schedule(steps, shift))
         noise = sample_noise(shape, [0], cfg.seed).to(first.device)
         guided = flow.guided(velocity(text), velocity(negative), guidance)
         if cfg.solver == "unipc":
-            return flow.sample_unipc(guided, first, noise, flow.unipc_schedule(steps, shift), on_step)
-        return flow.sample_multistep(guided, first, noise, flow.sigma_schedule(steps, shift), on_step)
+            return flow.sample_unipc(guided, first, noise, flow.unipc_schedule(steps, shift))
+        return flow.sample_multistep(guided, first, noise, flow.sigma_schedule(steps, shift))
 
 
 def decode(codec: Codec, latents: Tensor, procs: parallel.Processes) -> np.ndarray:
@@ -212,13 +236,13 @@ def decode(codec: Codec, latents: Tensor, procs: parallel.Processes) -> np.ndarr
 
 def make_video(
     job: Config, condition: Condition, text: Tensor, negative: Tensor, stage: Callable[[str], AbstractContextManager],
-    on_step: flow.OnStep | None = None, *, codec: Codec, networks: Callable[[], tuple[VideoDiT, Adapter]],
-    maps: Maps, procs: parallel.Processes,
+    on_block: OnBlock | None = None, *, codec: Codec, networks: Callable[[], tuple[VideoDiT, Adapter]],
+    maps: Maps, procs: parallel.Processes, with_boxes: bool = True,
 ) -> None:  # fmt: skip
     """Encode, denoise, decode and write one video, which `procs` share. `stage(name)` surrounds each part of the work.
 
     `networks()` is called when the codec has encoded and needs no more memory; what it gives is let go before decoding.
-    `maps`: how the trajectory is painted.
+    `maps`: how the trajectory is painted. `with_boxes`: write the video with the boxes drawn too.
     """
     image, trajectory, full = condition
     with stage("encode image and boxes"):
@@ -229,7 +253,7 @@ def make_video(
     with stage("read networks"):
         generator, adapter = networks()
     with stage("denoise"):
-        latents = denoise(job, generator, adapter, first, traj, text, negative, on_step)
+        latents = denoise(job, generator, adapter, first, traj, text, negative, on_block)
     del generator, adapter
     gc.collect()  # compiled blocks hold themselves
     if not latents.isfinite().all():
@@ -241,7 +265,8 @@ def make_video(
             if full:
                 picture, trajectory = full
                 video = add_detail(video, picture, trajectory)
-            write_video(overlay_path(job.out), draw_overlay(video, trajectory), codec.fps)
+            if with_boxes:
+                write_video(overlay_path(job.out), draw_overlay(video, trajectory), codec.fps)
             write_video(job.out, video, codec.fps)  # last: a video that is there is complete
 
 
@@ -262,16 +287,16 @@ def main(cfg: Config) -> None:
     make = partial(make_video, codec=codec, networks=networks, maps=maps, procs=team)
     if cfg.serve:
         usual = vars(WAN5B if cfg.preset == "wan5b" else Config())
-        return serve_page(cfg, usual, sampling(cfg).steps, codec, networks(), read_condition, make)
+        sizes = written_size if cfg.detail else lambda picture, size: size
+        return serve_page(cfg, usual, sampling(cfg), codec, networks(), read_served, make, sizes)
 
     clock, failed = memory.Clock(procs.device), []
     jobs = [replace(cfg, **row) for row in read_jobs(Path(cfg.batch))] if cfg.batch else [cfg]
     left = share(jobs, procs) if cfg.batch else jobs
     with clock("read inputs"):
         early = None if cfg.batch else read_condition(cfg, codec)  # before anything large is read
-    if cfg.preset == "wan5b" and procs.rank == 0 and (blank := sum(not job.prompt.strip() for job in jobs)):
-        where = f" in {blank} of {len(jobs)} rows" if cfg.batch else ""
-        print(f"--prompt is empty{where}: say what the video shows, or it will be poor", file=sys.stderr)
+    if procs.rank == 0:
+        warn_of_blanks(jobs)
     with clock("encode prompt"):
         text = embed_prompts(codec, [*(job.prompt for job in left), codec.negative])
     if cfg.batch:

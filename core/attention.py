@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# Products of queries and keys that are computed at once on a CPU: parts of a second, after each of which a job of the
+# page can be cancelled.
+LONG = 2**24
 # Likely the fastest first; every GPU has the last.
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -32,4 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             weights = ((scores.float() - scores.amax(-1, keepdim=True).float()) * scale).exp()
             outputs.append((weights.to(v.dtype) @ v).float() / weights.sum(-1, keepdim=True))
         return torch.cat(outputs, dim=2).to(v.dtype)
+    if q.device.type == "cpu" and not q.requires_grad and q.shape[2] * k.shape[2] > LONG:
+        rows = max(1, LONG // k.shape[2])
+        return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(rows, dim=2)], dim=2)
     return F.scaled_dot_product_attention(q, k, v)

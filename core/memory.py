@@ -1,6 +1,7 @@
 """Measuring memory and time, and weights of 8 bits: half the memory of bfloat16, and nearly the same result."""
 
 import contextlib
+import os
 import re
 import resource
 import sys
@@ -77,6 +78,15 @@ def peak_memory(device: torch.device) -> float:
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be taken: of the GPU, or of the machine (of all it has, where the system does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform == "linux":
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -59,8 +59,9 @@ class Hands:
 
     def mask(self, k: int) -> np.ndarray:
         """An object's mask as it would be saved."""
-        text = self.see(f"maskPixels(state.objects[{k}]).lit.join('')")
-        return np.frombuffer(text.encode(), np.uint8).reshape(self.see("[state.height, state.width]")) == ord("1")
+        text = self.see(f"maskPixels(page.drawing.objects[{k}]).lit.join('')")
+        size = self.see("[page.drawing.height, page.drawing.width]")
+        return np.frombuffer(text.encode(), np.uint8).reshape(size) == ord("1")
 
     def wait(self, expression: str, seconds: float = 20) -> None:
         """Until it holds. Playwright's own way needs eval, which the page forbids."""
@@ -72,11 +73,11 @@ class Hands:
 
     @property
     def note(self) -> str:
-        return self.page.text_content("#note")
+        return self.see("[...document.querySelectorAll('.says')].map(place => place.textContent).join('')")
 
     @property
     def objects(self) -> list[dict]:
-        return self.see("state.objects")
+        return self.see("page.drawing.objects")
 
     def open(self, *files: Path, button: str = "#open") -> None:
         """Open files by the button, and wait until they are taken or refused."""
@@ -127,7 +128,7 @@ class Hands:
         """To a frame, by a click on the ruler."""
         area = self.page.locator("#ruler").bounding_box()
         self.page.mouse.click(area["x"] + self.see(f"xOf({frame})"), area["y"] + 10)
-        assert self.see("now") == frame
+        assert self.see("page.now") == frame
 
     def press(self, *keys: str) -> None:
         for key in keys:
@@ -135,8 +136,8 @@ class Hands:
 
     def settle(self) -> None:
         """Until the drawing is kept."""
-        self.wait("!due")
-        self.see("(async () => { let last; do { last = saving; await last; } while (last !== saving); })()")
+        self.wait("!page.due")
+        self.see("(async () => { let last; do { last = page.saving; await last; } while (last !== page.saving); })()")
 
     def reload(self) -> None:
         self.settle()

@@ -293,7 +293,7 @@ def test_videos_are_as_large_as_their_pictures_alone_in_a_table_and_in_the_page(
                "boxes": json.loads((here / "wide.json").read_text()), "seed": 0, "steps": 1, "size": "auto",
                "frames": 9}  # fmt: skip
     (here / "page").mkdir()
-    monkeypatch.setattr("tools.serve.serve", lambda about, answer: files.extend(answer(request, here / "page", dict)))
+    monkeypatch.setattr("tools.serve.serve", lambda *_, answer: files.extend(answer(request, here / "page", dict)))
     sample.main(sample.Config(serve=True, **options))
     assert [iio.imread(file).shape for file in files] == [written["wide"]] * 2
 

@@ -80,14 +80,14 @@ def test_what_is_drawn_is_what_is_read(hands, photo, tmp_path):
     assert "mask" not in first and second["mask"] == "mask_1.png"
 
     trajectory = load_trajectory(folder / "boxes.json", (64, 96), 9)
-    shown = np.array(hands.see("state.objects.map(track)"), dtype=float)
+    shown = np.array(hands.see("page.drawing.objects.map(track)"), dtype=float)
     drawn = np.isfinite(trajectory.boxes)
     assert np.abs(shown - trajectory.boxes)[drawn].max() < 1e-9
     assert drawn[0].all() and drawn[1, :, 0].tolist() == [True] * 4 + [False, False, True, False, False]
     assert trajectory.masks[1].sum() > 100 and trajectory.masks[1][50, 73] and not trajectory.masks[1][5, 5]
     assert (folder / "command.txt").read_text() == (
-        "python sample.py --image drawn-my-photo/image.png --traj drawn-my-photo/boxes.json --prompt='it'\\''s a disc'"
-        " --out drawn-my-photo/video.mp4\n"
+        f"python sample.py --image {folder.name}/image.png --traj {folder.name}/boxes.json --prompt='it'\\''s a disc'"
+        f" --out {folder.name}/video.mp4\n"
     )
     assert hands.asked == [hands.address]  # no network
 
@@ -100,14 +100,14 @@ def test_a_drag_on_empty_ground_makes_an_object_and_a_jitter_nothing(hands, one_
         hands.drag_on_screen((x, y), end)
     x, y = hands.spot(20, 20)
     hands.drag_on_screen((x, y), (x + 2, y - 2))  # within the first, which it chooses
-    assert hands.see("[chosen, past.length]") == [0, 3]
+    assert hands.see("[page.chosen, page.past.length]") == [0, 3]
     assert [one["boxes"] for one in hands.objects] == [{"0": [10, 10, 30, 30]}, {"0": [50, 10, 80, 30]}]
     x, y = hands.spot(40, 50)
     hands.drag_on_screen((x, y), (x + 60, y + 2))  # a line is no box
     assert len(hands.objects) == 2 and hands.note.startswith("Too small")
     hands.page.focus("#stage")
     hands.press("Enter")
-    assert len(hands.objects) == 3 and hands.see("chosen") == 2
+    assert len(hands.objects) == 3 and hands.see("page.chosen") == 2
     x0, y0, x1, y1 = hands.objects[2]["boxes"]["0"]
     assert (x1 - x0, y1 - y0) == (24, 16)  # a quarter of what the video keeps, 152x104 of 156x104
     hands.page.mouse.move(*hands.spot(85, 55))  # Escape takes back what is dragged
@@ -169,7 +169,7 @@ def test_pictures_of_any_size_open_at_once_and_one_after_another(hands, tmp_path
     sizes = [(16, 16), (1, 1), (700, 500), (16, 12), (3, 900), (16, 16), (1300, 900), (8, 16)]
     for number, (width, height) in enumerate(sizes):
         hands.open(picture(tmp_path / f"{number}.png", width, height))
-        shown = hands.see("[state.width, state.height, things.get(state.picture).name]")
+        shown = hands.see("[page.drawing.width, page.drawing.height, things.get(page.drawing.picture).name]")
         assert shown == [width, height, f"{number}.png"]
         assert hands.page.is_hidden("#welcome")
     large, small = picture(tmp_path / "large.png", 1600, 1200, noise=True), tmp_path / "0.png"
@@ -177,10 +177,10 @@ def test_pictures_of_any_size_open_at_once_and_one_after_another(hands, tmp_path
     hands.page.locator("#files").set_input_files(small)
     hands.wait("!$('pane').ariaBusy")
     hands.page.wait_for_timeout(600)
-    assert hands.see("[state.width, things.get(state.picture).name]") == [16, "0.png"]
+    assert hands.see("[page.drawing.width, things.get(page.drawing.picture).name]") == [16, "0.png"]
     (tmp_path / "no.png").write_bytes(b"no picture")
     hands.open(tmp_path / "no.png")
-    assert "no.png is no picture" in hands.note and hands.see("state.width") == 16
+    assert "no.png is no picture" in hands.note and hands.see("page.drawing.width") == 16
 
 
 @pytest.mark.parametrize("screen", [(1440, 900), (1024, 768), (390, 844)])
@@ -188,7 +188,7 @@ def test_no_shape_of_picture_covers_what_is_beside_it(browser, tmp_path, screen)
     hands = Hands(browser, size=screen)
     for width, height in ((900, 1600), (1000, 1000), (1200, 900), (3000, 300), (100, 2000)):
         hands.open(picture(tmp_path / f"{width}x{height}.png", width, height))
-        left, top, right, bottom = hands.see("onScreen([0, 0, state.width, state.height])")
+        left, top, right, bottom = hands.see("onScreen([0, 0, page.drawing.width, page.drawing.height])")
         pane = hands.page.locator("#pane").bounding_box()
         assert left >= 0 and top >= 0 and right <= pane["width"] + 0.5 and bottom <= pane["height"] + 0.5
         for other in ("header", "footer", "aside"):
@@ -253,7 +253,7 @@ BROKEN = {
 
 def test_a_damaged_boxes_json_is_named_and_leaves_all_as_it_was(hands, one_box, tmp_path):
     """The page refuses what trajectory.py refuses, at once, and a reload shows the old drawing."""
-    before = hands.see("JSON.stringify([state, past])")
+    before = hands.see("JSON.stringify([page.drawing, page.past])")
     file = tmp_path / "damaged.json"
     for name, change in BROKEN.items():
         if isinstance(change, str):
@@ -267,9 +267,9 @@ def test_a_damaged_boxes_json_is_named_and_leaves_all_as_it_was(hands, one_box, 
             load_trajectory(file, (64, 96), 9)
         hands.open(file)
         assert hands.note.startswith("damaged.json: "), name
-        assert hands.see("JSON.stringify([state, past])") == before, name
+        assert hands.see("JSON.stringify([page.drawing, page.past])") == before, name
     hands.reload()
-    assert hands.see("JSON.stringify([state, past])") == before and hands.note == ""
+    assert hands.see("JSON.stringify([page.drawing, page.past])") == before and hands.note == ""
 
 
 def test_boxes_of_another_size_are_scaled_aloud_and_of_another_shape_refused(hands, photo, tmp_path):
@@ -283,11 +283,11 @@ def test_boxes_of_another_size_are_scaled_aloud_and_of_another_shape_refused(han
     example[0].write_text(json.dumps({"num_frames": 9, "width": 48, "height": 48, "objects": objects}))
     hands.open(photo)
     hands.open(*example)
-    assert "48x48" in hands.note and "96x64" in hands.note and not hands.objects  # nothing is squashed
+    assert "48 x 48" in hands.note and "96 x 64" in hands.note and not hands.objects  # nothing is squashed
     square = picture(tmp_path / "square.png", 480, 480)
     hands.open(square)
     hands.open(*example)
-    assert hands.note == "Boxes of 48x48 scaled to 480x480."
+    assert hands.note == "Boxes of 48 x 48 scaled to 480 x 480."
     assert hands.objects[0]["boxes"] == {"0": [310, 60, 480, 230], "4": [180, 110, 380, 310], "8": [250, 80, 470, 300]}
     assert all(one["mask"] for one in hands.objects) and hands.see("problem()") == ""
     back = hands.save(tmp_path)  # and what was saved opens again, masks and all
@@ -298,7 +298,7 @@ def test_boxes_of_another_size_are_scaled_aloud_and_of_another_shape_refused(han
     hands.open(back / "image.png", back / "boxes.json", back / "mask_0.png")
     assert hands.note == "Open the masks too: mask_1.png." and "mask_1.png" in hands.see("problem()")
     hands.open(back / "mask_1.png")
-    assert hands.see("problem()") == "" and hands.see("state.width") == 480
+    assert hands.see("problem()") == "" and hands.see("page.drawing.width") == 480
 
 
 def test_a_zip_of_the_page_opens_again(hands, one_box, tmp_path):
@@ -309,9 +309,10 @@ def test_a_zip_of_the_page_opens_again(hands, one_box, tmp_path):
         hands.page.click("#save")
     download.value.save_as(tmp_path / "back.zip")
     hands.page.click("#clear")
-    assert not hands.objects and hands.see("state.width") == 0
+    assert not hands.objects and hands.see("page.drawing.width") == 0
     hands.open(tmp_path / "back.zip")
-    assert hands.see("exportBoxes()") == boxes and hands.see("[state.width, state.prompt]") == [96, "a disc"]
+    assert hands.see("exportBoxes()") == boxes
+    assert hands.see("[page.drawing.width, page.drawing.prompt]") == [96, "a disc"]
     data = bytearray((tmp_path / "back.zip").read_bytes())
     data[200] ^= 255
     (tmp_path / "bad.zip").write_bytes(data)
@@ -321,11 +322,11 @@ def test_a_zip_of_the_page_opens_again(hands, one_box, tmp_path):
 
 def test_the_same_file_opens_again_after_starting_anew_and_all_of_it_can_be_undone(hands, one_box, photo):
     hands.page.click("#clear")
-    assert hands.see("state.width") == 0 and hands.page.is_visible("#welcome")
+    assert hands.see("page.drawing.width") == 0 and hands.page.is_visible("#welcome")
     hands.open(photo, button="#openFirst")
-    assert hands.see("state.width") == 96 and not hands.objects
+    assert hands.see("page.drawing.width") == 96 and not hands.objects
     hands.press("Control+z", "Control+z")
-    assert hands.see("state.width") == 96 and hands.objects[0]["boxes"] == {"0": [10, 10, 30, 30]}
+    assert hands.see("page.drawing.width") == 96 and hands.objects[0]["boxes"] == {"0": [10, 10, 30, 30]}
 
 
 def test_a_picture_is_pasted(hands, photo):
@@ -336,7 +337,7 @@ def test_a_picture_is_pasted(hands, photo):
       document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: given, bubbles: true}));
     })()""")
     hands.wait("!$('pane').ariaBusy")
-    assert hands.see("[state.width, state.height]") == [40, 30]
+    assert hands.see("[page.drawing.width, page.drawing.height]") == [40, 30]
 
 
 # --- undo and a reload ------------------------------------------------------------------------------------------------
@@ -350,26 +351,26 @@ def test_undo_redo_and_a_reload(hands, photo):
     hands.page.click("#paint")
     hands.drag((15, 15), (20, 20))
     hands.page.click("#paint")
-    before = hands.see("JSON.stringify([state, past, future])")
+    before = hands.see("JSON.stringify([page.drawing, page.past, page.future])")
     painted = hands.mask(0)
     hands.reload()
-    assert hands.see("JSON.stringify([state, past, future])") == before
-    assert np.array_equal(hands.mask(0), painted) and hands.see("things.get(state.picture).width") == 96
+    assert hands.see("JSON.stringify([page.drawing, page.past, page.future])") == before
+    assert np.array_equal(hands.mask(0), painted) and hands.see("things.get(page.drawing.picture).width") == 96
     hands.press(*["Control+z"] * 3)
-    assert hands.see("[state.objects.length, past.length, future.length]") == [0, 1, 3]
+    assert hands.see("[page.drawing.objects.length, page.past.length, page.future.length]") == [0, 1, 3]
     hands.press(*["Control+Shift+z"] * 3)
-    assert hands.see("JSON.stringify([state, past, future])") == before
+    assert hands.see("JSON.stringify([page.drawing, page.past, page.future])") == before
     assert np.array_equal(hands.mask(0), painted)
 
 
 def test_a_prompt_is_one_step_of_undo_and_a_rename_survives(hands, one_box):
-    steps = hands.see("past.length")
+    steps = hands.see("page.past.length")
     hands.page.click("#prompt")
     hands.page.keyboard.type("a long sentence " * 7 + "ended")
-    assert len(hands.see("state.prompt")) == 117 and hands.see("past.length") == steps + 1
+    assert len(hands.see("page.drawing.prompt")) == 117 and hands.see("page.past.length") == steps + 1
     hands.page.click("#name", click_count=3)
     hands.page.keyboard.type("the cat")
-    assert hands.see("past.length") == steps + 2
+    assert hands.see("page.past.length") == steps + 2
     hands.page.click("#undo")  # with the field just left
     assert hands.page.input_value("#name") == hands.page.text_content("#names button") == "object 0"
     hands.page.click("#redo")
@@ -378,7 +379,7 @@ def test_a_prompt_is_one_step_of_undo_and_a_rename_survives(hands, one_box):
     hands.press("Control+z")
     assert hands.page.text_content("#names button") == hands.objects[0]["name"] == "the cat"
     hands.press("Control+z", "Control+z", "Control+z")
-    assert not hands.objects and hands.see("state.prompt") == ""
+    assert not hands.objects and hands.see("page.drawing.prompt") == ""
 
 
 def test_a_photo_of_5_megabytes_stays_through_a_reload(hands, tmp_path):
@@ -387,7 +388,7 @@ def test_a_photo_of_5_megabytes_stays_through_a_reload(hands, tmp_path):
     hands.open(large)
     hands.drag((100, 100), (500, 500))
     hands.reload()
-    assert hands.see("things.get(state.picture).blob.size") == large.stat().st_size and len(hands.objects) == 1
+    assert hands.see("things.get(page.drawing.picture).blob.size") == large.stat().st_size and len(hands.objects) == 1
     assert hands.note == ""
 
 
@@ -396,7 +397,7 @@ def test_a_browser_that_can_keep_nothing_says_so(browser, photo):
     hands.see("database.then(open => open.close())")
     hands.open(photo)
     hands.settle()
-    assert "can't keep the drawing through a reload" in hands.note and hands.see("state.width") == 96
+    assert "can't keep the drawing through a reload" in hands.note and hands.see("page.drawing.width") == 96
     hands.close()
 
 
@@ -415,12 +416,12 @@ def test_the_timeline_moves_keyframes_and_ends_of_bars(hands, one_box):
     hands.go(0)
     hands.drag((60, 40), (90, 60))
     hands.drag_on_screen(row(hands, 0, 4), row(hands, 0, 7))
-    assert list(hands.objects[0]["boxes"]) == ["0", "7"] and hands.see("[chosen, now]") == [0, 7]
+    assert list(hands.objects[0]["boxes"]) == ["0", "7"] and hands.see("[page.chosen, page.now]") == [0, 7]
     hands.drag_on_screen(row(hands, 0, 7), row(hands, 0, 0))  # not onto another: it stops before it
     assert list(hands.objects[0]["boxes"]) == ["0", "1"]
     hands.drag_on_screen(row(hands, 1, 8.4, bar=True), row(hands, 1, 5, bar=True))
     hands.drag_on_screen(row(hands, 1, -0.4, bar=True), row(hands, 1, 2, bar=True))
-    assert hands.objects[1]["visible"] == [[2, 5]] and hands.see("chosen") == 1
+    assert hands.objects[1]["visible"] == [[2, 5]] and hands.see("page.chosen") == 1
     hands.drag_on_screen(row(hands, 1, 1.6, bar=True), row(hands, 1, 0, bar=True))
     hands.drag_on_screen(row(hands, 1, 5.4, bar=True), row(hands, 1, 8, bar=True))
     assert hands.objects[1]["visible"] is None
@@ -443,7 +444,7 @@ def test_duplicate_and_onion_skin(hands, one_box):
     hands.press("[")
     bare = look(hands, "stage", 19, 19)
     hands.press("g")
-    assert hands.see("onion") and look(hands, "stage", 19, 19)[3] > bare[3]  # the thing of frame 0 shows through
+    assert hands.see("page.onion") and look(hands, "stage", 19, 19)[3] > bare[3]  # the thing of frame 0 shows through
 
 
 def test_a_motion_is_recorded_with_its_timing_and_thinned(hands, photo):
@@ -463,30 +464,42 @@ def test_a_motion_is_recorded_with_its_timing_and_thinned(hands, photo):
     hands.page.keyboard.up("r")
     boxes = hands.objects[0]["boxes"]
     assert 8 < len(raw) < 200 and 2 <= len(boxes) < len(raw)
-    path = hands.see("track(state.objects[0])")
+    path = hands.see("track(page.drawing.objects[0])")
     assert max(np.abs(np.array(path[int(t)]) - box).max() for t, box in raw.items()) <= 1
     starts = [raw[t][0] for t in sorted(raw, key=int)]
     assert starts == sorted(starts) and starts[-1] > 30
-    assert hands.see("past.length") == 4  # picture, frames, box, motion
+    assert hands.see("page.past.length") == 4  # picture, frames, box, motion
     hands.press("Control+z")
     assert list(hands.objects[0]["boxes"]) == ["0"]
 
 
-def test_the_camera_moves_all_boxes_and_hides_what_leaves(hands, one_box, tmp_path):
+def test_the_camera_is_an_object_that_moves_the_whole_picture(hands, one_box, tmp_path):
+    """Objects stay in the scene, where what leaves is hidden, or in the frame. A later frame's camera is dragged."""
     hands.drag((70, 10), (90, 30))
     hands.page.click("summary:has-text('Camera')")
-    hands.page.fill("#amount", "50")
+    hands.fill("#amount", "50")
     hands.page.select_option("#camera", "right")
     hands.page.click("#shoot")
-    first, second = hands.objects
+    camera, first, second = hands.objects
+    assert camera["name"] == "camera" and camera["boxes"] == {"0": [0, 0, 96, 64], "8": [-48, 0, 48, 64]}
     assert second["boxes"]["8"] == [22, 10, 42, 30] and second["visible"] is None
     assert first["visible"] == [[0, 4]] and max(map(int, first["boxes"])) == 4  # 6 pixels a frame: gone in frame 5
+    trajectory = load_trajectory(hands.save(tmp_path) / "boxes.json", (64, 96), 9)
+    assert trajectory.masks[0].all() and trajectory.boxes[0, 4].tolist() == [-24, 0, 72, 64]
     hands.press("Control+z")
     hands.page.select_option("#camera", "in")
+    hands.page.select_option("#place", "frame")
     hands.page.click("#shoot")
-    assert hands.objects[1]["boxes"]["8"] == [81, -1, 111, 29]  # 1.5 times as far from the middle, beyond the frame
-    assert hands.see("problem()") == ""
-    load_trajectory(hands.save(tmp_path) / "boxes.json", (64, 96), 9)
+    hands.page.select_option("#camera", "left")
+    hands.page.click("#shoot")  # one camera, whose moves add up
+    camera, first, second = hands.objects
+    assert camera["boxes"]["8"] == [24, -16, 168, 80] and list(second["boxes"]) == ["0"]
+    hands.drag((50, 40), (60, 55))  # in frame 0 it is in nobody's way
+    assert len(hands.objects) == 4 and hands.objects[3]["boxes"] == {"0": [50, 40, 60, 55]}
+    hands.go(4)
+    hands.page.click("#names button:first-child")
+    hands.drag((50, 50), (45, 50))
+    assert hands.objects[0]["boxes"]["4"] == [7, -8, 127, 72] and hands.see("problem()") == ""
 
 
 def test_play_moves_the_cut_out_and_says_what_it_is(hands, tmp_path):
@@ -503,14 +516,14 @@ def test_play_moves_the_cut_out_and_says_what_it_is(hands, tmp_path):
     hands.press("Space")
     assert hands.page.text_content("#badge") == "Sketch of the motion, not generated"
     assert hands.page.is_visible("#badge")
-    hands.wait("now === 8")
+    hands.wait("page.now === 8")
     hands.press("Space")
-    hands.see("(playing = {}, now = 8, drawPaths(), drawStage())")
+    hands.see("(page.playing = {}, page.now = 8, drawPaths(), drawStage())")
     assert np.abs(np.array(look(hands, "stage", 70, 40)) - [250, 200, 20, 255]).max() < 12  # the thing itself
     assert look(hands, "stage", 62, 32)[3] == 0  # a corner of its box, outside the mask
     hole = look(hands, "paths", 14, 20)
     assert 100 < hole[3] < 255 and max(hole[:3]) < 40
-    hands.see("(playing = null, show())")
+    hands.see("(page.playing = null, show())")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -519,21 +532,22 @@ def test_play_moves_the_cut_out_and_says_what_it_is(hands, tmp_path):
 def test_lengths_are_those_that_the_networks_make(hands, photo):
     hands.open(photo)
     hands.page.select_option("#preset", "wan5b")
-    assert hands.see("state.frames") == 121
+    assert hands.see("page.drawing.frames") == 121
     for asked, taken in (("50", 49), ("52", 53), ("1", 5), ("100000", 997), ("81", 81)):
         hands.fill("#frames", asked)
-        assert hands.see("state.frames") == taken and (str(taken) in hands.note) == (asked != str(taken))
+        assert hands.see("page.drawing.frames") == taken and (str(taken) in hands.note) == (asked != str(taken))
         WanCodec.video_size(WanCodec, "auto", taken)
     hands.page.select_option("#preset", "small")
     hands.fill("#frames", "1")
-    assert hands.see("state.frames") == 2
+    assert hands.see("page.drawing.frames") == 2
     hands.fill("#frames", "9")
     hands.go(8)
     hands.drag((10, 10), (30, 30))
+    hands.page.click("#stretch")
     hands.fill("#frames", "5")
     assert hands.note == "1 keyframe beyond frame 4 removed; Undo brings them back."
     hands.press("Control+z")
-    assert list(hands.objects[0]["boxes"]) == ["8"] and hands.see("state.frames") == 9
+    assert list(hands.objects[0]["boxes"]) == ["8"] and hands.see("page.drawing.frames") == 9
 
 
 def test_the_command_for_wan5b_finds_what_it_needs(hands, photo, tmp_path, monkeypatch):
@@ -542,13 +556,13 @@ def test_the_command_for_wan5b_finds_what_it_needs(hands, photo, tmp_path, monke
     hands.page.select_option("#preset", "wan5b")
     hands.drag((10, 10), (30, 30))
     hands.page.fill("#prompt", "--a 'strange' $prompt")
-    hands.page.fill("#steps", "8")
+    hands.page.fill("#steps", "3")
     hands.page.fill("#seed", "7")
     folder = hands.save(tmp_path)
     words = shlex.split((folder / "command.txt").read_text())
     assert words[:2] == ["python", "sample.py"]
     cfg = parse_config(sample.Config, words[2:], {"wan5b": sample.WAN5B})
-    assert (cfg.prompt, cfg.steps, cfg.seed, cfg.frames, cfg.size) == ("--a 'strange' $prompt", 8, 7, 121, "auto")
+    assert (cfg.prompt, cfg.steps, cfg.seed, cfg.frames, cfg.size) == ("--a 'strange' $prompt", 3, 7, 121, "auto")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         sample.find_networks(cfg)
@@ -564,7 +578,7 @@ def test_the_command_for_wan5b_finds_what_it_needs(hands, photo, tmp_path, monke
 
 def test_the_example_is_the_shipped_one_and_the_page_says_what_networks_know(hands, tmp_path):
     hands.page.click("#exampleFirst")
-    hands.wait("state.objects.length === 2")
+    hands.wait("page.drawing.objects.length === 2")
     assert "any picture" in hands.page.text_content("#knows")
     hands.page.select_option("#preset", "wan5b")
     assert "on a GPU" in hands.page.text_content("#knows")
@@ -607,10 +621,11 @@ def test_400_drawings_are_the_same_in_the_page_and_in_trajectory_py(hands, tmp_p
     rng, counts = random.Random(0), {"saved": 0, "refused": 0, "boxes": 0}
     drawings = [random_drawing(rng) for _ in range(400)]
     read = """(all => all.map((given, i) => {
-      state = given; tracks = new WeakMap();
-      if (i % 2) for (const o of state.objects) for (const t in o.boxes) o.boxes[t] = bounded(o.boxes[t]);
-      const found = {target: target(), problem: problem(), boxes: exportBoxes(), tracks: state.objects.map(track)};
-      state = fresh();
+      page.drawing = given; tracks = new WeakMap();
+      if (i % 2) for (const o of page.drawing.objects) for (const t in o.boxes) o.boxes[t] = bounded(o.boxes[t]);
+      const {objects} = page.drawing, found = {target: target(), problem: problem(), boxes: exportBoxes()};
+      found.tracks = objects.map(track);
+      page.drawing = fresh();
       return found;
     }))"""
     pages = hands.read(f"{read}({json.dumps(drawings)})")
@@ -678,12 +693,12 @@ def test_masks_are_read_as_the_project_reads_them(hands, photo, tmp_path):
             hands.drag((10, 10), (30, 30))
         before = hands.objects[0]["mask"]
         hands.open(file, button="#loadMask")
-        hands.wait(f"state.objects[0].mask !== {before!r}")
+        hands.wait(f"page.drawing.objects[0].mask !== {before!r}")
         want = read_mask(file)
         assert np.array_equal(hands.mask(0), want)
     Image.fromarray(soft[:32]).save(tmp_path / "half.png")
     hands.open(tmp_path / "half.png", button="#loadMask")
-    hands.wait("$('note').textContent.includes('96x32')")  # and the old mask stands
+    hands.wait("$('saidObject').textContent.includes('96 x 32')")  # and the old mask stands
     assert np.array_equal(hands.mask(0), want)
 
 
@@ -769,7 +784,7 @@ def test_20_objects_push_nothing_out(hands, photo):
             assert box["y"] >= 0 and box["y"] + min(box["height"], 40) <= height, name
     assert hands.page.locator("#names button").last.text_content() == "object 19"
     hands.page.locator("#names button").first.click()  # it is scrolled to
-    assert hands.see("chosen") == 0
+    assert hands.see("page.chosen") == 0
 
 
 def test_the_walk_with_the_keyboard_alone(hands, photo, tmp_path):
@@ -786,7 +801,7 @@ def test_the_walk_with_the_keyboard_alone(hands, photo, tmp_path):
     with hands.page.expect_file_chooser() as chooser:
         hands.press("Enter")
     chooser.value.set_files(photo)
-    hands.wait("state.picture && !$('pane').ariaBusy")
+    hands.wait("page.drawing.picture && !$('pane').ariaBusy")
     tab_to("stage")
     hands.press("Enter", *["Alt+ArrowLeft"] * 5, *["Alt+Shift+ArrowRight"] * 6)
     x0, y0, x1, y1 = hands.objects[0]["boxes"]["0"]
@@ -794,7 +809,7 @@ def test_the_walk_with_the_keyboard_alone(hands, photo, tmp_path):
     hands.press(*["ArrowRight"] * 5, *["Alt+ArrowDown"] * 9)
     assert hands.objects[0]["boxes"]["5"] == [x0, y0 + 9, x1, y1 + 9]
     hands.press("Control+ArrowRight", ",", "k", ".")
-    assert list(hands.objects[0]["boxes"]) == ["0", "6"] and hands.see("now") == 6
+    assert list(hands.objects[0]["boxes"]) == ["0", "6"] and hands.see("page.now") == 6
     hands.press("Home", "ArrowRight", "ArrowRight", "Enter", "i", *["Alt+ArrowUp"] * 3)
     assert hands.objects[1]["visible"] == [[2, 8]]
     hands.press("Alt+ArrowUp", "Control+z")
@@ -811,14 +826,14 @@ def test_the_walk_with_the_keyboard_alone(hands, photo, tmp_path):
     hands.page.keyboard.type("a thing")
     tab_to("ruler")
     hands.press("Home", "Space")
-    hands.wait("playing && now > 2")
+    hands.wait("page.playing && page.now > 2")
     hands.press("Space")
     tab_to("save")
     with hands.page.expect_download() as download:
         hands.press("Enter")
     with zipfile.ZipFile(download.value.path()) as file:
         file.extractall(tmp_path)
-    trajectory = load_trajectory(tmp_path / "drawn-my-photo/boxes.json", (64, 96), 9)
+    trajectory = load_trajectory(next(tmp_path.glob("drawn-my-photo-*/boxes.json")), (64, 96), 9)
     assert trajectory.names == ["one", "object 1"] and not trajectory.masks[1].any()
 
 

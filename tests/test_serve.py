@@ -22,9 +22,10 @@ from browser import Hands, browser, needs_chromium, picture
 from conftest import ROOT, start_in
 
 import sample
+from core import serve
 from core.config import UserError, parse_config
 from core.media import read_video
-from tools import serve
+from tools import serve as page
 
 __all__ = ["browser"]
 EXAMPLE = json.loads((ROOT / "examples/balloons.json").read_text())
@@ -59,7 +60,7 @@ class Work:
 @pytest.fixture
 def server(tmp_path):
     work = Work()
-    found = serve.Server({"preset": "small"}, work, 0)
+    found = serve.Server(ROOT / "tools/draw.html", lambda asked: {"preset": "small"} | asked, work, 0)
     found.work = work
     thread = threading.Thread(target=found.serve_forever)
     thread.start()
@@ -292,6 +293,10 @@ def mask(k: int) -> bytes:
     return iio.imwrite("<bytes>", pixels, extension=".png")
 
 
+def of_length(frames: int) -> dict:
+    return EXAMPLE | {"num_frames": frames}
+
+
 def request(**changes) -> dict:
     files = (ROOT / "examples/balloons.jpg").read_bytes(), mask(0), mask(1)
     image, *masks = (base64.b64encode(data).decode() for data in files)
@@ -302,7 +307,8 @@ def request(**changes) -> dict:
 def test_the_video_is_that_of_the_command_line(served, run, tmp_path):
     status, _, data = ask(served, body=request(seed=3))
     lines = events(data)
-    assert status == 200 and [line["step"] for line in lines if "step" in line] == [1, 2, 3, 4]
+    shares = [line["share"] for line in lines if "share" in line]
+    assert status == 200 and len(shares) == 4 * 6 and shares == sorted(shares) and shares[-1] == 1  # all blocks
     (name, size), (other, _) = lines[-1]["files"]
     assert (name, other) == ("video.mp4", "video.boxes.mp4")
     start = len(data) - sum(size for _, size in lines[-1]["files"])
@@ -328,7 +334,7 @@ def test_what_is_wrong_in_a_request_is_named(served, tmp_path):
         "prompt: 7": {"prompt": 7},
         "seed: True": {"seed": True},
         "seed -1": {"seed": -1},
-        "steps: 1e+09": {"steps": 10**9},
+        "steps: 5 are more than the 4 of these networks": {"steps": 5},
         "--frames 1:": {"frames": 1},
         "--frames 9000": {"frames": 9_000_000},
         "num_frames is 9": {"frames": 11},
@@ -355,7 +361,7 @@ def test_options_of_the_server_are_in_the_page_s_command(monkeypatch):
     monkeypatch.setattr(sample, "load_networks", lambda *_: [torch.nn.Linear(1, 1)] * 2)
     monkeypatch.setattr(sample, "find_networks", lambda cfg: ("", ""))
     monkeypatch.setattr(sample, "read_maps", lambda *_: "outline")
-    monkeypatch.setattr(serve, "serve", lambda told, answer: about.update(told))
+    monkeypatch.setattr(page, "serve", lambda _, told, answer: about.update(told({})))
     words = shlex.split("--serve --speed slow --weights 'a b' --guidance 2 --frames 5 --steps 8 --dtype float32")
     cfg = parse_config(sample.Config, words, {"wan5b": sample.WAN5B})
     sample.main(cfg)
@@ -372,7 +378,7 @@ def test_where_its_port_is_taken_it_takes_another(server, tmp_path, monkeypatch)
     monkeypatch.setattr(serve.Server, "serve_forever", lambda other: ports.append(other.server_port))
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     ports = []
-    serve.serve({}, server.work)
+    serve.serve(ROOT / "tools/draw.html", dict, server.work)
     assert ports and ports[0] not in (0, server.server_port)
 
 
@@ -397,7 +403,7 @@ def test_killed_while_generating_and_ended_while_generating(tmp_path):
 
 def ask_quietly(server) -> None:
     with contextlib.suppress(OSError, http.client.HTTPException):
-        ask(server, body=request(steps=1000))
+        ask(server, body=request(frames=240, boxes=of_length(240)))
 
 
 # --- the page before it -----------------------------------------------------------------------------------------------
@@ -407,7 +413,7 @@ def ask_quietly(server) -> None:
 def test_the_walk(browser, served, tmp_path):
     """A portrait photo; two objects, one leaves, one is late; a mask, undo, a reload; play, generate, watch, save."""
     hands = Hands(browser, served.address)
-    assert "#" not in hands.page.url and hands.see("server.preset") == "small"
+    assert "#" not in hands.page.url and hands.see("page.server.preset") == "small"
     hands.open(picture(tmp_path / "portrait.jpg", 600, 800))
     hands.drag((100, 100), (250, 260))
     hands.go(8)
@@ -425,17 +431,17 @@ def test_the_walk(browser, served, tmp_path):
     hands.page.fill("#prompt", "a yellow blob")
     drawn = hands.see("JSON.stringify(exportBoxes())")
     hands.reload()  # the token stays with the tab
-    assert hands.see("server.preset") == "small" and hands.see("JSON.stringify(exportBoxes())") == drawn
+    assert hands.see("page.server.preset") == "small" and hands.see("JSON.stringify(exportBoxes())") == drawn
     hands.press("Space")
-    hands.wait("playing && now > 1")
+    hands.wait("page.playing && page.now > 1")
     hands.press("Space")
     assert hands.see("problem()") == ""
     hands.page.click("#generate")
-    hands.wait("!job && results.length === 1", 120)
+    hands.wait("!page.job && page.videos.length === 1", 120)
     assert hands.note.startswith("Done in "), hands.note
     hands.page.fill("#seed", "5")
     hands.page.click("#generate")
-    hands.wait("!job && results.length === 2", 120)
+    hands.wait("!page.job && page.videos.length === 2", 120)
     hands.wait("document.querySelector('#screens video').currentTime > 0.1")
     assert hands.see("document.querySelector('#screens video').videoWidth") > 0
     plain = hands.page.get_attribute("#screens video", "src")
@@ -444,9 +450,10 @@ def test_the_walk(browser, served, tmp_path):
     hands.page.click("#pinResult")
     hands.page.click("#history button:last-child")
     titles = hands.page.locator("#screens figcaption").all_text_contents()
-    assert titles == ["Video 2: seed 5", "Video 1: seed 0"]
+    size = "144 x 192"
+    assert titles == [f"Video {n}: portrait.jpg, seed {seed}, 4 steps, {size}" for n, seed in ((2, 5), (1, 0))]
     folder = hands.save(tmp_path, "#zipResult")
-    names = "image.jpg boxes.json mask_0.png prompt.txt command.txt video.mp4 video.boxes.mp4"
+    names = "image.jpg boxes.json mask_0.png prompt.txt settings.json command.txt video.mp4 video.boxes.mp4"
     assert {path.name for path in folder.iterdir()} == set(names.split())
     first = np.stack(list(read_video(folder / "video.mp4")))
     (folder / "video.mp4").unlink()
@@ -462,27 +469,28 @@ def test_the_walk(browser, served, tmp_path):
 def test_two_tabs_wait_for_one_another_and_cancel_or_close(browser, served):
     hands = Hands(browser, served.address)
     hands.page.click("#exampleFirst")
-    hands.wait("state.objects.length === 2")
-    hands.page.fill("#steps", "1000")
+    hands.wait("page.drawing.objects.length === 2")
+    hands.fill("#frames", "240")
     first = hands.page
     hands.page.click("#generate")
-    hands.wait("$('note').textContent.startsWith('Step ')", 60)
+    hands.wait("$('note').textContent.startsWith('Denoise')", 60)
     second = hands.new_page()
-    hands.wait("state.objects.length === 2")
-    hands.page.fill("#steps", "2")
+    hands.page.click("#exampleFirst")
+    hands.wait("page.drawing.objects.length === 2")
     hands.page.click("#generate")
-    hands.wait("$('note').textContent === 'Another video is made first.'")
-    first.click("#cancel")  # between two steps: the other's turn
-    hands.wait("!job && results.length === 1", 60)
+    hands.wait("$('note').textContent.startsWith('Another video is made first')")
+    first.click("#cancel")  # amid a step: the other's turn
+    hands.wait("$('note').textContent.startsWith('Denoise') || page.videos.length === 1", 2)
     assert first.text_content("#note") == "Cancelled."
+    hands.wait("!page.job && page.videos.length === 1", 60)
     first.click("#generate")
     hands.page = first
-    hands.wait("$('note').textContent.startsWith('Step ')", 60)
+    hands.wait("$('note').textContent.startsWith('Denoise')", 60)
     first.close()  # a closed tab cancels
     hands.page = second
     hands.page.click("#generate")
-    hands.wait("!job && results.length === 2", 60)
-    hands.page.evaluate("token = 'of another run'")
+    hands.wait("!page.job && page.videos.length === 2", 60)
+    hands.page.evaluate("page.token = 'of another run'")
     hands.page.click("#generate")
-    hands.wait("!job && $('note').textContent.startsWith('this page is of another run')")
+    hands.wait("!page.job && $('note').textContent.startsWith('this page is of another run')")
     hands.close()

@@ -116,14 +116,15 @@ class ToyCodec(Codec):
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """[B, channels, T, H, W] -> [B, 3, T, spatial * H, spatial * W], clamped to [-1, 1]."""
+        return torch.cat(list(self.pieces(latents, length=latents.shape[2])), 2)
+
+    def pieces(self, latents: Tensor, procs: Processes | None = None, length: int = 8) -> Iterator[Tensor]:
+        """The frames of `decode_video`, this many at a time, on rank 0; WanCodec's come from processes in turn."""
         first, later = latents[:, :, :1].float(), latents[:, :, 1:].float()
         frames = torch.cat([first, first + later / self.network.config.change], 2)
-        return self._by_frame(self.network.decode, frames).clamp(-1, 1)
-
-    def pieces(self, latents: Tensor, procs: Processes | None = None) -> Iterator[Tensor]:
-        """The frames of `decode_video`, on rank 0; WanCodec gives them a few at a time, on processes in turn."""
         if procs is None or procs.rank == 0:
-            yield self.decode_video(latents)
+            for part in frames.split(length, 2):
+                yield self._by_frame(self.network.decode, part).clamp(-1, 1)
 
     def _by_frame(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         device = self.network.linear[0].weight.device

@@ -28,18 +28,23 @@ NOISE, LENIENCE = 0.02, 0.2
 SMALLER, LARGER, SOFT = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
 
-def full_size(picture: np.ndarray, size: Size) -> np.ndarray:
-    """What a video of this size shows of its first frame's picture, at the picture's own resolution.
+def written_size(picture: Size, size: Size) -> Size:
+    """How large a video of this size is written: as the picture, with even sides, 1280 at most, but never smaller."""
+    left, top, right, bottom = crop_box(picture, size)
+    sides = bottom - top, right - left
+    height, width = (int(min(1, LONGEST / max(sides)) * side + 1e-6) // 2 * 2 for side in sides)
+    return size if height < size[0] or width < size[1] else (height, width)
 
-    uint8 [height, width, 3] -> the same with even sides, 1280 at most, but never smaller than `size`.
+
+def full_size(picture: np.ndarray, size: Size) -> np.ndarray:
+    """What a video of this size shows of its first frame's picture, in the size that is written.
+
+    uint8 [height, width, 3] -> the same.
     """
     left, top, right, bottom = crop_box(picture.shape[:2], size)
-    sides = bottom - top, right - left
-    scale = min(1, LONGEST / max(sides))
-    height, width = (int(scale * side + 1e-6) // 2 * 2 for side in sides)
-    if height < size[0] or width < size[1]:
-        height, width = size
-    elif scale == 1:  # between whole pixels, so that they stay as they are
+    height, width = written_size(picture.shape[:2], size)
+    if height <= bottom - top <= LONGEST and width <= right - left <= LONGEST:
+        # Between whole pixels, so that they stay as they are.
         y, x = round((top + bottom - height) / 2), round((left + right - width) / 2)
         return picture[y : y + height, x : x + width]
     return np.asarray(Image.fromarray(picture).resize((width, height), SMALLER, (left, top, right, bottom)))

@@ -1,0 +1,234 @@
+"""A page on 127.0.0.1 and the files it asks for, made one at a time by whoever gives the answers.
+
+Who may ask: whoever knows the token, which the opened address holds behind its # where no log sees it, from a page of
+exactly this host and origin. No path that a client sends is ever opened.
+"""
+
+import ctypes
+import json
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import webbrowser
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from core.config import UserError, reason
+from core.files import alive
+
+PORT = 7860  # or any free one where it is taken
+MOST_BYTES, MOST_WAITING = 64 << 20, 16  # of a request; jobs in line
+PATIENCE = 20  # seconds for a client to send its headers, or to go on with what it sends or reads
+SAFE = {
+    "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "frame-ancestors 'none'", "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}  # fmt: skip
+# answer(request, folder, tell): does what the request says in an empty folder, and returns the files to send back.
+# tell(share=0.5) sends the page a line. Wherever it is, it ends with Gone if the page has closed or cancelled.
+Answer = Callable[[dict, Path, Callable[..., None]], list[Path]]
+
+
+class Gone(BaseException):
+    """The page has closed or cancelled: nobody waits for the answer. No Exception, as asyncio's CancelledError."""
+
+
+class Refused(Exception):
+    """(status, one line): what is wrong with a request."""
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 256
+
+    def __init__(self, page: Path, about: Callable[[dict], dict], answer: Answer, port: int):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.page, self.about, self.answer = page.read_bytes(), about, answer
+        self.token = secrets.token_urlsafe(32)
+        self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
+        self.line, self.turn, self.closing = [], threading.Condition(), False  # the first in line is at work
+
+
+class Handler(BaseHTTPRequestHandler):
+    timeout, server_version, sys_version = PATIENCE, "FlashMotion", ""
+
+    def handle(self) -> None:
+        # Each header may come late, but not all of them: this ends a client that trickles.
+        self.alarm = threading.Timer(PATIENCE, self.connection.shutdown, [socket.SHUT_RDWR])
+        self.alarm.daemon = True
+        self.alarm.start()
+        try:
+            super().handle()
+        except Refused as error:
+            self.send_error(*error.args)
+        except (Gone, OSError):  # a client that leaves is no error of ours
+            pass
+        finally:
+            self.alarm.cancel()
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        self.reply(code, json.dumps({"error": message or self.responses[code][0]}).encode())
+
+    def reply(self, code: int, data: bytes = b"", kind: str = "application/json") -> None:
+        self.send_response(code)
+        for name, value in {**SAFE, "Content-Type": kind, "Connection": "close"}.items():
+            self.send_header(name, value)
+        if code != 200 or data:  # else lines follow until the connection ends
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def check(self, private: bool) -> None:
+        """Refused, unless this comes from our own page, and if `private`, with the token of this run."""
+        self.alarm.cancel()
+        hosts, origins = self.headers.get_all("Host", []), self.headers.get_all("Origin", [])
+        if len(hosts) != 1 or hosts[0] not in self.server.hosts:
+            raise Refused(421, f"open this page as http://{self.server.hosts[0]}, with the same port on both machines")
+        if origins not in ([f"http://{hosts[0]}"], [] if self.command == "GET" else None):
+            raise Refused(403, "another site's page can't ask this server")
+        if private and not secrets.compare_digest(self.headers.get("X-Token", "").encode(), self.server.token.encode()):
+            raise Refused(403, "this page is of another run: open the address that was printed last")
+
+    def do_GET(self) -> None:
+        self.check(private=self.path != "/")
+        if self.path == "/":
+            self.reply(200, self.server.page, "text/html; charset=utf-8")
+        elif self.path == "/about":
+            self.reply(200, json.dumps(self.server.about({})).encode())
+        else:
+            raise Refused(404, "no such page")
+
+    def do_POST(self) -> None:
+        self.check(private=True)
+        if self.path not in ("/generate", "/about"):
+            raise Refused(404, "no such page")
+        request, server = self.read_request(), self.server
+        if self.path == "/about":
+            return self.reply(200, json.dumps(self.estimate(request)).encode())
+        with server.turn:
+            if len(server.line) > MOST_WAITING:
+                raise Refused(503, f"{MOST_WAITING} videos wait already; try again later")
+            server.line.append(self)
+        try:
+            self.reply(200, kind="application/x-ndjson")
+            while place := server.line.index(self):
+                self.tell(place=place)
+                with server.turn:
+                    server.turn.wait_for(lambda: server.line.index(self) != place, timeout=0.5)
+            files = self.work(request)
+        finally:
+            with server.turn:
+                server.line.remove(self)
+                server.turn.notify_all()
+        if files:
+            self.tell(files=[[name, len(data)] for name, data in files.items()])
+            self.wfile.write(b"".join(files.values()))
+
+    def read_request(self) -> dict:
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{1,99}", length) or self.headers.get("Transfer-Encoding"):
+            raise Refused(411, "Content-Length is missing")
+        if int(length) > MOST_BYTES:
+            raise Refused(413, f"more than {MOST_BYTES >> 20} MiB; give a smaller picture")
+        data = self.rfile.read(int(length))
+        if len(data) < int(length):
+            raise Refused(400, f"broke off after {len(data)} of {length} bytes")
+        try:
+            request = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, f"not JSON: {reason(error)}") from None
+        if not isinstance(request, dict):
+            raise Refused(400, "not a JSON object")
+        return request
+
+    def estimate(self, request: dict) -> dict:
+        try:
+            return self.server.about(request)
+        except (UserError, KeyError, TypeError) as error:
+            return {"error": reason(error)}
+
+    def work(self, request: dict) -> dict[str, bytes]:
+        """Do the job, and return its files by name. Where it fails the page is told, and there are none."""
+        self.done, self.lock = threading.Event(), threading.Lock()
+        try:
+            with tempfile.TemporaryDirectory(prefix=f".tmp{os.getpid()}-page-", ignore_cleanup_errors=True) as folder:
+                threading.Thread(target=self.watch, args=[threading.get_ident()], daemon=True).start()
+                try:
+                    files = self.server.answer(request, Path(folder), self.tell)
+                finally:
+                    with self.lock:
+                        self.done.set()
+                return {file.name: file.read_bytes() for file in files}
+        except Exception as error:  # whatever it is, the server goes on with the next request
+            if not isinstance(error, UserError):
+                print(f"serve: {type(error).__name__}: {reason(error)}", file=sys.stderr)
+            self.tell(error=reason(error))
+            return {}
+
+    def watch(self, worker: int) -> None:
+        """Raise Gone in the thread at work when its page has gone: between any two steps of Python, so within seconds.
+
+        No argument of the networks or the codec could do that amid attention, decoding and writing.
+        """
+        while not self.done.wait(0.1):
+            if self.gone():
+                with self.lock:
+                    if not self.done.is_set():
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker), ctypes.py_object(Gone))
+                return
+
+    def gone(self) -> bool:
+        """Has the page closed or cancelled, or does the server end?"""
+        try:
+            readable = select.select([self.connection], [], [], 0)[0]
+            return self.server.closing or bool(readable and not self.connection.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return True
+
+    def tell(self, **event: object) -> None:
+        """Send the page a line, if it is still there."""
+        if self.gone():
+            raise Gone
+        try:
+            self.wfile.write(json.dumps(event).encode() + b"\n")
+        except OSError:
+            raise Gone from None
+
+
+def sweep() -> None:
+    """Remove the folders of servers that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(".tmp*-page-*"):
+        if not alive(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def serve(page: Path, about: Callable[[dict], dict], answer: Answer) -> None:
+    """Serve until SIGTERM, or Ctrl+C, which is a KeyboardInterrupt. `about(asked)`: what the page is told."""
+    sweep()
+    try:
+        server = Server(page, about, answer, PORT)
+    except OSError:
+        server = Server(page, about, answer, 0)
+    address = f"http://{server.hosts[0]}/#{server.token}"
+    print(f"Open {address}\nCtrl+C ends it.", flush=True)
+    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(address)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+    try:
+        server.serve_forever()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        server.closing = True  # the job at work ends, and takes its folder with it
+        with server.turn:
+            server.turn.wait_for(lambda: not server.line, timeout=PATIENCE)
+        server.server_close()
