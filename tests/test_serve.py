@@ -4,13 +4,16 @@ import base64
 import contextlib
 import http.client
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import tempfile
 import threading
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,12 +23,14 @@ import pytest
 import torch
 from browser import Hands, browser, needs_chromium, picture
 from conftest import ROOT, start_in
+from PIL import Image
 
 import sample
 from core import serve
 from core.config import UserError, parse_config
 from core.media import read_video
 from tools import serve as page
+from toy.codec import ToyCodec
 
 __all__ = ["browser"]
 EXAMPLE = json.loads((ROOT / "examples/balloons.json").read_text())
@@ -280,7 +285,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     before = folders()
-    found = Served(tmp_path_factory.mktemp("served"))
+    found = Served(tmp_path_factory.mktemp("served"), "--size", "48x64")
     yield found
     assert found.stop() == 0 and folders() <= before
 
@@ -383,22 +388,57 @@ def test_where_its_port_is_taken_it_takes_another(server, tmp_path, monkeypatch)
 
 
 def test_killed_while_generating_and_ended_while_generating(tmp_path):
-    """kill -9 leaves a folder that the next start removes; SIGTERM leaves nothing."""
+    """kill -9 leaves a folder that the next start removes; SIGTERM and Ctrl+C leave nothing."""
     before = folders()
-    for hard in (True, False):
+    for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 0), (signal.SIGINT, 130)):
         server = Served(tmp_path)
         line = threading.Thread(target=ask_quietly, args=(server,))
         line.start()
         until(lambda: folders() - before, 60)
-        if hard:
-            server.job.kill()
-            server.job.wait()
-            assert folders() - before
-        else:
-            assert folders() - before  # its own: the other's is swept
-            assert server.stop() == 0 and folders() <= before
+        time.sleep(1)
+        began = time.monotonic()
+        os.kill(server.job.forks[0].pid, number)
+        job = server.job.wait()
+        assert job.returncode == status and time.monotonic() - began < 5
+        assert bool(folders() - before) == (number == signal.SIGKILL)  # the next start sweeps it
+        assert job.stderr == ("sample.py: stopped\n" if number == signal.SIGINT else "")
         line.join(30)
         assert not line.is_alive()
+
+
+def read_until(line: socket.socket, text: bytes) -> None:
+    data = b""
+    while text not in data:
+        part = line.recv(65536)
+        assert part, data[-300:]
+        data += part
+
+
+def test_240_frames_end_within_2_seconds_wherever_they_are(served):
+    for size, text in (("128x176", b"Encode image"), ("128x176", b"Denoise"), ("48x64", b"share"), ("16x16", b"Decode"),
+                       ("16x16", b"Write")):  # fmt: skip
+        body = request(frames=240, boxes=of_length(240), size=size, steps=1)
+        with send(served, json.dumps(body)) as line:
+            read_until(line, text)
+        began = time.monotonic()
+        with send(served, json.dumps(request(steps=1, size="16x16"))) as line:
+            read_until(line, b"Encode prompt")  # its turn has come
+            print(text, time.monotonic() - began)
+            assert time.monotonic() - began < 2, text
+            read_until(line, b"files")
+    until(lambda: not folders())
+
+
+def test_what_a_video_takes_is_told_from_the_last_one_and_what_does_not_fit_is_refused(monkeypatch):
+    pace = page.Pace(sample.Config(), sample.sampling(sample.Config()), ToyCodec(), torch.device("cpu"))
+    shape, twice = ((48, 64), (96, 128), 9), ((48, 64), (96, 128), 18)
+    pace.learn(*shape, 4, 2.0, 1.0)
+    assert pace.seconds(*shape, 4) == 3 and pace.seconds(*shape, 2) == 2
+    assert 2 * 3 < pace.seconds(*twice, 4) < 2 * 3.5  # attention grows faster than the video
+    monkeypatch.setattr(page, "free_memory", lambda _: pace.memory(*shape) + 1)
+    pace.check(*shape)
+    with pytest.raises(UserError, match=r"--frames 18: takes about 0.0 GB.* are free; give fewer frames or a smaller"):
+        pace.check(*twice)
 
 
 def ask_quietly(server) -> None:
@@ -493,4 +533,130 @@ def test_two_tabs_wait_for_one_another_and_cancel_or_close(browser, served):
     hands.page.evaluate("page.token = 'of another run'")
     hands.page.click("#generate")
     hands.wait("!page.job && $('note').textContent.startsWith('this page is of another run')")
+    hands.close()
+
+
+@needs_chromium
+def test_a_server_started_anew_and_what_is_wrong_is_told_as_it_is(browser, server, tmp_path):
+    """The old page takes the new address, of which only what stands behind the # has changed."""
+    facts = {"preset": "small", "size": "auto", "frames": 9, "fps": 8, "steps": 4, "most_steps": 4, "options": ""}
+    server.about = lambda asked: {} if asked else facts
+    hands = Hands(browser, f"http://{server.hosts[0]}/#{server.token}")
+    hands.page.click("#exampleFirst")
+    hands.wait("page.drawing.objects.length === 2")
+    hands.page.click("#generate")
+    hands.wait("!page.job && page.videos.length === 1")
+    server.shutdown()
+    server.server_close()
+    hands.page.click("#generate")
+    hands.wait("$('note').textContent.startsWith('The server does not answer: is sample.py --serve still running?')")
+    server.__init__(ROOT / "tools/draw.html", server.about, server.work, server.server_port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hands.page.click("#generate")
+    hands.wait("$('note').textContent.startsWith('this page is of another run')")
+    hands.page.goto(f"http://{server.hosts[0]}/#{server.token}")
+    hands.wait("$('note').textContent === ''")
+    hands.page.click("#generate")
+    hands.wait("!page.job && page.videos.length === 2")
+    hands.see("void (exportBoxes = () => null.x)")
+    hands.page.click("#generate")
+    hands.wait("$('note').textContent.startsWith('A fault of this page: TypeError')")
+    hands.close()
+
+
+@needs_chromium
+def test_videos_are_told_of_kept_exported_and_removed(browser, served, tmp_path):
+    hands = Hands(browser, served.address)
+    hands.open(picture(tmp_path / "small.png", 96, 64))
+    hands.page.select_option("#size", "48x64")
+    hands.drag((60, 10), (120, 40))  # across the edge
+    hands.see("void (page.live = false)")
+    hands.wait("/^9 frames of 84 x 64, made at 64 x 48, about .* s, 0.. GB$/.test($('comes').textContent)")
+    for number in range(1, 11):
+        if number == 10:
+            hands.page.check("#random")
+        hands.page.click("#generate")
+        hands.wait(f"!page.job && page.videos.length === {number}", 60)
+    assert "boxes cross the video's edge and are cut there: object 0 in frame 0" in hands.page.text_content("#warns")
+    assert "/" not in hands.page.text_content("#warns")
+    seed = hands.see("page.drawing.seed")
+    assert seed > 9 and hands.see("page.videos.map(video => video.seed)") == [seed] + [0] * 9
+    hands.see("page.saving")
+    hands.reload()
+    assert hands.page.locator("#history button").count() == 10
+    assert hands.page.text_content("#screens figcaption") == f"Video 10: small.png, seed {seed}, 4 steps, 64 x 48"
+    hands.wait("document.querySelector('#screens video').videoWidth === 84")
+    for button, name in (("#gifResult", "it.gif"), ("#pngResult", "it.zip"), ("#zipResult", "all.zip")):
+        with hands.page.expect_download() as download:
+            hands.page.click(button)
+        download.value.save_as(tmp_path / name)
+    with Image.open(tmp_path / "it.gif") as gif:
+        assert (gif.n_frames, gif.size) == (9, (84, 64))
+    for name in ("it.zip", "all.zip"):
+        with zipfile.ZipFile(tmp_path / name) as file:
+            file.extractall(tmp_path / name[:-4])
+    frames = [iio.imread(file) for file in sorted(tmp_path.glob("it/*/*.png"))]
+    assert np.array_equal(frames, list(read_video(next(tmp_path.glob("all/*/video.mp4")))))
+    hands.page.click("#closeResults")
+    assert hands.page.is_hidden("#results")
+    hands.page.click("#reopen")
+    hands.page.click("#dropResult")
+    hands.settle()
+    hands.reload()
+    assert hands.page.locator("#history button").count() == 9
+    hands.close()
+
+
+@needs_chromium
+def test_live_makes_the_newest_drawing_by_itself(browser, served, tmp_path):
+    hands = Hands(browser, served.address)
+    hands.open(picture(tmp_path / "small.png", 96, 64))
+    hands.page.select_option("#size", "48x64")
+    hands.drag((10, 10), (30, 30))
+    assert not hands.page.is_checked("#live")
+    hands.page.click("#generate")
+    hands.wait("!page.job && page.videos.length === 1", 60)
+    hands.see("void (page.took = 2.9, show())")  # as on a quiet machine
+    assert hands.page.is_checked("#live")
+    hands.page.click("#live")
+    hands.page.click("#live")  # now by choice, however long a job takes
+    hands.go(8)
+    for x in (40, 50, 60):
+        hands.drag((x - 20, 20), (x - 10, 20))
+    hands.wait("page.videos.length === 2 && !page.job", 60)
+    boxes = "JSON.stringify([...Object.entries(page.videos[0].files)].find(([name]) => name.endsWith('boxes.json'))[1])"
+    assert json.loads(json.loads(hands.see(boxes)))["objects"][0]["boxes"] == hands.objects[0]["boxes"]
+    hands.drag((55, 20), (45, 20))
+    hands.wait("page.job", 5)
+    hands.wait("!page.job", 60)
+    assert hands.see("page.videos.map(video => video.live)") == [True, False]  # in the place of the one before
+    hands.wait("document.querySelector('#screens video').currentTime > 0")
+    hands.page.uncheck("#live")
+    hands.drag((45, 20), (40, 20))
+    hands.page.wait_for_timeout(500)
+    assert not hands.see("page.job")
+    hands.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize("screen", [(390, 844), (720, 450)])  # a phone; 1440x900 at 200%
+def test_generate_its_progress_and_the_video_are_seen_together(browser, served, tmp_path, screen):
+    hands = Hands(browser, served.address, size=screen)
+    hands.open(picture(tmp_path / "small.png", 96, 64))
+    hands.page.select_option("#size", "48x64")
+    hands.drag((10, 10), (30, 30))
+    hands.page.click("#generate")
+    hands.wait("!page.job && page.videos.length === 1", 60)
+    hands.page.wait_for_timeout(300)
+    for name in ("#generate", "#progress", "#note", "#screens video", "#screens input"):
+        box = hands.page.locator(name).bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= screen[1] and box["height"] > 4, (name, box)
+    video = hands.page.locator("#screens video").bounding_box()
+    assert video["height"] > 120
+    for share in (0.05, 0.5, 0.95):  # nothing lies over it
+        x, y = video["x"] + video["width"] / 2, video["y"] + share * video["height"]
+        assert hands.see(f"document.elementFromPoint({x}, {y}).tagName") == "VIDEO"
+    assert hands.see("document.documentElement.scrollWidth <= innerWidth")
+    hands.page.click("#screens button")
+    assert hands.see("document.querySelector('#screens video').paused")
     hands.close()
