@@ -26,7 +26,7 @@ from conftest import ROOT, start_in
 from PIL import Image
 
 import sample
-from core import serve
+from core import attention, serve
 from core.config import UserError, parse_config
 from core.media import read_video
 from tools import serve as page
@@ -439,6 +439,18 @@ def test_what_a_video_takes_is_told_from_the_last_one_and_what_does_not_fit_is_r
     pace.check(*shape)
     with pytest.raises(UserError, match=r"--frames 18: takes about 0.0 GB.* are free; give fewer frames or a smaller"):
         pace.check(*twice)
+
+
+def test_long_work_goes_in_parts_with_the_same_result(monkeypatch):
+    q, k, v = torch.randn(3, 1, 2, 50, 8)
+    want = attention.attend(q, k, v)
+    monkeypatch.setattr(attention, "LONG", 7 * 50)
+    assert (attention.attend(q, k, v) - want).abs().max() < 1e-5
+    codec = ToyCodec()
+    latents = torch.randn(1, codec.channels, 9, 4, 6)
+    parts = list(codec.pieces(latents, length=4))
+    assert [part.shape[2] for part in parts] == [4, 4, 1]
+    assert (torch.cat(parts, 2) - codec.decode_video(latents)).abs().max() < 1e-5
 
 
 def ask_quietly(server) -> None:
