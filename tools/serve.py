@@ -137,7 +137,7 @@ class Pace:
     def memory(self, size: Size, written: Size, frames: int) -> float:
         """Bytes beside those of the networks."""
         values = self.tokens(size, frames) * self.network.dim * (20 + self.network.layers)
-        return 4 * values + frames * (40 * size[0] * size[1] + 9 * written[0] * written[1])
+        return 5e7 + 4 * values + frames * (40 * size[0] * size[1] + 9 * written[0] * written[1])
 
     def check(self, size: Size, written: Size, frames: int) -> None:
         """UserError if the memory does not suffice."""
