@@ -75,23 +75,6 @@ def test_guidance_calls_each_velocity_once_and_none_for_nothing():
         assert calls == ["cond", "uncond"]
 
 
-@pytest.mark.parametrize("sample", [flow.sample_multistep, flow.sample_fewstep])
-def test_samplers_tell_each_step_before_it_and_can_be_stopped_there(sample):
-    told, first, noise = [], torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 2, 2, 2)
-    noise = noise if sample is flow.sample_multistep else [noise] * 3
-
-    def velocity(x, t):
-        told.append("velocity")
-        return x
-
-    sample(velocity, first, noise, [1, 0.5, 0.2, 0], told.append)
-    assert told == [1, "velocity", 2, "velocity", 3, "velocity"]
-    told.clear()
-    with pytest.raises(ZeroDivisionError):
-        sample(velocity, first, noise, [1, 0.5, 0.2, 0], lambda step: 1 / (3 - step))
-    assert told == ["velocity", "velocity"]
-
-
 def test_loss_is_that_of_the_network_it_was_given():
     x0, noise, sigma = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.tensor([0.2, 0.9])
 
