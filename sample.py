@@ -206,10 +206,10 @@ def denoise(
     blocks = steps * len(generator.blocks) * (1 if cfg.speed == "fast" or guidance == 1 else 2)
 
     def counted(residuals: Iterable[Tensor]) -> Iterator[Tensor]:
-        for residual in residuals:  # each block takes one
-            yield residual
+        for residual in residuals:  # each block asks for one when it is done
             if on_block:
                 on_block(next(done) / blocks)
+            yield residual
 
     def velocity(text: Tensor) -> flow.Velocity:
         # The small preset's residuals are kept for all steps. Those of wan5b would take 5 GB at full size, so they are
