@@ -18,6 +18,7 @@ from torch import Tensor
 
 from core.codec import Batch, Codec, drop_caption
 from core.config import UserError
+from core.record import checksum
 from core.weights import read_config, read_folder
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
@@ -35,9 +36,15 @@ class ClipLatents:
 
     def __init__(self, folder: Path | str, text_tokens: int, split: str = "train", seed: int = 0, batch: int = 1):
         self.folder, self.text_tokens, self.seed, self.step_size = Path(folder), text_tokens, seed, batch
-        if not (self.folder / "rejected.csv").exists():
+        record = self.folder / "config.json"
+        if not record.exists() or "shards" not in (made_of := read_config(record)):
             raise UserError(f"{folder}: holds no finished shards; run python -m tools.prepare_clips")
-        self.maps: Maps = read_config(self.folder / "config.json").get("maps", "outline")  # older folders do not say
+        self.maps, self.codec, shards = made_of["maps"], made_of["codec"], made_of["shards"]
+        files = (file for kind in ("latents", "text") for file in self.folder.glob(f"{kind}-*.safetensors"))
+        found = {file.name: checksum(file) for file in files}
+        if other := sorted(name for name in shards | found if shards.get(name) != found.get(name)):
+            mend = "run python -m tools.prepare_clips again, or prepare clips anew"
+            raise UserError(f"{self.folder / other[0]}: isn't the file that was prepared with the others here; {mend}")
         self.latents = read_folder(self.folder, "latents")
         shapes = defaultdict(list)
         for number in sorted({int(name.split(".")[0]) for name in self.latents}):
@@ -47,8 +54,6 @@ class ClipLatents:
             rest = f"no shape has over {HELD_OUT} clips, of which {HELD_OUT} are held out"
             raise UserError(f"{folder}: {rest}; prepare more clips")
         self.texts = read_folder(self.folder, "text")
-        if lacking := [n for clips in shapes.values() for n in clips if str(n) not in self.texts]:
-            raise UserError(f"{folder}: clip {min(lacking)} has no caption; run python -m tools.prepare_clips again")
         if "negative" not in self.texts:
             raise UserError(f"{folder}: holds no negative prompt; prepare the clips anew")
         held = most[:HELD_OUT]
@@ -122,6 +127,9 @@ def training_data(folder: str, codec: Codec, seed: int, batch: int, maps: Maps |
         both = tuple(ClipLatents(folder, codec.text_tokens, split, seed, batch) for split in ("train", "validation"))
         if both[0].channels != codec.channels:
             raise UserError(f"{folder}: was prepared with another preset; pass it with --preset, or prepare clips anew")
+        encoder = codec.files()[:1]  # makes the latents
+        if any(checksum(file) != both[0].codec.get(file.name) for file in encoder):
+            raise UserError(f"{folder}: was prepared with another {encoder[0].name}; bring that back, or prepare anew")
         if maps and both[0].maps != maps:
             mend = f"prepare the clips anew with --maps {maps}, or give an adapter that reads {both[0].maps}"
             raise UserError(f"{folder}: holds {both[0].maps} maps, and the adapter reads {maps}; {mend}")

@@ -36,14 +36,15 @@ from adapter import Adapter, check_fit, read_adapter, read_maps
 from core import memory, parallel
 from core.attention import gpu_kernels
 from core.codec import Codec
-from core.config import UserError, reason, run_script, shipped
+from core.config import UserError, check_options, reason, run_script, shipped
 from core.files import output_path
-from core.media import MOST_VIDEO, cover_frames, load_image, to_uint8, write_video
+from core.media import MOST_VIDEO, cover_frames, ffmpeg_version, load_image, read_record, to_uint8, write_video
 from core.noise import sample_noise, step_noise
+from core.record import READ, checksum
 from core.weights import split_key
 from data import open_codec
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
-from tools.batch import overlay_path, read_jobs, share
+from tools.batch import made_of, overlay_path, read_jobs, share, unlike
 from tools.serve import serve_page
 from toy.detail import add_detail, enlarge, full_size, written_size
 from trajectory import Maps, Trajectory, draw_overlay, load_trajectory
@@ -95,14 +96,11 @@ WAN5B = replace(
 
 def check(cfg: Config) -> None:
     """UserError if an option can't be."""
-    if cfg.steps < 0:
-        raise UserError(f"--steps {cfg.steps}: at least 1, or 0 for the sampler's own number")
     if cfg.speed == "fast" and cfg.guidance not in (0, 1):
         raise UserError(f"--guidance {cfg.guidance}: the fast networks have none; add --speed slow")
-    if cfg.shift < 0:
-        raise UserError(f"--shift {cfg.shift}: greater than 0, or 0 for the sampler's own")
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:  # a table may hold anything
+    if not isinstance(cfg.seed, int):  # a table may hold anything
         raise UserError(f"--seed {cfg.seed}: a whole number, 0 at least")
+    check_options(cfg)
     if cfg.detail and cfg.preset == "wan5b":
         raise UserError("--detail true: preset wan5b makes large videos as it is; leave it out")
     if cfg.serve and (cfg.batch or "RANK" in os.environ):
@@ -150,11 +148,13 @@ class Condition(NamedTuple):
 def read_condition(job: Config, codec: Codec) -> Condition:
     """Read and check what a video is made from, and where it goes. UserError if it can't be made."""
     check(job)
+    ffmpeg_version()  # before any work
     for name in ("image", "traj"):
         if not getattr(job, name):
             raise UserError(f"--{name}: empty; name a file")
-    for path in (job.out, str(overlay_path(job.out))):
-        output_path(path, ".mp4", image=job.image, traj=job.traj)
+    paths = [output_path(str(p), ".mp4", image=job.image, traj=job.traj) for p in (job.out, overlay_path(job.out))]
+    for path in filter(Path.exists, paths):
+        read_record(path)  # only what was made here is made anew
     pixels = load_image(job.image)
     size = codec.video_size(job.size, job.frames, pixels.shape[:2])
     image = cover_frames(pixels[None], size)[None] / 127.5 - 1
@@ -236,13 +236,14 @@ def decode(codec: Codec, latents: Tensor, procs: parallel.Processes) -> np.ndarr
 
 def make_video(
     job: Config, condition: Condition, text: Tensor, negative: Tensor, stage: Callable[[str], AbstractContextManager],
-    on_block: OnBlock | None = None, *, codec: Codec, networks: Callable[[], tuple[VideoDiT, Adapter]],
-    maps: Maps, procs: parallel.Processes, with_boxes: bool = True,
+    on_block: OnBlock | None = None, made_of: dict[str, str] | None = None, *, codec: Codec,
+    networks: Callable[[], tuple[VideoDiT, Adapter]], maps: Maps, procs: parallel.Processes, with_boxes: bool = True,
 ) -> None:  # fmt: skip
     """Encode, denoise, decode and write one video, which `procs` share. `stage(name)` surrounds each part of the work.
 
     `networks()` is called when the codec has encoded and needs no more memory; what it gives is let go before decoding.
-    `maps`: how the trajectory is painted. `with_boxes`: write the video with the boxes drawn too.
+    `maps`: how the trajectory is painted. `with_boxes`: write the video with the boxes drawn too. `made_of`: goes into
+    the video's file.
     """
     image, trajectory, full = condition
     with stage("encode image and boxes"):
@@ -267,7 +268,7 @@ def make_video(
                 video = add_detail(video, picture, trajectory)
             if with_boxes:
                 write_video(overlay_path(job.out), draw_overlay(video, trajectory), codec.fps)
-            write_video(job.out, video, codec.fps)  # last: a video that is there is complete
+            write_video(job.out, video, codec.fps, made_of)  # last: a video that is there is complete
 
 
 def main(cfg: Config) -> None:
@@ -292,7 +293,7 @@ def main(cfg: Config) -> None:
 
     clock, failed = memory.Clock(procs.device), []
     jobs = [replace(cfg, **row) for row in read_jobs(Path(cfg.batch))] if cfg.batch else [cfg]
-    left = share(jobs, procs) if cfg.batch else jobs
+    left, done = share(jobs, procs) if cfg.batch else (jobs, [])
     with clock("read inputs"):
         early = None if cfg.batch else read_condition(cfg, codec)  # before anything large is read
     if procs.rank == 0:
@@ -302,18 +303,21 @@ def main(cfg: Config) -> None:
     if cfg.batch:
         with clock("read networks"):
             networks()
+        weights = checksum(*codec.files()[:1], *READ)
+        failed += filter(None, (unlike(job, weights) for job in done))
     told = cfg.preset != "wan5b" or maps != "outline" or procs.rank > 0
     for number, job in enumerate(left, start=1):
         try:
+            record = made_of(job, weights) if cfg.batch else None
             condition = early or read_condition(job, codec)
             if not told and (names := condition.trajectory.unmasked):
                 told, shown = True, f"{job.traj}: frame 0 shows {', '.join(names)} by filled boxes"
                 print(f"{shown}, which the paper's training never saw; give masks", file=sys.stderr)
-            make(job, condition, text[job.prompt], text[codec.negative], clock)
+            make(job, condition, text[job.prompt], text[codec.negative], clock, made_of=record)
         except Exception as error:  # whatever it is: a video that can't be made does not stop the rest
             if not cfg.batch:
                 raise
-            failed.append(f"{job.out}: {reason(error)}")
+            failed.append(f"{job.out}: {memory.shortage(error) or reason(error)}")
             continue
         if team.rank == 0:
             progress = f" ({number} of {len(left)})" if cfg.batch else ""

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,10 @@ class Codec:
     fps: int  # of the videos that the networks learned from
     negative = ""  # the prompt that guidance goes away from
     area: int  # most pixels of a picture that `--size auto` asks for
+
+    def files(self) -> list[Path]:
+        """Where its networks lie, as far as they are there: first what encodes videos."""
+        return []
 
     def free(self) -> None:
         """Release networks that can be read again."""

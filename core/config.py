@@ -16,11 +16,17 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from core.memory import shortage
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):
     """Something is wrong with the user's input. The message is one line: which file, which field, how to fix it."""
+
+
+class MachineError(UserError):
+    """The trouble is not in a file but in the machine: whoever leaves out files that are broken must let this pass."""
 
 
 def reason(error: BaseException) -> str:
@@ -31,6 +37,34 @@ def reason(error: BaseException) -> str:
 def shipped(name: str) -> str:
     """Path of a file that comes with this project, from whatever folder the user works in."""
     return name if Path.cwd() == ROOT else str(ROOT / name)
+
+
+# What takes less memory, by the option that a script has for it.
+LESS = {"size": "a smaller --size", "frames": "fewer --frames", "memory": "--memory low",
+        "accumulate": "--accumulate 0", "recompute": "--recompute full", "sequence": "a larger --sequence"}  # fmt: skip
+MORE = sys.float_info.min  # than 0
+# The least and the most of every number among the options and recipes of all scripts, by name; and by script and name
+# where one has another meaning for 0: the sampler's own.
+RANGES = (
+    dict.fromkeys(("lr", "fake_lr", "classifier_lr", "clip", "shift", "gan_scale", "change"), (MORE, math.inf))
+    | dict.fromkeys(("steps", "batch", "save_every", "ratio", "frames", "fit", "repeats", "smallest"), (1, math.inf))
+    | dict.fromkeys(("warmup", "mask_steps", "diffusion_first", "adapter_start", "sample_every"), (0, math.inf))
+    | dict.fromkeys(("accumulate", "sequence", "guidance", "energy", "detail", "noise", "video", "r1"), (0, math.inf))
+    | dict.fromkeys(("sample.steps", "sample.shift"), (0, math.inf))
+    | dict.fromkeys(("sparse", "guided", "pure_noise", "small", "boxed"), (0, 1))
+    | dict.fromkeys(("ema", "momentum"), (0, 1 - 1e-9))  # at 1 nothing is ever taken in
+    | {"judge_sigma_max": (MORE, 1), "videos": (2, math.inf), "seed": (0, 2**63 - 1)}
+)
+
+
+def check_options(config) -> None:
+    """UserError if a number is out of its range."""
+    script = Path(inspect.getfile(type(config))).stem
+    for name, value in vars(config).items():
+        least, most = RANGES.get(f"{script}.{name}") or RANGES.get(name, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not least <= value <= most:
+            low = "more than 0" if least == MORE else f"at least {least}"
+            raise UserError(f"--{name} {value}: {low}{'' if most == math.inf else f', at most {most:.9g}'}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,29 +133,59 @@ def flags(values: Mapping[str, object]) -> str:
     return " ".join(f"--{name} {' '.join(v) if isinstance(v, tuple) else v}" for name, v in text.items())
 
 
+class _Steady:
+    """stdout or stderr: a reader who has left, a full log or another encoding end no work, as a failed print would."""
+
+    def __init__(self, stream: typing.TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        code = self.stream.encoding or "utf-8"
+        try:
+            self.stream.write(text.encode(code, "backslashreplace").decode(code))
+            self.stream.flush()  # what fails is to fail here
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is left to."""
+
+
 def run_script(main: Callable, config_class: type, presets: Mapping[str, object] = {}, positional: str = "") -> None:
     """Parse the command line and call `main(cfg)`. A UserError becomes one line on stderr and exit status 2."""
     status, message = 0, ""
-    try:
-        main(parse_config(config_class, sys.argv[1:], presets, positional))
-        if dist.is_initialized():
-            dist.barrier()  # no process leaves while others still communicate
-    except UserError as error:
-        status, message = 2, str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "stopped"
-    except OSError as error:  # what the system says of a file, wherever it was used
-        if error.filename is None:
-            raise
-        status, message = 2, f"{error.filename}: {error.strerror}"
-    finally:
-        if parallel := dist.is_initialized():
-            dist.destroy_process_group()
-    if message:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    if parallel:  # Gloo's threads outlive their group, and can abort an interpreter that shuts down: so skip that
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    if status:
-        sys.exit(status)
+    out, errors = (stream and _Steady(stream) for stream in (sys.stdout, sys.stderr))  # None where there is none
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            config = parse_config(config_class, sys.argv[1:], presets, positional)
+            check_options(config)
+            main(config)
+            if dist.is_initialized():
+                dist.barrier()  # no process leaves while others still communicate
+        except UserError as error:
+            status, message = 2, str(error)
+        except KeyboardInterrupt:
+            status, message = 130, "stopped"
+        except (OSError, MemoryError, RuntimeError) as error:
+            if lacking := shortage(error):
+                helps = [text for name, text in LESS.items() if name in inspect.get_annotations(config_class)]
+                status, message = 2, f"{lacking}; try {', '.join(helps) or 'a machine with more'}"
+            elif isinstance(error, OSError) and error.errno:  # what the system says of a file, wherever it was used
+                status, message = 2, f"{error.filename or 'this machine'}: {error.strerror}"
+            else:
+                raise
+        finally:
+            if parallel := dist.is_initialized():
+                dist.destroy_process_group()
+        if message:
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        if parallel:  # Gloo's threads outlive their group, and can abort an interpreter that shuts down: so skip that
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        if status:
+            sys.exit(status)

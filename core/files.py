@@ -1,6 +1,7 @@
 """Writing files: paths are checked before any work is done, and a file appears whole or not at all."""
 
 import contextlib
+import errno
 import glob
 import os
 import re
@@ -22,16 +23,9 @@ def output_path(text: str, suffix: str, flag: str = "out", **read: Path | str) -
     path, said = Path(text), f"--{flag} {text}"
     if path.suffix != suffix:
         raise UserError(f"{said}: the name must end in {suffix}")
-    try:
-        if "\0" in text:
-            raise ValueError("a character that no name can have")
-        if suffix and path.is_dir():
-            raise UserError(f"{said}: is a folder; give another name")
-        nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{said}: can't be the name of a file ({reason(error)})") from None
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"{said}: {nearest} is no folder that can be written to")
+    writable(path, said)
+    if suffix and path.is_dir():
+        raise UserError(f"{said}: is a folder; give another name")
     for name, other in read.items():
         if other and Path(other).exists() and path.exists() and path.samefile(other):
             raise UserError(f"--{flag}: would overwrite {other}, which --{name} reads; give another name")
@@ -43,6 +37,21 @@ def no_pointer(path: Path | str) -> None:
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read(23) == b"version https://git-lfs":
             raise UserError(f"{path}: is a pointer of git-lfs, not the file itself; run git lfs pull in its folder")
+
+
+def writable(path: Path, said: str) -> None:
+    """UserError, which begins with what was `said`, if no such file can be written."""
+    try:
+        if "\0" in str(path):
+            raise ValueError("a character that no name can have")
+        path.exists()
+        nearest = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{said}: can't be the name of a file ({reason(error)})") from None
+    if not nearest.exists():
+        raise UserError(f"{said}: {nearest} is a link that leads nowhere; is the disk mounted?")
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{said}: {nearest} is no folder that can be written to")
 
 
 @contextlib.contextmanager
@@ -61,12 +70,18 @@ def atomic(path: Path | str) -> Iterator[Path]:
                 old.unlink(missing_ok=True)
         yield temporary
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # only here do some file systems report that they are full
-        temporary.chmod(0o666 & ~UMASK)  # some libraries write files that only their owner may read
+            try:
+                os.fsync(file.fileno())  # only here do some file systems report that they are full
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # and some lack it
+                    raise
+        with contextlib.suppress(OSError):  # not every file system has modes
+            temporary.chmod(0o666 & ~UMASK)  # some libraries write files that only their owner may read
         os.replace(temporary, path)
     except OSError as error:
-        fix = "make room, or give another place"
-        raise UserError(f"{path}: can't be written ({error.strerror or reason(error)}); {fix}") from None
+        said = error.strerror or reason(error)
+        room = any(os.strerror(n) in said for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        raise UserError(f"{path}: can't be written ({said}){'; make room, or give another place' * room}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

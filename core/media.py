@@ -1,14 +1,19 @@
 """Images and videos: read them in any common format, resize and crop them, write them for viewing."""
 
 import contextlib
+import errno
 import io
+import json
+import os
 import re
+import signal
 import struct
 import subprocess
 import sys
-import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +24,7 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 
-from core.config import UserError, reason
+from core.config import MachineError, UserError, reason
 from core.files import atomic, no_pointer
 
 Size = tuple[int, int]  # height, width in pixels
@@ -28,6 +33,13 @@ MOST_PICTURE, MOST_VIDEO = 1 << 26, 1 << 30  # pixels of one picture; of all fra
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's modes of one channel of more than 8 bits
 HD = 720  # lines: players take an untagged video of this height or more for BT.709, a smaller one for BT.601
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif"}
+NEEDED = "install version 5.1 or newer, or correct IMAGEIO_FFMPEG_EXE"
+AGAIN = "once that is mended, run the same command again"
+FATAL = (signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
+NO_FILES_FAULT = "|".join([  # what ffmpeg says where the machine, or ffmpeg itself, lacks something
+    *(os.strerror(n) for n in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)),
+    "Unrecognized option.*", "Option .*not found", "No such filter.*", ".*shared librar.*", ".*received signal.*",
+])  # fmt: skip
 # What readers raise on broken files, and on small files that decompress to gigantic pictures.
 BROKEN = (
     OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError
@@ -147,8 +159,35 @@ def grey(image: Image.Image) -> np.ndarray:
     return (values / full).clip(0, 1)
 
 
-def ffmpeg(*arguments: object) -> list[str]:
-    return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *map(str, arguments)]
+@cache
+def ffmpeg_version() -> str:
+    """What ffmpeg says it is. MachineError if it can't be run, or is older than 5.1, which brought -fps_mode."""
+    said = b"".join(start_ffmpeg("-version").communicate()).decode(errors="replace").partition("\n")[0]
+    number = re.match(r"ffmpeg version n?(\d+)\.(\d+)", said)
+    if "version" not in said or (number and (int(number[1]), int(number[2])) < (5, 1)):
+        raise MachineError(f"{imageio_ffmpeg.get_ffmpeg_exe()}: is no ffmpeg that can be used ({said}); {NEEDED}")
+    return said
+
+
+def start_ffmpeg(*arguments: object, **more: int) -> subprocess.Popen:
+    """ffmpeg with pipes for what it says and gives. MachineError if it can't be run."""
+    try:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+    except (OSError, RuntimeError) as error:
+        raise MachineError(f"ffmpeg: can't be run ({reason(error)}); {NEEDED}") from None
+
+
+def complaint(path: Path, status: int, said: bytes) -> str:
+    """Why ffmpeg failed, in its own words, at most three lines as one. MachineError if that's no file's fault."""
+    if status == -signal.SIGXFSZ:
+        return os.strerror(errno.EFBIG)
+    lines = [re.sub(r"^(\[[^]]* @ 0x[0-9a-f]+\] )+", "", line) for line in said.decode(errors="replace").splitlines()]
+    killed = -status if status < 0 else status - 128 if status - 128 in FATAL else 0  # a shell's way to say it
+    if killed or (found := re.search(NO_FILES_FAULT, "\n".join(lines))):
+        problem = f"ended by signal {killed}" if killed else found[0]
+        raise MachineError(f"{path}: ffmpeg failed ({problem}), which says nothing of the file; {AGAIN}")
+    return "; ".join(lines[:3]) or f"ffmpeg ended with status {status}"
 
 
 def visible(folder: Path) -> list[Path]:
@@ -156,12 +195,15 @@ def visible(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
 
 
-def describe(path: Path) -> tuple[str, str]:
-    """What ffmpeg says of a file's video stream, "" if it has none, and all that it says."""
+def describe(path: Path) -> tuple[str, str, str]:
+    """What ffmpeg says of a file's video stream, "" if it has none; all that it says; and what it complains of."""
     no_pointer(path)
-    said = subprocess.run(ffmpeg("-i", f"file:{path}"), capture_output=True).stderr.decode(errors="replace")
+    ffmpeg_version()
+    probe = start_ffmpeg("-nostdin", "-i", f"file:{path}")
+    said = (told := probe.communicate()[1]).decode(errors="replace")
+    problem = "" if probe.returncode == 1 and "Input #0" in said else complaint(path, probe.returncode, told)
     stream = re.search(r"Stream #\S+ .*?Video: (.*)", said)
-    return f"{stream[1]}," if stream else "", said
+    return f"{stream[1]}," if stream else "", said, problem
 
 
 def frame_rate(path: Path) -> int:
@@ -170,14 +212,15 @@ def frame_rate(path: Path) -> int:
 
 
 def read_video(path: Path, maps: bool = False) -> Iterator[np.ndarray]:
-    """The pictures [height, width, 3] uint8 that a video file holds, in their order. Raises one of BROKEN.
+    """The pictures [height, width, 3] uint8 that a video file holds, in their order.
 
-    They are turned and stretched as players show them. `maps`: what is transparent is black.
+    They are turned and stretched as players show them. `maps`: what is transparent is black. Raises one of BROKEN, or
+    MachineError if it is not the file that is broken.
     """
-    about, said = describe(path)
+    about, said, problem = describe(path)
     size = re.search(r"[ ,](\d+)x(\d+)[ ,\[]", about)
     if not size:
-        raise ValueError("holds no picture that can be decoded" if about else "holds no video")
+        raise ValueError(problem or f"holds no {'picture that can be decoded' if about else 'video'}")
     pixel = re.search(r"SAR ([1-9]\d*):([1-9]\d*)", about)
     across, down = map(int, pixel.groups()) if pixel else (1, 1)
     width, height = int(size[1]) * across // down, int(size[2])
@@ -192,25 +235,29 @@ def read_video(path: Path, maps: bool = False) -> Iterator[np.ndarray]:
     if maps and (alpha := "alpha_mode" in said or re.search("yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16|pal8", about)):
         filters.append("format=gbrap,premultiply=inplace=1")
         decoder = ["-c:v", "libvpx-vp9" if "vp9" in about else "libvpx"] if alpha is True else []
-    command = ffmpeg("-v", "error", *decoder, "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough",
-                     "-vf", ",".join([*filters, "null"]),
-                     "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-")  # fmt: skip
-    pixels = None
-    with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as job:
+    pixels, errors = None, []
+    with start_ffmpeg("-nostdin", "-v", "error", *decoder, "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode",
+                      "passthrough", "-vf", ",".join([*filters, "null"]),
+                      "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-") as job:  # fmt: skip
+        listener = threading.Thread(target=lambda: errors.append(job.stderr.read()))  # a full pipe would stop ffmpeg
+        listener.start()
         try:
-            while head := b"".join(job.stdout.readline() for _ in range(3)):  # P6, width and height, 255
-                width, height = map(int, head.split()[1:3])
+            while len(head := b"".join(job.stdout.readline() for _ in range(3)).split()) == 4:  # P6, the sides, 255
+                width, height = map(int, head[1:3])
                 pixels = job.stdout.read(3 * width * height)
                 if len(pixels) < 3 * width * height:
-                    raise RuntimeError("ends amid a picture")
+                    break
                 yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
-            if job.wait():
-                errors.seek(0)
-                raise RuntimeError(errors.read().decode(errors="replace").strip())
+            status = job.wait()
+            listener.join()
+            if status or head:
+                raise RuntimeError(complaint(path, status, errors[0]) if status else "ends amid a picture")
             if pixels is None:
                 raise ValueError("holds no picture that can be decoded")
         finally:
             job.kill()  # the caller may have read enough
+            job.stdout.close()
+            listener.join()
 
 
 def read_frames(path: Path, check: Callable[[bool, str, str], None], maps: bool = True) -> Iterator[np.ndarray]:
@@ -248,22 +295,38 @@ def contact_sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
     return np.concatenate([rearrange(video, "t h w c -> h (t w) c") for video in padded])
 
 
-def write_video(path: Path | str, frames: np.ndarray, fps: int) -> None:
-    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel."""
+def write_video(path: Path | str, frames: np.ndarray, fps: int, made_of: dict[str, str] | None = None) -> None:
+    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel.
+
+    `made_of`: what `read_record` will give.
+    """
     count, height, width = frames.shape[:3]
     with atomic(path) as temporary:
-        command = ffmpeg(
+        encoder = start_ffmpeg(
             "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps, "-i", "-",
             "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv,format=yuv420p,"
             "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709",
-            "-c:v", "libx264", "-preset", "veryfast", "-crf", 5, "-movflags", "+faststart", f"file:{temporary}",
+            "-c:v", "libx264", "-preset", "veryfast", "-crf", 5, "-movflags", "+faststart",
+            "-metadata", f"comment=made of {json.dumps(made_of or {})}", f"file:{temporary}",
+            stdin=subprocess.PIPE,
         )  # fmt: skip
-        encoded = subprocess.run(command, input=np.ascontiguousarray(frames).data, capture_output=True)
-        listed = subprocess.run(ffmpeg("-v", "error", "-i", f"file:{temporary}", "-c", "copy", "-f", "framecrc", "-"),
-                                capture_output=True).stdout.splitlines()  # fmt: skip
+        said = encoder.communicate(np.ascontiguousarray(frames).data)[1]
+        if encoder.returncode:
+            raise OSError(complaint(path, encoder.returncode, said))
+        lister = start_ffmpeg("-nostdin", "-v", "error", "-i", f"file:{temporary}", "-c", "copy", "-f", "framecrc", "-")
+        listed = lister.communicate()[0].splitlines()
         whole = sum(not line.startswith(b"#") for line in listed)  # a line for each picture in the file
-        if encoded.returncode or whole != count:
-            raise OSError(encoded.stderr.decode(errors="replace").strip() or f"{whole} of {count} pictures arrived")
+        if whole != count:
+            raise OSError(f"{whole} of {count} pictures arrived")
+
+
+def read_record(path: Path | str) -> dict[str, str]:
+    """What `write_video` was told that a video is made of. UserError if it isn't of its making."""
+    with open(path, "rb") as file:
+        found = re.search(rb"made of (\{[^{}]*\})", file.read(1 << 20))  # before the pictures
+    if not found:
+        raise UserError(f"{path}: exists, and was not made here; move it, or give another name")
+    return json.loads(found[1])
 
 
 def write_image(path: Path | str, image: np.ndarray) -> None:

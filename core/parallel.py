@@ -135,8 +135,14 @@ def init_processes(sequence: int = 1, heads: int = 0) -> Processes:
     `sequence` 0: all ranks. UserError if ranks or `heads` don't divide.
     """
     torch.backends.cudnn.allow_tf32 = False  # so that float32 means float32 on GPUs too
-    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    rank, world, local, local_world = (int(os.environ.get(name, value)) for name, value in alone.items())
+    names, meet = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
+    if "RANK" in os.environ:  # others set a part of these, and WORLD_SIZE alone says nothing
+        wrong = [n for n in names if not os.environ.get(n, "").isdigit()] + [n for n in meet if n not in os.environ]
+        if wrong:
+            raise UserError(f"RANK is set, and {wrong[0]} is not, or is no number; start with torchrun, or unset RANK")
+        rank, world, local, local_world = (int(os.environ[name]) for name in names)
+    else:
+        rank, world, local, local_world = 0, 1, 0, 1
     sequence = sequence or world
     if sequence < 0 or world % sequence:
         raise UserError(f"--sequence {sequence}: must divide the number of processes, {world}")

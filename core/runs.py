@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -29,10 +30,11 @@ from core import parallel
 from core.codec import Batch, Codec
 from core.config import ROOT, UserError, reason
 from core.files import atomic, write_text
-from core.media import contact_sheet, to_uint8, write_image, write_video
+from core.media import contact_sheet, ffmpeg_version, to_uint8, write_image, write_video
 from core.memory import fetch, peak_memory
 from core.optim import EMA
 from core.parallel import Processes, autocast, full
+from core.record import READ, checksum, lock
 from core.weights import read_config, save_network
 
 Part = tuple[nn.Module, Sequence, EMA | None]  # a network, its optimizers, its EMA if it has one
@@ -40,26 +42,31 @@ KEEP = 2  # how many checkpoints
 LOG_EVERY = 20  # steps
 # Options that may change when a run resumes: how it is computed and shown. Its result changes by rounding at most.
 FREE = ["dtype", "compile", "recompute", "sequence", "accumulate", "save_every", "sample_every", "wandb"]
-COUNTS, SHARES = ("steps", "batch", "save_every", "shard"), ("small", "sparse", "boxed", "pure_noise")
-
-
-def check_options(config) -> None:
-    """UserError if the run's name can't be one, or if a number is negative, a count below 1, or a share above 1."""
-    name = getattr(config, "name", "run")
-    if {"", ".", ".."} & set(name.split("/")):
-        raise UserError(f"--name {name}: is a folder under runs/; give a name, or several with / between them")
-    for name, value in vars(config).items():
-        least, most = int(name in COUNTS), 1 if name in SHARES else math.inf
-        if isinstance(value, int | float) and not least <= value <= most:
-            raise UserError(f"--{name} {value}: {'from 0 to 1' if most == 1 else f'at least {least}'}")
 
 
 def start_processes(config, heads: int = 0) -> Processes:
-    """torchrun's processes, once the options are right. UserError if not, or if the batch doesn't divide among them."""
-    check_options(config)
+    """torchrun's processes. UserError if the batch doesn't divide among them."""
     procs = parallel.init_processes(getattr(config, "sequence", 1), heads)
     procs.share(config.batch, getattr(config, "accumulate", 1), 0)
+    READ.clear()  # what is opened from here on is the run's
+    ffmpeg_version()  # samples need it
     return procs
+
+
+def unreached(config: dict) -> list[str]:
+    """What a run of so few steps can't come to, a line for each."""
+    begin, steps = config.get("diffusion_first", 0) + config.get("adapter_start", 0), config["steps"]
+    ratio = config.get("ratio", 1)
+    never = {
+        "mask_steps": ("sees no boxes", config.get("mask_steps", 0) >= steps),
+        "warmup": ("never has its full learning rate", config.get("warmup", 0) >= steps - begin),
+        "ratio": ("ends before it has taught anything", steps // ratio * ratio <= begin),
+    }
+    return [
+        f"--steps {steps}: with {n} {config[n]} this run {what}"
+        for n, (what, so) in never.items()
+        if so and n in config
+    ]
 
 
 def due(step: int, every: int, steps: int) -> bool:
@@ -72,10 +79,20 @@ class Run:
 
     def __init__(self, folder: Path | str, config, procs: Processes, parts: dict[str, Part]):
         self.folder, self.procs, self.parts = Path(folder), procs, parts
+        if {"", ".", ".."} & set(config.name.split("/")):
+            fix = "is a folder under runs/; give a name, or several with / between them"
+            raise UserError(f"--name {config.name}: {fix}")
         self.config = {  # files that come with the project have one name, wherever the command is run
             name: value.removeprefix(f"{ROOT}{os.sep}") if isinstance(value, str) else value
             for name, value in dataclasses.asdict(config).items()
         }
+        if procs.rank == 0:
+            lock(folder)
+            for line in unreached(self.config):
+                print(line, file=sys.stderr)
+        # Checksums of the weights and data that were opened for it; rank 0 opens all.
+        made_of = [(str(file).removeprefix(f"{ROOT}{os.sep}"), checksum(file)) for file in READ if procs.rank == 0]
+        self.made_of = dict(procs.gather(made_of))
         self.saving: tuple[Future, Path] | None = None  # a checkpoint that is being written, and its temporary folder
         self.unchecked: list[tuple[int, dict[str, Callable[[], Tensor]]]] = []  # values of the last steps
         self.printed = time.perf_counter(), 0  # when the last line was, and of which step
@@ -102,7 +119,6 @@ class Run:
         temporary = self.folder / "ckpt" / f".step_{step:08d}.tmp"
         if self.procs.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
         self.procs.barrier()
         place = {"checkpoint_id": temporary, "process_group": self.writers, "no_dist": not self.procs.mesh}
         self.saving = dcp.async_save(self.state(), **place), temporary
@@ -122,10 +138,11 @@ class Run:
         try:
             written.result()  # on rank 0 this waits for all ranks
             if self.procs.rank == 0:
+                write_text(temporary / "config.json", json.dumps(self.config | {"made_of": self.made_of}, indent=1))
                 temporary.rename(temporary.parent / temporary.stem[1:])
                 for old in self.checkpoints()[:-KEEP]:
                     shutil.rmtree(old)
-        except (OSError, RuntimeError, CheckpointException) as error:
+        except (UserError, OSError, RuntimeError, CheckpointException) as error:
             if self.procs.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             cause = next((first for first, _ in getattr(error, "failures", {}).values()), error)
@@ -137,16 +154,26 @@ class Run:
         return sorted(p for p in (self.folder / "ckpt").glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
 
     def resume(self) -> int:
-        """Load the newest checkpoint. Returns its step, or 0. UserError if the run was started with other options."""
+        """Load the newest checkpoint. Returns its step, or 0.
+
+        UserError if the run was started with other options, or with files that held something else.
+        """
         found, step, options, log = self.checkpoints(), 0, self.folder / "config.json", self.folder / "log.jsonl"
         if found:
-            before = read_config(options) if options.exists() else {}
+            record = next((file for file in (found[-1] / "config.json", options) if file.exists()), None)
+            before, fix = read_config(record) if record else {}, "give the run another --name"
             for name, now in self.config.items():
                 if name not in FREE and before.get(name, now) != now:
-                    fix = "give the run another --name (or, if it is a file that moved, correct this one)"
-                    raise UserError(f"{options}: the run began with {name} {before[name]!r}; with {now!r} {fix}")
+                    fix += " (or, if it is a file that moved, correct this one)"
+                    raise UserError(f"{record}: the run began with {name} {before[name]!r}; with {now!r} {fix}")
+            files = before.get("made_of", self.made_of)
+            if files != self.made_of and [*files.values()] != [*self.made_of.values()]:  # they may have been moved
+                other = next(name for name in files | self.made_of if files.get(name) != self.made_of.get(name))
+                raise UserError(f"{record}: the run began with another {other}; bring that back, or {fix}")
             self.load(found[-1])
             step = int(found[-1].name.removeprefix("step_"))
+        elif finished := sorted(self.folder.glob("*.safetensors")):
+            raise UserError(f"{finished[0]}: of a run whose checkpoints are gone; move it, or give another --name")
         if self.procs.rank == 0:
             write_text(options, json.dumps(self.config, indent=1))
             lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []

@@ -13,6 +13,7 @@ import sys
 import typing
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 
 from core.config import UserError, reason
 from core.files import atomic, no_pointer
-from core.memory import Int8Linear, use_int8
+from core.memory import Int8Linear, shortage, use_int8
 from core.parallel import fast_bfloat16
+from core.record import READ
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,23 @@ class Stored:
     read: Callable[[], Tensor]
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str], dtype=torch.bfloat16) -> None:
-    """Write tensors, all in one dtype, and a header."""
+def write_safetensors(
+    path: Path, tensors: dict[str, Tensor], header: dict[str, str], dtype=torch.bfloat16, sums: bool = False
+) -> None:
+    """Write tensors, all in one dtype, and a header. `sums`: it gets their checksums, as core/record.py says."""
     tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    if sums:
+        header = header | {"sums": json.dumps({name: crc(tensor) for name, tensor in tensors.items()})}
     with atomic(path) as temporary:
         try:
             safetensors.torch.save_file(tensors, temporary, header)
         except safetensors.SafetensorError as error:
             raise OSError(reason(error)) from None
+
+
+def crc(tensor: Tensor) -> int:
+    """Of a contiguous tensor's bytes."""
+    return zlib.crc32(tensor.view(torch.uint8).numpy())
 
 
 def save_network(path: Path, network: str, config, tensors: dict[str, Tensor], dtype=torch.bfloat16) -> None:
@@ -88,19 +99,27 @@ def file_errors(path: Path | str, wanted: str) -> Iterator[None]:
         says = "holds more than tensors, code perhaps, or is garbled, so it is not opened"
         raise UserError(f"{path}: {says}; give another file") from None
     except (safetensors.SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
+        if shortage(error):
+            raise
         raise UserError(f"{path}: not {wanted} ({reason(error)}); get it again") from None
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored]]:
-    """The header and tensors of a safetensors file."""
+    """The header and tensors of a safetensors file. Reading a tensor that has a checksum compares it."""
+    READ[Path(path)] = None
 
     def read(name: str) -> Tensor:  # opens the file again: an open one keeps in memory what was read from it
         with safetensors.safe_open(path, "pt") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        if name in sums and crc(tensor) != sums[name]:
+            raise UserError(f"{path}: {name} isn't what was written there; make this file anew")
+        return tensor
 
     with file_errors(path, "a readable safetensors file"), safetensors.safe_open(path, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return file.metadata() or {}, {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
+        header = file.metadata() or {}
+        sums = json.loads(header.get("sums", "{}"))
+    return header, {name: Stored(shape, partial(read, name)) for name, shape in shapes.items()}
 
 
 def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
@@ -136,6 +155,7 @@ def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -
 
     Where several of `keys` are there, a line on stderr says which is read.
     """
+    READ[Path(path)] = None
     with file_errors(path, "a readable checkpoint"):
         tensors = unpickle(path)
     if isinstance(tensors, dict):

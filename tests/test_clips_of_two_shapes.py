@@ -14,6 +14,7 @@ from adapter import AdapterConfig, ResNetAdapter
 from core.config import UserError
 from core.media import write_video
 from core.parallel import Processes
+from core.record import checksum
 from core.weights import read_safetensors, save_network, write_safetensors
 from data import ClipLatents, training_data
 from model import DiTConfig, VideoDiT
@@ -116,17 +117,10 @@ def test_the_four_held_out_are_of_one_shape(both):
     assert not set(picked) & {n for clips in ClipLatents(both, 32).shapes for n in clips}
 
 
-def test_guidance_goes_away_from_the_negative_prompt(both, tmp_path):
+def test_guidance_goes_away_from_the_negative_prompt(both):
     data = ClipLatents(both, 32)
     wanted = ToyCodec().encode_text([NEGATIVE]).bfloat16().float()
     assert torch.equal(data.unconditional(), wanted) and wanted.any()
-    old = tmp_path / "old"
-    shutil.copytree(both, old)
-    for file in old.glob("text-*.safetensors"):  # as they were before
-        texts = {name: stored.read() for name, stored in read_safetensors(file)[1].items() if name != "negative"}
-        write_safetensors(file, texts, {})
-    with pytest.raises(UserError, match="old: holds no negative prompt; prepare the clips anew"):
-        ClipLatents(old, 32)
 
 
 def test_dropped_captions_are_the_empty_prompt_or_the_negative_one(both, monkeypatch):
@@ -144,8 +138,8 @@ def test_too_few_clips_of_a_shape_are_one_line(tmp_path):
     few.mkdir()
     shards = {f"{n}.video": torch.zeros(LATENTS["square" if n % 2 else "wide"]) for n in range(6)}
     write_safetensors(few / "latents-00000.safetensors", shards, {})
-    (few / "rejected.csv").write_text("")
-    (few / "config.json").write_text("{}")
+    made_of = {"maps": "pixels", "codec": {}, "shards": {"latents-00000.safetensors": checksum(*few.iterdir())}}
+    (few / "config.json").write_text(json.dumps(made_of))
     with pytest.raises(UserError, match="few: no shape has over 4 clips, of which 4 are held out; prepare more clips"):
         ClipLatents(few, 32)
 
@@ -155,11 +149,11 @@ def test_shards_of_another_preset_and_a_lost_caption_are_one_line(both, tmp_path
         training_data(str(both), WanCodec(tmp_path, torch.device("cpu")), 0, 2)
     shutil.copytree(both, tmp_path / "lost")
     (tmp_path / "lost/text-00001.safetensors").unlink()
-    with pytest.raises(UserError, match="lost: clip 16 has no caption; run python -m"):
+    with pytest.raises(UserError, match=r"text-00001\.safetensors: isn't the file that was prepared .*; run python -m"):
         training_data(str(tmp_path / "lost"), ToyCodec(), 0, 2)
 
 
-def test_maps_of_another_style_than_the_adapters_are_one_line(both, tmp_path):
+def test_maps_of_another_style_than_the_adapters_are_one_line(both):
     """Folder, both styles and the mend; where no maps are read, none of it matters."""
     wanted = (
         f"{both}: holds pixels maps, and the adapter reads outline; "
@@ -169,13 +163,6 @@ def test_maps_of_another_style_than_the_adapters_are_one_line(both, tmp_path):
         training_data(str(both), ToyCodec(), 0, 2, "outline")
     for maps in ("pixels", None):
         assert len(training_data(str(both), ToyCodec(), 0, 2, maps)) == 2
-    shutil.copytree(both, tmp_path / "old")  # from before there were two ways
-    config = json.loads((both / "config.json").read_text())
-    del config["maps"]
-    (tmp_path / "old/config.json").write_text(json.dumps(config))
-    training_data(str(tmp_path / "old"), ToyCodec(), 0, 2, "outline")
-    with pytest.raises(UserError, match="old: holds outline maps, and the adapter reads pixels"):
-        training_data(str(tmp_path / "old"), ToyCodec(), 0, 2, "pixels")
 
 
 def test_the_stages_ask_for_their_adapters_maps(both, here):

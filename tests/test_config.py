@@ -1,6 +1,7 @@
 """Flags: their types, presets and help, what is said of wrong ones, and where shipped files are found."""
 
 import dataclasses
+import importlib
 import inspect
 import re
 import shlex
@@ -14,7 +15,7 @@ import distill_fast
 import finetune_hybrid
 import sample
 import train_slow_adapter
-from core.config import ROOT, UserError, flags, parse_config, run_script, shipped
+from core.config import RANGES, ROOT, UserError, check_options, flags, parse_config, run_script, shipped
 from tools import prepare_clips
 
 
@@ -197,3 +198,38 @@ def test_what_a_disk_says_of_a_name_is_one_line(flag, name, capsys, monkeypatch)
         run_script(sample.main, sample.Config, {"wan5b": sample.WAN5B})
     (line,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and line.startswith("sample.py: ")
+
+
+FILES = [f for place in (".", "toy", "tools") for f in (ROOT / place).glob("*.py") if "class Config" in f.read_text()]
+CONFIGS = {file.stem: importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts)) for file in FILES}
+
+POSITIVE = "more than 0"
+
+
+def test_every_number_of_every_script_has_a_range_that_holds_its_values():
+    assert len(CONFIGS) == 13
+    for script, module in CONFIGS.items():
+        for config in filter(None, (module.Config(), getattr(module, "WAN5B", None))):
+            check_options(config)
+            numbers = {n for n, v in vars(config).items() if isinstance(v, int | float) and not isinstance(v, bool)}
+            assert not {n for n in numbers if n not in RANGES and f"{script}.{n}" not in RANGES}, script
+
+
+@pytest.mark.parametrize("script, name, value, within", [
+    ("finetune_hybrid", "lr", 0.0, POSITIVE), ("train_slow_adapter", "lr", -1, POSITIVE),
+    ("distill_fast", "clip", 0.0, POSITIVE), ("finetune_hybrid", "clip", -1.0, POSITIVE),
+    ("train_slow_adapter", "ema", 1.0, "at least 0, at most 0.999999999"),
+    ("finetune_hybrid", "momentum", 1.0, "at most"), ("distill_fast", "judge_sigma_max", 1.5, "more than 0, at most 1"),
+    ("distill_fast", "ratio", 0, "at least 1"), ("train_slow_adapter", "shift", 0.0, POSITIVE),
+    *((script, "steps", 0, "at least 1") for script in ("train_codec", "train_baseline", "distill_fast", "evaluate")),
+    *(("train_slow_generator", name, 3.0, "at least 0, at most 1") for name in ("small", "guided", "pure_noise")),
+    *(("finetune_hybrid", name, -1, "at least 0") for name in ("accumulate", "sample_every", "warmup")),
+    *(("train_slow_adapter", name, 0, "at least 1") for name in ("batch", "save_every")),
+    ("train_slow_adapter", "lr", float("nan"), POSITIVE), ("prepare_clips", "sparse", -0.1, "at least 0, at most 1"),
+    ("sample", "shift", -1.0, "at least 0"), ("sample", "seed", 2**63, "at most"), ("world", "video", -1, "at least 0"),
+    ("bench", "repeats", 0, "at least 1"), ("evaluate", "videos", 1, "at least 2"), ("convert", "frames", 0, "at"),
+])  # fmt: skip
+def test_a_number_out_of_its_range_is_refused(script, name, value, within):
+    with pytest.raises(UserError, match=rf"^--{name} {re.escape(str(value))}: .*{within}"):
+        check_options(dataclasses.replace(CONFIGS[script].Config(), **{name: value}))
+    check_options(dataclasses.replace(sample.Config(), steps=0, shift=0.0))  # the sampler's own

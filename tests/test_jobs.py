@@ -125,3 +125,21 @@ def test_tables_that_can_not_be_used(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as caught:
         read_jobs(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_a_video_of_another_recipe_is_not_taken_for_the_row_s(run, table):
+    """Behind the same names: another seed, other boxes, a video that somebody else put there."""
+    rows = [{**GOOD, "out": f"{name}.mp4", "seed": "1"} for name in "abc"]
+    path = table(rows)
+    flags = (*SMALL, "--batch", path, "--steps", 1)
+    (path.parent / "c.mp4").write_bytes(b"mine")
+    job = run("sample.py", *flags)
+    assert job.returncode == 2 and "c.mp4: exists, and was not made here; move it" in job.stderr
+    assert "a.mp4" not in job.stderr and (path.parent / "c.mp4").read_bytes() == b"mine"
+    table([rows[0], {**rows[1], "seed": "2"}])
+    job = run("sample.py", *flags)
+    assert job.returncode == 2 and "b.mp4: stands already, made with another seed; delete it" in job.stderr
+    boxes = path.parent / "balloons.json"
+    boxes.write_text(boxes.read_text().replace("33, 33", "34, 33"))
+    job = run("sample.py", *flags)
+    assert "a.mp4: stands already, made with another traj; " in job.stderr and "b.mp4: stands" in job.stderr

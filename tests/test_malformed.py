@@ -186,7 +186,7 @@ CASES = [
     ("sample.py", [*PNG, *JSON, *SIZE, "--frames", "864001"], "--size 48x48 --frames 864001: 1990658304 pixels; "),
     ("sample.py", [*PNG, *JSON, "--size", "80000x80000"], "--size 80000x80000 --frames 9: 57600000000 pixels"),
     ("sample.py", [*PNG, *JSON, "--size=-48x48"], "--size -48x48: takes auto, or height x width"),
-    ("sample.py", [*PNG, *JSON, "--seed", "-1"], "--seed -1: a whole number"),
+    ("sample.py", [*PNG, *JSON, "--seed", "-1"], "--seed -1: at least 0"),
     ("sample.py", [*PNG, *JSON, "--out", "good.png/x.mp4"], "--out good.png/x.mp4: "),
     ("convert.py", ["good.json", *SIZE, "--frames", "1000000000"], "--frames 1000000000: at least 1, and"),
     ("convert.py", ["good.json", "--size", "99998x99998"], "--frames 9: at least 1, and"),
@@ -220,7 +220,7 @@ CASES = [
     ("distill_fast.py", ["--data", "no_maps"], "no_maps"),
     ("train_slow_adapter.py", ["--data", "nowhere"], "nowhere"),
     # flags and logs
-    ("evaluate.py", ["--videos", "0"], "--videos 0: must be at least 2"),
+    ("evaluate.py", ["--videos", "0"], "--videos 0: at least 2"),
     ("evaluate.py", ["--out", "rows.md"], "--out rows.md: the name must end in .json"),
     ("finetune_hybrid.py", ["--adapter_start", "300"], "--adapter_start 300 --diffusion_first 100: give less than"),
     ("finetune_hybrid.py", ["--diffusion_first", "9", "--use_diffusion", "false"], "--diffusion_first 9: needs"),

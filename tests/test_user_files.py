@@ -396,12 +396,13 @@ def test_the_rate_of_a_video_is_in_whole_frames_a_second(rate, whole, tmp_path):
 
 def test_mixed_rates_of_clips_are_told_with_their_counts(tmp_path, capsys):
     for shard, rates in enumerate(([24, 24, 60], [24])):
-        header = {"report": json.dumps([[], [1.0] * len(rates), rates])}
-        write_safetensors(tmp_path / f"latents-{shard:05}.safetensors", {"0.video": torch.zeros(1)}, header)
-    prepare_clips.report(tmp_path)
+        header = {"made_of": json.dumps({n: {"path": "", "scale": 1.0, "rate": rate} for n, rate in enumerate(rates)})}
+        for kind in ("latents", "text"):
+            write_safetensors(tmp_path / f"{kind}-{shard:05}.safetensors", {"0.video": torch.zeros(1)}, header)
+    prepare_clips.report(tmp_path, {"clips": 17})
     assert "frame rates are mixed: 24 a second in 3 clips, 60 a second in 1 clips" in capsys.readouterr().err
-    (tmp_path / "latents-00000.safetensors").unlink()
-    prepare_clips.report(tmp_path)
+    write_safetensors(tmp_path / "latents-00000.safetensors", {"0.video": torch.zeros(1)}, header)
+    prepare_clips.report(tmp_path, {"clips": 17})
     assert capsys.readouterr().err == ""
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from core.boxes import move
-from core.config import UserError
+from core.config import UserError, check_options
 from toy import train_slow_generator, world
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
@@ -185,8 +185,6 @@ def test_the_script_writes_what_sampling_reads(tmp_path, capsys):
     assert (tmp_path / "out/prompt.txt").read_text().strip() == batch.captions[0]
     assert json.loads((tmp_path / "out/boxes.json").read_text())["num_frames"] == 9
     assert (tmp_path / "out/truth.mp4").stat().st_size > 1000
-    with pytest.raises(UserError, match="--video -1: must be at least 0"):
-        world.main(world.Config(video=-1))
 
 
 # --- what training reads ----------------------------------------------------------------------------------------------
@@ -235,5 +233,5 @@ def test_training_sees_small_videos_first_and_then_all_shapes_in_turn():
 
 @pytest.mark.parametrize("small", [1.5, -0.1])
 def test_a_share_is_a_share(small):
-    with pytest.raises(UserError, match=f"--small {small}: from 0 to 1"):
-        train_slow_generator.main(train_slow_generator.Config(small=small))
+    with pytest.raises(UserError, match=f"--small {small}: at least 0, at most 1"):
+        check_options(train_slow_generator.Config(small=small))

@@ -6,11 +6,15 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from core.config import UserError
+from core.config import UserError, reason
 from core.files import no_pointer
+from core.media import read_record
 from core.parallel import Processes
+from core.record import checksum
 
 MOST_ROWS = 100_000
+# Options that leave a video as it is, or whose files are the `weights`.
+SHOWN_ALIKE = ("out", "batch", "serve", "compile", "dtype", "generator", "adapter", "decoder")
 # Column -> option of sample.py: this project's own names, and those of MagicMotion's tables.
 COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | {
     "validation_images": "image", "validation_trajectory_maps": "traj", "validation_prompt": "prompt",
@@ -83,10 +87,29 @@ def overlay_path(out: str) -> Path:
     return Path(out).with_suffix(".boxes.mp4")
 
 
-def share(jobs: list, procs: Processes) -> list:
-    """This process's jobs, of those whose `out` isn't there yet."""
+def share(jobs: list, procs: Processes) -> tuple[list, list]:
+    """This process's jobs, of those whose `out` isn't there yet; and on rank 0 those whose `out` is."""
     # Rank 0 looks for all: another might look when the first new videos are there already.
-    done = set(procs.gather([job.out for job in jobs if procs.rank == 0 and os.path.exists(job.out)]))
-    if procs.rank == 0 and done:
+    done = [job for job in jobs if procs.rank == 0 and os.path.exists(job.out)]
+    outs = set(procs.gather([job.out for job in done]))
+    if done:
         print(f"{len(done)} of {len(jobs)} videos stand already, and are not made again; to make one anew, delete it")
-    return [job for job in jobs if job.out not in done][procs.rank :: procs.world]
+    return [job for job in jobs if job.out not in outs][procs.rank :: procs.world], done
+
+
+def made_of(job, weights: str) -> dict[str, str]:
+    """Checksums of all that decides how a row's video looks, by option. `weights`: that of the networks."""
+    values = {name: value for name, value in vars(job).items() if name not in SHOWN_ALIKE} | {"weights": weights}
+    files = {name: Path(values[name]) for name in ("image", "traj") if values[name]}
+    return {name: checksum(value) for name, value in (values | files).items()}
+
+
+def unlike(job, weights: str) -> str:
+    """What is wrong with a row's video that stands already; empty if it is what the row asks for."""
+    try:
+        now, before = made_of(job, weights), read_record(job.out)
+    except (UserError, OSError) as error:
+        return reason(error)
+    other = [name for name in now if before.get(name) != now[name]] if before else ["recipe"]
+    says = f"{job.out}: stands already, made with another {', '.join(other)}; delete it, or change the column out"
+    return says if other else ""

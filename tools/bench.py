@@ -286,8 +286,6 @@ class Config:
 
 @torch.no_grad()
 def main(cfg: Config) -> None:
-    if cfg.repeats < 1:
-        raise UserError(f"--repeats {cfg.repeats}: at least 1")
     parts = cfg.parts.split(",")
     if unknown := set(parts) - PARTS.keys():
         raise UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")

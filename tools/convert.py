@@ -7,6 +7,7 @@
 Point tracks are .npy, .npz, .pt, .pth or .txt, x and y in pixels for every frame: docs/FORMATS.md has names and axes.
 """
 
+import glob
 import io
 import json
 import pickle
@@ -207,6 +208,10 @@ def main(cfg: Config) -> None:
         raise UserError(f"--to {out}: exists and is no empty folder; give another")
     for path in (out, preview) if cfg.image else (out,):
         output_path(str(path), path.suffix, "to", source=cfg.source, image=cfg.image)
+    masks = sorted(out.parent.glob(f"{glob.escape(out.stem)}_mask_*.png")) if out.suffix == ".json" else []
+    for path in (*masks, *([preview] if cfg.image else []), *([out] if out.suffix else [])):
+        if path.exists():
+            raise UserError(f"--to {out}: {path} exists, and would be lost; move it, or give another name")
     if (out.suffix == ".mp4" or cfg.image) and (size[0] % 2 or size[1] % 2):
         raise UserError(f"--size {size[0]}x{size[1]}: an mp4 takes an even height and width")
     most = media.MOST_VIDEO // (size[0] * size[1])

@@ -13,10 +13,10 @@ A clip that can't be used is left out, and rejected.csv says why. If the command
 
 import csv
 import json
+import os
+import re
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -27,13 +27,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core import media, parallel
+from core import parallel
 from core.boxes import extents, fill_box, flat_colors, label_pixels
 from core.codec import Codec
-from core.config import UserError, run_script
+from core.config import ROOT, MachineError, UserError, reason, run_script
 from core.files import atomic, no_pointer, write_text
-from core.media import BROKEN, VIDEO_SUFFIXES, Size, cover_frames, cover_nearest, read_frames, read_video, to_uint8
-from core.runs import check_options
+from core.media import (
+    BROKEN,
+    VIDEO_SUFFIXES,
+    Size,
+    cover_frames,
+    cover_nearest,
+    ffmpeg_version,
+    frame_rate,
+    read_frames,
+    read_video,
+    to_uint8,
+)
+from core.record import checksum, lock
 from core.weights import read_config, read_safetensors, write_safetensors
 from data import open_codec
 from tools.batch import read_table
@@ -83,14 +94,26 @@ def require(fine: object, problem: str) -> None:
         raise UserError(problem)
 
 
-def find_clips(source: Path) -> list[Clip]:
-    """The clips of a CSV in its order, or of a folder by name. UserError if there are none."""
+def find_clips(source: Path, out: Path | None = None) -> list[Clip]:
+    """The clips of a CSV in its order, or of a folder and the folders in it by name, but for `out`.
+
+    UserError if there are none, or if two would share captions or maps.
+    """
+    if source.is_dir():
+        names = (file for file in sorted(source.rglob("*")) if not file.is_dir() or file.is_symlink())
+        files = [f for f in names if not re.search(r"/\.", f"/{f.relative_to(source)}")]
+        files = [f for f in files if not out or not f.parent.resolve().is_relative_to(out.resolve())]
+        videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
+        require(videos, f"{source}: holds no clips; give a CSV with rows or a folder with videos")
+    else:
+        rows = read_table(source)
+        videos = {Path(row.get("path", "")) for row in rows}
+    whole, last = (Counter(names) for names in ([v.with_name(v.stem) for v in videos], [v.stem for v in videos]))
+    for name in (name for name, count in whole.items() if count > 1):
+        raise UserError(f"{source}: two videos are called {name}, and would share what goes with them; rename one")
     if not source.is_dir():
-        return [read_row(source, line, row) for line, row in enumerate(read_table(source), start=2)]
-    files = sorted(file for file in source.iterdir() if file.is_file() and not file.name.startswith("."))
-    videos = {file.stem for file in files if file.suffix.lower() in VIDEO_SUFFIXES}
-    require(videos, f"{source}: holds no clips; give a CSV with rows or a folder with videos")
-    files = [file for file in files if file.suffix not in (".txt", ".json") or file.stem not in videos]
+        return [read_row(source, line, row, last) for line, row in enumerate(rows, start=2)]
+    files = [f for f in files if f.suffix not in (".txt", ".json") or f.with_name(f.stem) not in whole]
     return [Clip(f, read_caption(f.with_suffix(".txt")), f.with_suffix(".json")) for f in files]  # no video: rejected
 
 
@@ -99,12 +122,12 @@ def read_caption(file: Path) -> str:
     no_pointer(file)
     try:
         return file.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError):
+    except (FileNotFoundError, UnicodeDecodeError):
         return ""
 
 
-def read_row(source: Path, line: int, row: dict[str, str]) -> Clip:
-    """One row of a CSV, whose paths are relative to its folder."""
+def read_row(source: Path, line: int, row: dict[str, str], names: Counter[str]) -> Clip:
+    """One row of a CSV, whose paths are relative to its folder. `names`: how many videos of the CSV have which name."""
     absent = [name for name in ("path", "num_frames", "text") if name not in row]
     require(not absent, f"{source}: has no column {', '.join(absent)}; its first line must name the columns")
     try:
@@ -113,9 +136,15 @@ def read_row(source: Path, line: int, row: dict[str, str]) -> Clip:
         raise UserError(f"{source}: line {line}: a frame number is not a whole number; correct it") from None
     require(start >= 0, f"{source}: line {line}: mask_start_index is negative; correct it")
     folder, video = source.parent, source.parent / row["path"]
-    masks = row.get("trajectory_maps_path") or f"masks/{video.stem}"
-    boxes = row.get("box_path") or f"boxs/{video.stem}"
-    return Clip(video, row["text"].strip(), folder / boxes, folder / masks, start, end)
+    parts = Path(row["path"]).parts[:-1]
+
+    def maps(column: str, kind: str) -> Path:
+        """What the column says; else for videos/cats/1.mp4 `kind`/cats/1, or `kind`/1 if no other has this name."""
+        places = [folder / kind / Path(*parts[i:], video.stem) for i in range(len(parts) + (names[video.stem] == 1))]
+        return folder / row[column] if row.get(column) else next(filter(Path.exists, places), places[-1])
+
+    masks, boxes = maps("trajectory_maps_path", "masks"), maps("box_path", "boxs")
+    return Clip(video, row["text"].strip(), boxes, masks, start, end)
 
 
 def read_clip(clip: Clip, cfg: Config, codec: Codec) -> tuple[dict[str, Tensor], float]:
@@ -125,11 +154,11 @@ def read_clip(clip: Clip, cfg: Config, codec: Codec) -> tuple[dict[str, Tensor],
     """
     require(clip.video.suffix.lower() in VIDEO_SUFFIXES, f"no video; read are {', '.join(sorted(VIDEO_SUFFIXES))}")
     require(clip.caption, "no caption, or none in UTF-8")
-    require(clip.video.exists(), "no such video")
+    require(os.path.exists(clip.video), "no such video")
     try:
         stack = list(islice(read_video(clip.video), clip.start, clip.start + cfg.frames))
-    except BROKEN:
-        raise UserError("the video can't be decoded") from None
+    except BROKEN as error:
+        raise UserError(f"the video can't be decoded: {reason(error)}") from None
     length = len(stack) if clip.end is None else min(len(stack), clip.end - clip.start)
     require(length == cfg.frames, f"{length} frames of {cfg.frames}")
     own = stack[0].shape[:2]
@@ -152,7 +181,7 @@ def read_maps(kind: str, path: Path, own: Size, size: Size, frames: int) -> Tens
     def check(fine: object, _field: str, problem: str) -> None:
         require(fine, f"{kind} maps: {problem}")
 
-    check(path.exists(), "", f"{path} does not exist")
+    check(os.path.exists(path), "", f"{path} does not exist")
     maps = list(islice(read_frames(path, check), frames))
     check(len(maps) == frames, "", f"{len(maps)} frames of {frames}")
     for height, width, _ in (frame.shape for frame in maps):
@@ -180,76 +209,127 @@ def fill_boxes(frame: Tensor) -> None:
 def main(cfg: Config) -> None:
     """Encode captions, then videos and maps, shard by shard; the processes share the shards among them."""
     require(cfg.source, "--source: missing; give a CSV in MagicData's format or a folder of videos")
-    check_options(cfg)
     procs = parallel.init_processes()
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
     codec.video_size(cfg.size, cfg.frames)
-    out, clips = Path(cfg.out), find_clips(Path(cfg.source))
+    out, clips, program = Path(cfg.out), find_clips(Path(cfg.source), Path(cfg.out)), this_program()
     if procs.rank == 0:
-        check_shards(out / "config.json", cfg, clips)
-    procs.barrier()
-
-    def missing(kind: str, title: str) -> Iterator[tuple[int, list[Clip], Path]]:
-        """This process's shards that are still to be made: the number of the first clip, the clips and the file."""
-        starts = range(0, len(clips), SHARD)[procs.rank :: procs.world]
-        files = [(n, clips[n : n + SHARD], out / f"{kind}-{n // SHARD:05}.safetensors") for n in starts]
-        return tqdm([shard for shard in files if not shard[2].exists()], title, disable=procs.rank > 0)
+        lock(out)
+        options = begin(out, cfg, len(clips), codec)
+    starts = range(0, len(clips), SHARD)[procs.rank :: procs.world]
+    shards = [(n, clips[n : n + SHARD], out / f"latents-{n // SHARD:05}.safetensors") for n in starts]
+    shards = [(*shard, still_good(*shard, program)) for shard in shards]
+    procs.barrier()  # all are checked before one is made
 
     encode = None
-    for start, shard, file in missing("text", "captions"):
+    for start, shard, latents, _ in tqdm(shards, "captions", disable=procs.rank > 0):
+        file = latents.with_name(latents.name.replace("latents", "text"))
+        header = {"made_of": checksum(*(clip.caption for clip in shard))}
+        if file.exists() and read_safetensors(file)[0].get("made_of") == header["made_of"]:
+            continue
         encode = encode or codec.text_encoder()
         names = [*map(str, range(start, start + len(shard))), "empty", "negative"]
         rows = zip(names, encode([*(clip.caption for clip in shard), "", codec.negative]), strict=True)
-        write_safetensors(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, {})
+        write_safetensors(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, header, sums=True)
     del encode  # it is large
-    for start, shard, file in missing("latents", "clips"):
-        tensors, rejected, scales, rates = {}, [], [], []
+    for start, shard, file, kept in tqdm(shards, "clips", disable=procs.rank > 0):
+        if len(kept) == len(shard):
+            continue
+        made_of, stored = {}, read_safetensors(file)[1] if kept else {}
+        tensors = {name: tensor.read() for name, tensor in stored.items()}
         for number, clip in enumerate(shard, start):
-            try:
-                parts, scale = read_clip(clip, cfg, codec)
-            except UserError as reason:
-                rejected.append((str(clip.video), str(reason)))
+            made_of[number] = record = kept.get(str(number)) or {"path": str(clip.video), "sum": sources(clip)}
+            if str(number) in kept:
                 continue
-            scales.append(scale)
-            rates.append(media.frame_rate(clip.video))
+            try:
+                parts, record["scale"] = read_clip(clip, cfg, codec)
+                record["rate"] = frame_rate(clip.video)
+            except MachineError:
+                raise
+            except UserError as error:
+                record |= {"rejected": str(error), "by": program}
+                continue
             parts["box"] = darken(parts["box"], cfg.sparse, number)
             if cfg.maps == "outline" and np.random.default_rng([0, number, 1]).random() < cfg.boxed:
                 fill_boxes(parts["box"][:, 0])
             tensors |= {f"{number}.{kind}": codec.encode_video(video[None])[0] for kind, video in parts.items()}
-        lists = json.dumps([rejected, scales, rates])
-        write_safetensors(file, tensors, {"report": lists})  # one key: several have no order
+        write_safetensors(file, tensors, {"made_of": json.dumps(made_of)}, sums=True)
     procs.barrier()
     if procs.rank == 0:
-        report(out)
+        report(out, options)
 
 
-def check_shards(file: Path, cfg: Config, clips: list[Clip]) -> None:
-    """Write to a file what the shards beside it are made from. UserError if it says that they hold something else."""
-    sizes = [clip.video.stat().st_size if clip.video.exists() else 0 for clip in clips]
-    contents = zlib.crc32(repr([clips, sizes]).encode(errors="surrogateescape"))
-    options = asdict(cfg) | {"shard": SHARD, "clips": len(clips), "contents": contents}
-    del options["out"], options["weights"]
-    if not file.exists():
-        return write_text(file, json.dumps(options, indent=1))
-    before = read_config(file)
+def this_program() -> str:
+    """What decides, besides a clip's files, whether the clip can be used: this project's code and ffmpeg."""
+    return checksum(*(file for folder in (".", "core", "tools") for file in sorted((ROOT / folder).glob("*.py"))),
+                    ffmpeg_version())  # fmt: skip
+
+
+def sources(clip: Clip) -> str:
+    """The checksum of everything that a clip is made of. OSError if the machine can't read it."""
+    return checksum(clip.caption, clip.start, clip.end, clip.video, clip.boxes, clip.masks)
+
+
+def begin(out: Path, cfg: Config, count: int, codec: Codec) -> dict:
+    """Write to config.json what the shards beside it are made of. UserError if it says that they hold something else.
+
+    Until all are made, it doesn't list them.
+    """
+    file = out / "config.json"
+    options = asdict(cfg) | {"shard": SHARD, "clips": count, "codec": {f.name: checksum(f) for f in codec.files()}}
+    del options["out"], options["weights"], options["source"]
+    known, strange = (
+        file.exists(),
+        next(chain.from_iterable(map(out.glob, ("latents-*", "text-*", "rejected.csv"))), None),
+    )
+    require(known or not strange, f"{strange}: lies here without a config.json that says of what; give another --out")
+    before = read_config(file) if known else options
     if other := [name for name, now in options.items() if before.get(name) != now]:
-        were = ", ".join("other captions or videos" if n == "contents" else f"{n} {before.get(n)}" for n in other)
+        were = ", ".join(f"{name} {before.get(name)}" for name in other)
         raise UserError(f"{file}: shards of other clips lie here ({were}); give another --out")
+    for shard in (out / name for name in before.get("shards", ())):
+        same = not shard.exists() or checksum(shard) == before["shards"][shard.name]
+        require(same, f"{shard}: isn't what was written here; delete it, and it is made anew, or give another --out")
+    write_text(file, json.dumps(options, indent=1))
+    return options
 
 
-def report(out: Path) -> None:
-    """Write rejected.csv, and print how many clips were kept and enlarged, and their frame rates if they differ."""
-    shards = sorted(out.glob("latents-*.safetensors"))
-    reports = [json.loads(read_safetensors(file)[0]["report"]) for file in shards]
-    rejected, scales, rates = ([*chain(*lists)] for lists in zip(*reports, strict=True))
-    with atomic(out / "rejected.csv") as temporary, temporary.open("w", newline="") as table:
+def still_good(start: int, shard: list[Clip], file: Path, program: str) -> dict[str, dict]:
+    """Of a shard's clips those that need not be read again, and what they are made of.
+
+    Clips that were left out are read again once their files or this program have changed. UserError if other clips are
+    made of something else than what is there now.
+    """
+    if not file.exists():
+        return {}
+    before, kept = json.loads(read_safetensors(file)[0].get("made_of", "{}")), {}
+    for number, clip in enumerate(shard, start):
+        record, same = before.get(str(number), {}), before.get(str(number), {}).get("sum") == sources(clip)
+        if same and record.get("by", program) == program:
+            kept[str(number)] = record
+        elif "rejected" not in record:
+            changed = f"{clip.video}, its caption, boxes or maps are not those that {file} was made of"
+            raise UserError(f"{changed}; delete that file, and it is made anew, or give another --out")
+    return kept
+
+
+def report(out: Path, options: dict) -> None:
+    """Write rejected.csv and the list of shards; print how many clips were kept and enlarged, and at what rates."""
+    numbers = range(-(-options["clips"] // SHARD))
+    shards = [out / f"{kind}-{n:05}.safetensors" for kind in ("latents", "text") for n in numbers]
+    clips = [c for file in shards[: len(numbers)] for c in json.loads(read_safetensors(file)[0]["made_of"]).values()]
+    rejected = [(clip["path"], clip["rejected"]) for clip in clips if "rejected" in clip]
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}  # names may be in another encoding
+    with atomic(out / "rejected.csv") as temporary, temporary.open("w", **text) as table:
         csv.writer(table).writerows([("path", "reason"), *rejected])
-    if len(rates := Counter(rates)) > 1:
+    write_text(out / "config.json", json.dumps(options | {"shards": {f.name: checksum(f) for f in shards}}, indent=1))
+    kept = [clip for clip in clips if "rejected" not in clip]
+    if len(rates := Counter(clip["rate"] for clip in kept)) > 1:
         listed = ", ".join(f"{rate} a second in {n} clips" for rate, n in sorted(rates.items()))
         mend = "they are taken picture by picture, as if of one rate; convert them to one if speeds matter"
         print(f"{out}: frame rates are mixed: {listed}; {mend}", file=sys.stderr)
-    print(f"{out}: {len(scales)} clips in {len(shards)} shards; {len(rejected)} rejected, listed in {out}/rejected.csv")
-    if larger := [scale for scale in scales if scale > 1]:
+    print(f"{out}: {len(kept)} clips in {len(numbers)} shards; {len(rejected)} rejected, listed in {out}/rejected.csv")
+    if larger := [clip["scale"] for clip in kept if clip["scale"] > 1]:
         print(f"{len(larger)} clips were enlarged, by {max(larger):.2f} at most; --smallest leaves out the smallest")
 
 

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from core.codec import Codec
 from core.config import ROOT, UserError, flags
-from core.media import MOST_VIDEO_SIDE, Size, ffmpeg
+from core.media import MOST_VIDEO_SIDE, Size, complaint, start_ffmpeg
 from core.memory import free_memory, seconds
 from core.serve import serve
 from flow import FAST, Sampling
@@ -151,7 +150,10 @@ def export(kind: str, video: object, folder: Path) -> list[Path]:
     """The page's mp4 as one GIF, or as a PNG of each frame."""
     store(folder, "video.mp4", video)
     *options, name = EXPORTS[kind]
-    subprocess.run(ffmpeg("-v", "error", "-i", folder / "video.mp4", *options, folder / name), check=True)
+    job = start_ffmpeg("-nostdin", "-v", "error", "-i", folder / "video.mp4", *options, folder / name)
+    said = job.communicate()[1]
+    if job.returncode:
+        raise UserError(f"video: {complaint(folder / 'video.mp4', job.returncode, said)}; make it again")
     return sorted(folder.glob(f"*.{kind}"))
 
 

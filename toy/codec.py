@@ -103,10 +103,14 @@ class ToyCodec(Codec):
     learned_on: ClassVar[dict] = {"size": (64, 64), "frames": 5}  # what stages 1 to 3 read, to save time
 
     def __init__(self, weights: Path | str = ""):
-        config, tensors = read_network(weights or self.weights, "ToyAutoencoder", AutoencoderConfig)
-        network = load(lambda: ToyAutoencoder(config), tensors, weights or self.weights)
+        self.weights = Path(weights or self.weights)
+        config, tensors = read_network(self.weights, "ToyAutoencoder", AutoencoderConfig)
+        network = load(lambda: ToyAutoencoder(config), tensors, self.weights)
         self.network = network.eval().requires_grad_(False)
         self.channels, self.spatial = config.channels, config.spatial
+
+    def files(self) -> list[Path]:
+        return [self.weights]
 
     def encode_video(self, video: Tensor) -> Tensor:
         """[B, 3, T, height, width] in [-1, 1] -> [B, channels, T, height / spatial, width / spatial]."""

@@ -197,9 +197,6 @@ def earlier_rows(out: Path, command: str) -> dict[tuple, dict]:
 
 
 def main(cfg: Config) -> None:
-    for name, least in (("videos", 2), ("steps", 1), ("seed", 0)):
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least {least}")
     out = output_path(cfg.out, ".json")
     procs = parallel.init_processes()
     about = provenance("-m toy.evaluate", cfg, procs.device)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from core import optim, parallel
 from core.config import run_script
 from core.noise import rng
-from core.runs import Run, check_options, due
+from core.runs import Run, due
 from core.weights import save_network
 from model import PRESETS
 from toy.codec import AutoencoderConfig, ToyAutoencoder, ToyCodec
@@ -97,7 +97,6 @@ def write_samples(step: int, run: Run, model: ToyAutoencoder, world: World) -> N
 
 
 def main(cfg: Config) -> None:
-    check_options(cfg)
     procs = parallel.Processes(0, 1, torch.device("cpu"), None)
     torch.manual_seed(cfg.seed)
     world, held_out = (World(split, SIZE) for split in ("train", "validation"))

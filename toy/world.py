@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.boxes import fill_box
-from core.config import UserError, run_script
+from core.config import run_script
 from core.files import write_text
 from core.media import to_uint8, write_image, write_video
 from toy.pictures import CANVAS, SPLITS, picture_bank
@@ -296,8 +296,6 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    if cfg.video < 0:
-        raise UserError(f"--video {cfg.video}: must be at least 0")
     world, out = World(cfg.split), Path(cfg.out)
     batch = world.batch([cfg.video])
     trajectory, objects = batch.trajectory(0), []

@@ -47,6 +47,10 @@ class WanCodec(Codec):
             part.to(self.device, self.dtype)
         return vae
 
+    def files(self) -> list[Path]:
+        parts = ("Wan2.2_VAE.pth", "vae", "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
+        return [self.folder / name for name in parts if (self.folder / name).exists()]
+
     def free(self) -> None:
         vars(self).pop("vae", None)
         if self.device.type == "cuda":
