@@ -32,10 +32,13 @@ class AdapterConfig:
     patch: tuple[int, int, int] = (1, 2, 2)
     fixed_norm: bool = False  # trajectory latents normed by fixed statistics, not by the clip's own
     maps: Maps = "outline"  # how its trajectories are painted: Trajectory.maps
+    copies: float = (
+        0.0  # not 0: latents of later frames are differences from frame 0's times this, and maps' are copied
+    )
 
 
 PRESETS = {
-    "small": AdapterConfig(256, 6, hidden=192, channels=24, fixed_norm=True, maps="pixels"),
+    "small": AdapterConfig(256, 6, hidden=192, channels=24, fixed_norm=True, maps="pixels", copies=1.5),
     "wan5b": AdapterConfig(3072, 30, fixed_norm=True),
 }
 
@@ -87,7 +90,11 @@ class ResNetBlock(nn.Module):
 
 
 class ResNetAdapter(nn.Module):
-    """The light adapter (paper: base + adapter = 5.02B). It reads the trajectory alone, so it runs once a clip."""
+    """The light adapter (paper: base + adapter = 5.02B). It reads the trajectory alone, so it runs once a clip.
+
+    With `copies`, a habit of the small preset: maps of pixels show what later frames are to look like, and a network so
+    small takes hours to pass that on. So it also gives a share of 0 to 1 of their latents straight to the output.
+    """
 
     static = True  # its output depends on neither x, t nor text
     split = TokenSplit()  # `prepare` gives another where processes share a video
@@ -108,20 +115,33 @@ class ResNetAdapter(nn.Module):
                 nn.init.zeros_(layer.bias)
             for parameter in block.project.parameters():
                 nn.init.zeros_(parameter)
+        if config.copies:
+            self.gate_norm = nn.GroupNorm(8, config.hidden)
+            self.gate = nn.Linear(config.hidden, config.patch[1] * config.patch[2])
+            for parameter in self.gate.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, traj: Tensor, *_x_t_text: Tensor) -> list[Tensor]:
         """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""
         return list(self.residuals(traj))
 
     def residuals(self, traj: Tensor, *_x_t_text: Tensor) -> Iterator[Tensor]:
-        """The same one by one, each made when it is asked for."""
-        traj, (_, q, r) = self.norm(traj), self.config.patch
+        """The same one by one, each made when it is asked for. And with `copies` what VideoDiT's output gains."""
+        maps, traj, (_, q, r) = traj, self.norm(traj), self.config.patch
         traj = torch.cat([traj, traj[:, :, :1].expand_as(traj)], dim=1)
         tokens = rearrange(traj, "b c f (h q) (w r) -> b f h w (c q r)", q=q, r=r)
         h = rearrange(self.patch_embedding(tokens), "b f h w c -> b c f h w")
         for block in self.blocks:
             h, residual = block(h, self.split)
             yield residual
+        if self.config.copies:
+            gate = self.gate(F.silu(self.gate_norm(h)).movedim(1, -1)).float()
+            gate = rearrange(gate, "b f h w (q r) -> b 1 f (h q) (w r)", q=q, r=r)
+            gate = F.pad(gate[:, :, 1:], (0, 0, 0, 0, 1, 0))  # frame 0 is given
+            # A map's frame 0 is black where the picture's isn't: differences from the one become those from the other.
+            yield gate * torch.cat(
+                [torch.full_like(gate, self.config.copies), maps + self.config.copies * maps[:, :, :1]], 1
+            )
 
 
 class ControlNetAdapter(VideoDiT):

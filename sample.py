@@ -206,8 +206,8 @@ def denoise(
     blocks = steps * len(generator.blocks) * (1 if cfg.speed == "fast" or guidance == 1 else 2)
 
     def counted(residuals: Iterable[Tensor]) -> Iterator[Tensor]:
-        for residual in residuals:  # each block asks for one when it is done
-            if on_block:
+        for number, residual in enumerate(residuals):  # each block asks for one when it is done
+            if on_block and number < len(generator.blocks):
                 on_block(next(done) / blocks)
             yield residual
 

@@ -43,8 +43,28 @@ def test_fresh_adapter_changes_nothing(kind):
     generator, adapter, x, t, text, traj = networks(kind)
     with torch.no_grad():
         residuals = adapter(traj, x, t, text)
-        assert len(residuals) == 6 and all(r.shape == (2, 12, 256) for r in residuals)
+        assert [r.shape for r in residuals[:6]] == [(2, 12, 256)] * 6 and len(residuals) == 6 + (kind == "resnet")
         assert torch.equal(generator(x, t, text, residuals), generator(x, t, text))
+
+
+def test_the_small_presets_adapter_can_pass_on_what_its_maps_show():
+    """With the gate open and a head that gives nothing, later frames are the maps' and frame 0 is the picture."""
+    generator, adapter, codec = (
+        VideoDiT(PRESETS["small"]),
+        adapters.ResNetAdapter(adapters.PRESETS["small"]),
+        ToyCodec(),
+    )
+    assert adapter.config.copies == codec.network.config.change
+    torch.nn.init.ones_(adapter.gate.bias)
+    video, maps = torch.rand(2, 1, 3, 3, 16, 16) * 2 - 1
+    moved = codec.encode_video(torch.cat([video[:, :, :1], maps[:, :, 1:]], 2))
+    level = torch.tensor([[0.0, 1.0, 1.0]])
+    x_t = flow.add_noise(codec.encode_video(video), torch.randn(1, 24, 3, 4, 4), level)
+    residuals = adapter(codec.encode_video(maps))
+    x0 = flow.velocity_to_x0(x_t, generator(x_t, 1000 * level, torch.zeros(1, 32, 64), residuals), level)
+    torch.testing.assert_close(x0, moved, rtol=1e-4, atol=1e-4)
+    x0.square().sum().backward()
+    assert adapter.gate.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
@@ -91,6 +111,7 @@ def test_static_adapter_reads_the_trajectory_alone():
     _, adapter, x, t, text, traj = networks()
     for block in adapter.blocks:
         torch.nn.init.normal_(block.project.weight)
+    torch.nn.init.normal_(adapter.gate.weight)
     with torch.no_grad():
         once = adapter(traj)
         assert adapter.static and all(torch.equal(a, b) for a, b in zip(once, adapter(traj, x, t, text), strict=True))

@@ -92,7 +92,7 @@ def training_step(
     sigma[sample_uniform(samples, 1, cfg.seed, step, PURE).to(procs.device) < pure] = 1
     guided = sample_uniform(samples, 1, cfg.seed, step, GUIDED).to(procs.device) < cfg.guided
     with parallel.autocast(procs.device, cfg.dtype):
-        residuals = [r * guided[:, None, None] for r in guide(traj)]
+        residuals = [r * guided.view(-1, *[1] * (r.ndim - 1)) for r in guide(traj)]
         moves = (x0.abs() > 1e-4).any(1, keepdim=True)  # latents of later frames are differences
         velocity, weight = partial(model, text=text, residuals=residuals), 1 + (cfg.change - 1) * moves
         loss = flow.flow_matching_loss(velocity, x0, noise, sigma, model.config.predicts, weight)
