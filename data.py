@@ -54,8 +54,6 @@ class ClipLatents:
             rest = f"no shape has over {HELD_OUT} clips, of which {HELD_OUT} are held out"
             raise UserError(f"{folder}: {rest}; prepare more clips")
         self.texts = read_folder(self.folder, "text")
-        if "negative" not in self.texts:
-            raise UserError(f"{folder}: holds no negative prompt; prepare the clips anew")
         held = most[:HELD_OUT]
         del most[:HELD_OUT]
         self.channels = next(iter(shapes))[0]

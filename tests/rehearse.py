@@ -167,6 +167,7 @@ def pretend_gpus(world: int = 1) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     places = {"RANK": 0, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": min(world, 8)}
+    places |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}
     environment = {name: str(value) for name, value in places.items()} if world > 1 else {}
     init, new_group, begin = dist.init_process_group, dist.new_group, parallel.init_processes
     casts = Autocast()
@@ -190,6 +191,7 @@ def pretend_gpus(world: int = 1) -> Iterator[None]:
         (dist, "new_group", lambda *_, **__: new_group(backend="fake")),
         (torch.nn.functional, "scaled_dot_product_attention", flash), (parallel, "init_processes", init_processes),
         (parallel.Processes, "wait_for_first", Quiet), (parallel.Processes, "mean", lambda *_: 0.5),
+        (parallel.Processes, "gather", lambda _, own: own),
     ]  # fmt: skip
     with patched(patches), mock.patch.dict(os.environ, environment), FakeTensorMode(), Factories(), casts:
         rotary_table.cache_clear()
@@ -258,7 +260,7 @@ def reading(kind: str, layers: int, script: object, always: torch.dtype | None =
     return [
         (VideoDiT, "from_pretrained", read), (WanVAE, "from_pretrained", lambda _: WanVAE()),
         *((module, "read_adapter", read_adapter) for module in (adapters, script) if hasattr(module, "read_adapter")),
-        (adapters, "PRESETS", {"wan5b": light}), (WanCodec, "_part", Quiet),
+        (adapters, "PRESETS", {"wan5b": light}), (WanCodec, "_part", lambda *_: "absent"),
     ]  # fmt: skip
 
 
@@ -351,7 +353,7 @@ def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[
 
     def condition(*_: object) -> sample.Condition:
         video = torch.empty(3, 9, 704, 1280)  # the VAE's later pieces take no more, either way
-        return sample.Condition(video[None, :, :1], mock.Mock(maps=lambda *_: video), None)
+        return sample.Condition(video[None, :, :1], mock.Mock(maps=lambda *_: video, unmasked=[]), None)
 
     def encode_video(codec: WanCodec, video: Tensor) -> Tensor:
         return torch.empty(1, 48, 1 if codec.vae.encode(video).shape[2] == 1 else GRID[0], *GRID[1:])

@@ -23,7 +23,6 @@ import flow
 import model
 import sample
 import train_slow_adapter
-from core.config import UserError
 from core.media import write_video
 from core.runs import Run
 from core.weights import read_network, read_safetensors, save_network
@@ -269,15 +268,3 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     assert set(read) == {torch.float32} and len(read) > 7
     fast, slow = iio.imread("fast.mp4"), iio.imread("slow.mp4")
     assert fast.shape == slow.shape == (5, 32, 64, 3) and not np.array_equal(fast, slow)
-
-
-def test_clips_from_before_the_negative_prompt_are_refused(small):
-    latents = {f"{n}.{part}": torch.zeros(48, 2, 2, 4) for n in range(6) for part in ("video", "box")}
-    Path("shards").mkdir()
-    safetensors.torch.save_file(latents, "shards/latents-00000.safetensors")
-    safetensors.torch.save_file({f"{n}": torch.zeros(3, 32) for n in range(6)}, "shards/text-00000.safetensors")
-    Path("shards/rejected.csv").write_text("")
-    Path("shards/config.json").write_text("{}")
-    options = {"preset": "wan5b", "data": "shards", "weights": str(small), "generator": str(small), "compile": False}
-    with pytest.raises(UserError, match="shards: holds no negative prompt; prepare the clips anew"):
-        distill_fast.main(replace(distill_fast.WAN5B, **options, steps=1))
