@@ -33,6 +33,7 @@ def work(script: str, flags: list[str], folder: str, environment: dict[str, str]
         with open(f"{output}.{name}", "w") as file:
             os.dup2(file.fileno(), number)
     faulthandler.enable(2)  # a crash says where
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests are a shell's background job
     os.chdir(folder)
     os.environ.update(environment)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
