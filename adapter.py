@@ -93,7 +93,7 @@ class ResNetAdapter(nn.Module):
     """The light adapter (paper: base + adapter = 5.02B). It reads the trajectory alone, so it runs once a clip.
 
     With `copies`, a habit of the small preset: maps of pixels show what later frames are to look like, and a network so
-    small takes hours to pass that on. So it also gives a share of 0 to 1 of their latents straight to the output.
+    small takes hours to pass that on. So it also adds their latents to the output, times a gate that it learns.
     """
 
     static = True  # its output depends on neither x, t nor text

@@ -174,10 +174,21 @@ def warn_of_blanks(jobs: list[Config]) -> None:
         print(f"--prompt is empty{where}: say what the video shows, or it will be poor", file=sys.stderr)
 
 
-def read_served(job: Config, codec: Codec) -> Condition:
+def warn_of_boxes(job: Config, condition: Condition, maps: Maps) -> bool:
+    """Say on stderr, and return, whether frame 0 shows boxes where the paper's training has always had masks."""
+    names = condition.trajectory.unmasked if job.preset == "wan5b" and maps == "outline" else []
+    if names:
+        shown = f"{job.traj}: frame 0 shows {', '.join(names)} by filled boxes"
+        print(f"{shown}, which the paper's training never saw; give masks", file=sys.stderr)
+    return bool(names)
+
+
+def read_served(job: Config, codec: Codec, maps: Maps) -> Condition:
     """What the page asks for, with all that is said on stderr of it."""
     warn_of_blanks([job])
-    return read_condition(job, codec)
+    condition = read_condition(job, codec)
+    warn_of_boxes(job, condition, maps)
+    return condition
 
 
 def load_networks(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:
@@ -289,7 +300,7 @@ def main(cfg: Config) -> None:
     if cfg.serve:
         usual = vars(WAN5B if cfg.preset == "wan5b" else Config())
         sizes = written_size if cfg.detail else lambda picture, size: size
-        return serve_page(cfg, usual, sampling(cfg), codec, networks(), read_served, make, sizes)
+        return serve_page(cfg, usual, sampling(cfg), codec, networks(), partial(read_served, maps=maps), make, sizes)
 
     clock, failed = memory.Clock(procs.device), []
     jobs = [replace(cfg, **row) for row in read_jobs(Path(cfg.batch))] if cfg.batch else [cfg]
@@ -305,14 +316,12 @@ def main(cfg: Config) -> None:
             networks()
         weights = checksum(*codec.files()[:1], *READ)
         failed += filter(None, (unlike(job, weights) for job in done))
-    told = cfg.preset != "wan5b" or maps != "outline" or procs.rank > 0
+    told = procs.rank > 0
     for number, job in enumerate(left, start=1):
         try:
             record = made_of(job, weights) if cfg.batch else None
             condition = early or read_condition(job, codec)
-            if not told and (names := condition.trajectory.unmasked):
-                told, shown = True, f"{job.traj}: frame 0 shows {', '.join(names)} by filled boxes"
-                print(f"{shown}, which the paper's training never saw; give masks", file=sys.stderr)
+            told = told or warn_of_boxes(job, condition, maps)
             make(job, condition, text[job.prompt], text[codec.negative], clock, made_of=record)
         except Exception as error:  # whatever it is: a video that can't be made does not stop the rest
             if not cfg.batch:

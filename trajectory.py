@@ -131,16 +131,6 @@ class Trajectory:
         return canvas
 
 
-def random_blackout(u: np.ndarray, share: float) -> np.ndarray:
-    """Which frames of a sparse trajectory are black, [T] bool: with probability `share` a random subset, else none.
-
-    u [1 + T] is uniform in [0, 1). Frame 0 is never black.
-    """
-    black = (u[0] < share) & (u[1:] <= u[0] / (share or 1))  # u[0] / share is uniform again: how many frames
-    black[0] = False
-    return black
-
-
 def draw_overlay(frames: np.ndarray, trajectory: Trajectory) -> np.ndarray:
     """A video with its trajectory drawn on it: boxes, and a dot at every box centre of the whole path.
 
@@ -168,8 +158,7 @@ def load_trajectory(
     image_size is the (height, width) of the generated video. source_size is that of the user's image, in whose pixels
     the boxes are unless the JSON states a width and height (default: image_size). The frame of boxes or maps must have
     the shape of the image or the video. It is treated as the image is: resized until it covers the video, and cut to
-    its middle.
-    `cut`: a boxes.json may be for a longer video, of which these are the first frames.
+    its middle. `cut`: a boxes.json may be for a longer video, of which these are the first frames.
     """
     path = Path(path)
     check = partial(check_input, path)
@@ -384,9 +373,8 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check, chec
         boxes.append(edges_of_outlines(label, len(colors)) if count > 1 else extents(label, len(colors)))
     check(count == num_frames, "", f"{count} maps but the video has {num_frames} frames; pass --frames {count}")
     if late:
-        problem = "shows colours that frame 0 doesn't; no boxes are found for them"
-        print(f"{path}: frame {late[0]}: {problem}", file=sys.stderr)
+        shown = "shows colours that frame 0 doesn't; no boxes are found for them"
+        print(f"{path}: frame {late[0]}: {shown}", file=sys.stderr)
     given = torch.from_numpy(maps).permute(3, 0, 1, 2).float() / 127.5 - 1
-    names = [f"object {k}" for k in range(len(colors))]
-    placed = place(size, image_size, np.stack(boxes, axis=1))
+    names, placed = [f"object {k}" for k in range(len(colors))], place(size, image_size, np.stack(boxes, axis=1))
     return Trajectory(placed, masks, colors.round().astype(np.uint8), names, given)

@@ -101,18 +101,13 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 def shortage(error: BaseException) -> str:
     """What was asked for and what there is, if an error says that memory is out; else empty."""
-    text = str(error)
-    if not isinstance(error, MemoryError) and not re.search(
-        "out of memory|t allocate memory|bad_alloc|ALLOC_FAILED", text
-    ):
+    text, signs = str(error), "out of memory|t allocate memory|bad_alloc|ALLOC_FAILED"
+    if not isinstance(error, MemoryError) and not re.search(signs, text):
         return ""
     asked, free = re.search(r"llocate ([\d.]+ ?\w+)", text), re.search(r"of which ([\d.]+ \w+) is free", text)
     limits = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), resource.getrlimit(resource.RLIMIT_AS)[0]
-    there = (
-        free[1] + " of the GPU are free"
-        if free
-        else f"this process may have {min(n for n in limits if n > 0) / 2**30:.1f} GiB"
-    )
+    there = f"this process may have {min(n for n in limits if n > 0) / 2**30:.1f} GiB"
+    there = f"{free[1]} of the GPU are free" if free else there
     return f"out of memory: {asked[1] if asked else 'more'} asked for, and {there}"
 
 

@@ -39,3 +39,13 @@ def sample_uniform(samples: Sequence[int], batch: int, *key: int) -> Tensor:
     u = torch.cat([torch.rand(1, generator=rng(*key, sample, LEVEL)) for sample in samples])
     u = (torch.tensor([sample % batch for sample in samples]) + u) / batch
     return u.clamp(max=1 - 2**-24)  # in float32 the sum can round up to `batch`
+
+
+def random_blackout(u: np.ndarray, share: float) -> np.ndarray:
+    """Which frames of a video are blacked out, [T] bool: with probability `share` a random subset, else none.
+
+    u [1 + T] is uniform in [0, 1). Frame 0 is never black.
+    """
+    black = (u[0] < share) & (u[1:] <= u[0] / (share or 1))  # u[0] / share is uniform again: how many frames
+    black[0] = False
+    return black

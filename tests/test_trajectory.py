@@ -18,8 +18,9 @@ from PIL import Image
 from core.boxes import draw_outlines
 from core.config import UserError
 from core.media import to_uint8, write_image
+from core.noise import random_blackout
 from toy.world import World
-from trajectory import PALETTE, Trajectory, draw_overlay, load_trajectory, random_blackout
+from trajectory import PALETTE, Trajectory, draw_overlay, load_trajectory
 
 CELLS = {".": (0, 0, 0), "a": PALETTE[0], "b": PALETTE[1]}
 

@@ -155,6 +155,8 @@ def test_a_first_frame_without_a_mask_is_told_once(maps, small, monkeypatch, cap
     err = [line for line in capsys.readouterr().err.splitlines() if "frame 0" in line]
     shown = "boxes.json: frame 0 shows object 0 by filled boxes, which the paper's training never saw; give masks"
     assert err == ([shown] if maps == "outline" else [])
+    sample.read_served(job(small), WanCodec(small, torch.device("cpu")), maps)  # as the page asks
+    assert (shown in capsys.readouterr().err) == (maps == "outline")
 
 
 def test_one_network_of_a_checkpoint_makes_the_video(small):

@@ -36,6 +36,7 @@ from core.media import (
     BROKEN,
     VIDEO_SUFFIXES,
     Size,
+    alike,
     cover_frames,
     cover_nearest,
     ffmpeg_version,
@@ -43,12 +44,13 @@ from core.media import (
     read_frames,
     read_video,
     to_uint8,
-)
+)  # fmt: skip
+from core.noise import random_blackout
 from core.record import checksum, lock
 from core.weights import read_config, read_safetensors, write_safetensors
 from data import open_codec
 from tools.batch import read_table
-from trajectory import MOST_OBJECTS, Maps, load_trajectory, random_blackout
+from trajectory import MOST_OBJECTS, Maps, load_trajectory
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,8 @@ def read_maps(kind: str, path: Path, own: Size, size: Size, frames: int) -> Tens
     maps = list(islice(read_frames(path, check), frames))
     check(len(maps) == frames, "", f"{len(maps)} frames of {frames}")
     for height, width, _ in (frame.shape for frame in maps):
-        alike = abs(height * own[1] / (width * own[0]) - 1) < 0.02  # the sides of small maps are rounded
-        check(alike, "", f"{width}x{height}, of another shape than the video's {own[1]}x{own[0]}")
+        fine = alike((height, width), own)
+        check(fine, "", f"{width}x{height}, of another shape than the video's {own[1]}x{own[0]}")
     fitted = torch.from_numpy(np.stack([cover_nearest(m, size) for m in maps])).permute(3, 0, 1, 2).float() / 127.5 - 1
     check((fitted[:, 0] > -0.8).any(), "", "frame 0 shows no object")
     return fitted
@@ -278,12 +280,10 @@ def begin(out: Path, cfg: Config, count: int, codec: Codec) -> dict:
     file = out / "config.json"
     options = asdict(cfg) | {"shard": SHARD, "clips": count, "codec": {f.name: checksum(f) for f in codec.files()}}
     del options["out"], options["weights"], options["source"]
-    known, strange = (
-        file.exists(),
-        next(chain.from_iterable(map(out.glob, ("latents-*", "text-*", "rejected.csv"))), None),
-    )
-    require(known or not strange, f"{strange}: lies here without a config.json that says of what; give another --out")
-    before = read_config(file) if known else options
+    strange = next(chain.from_iterable(map(out.glob, ("latents-*", "text-*", "rejected.csv"))), None)
+    fine = file.exists() or not strange
+    require(fine, f"{strange}: lies here without a config.json that says of what; give another --out")
+    before = read_config(file) if file.exists() else options
     if other := [name for name, now in options.items() if before.get(name) != now]:
         were = ", ".join(f"{name} {before.get(name)}" for name in other)
         raise UserError(f"{file}: shards of other clips lie here ({were}); give another --out")

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from core.codec import Batch, drop_caption
 from core.config import UserError
+from core.noise import random_blackout
 from toy.codec import ToyCodec
 from toy.world import World
-from trajectory import Maps, random_blackout
+from trajectory import Maps
 
 
 class ToyLatents:
