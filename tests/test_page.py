@@ -238,6 +238,13 @@ def test_small_things(hands, one_box, photo, tmp_path):
             hands.page.click("summary:has-text('Camera')")
         hands.fill(f"#{name}", typed)
         assert (hands.page.input_value(f"#{name}"), words in hands.note) == (taken, True), (name, hands.note)
+    hands.page.click("#seed")
+    hands.page.keyboard.type("7")
+    typed = hands.page.input_value("#seed")
+    hands.see("show()")  # as whenever an estimate or a video arrives
+    assert hands.page.input_value("#seed") == typed != str(hands.see("page.drawing.seed"))
+    hands.press("Enter")
+    assert hands.see("page.drawing.seed") == int(typed) == 7
     hands.fill("#visible", "3-1")
     assert hands.page.get_attribute("#visible", "aria-invalid") and "no range" in hands.page.text_content("#saidObject")
     assert hands.page.input_value("#visible") == "3-1" and hands.objects[0]["visible"] is None
