@@ -32,9 +32,7 @@ class AdapterConfig:
     patch: tuple[int, int, int] = (1, 2, 2)
     fixed_norm: bool = False  # trajectory latents normed by fixed statistics, not by the clip's own
     maps: Maps = "outline"  # how its trajectories are painted: Trajectory.maps
-    copies: float = (
-        0.0  # not 0: latents of later frames are differences from frame 0's times this, and maps' are copied
-    )
+    copies: float = 0.0  # latents of later frames are differences from frame 0's times this; if not 0, maps' are copied
 
 
 PRESETS = {
@@ -139,9 +137,8 @@ class ResNetAdapter(nn.Module):
             gate = rearrange(gate, "b f h w (q r) -> b 1 f (h q) (w r)", q=q, r=r)
             gate = F.pad(gate[:, :, 1:], (0, 0, 0, 0, 1, 0))  # frame 0 is given
             # A map's frame 0 is black where the picture's isn't: differences from the one become those from the other.
-            yield gate * torch.cat(
-                [torch.full_like(gate, self.config.copies), maps + self.config.copies * maps[:, :, :1]], 1
-            )
+            change = self.config.copies
+            yield gate * torch.cat([torch.full_like(gate, change), maps + change * maps[:, :, :1]], 1)
 
 
 class ControlNetAdapter(VideoDiT):

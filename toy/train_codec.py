@@ -4,9 +4,9 @@
     python -m toy.train_codec --init checkpoints/small/codec.safetensors --name decoder  # only trains the decoder on
 
 The encoder is computed, principal components of the first videos' frames. The decoder is trained on frames of videos
-and of trajectory maps. Noise on the latents makes it tolerate a generator's errors. Pixel errors alone would make it
-blur where it is unsure, so the amount of detail around a pixel counts too. With `--init` the encoder stays, and with it
-all networks trained on its latents. To resume, run the same command again.
+and of trajectory maps. Noise on the latents, of any level, makes it smooth a generator's errors and keep what is right.
+Pixel errors alone would make it blur where it is unsure, so the amount of detail around a pixel counts too. With
+`--init` the encoder stays, and with it all networks trained on its latents. To resume, run the same command again.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Recipe:
     frames: int = 4  # of each video; one in four shows its maps
     lr: float = 4e-3  # peak learning rate of the kernels
     warmup: int = 50  # steps of linear warm-up before the cosine
-    noise: float = 0.06  # standard deviation of the noise on the latents, whose mean variance is 1
+    noise: float = 0.3  # highest standard deviation of the noise on a frame's latents, whose mean variance is 1
     detail: float = 0.1  # weight of the error of the Laplacian, for crisp edges
     energy: float = 0.3  # weight of the error of the Laplacian's energy around each pixel, against blur
     save_every: int = 250  # steps
@@ -79,8 +79,10 @@ def training_step(step: int, cfg: Config, model: ToyAutoencoder, optimizers: Seq
     samples = list(range(step * cfg.batch, (step + 1) * cfg.batch))
     frames = frames_of(world, samples, cfg.frames, cfg.seed)
     latents = model.encode(frames)
-    noise = torch.randn(latents.shape, generator=rng(cfg.seed, step, 1))
-    loss = decoder_loss(model.decode(latents + cfg.noise * noise), frames, cfg.detail, cfg.energy)
+    draw = rng(cfg.seed, step, 1)
+    level = cfg.noise * torch.rand(len(latents), 1, 1, 1, generator=draw)
+    out = model.decode(latents + level * torch.randn(latents.shape, generator=draw))
+    loss = decoder_loss(out, frames, cfg.detail, cfg.energy)
     loss.backward()
     return {"loss": loss.detach(), "grad_norm": optim.clip_and_step(model.detail, optimizers)}
 
