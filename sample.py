@@ -37,7 +37,7 @@ from core import memory, parallel
 from core.attention import gpu_kernels
 from core.codec import Codec
 from core.config import UserError, check_options, reason, run_script, shipped
-from core.files import output_path
+from core.files import no_pointer, output_path
 from core.media import MOST_VIDEO, cover_frames, ffmpeg_version, load_image, read_record, to_uint8, write_video
 from core.noise import sample_noise, step_noise
 from core.record import READ, checksum
@@ -120,7 +120,7 @@ def find_networks(cfg: Config) -> tuple[str, Path]:
     generator = cfg.generator or str(find_generator(Path(cfg.weights), cfg.speed))
     adapter = Path(cfg.adapter or Path(cfg.weights) / f"{cfg.speed}_adapter.safetensors")
     for path in (split_key(generator)[0], adapter):
-        if not path.exists():
+        if not no_pointer(path).exists():
             raise UserError(f"{path}: no such file; correct --weights, or give --generator and --adapter")
     if adapter.is_dir():
         raise UserError(f"--adapter {adapter}: is a folder; give the file in it")

@@ -165,11 +165,11 @@ def load_trajectory(
 
     def check_shape(field: str, size: Size) -> None:
         own = source_size or size
-        how = "the picture as it is stored, not as it is shown" if alike(size, own[::-1]) else "another shape"
+        how = "the picture turned by 90 degrees" if alike(size, own[::-1]) else "another shape"
         problem = f"{size[1]}x{size[0]} is of {how}; the picture is {own[1]}x{own[0]}; give boxes or maps in its shape"
         check(alike(size, own) or alike(size, image_size), field, problem)
 
-    check(os.path.exists(path), "", "no such file; correct the path")
+    check(os.path.exists(no_pointer(path)), "", "no such file; correct the path")
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
         return _load_maps(path, image_size, num_frames, check, check_shape)
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from core.config import UserError, reason
 
+# What stands in place of a file, and what brings the file. git-annex leaves text, or links that lead nowhere.
+POINTERS = (("git-lfs", rb"version https://git-lfs", "git lfs pull"),
+            ("git-annex", rb"(.*\.git\b.*)?/annex/objects/", "git annex get"))  # fmt: skip
 UMASK = os.umask(0)  # reading it means setting it
 os.umask(UMASK)
 
@@ -32,11 +35,19 @@ def output_path(text: str, suffix: str, flag: str = "out", **read: Path | str) -
     return path
 
 
-def no_pointer(path: Path | str) -> None:
-    """UserError if a clone without git-lfs left only a pointer in place of a file."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise UserError(f"{path}: is a pointer of git-lfs, not the file itself; run git lfs pull in its folder")
+def no_pointer(path: Path | str) -> Path:
+    """The path. UserError if a clone without git-lfs or git-annex left only a pointer in place of a file."""
+    start = b""
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.islink(path) and not os.path.exists(path):
+            start = os.fsencode(os.readlink(path))
+        else:
+            with open(path, "rb") as file:
+                start = file.read(256)
+    for tool, known, get in POINTERS:
+        if re.match(known, start):
+            raise UserError(f"{path}: is a pointer of {tool}, not the file itself; run {get} in its folder")
+    return Path(path)
 
 
 def writable(path: Path, said: str) -> None:

@@ -21,7 +21,7 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from core.config import MachineError, UserError, reason
@@ -106,9 +106,8 @@ def read_picture(path: Path | str, ground: str = "white") -> np.ndarray:
 
 def load_image(path: Path | str) -> np.ndarray:
     """`read_picture`, or UserError if it can't be used. A line on stderr says if the file holds more pictures."""
-    if not Path(path).is_file():
+    if not no_pointer(path).is_file():
         raise UserError(f"{path}: no such image; give a PNG or JPEG with --image")
-    no_pointer(path)
     try:
         with Image.open(path) as image:  # a photo's embedded previews don't count
             count = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "TIFF") else 1
@@ -206,18 +205,18 @@ def describe(path: Path) -> tuple[str, str, str]:
     return f"{stream[1]}," if stream else "", said, problem
 
 
-def frame_rate(path: Path) -> int:
-    """Of a video, in whole frames a second; 0 if it doesn't say."""
-    return round(float((re.search(r" ([\d.]+) (?:fps|tbr)", describe(path)[0]) or ["", 0])[1]))
+def frame_rate(about: str) -> int:
+    """Of a video that `describe` tells about, in whole frames a second; 0 if it doesn't say."""
+    return round(float((re.search(r" ([\d.]+) (?:fps|tbr)", about) or ["", 0])[1]))
 
 
-def read_video(path: Path, maps: bool = False) -> Iterator[np.ndarray]:
+def read_video(path: Path, maps: bool = False, told: tuple[str, str, str] | None = None) -> Iterator[np.ndarray]:
     """The pictures [height, width, 3] uint8 that a video file holds, in their order.
 
-    They are turned and stretched as players show them. `maps`: what is transparent is black. Raises one of BROKEN, or
-    MachineError if it is not the file that is broken.
+    They are turned and stretched as players show them. `maps`: what is transparent is black. `told`: what `describe`
+    says, if that is known. Raises one of BROKEN, or MachineError if it is not the file that is broken.
     """
-    about, said, problem = describe(path)
+    about, said, problem = told or describe(path)
     size = re.search(r"[ ,](\d+)x(\d+)[ ,\[]", about)
     if not size:
         raise ValueError(problem or f"holds no {'picture that can be decoded' if about else 'video'}")
@@ -321,7 +320,7 @@ def write_video(path: Path | str, frames: np.ndarray, fps: int, made_of: dict[st
 
 
 def read_record(path: Path | str) -> dict[str, str]:
-    """What `write_video` was told that a video is made of. UserError if it isn't of its making."""
+    """What `write_video` was told that a video is made of, {} of a picture. UserError if it isn't of our making."""
     with open(path, "rb") as file:
         found = re.search(rb"made of (\{[^{}]*\})", file.read(1 << 20))  # before the pictures
     if not found:
@@ -330,5 +329,8 @@ def read_record(path: Path | str) -> dict[str, str]:
 
 
 def write_image(path: Path | str, image: np.ndarray) -> None:
+    """uint8 [height, width, 3] or [height, width] -> a PNG that `read_record` knows."""
+    made = PngImagePlugin.PngInfo()
+    made.add_text("Comment", "made of {}")
     with atomic(path) as temporary:
-        Image.fromarray(image).save(temporary)
+        Image.fromarray(image).save(temporary, pnginfo=made)

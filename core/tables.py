@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from core.config import flags
-from core.files import write_text
+from core.config import UserError, flags
+from core.files import output_path, write_text
 
 
 def provenance(script: str, config, device: torch.device) -> dict[str, str]:
@@ -54,6 +54,15 @@ def markdown(rows: Sequence[dict], show: Callable[[object], str] = str) -> str:
 
     lines = [[key.replace("_", " ") for key in keys], ["---"] * len(keys), *([cell(r, k) for k in keys] for r in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table_path(text: str) -> Path:
+    """`--out` of rows, by which the table goes. UserError if anything else than rows and a table lies there."""
+    out = output_path(text, ".json")
+    for path, start in ((out, b'[\n {\n  "name": "'), (out.with_suffix(".md"), b"| name |")):
+        if path.exists() and not path.read_bytes().startswith(start):
+            raise UserError(f"--out {out}: {path} exists, and was not made here; move it, or give another name")
+    return out
 
 
 def write_rows(out: Path, rows: Sequence[dict], show: Callable[[object], str] = str) -> None:

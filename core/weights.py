@@ -147,7 +147,7 @@ def unpickle(path: Path | str) -> object:
 def split_key(text: Path | str) -> tuple[Path, str]:
     """ "file.pt:key" -> the file, and which of its networks is meant ("" if it isn't said)."""
     path, _, key = str(text).rpartition(":")
-    return (Path(path), key) if path and not Path(text).exists() and Path(path).exists() else (Path(text), "")
+    return (Path(path), key) if path and not Path(text).exists() and no_pointer(path).exists() else (Path(text), "")
 
 
 def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -> dict[str, Stored]:

@@ -15,11 +15,14 @@ from conftest import ROOT
 from core import parallel
 from core.config import UserError, run_script
 from core.files import output_path, write_text
+from core.media import read_record, write_image
 from core.memory import shortage
 from core.record import lock
+from core.tables import table_path, write_rows
 from core.weights import file_errors
 from finetune_hybrid import Config
-from tools import convert
+from tools import bench, convert, evaluate_folder
+from toy import evaluate, world
 
 TALKS = """
 import sys; sys.path.insert(0, sys.argv.pop(1))
@@ -90,6 +93,35 @@ def test_convert_overwrites_nothing(taken, tmp_path):
             convert.Config(source=str(ROOT / "examples/balloons.json"), to=str(tmp_path / "x.json"), **options)
         )
     assert [file.name for file in tmp_path.iterdir()] == [taken] and (tmp_path / taken).read_text() == "mine"
+
+
+@pytest.mark.parametrize("script, out, taken", [
+    *((script, "x.json", taken) for script in (evaluate, bench, evaluate_folder) for taken in ("x.json", "x.md")),
+    (evaluate, "x.json", "x.png"),
+    *((world, "", taken) for taken in ("image.png", "boxes.json", "prompt.txt", "mask_7.png", "truth.mp4")),
+])  # fmt: skip
+@pytest.mark.parametrize("held", [b"", b"mine", b'[{"name": "me"}]'])
+def test_tables_and_the_world_overwrite_nothing_of_others(script, out, taken, held, tmp_path):
+    (tmp_path / taken).write_bytes(held)
+    with pytest.raises(UserError, match=rf"/{taken}:? exists, and (was not|isn't what was) made here; move it, or"):
+        script.main(script.Config(out=str(tmp_path / out)))
+    assert [file.name for file in tmp_path.iterdir()] == [taken] and (tmp_path / taken).read_bytes() == held
+
+
+def test_what_was_made_here_is_made_anew(tmp_path):
+    """A table and a picture of it; and the world's files, unless one of them was changed since."""
+    write_rows(tmp_path / "x.json", [{"name": "a", "videos": 1}])
+    assert table_path(str(tmp_path / "x.json")) == tmp_path / "x.json"
+    write_image(tmp_path / "x.png", np.zeros((8, 8, 3), np.uint8))
+    assert read_record(tmp_path / "x.png") == {}
+    made = []
+    for number in (62, 62, 0):
+        world.main(world.Config(out=str(tmp_path / "toy"), video=number))
+        made.append({file.name: file.read_bytes() for file in (tmp_path / "toy").iterdir()})
+    assert made[0] == made[1] != made[2]
+    (tmp_path / "toy/boxes.json").write_text((tmp_path / "toy/boxes.json").read_text().replace("1", "2"))
+    with pytest.raises(UserError, match=r"toy/boxes\.json exists, and isn't what was made here"):
+        world.main(world.Config(out=str(tmp_path / "toy")))
 
 
 # --- launchers

@@ -25,6 +25,8 @@ from tools import convert, evaluate_folder, prepare_clips
 from tools.batch import read_table
 from toy.codec import ToyCodec
 from trajectory import load_trajectory
+from wan.lora import merge
+from wan.published import find_generator
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 GREY = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (64, 1))
@@ -376,22 +378,49 @@ READERS = {  # of files that a clone without their content holds as pointers
     "v.mp4": lambda path: next(read_video(path)), "t.npy": lambda path: convert.read_points(path),
     "t.txt": lambda path: convert.read_points(path), "b.json": lambda path: load_trajectory(path, (8, 8), 1),
     "maps/0.png": lambda path: load_trajectory(path.parent, (8, 8), 1), "s.csv": read_table,
-    "a.txt": prepare_clips.read_caption, "i.pt": lambda path: evaluate_folder.blame(path).__enter__(),
+    "a.txt": prepare_clips.read_caption, "clip.mov": lambda path: prepare_clips.read_clip(
+        prepare_clips.Clip(path, "a cat", path), prepare_clips.Config(), ToyCodec()),
+    "fast_generator.safetensors": lambda path: find_generator(path.parent, "fast"),
+    "lora.safetensors": lambda path: merge({}, f"{path}:0.5"),
+    "i.pt": lambda path: evaluate_folder.blame(path).__enter__(),
 }  # fmt: skip
 
 
+KEY = f"annex/objects/SHA256E-s9--{7:064d}.bin"
+POINTERS = {  # what stands in the file, or what the link names; and how to get the file
+    "git-lfs": (f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064d}\nsize 9\n", "", "git lfs pull"),
+    "git-annex": (f"/{KEY}\n", "", "git annex get"),
+    "git-annex, no links": (f"../.git/{KEY}", "", "git annex get"),
+    "git-annex, a link": ("", f"../.git/annex/objects/Zx/9q/k/{KEY}", "git annex get"),
+    "git-annex, a link in a submodule": ("", f"../../.git/modules/a/{KEY}", "git annex get"),
+}
+
+
+@pytest.mark.parametrize("kind", POINTERS)
 @pytest.mark.parametrize("name", READERS)
-def test_a_pointer_in_place_of_a_file_is_known_as_one(name, tmp_path):
-    path = tmp_path / name
+def test_a_pointer_in_place_of_a_file_is_known_as_one(name, kind, tmp_path):
+    path, (text, link, get) = tmp_path / name, POINTERS[kind]
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064d}\nsize 10127437376\n")
-    with pytest.raises(UserError, match=rf"{name}: is a pointer of git-lfs, not the file itself; run git lfs pull"):
+    path.symlink_to(link) if link else path.write_text(text)
+    tool = kind.partition(",")[0]
+    with pytest.raises(UserError, match=rf"{name}: is a pointer of {tool}, not the file itself; run {get} in its"):
         READERS[name](path)
+
+
+def test_a_file_that_git_annex_holds_is_read_and_other_links_are_not_taken_for_its(tmp_path):
+    (tmp_path / ".git/annex/objects").mkdir(parents=True)
+    (tmp_path / ".git/annex/objects/k.json").write_text("{}")
+    (tmp_path / "c.json").symlink_to(".git/annex/objects/k.json")
+    assert read_config(tmp_path / "c.json") == {}
+    (tmp_path / "d.json").symlink_to("annex/k.json")
+    with pytest.raises(UserError, match="no such file"):
+        read_config(tmp_path / "d.json")
 
 
 @pytest.mark.parametrize("rate, whole", [("30000/1001", 30), ("24000/1001", 24), ("8", 8), ("60", 60)])
 def test_the_rate_of_a_video_is_in_whole_frames_a_second(rate, whole, tmp_path):
-    assert media.frame_rate(encode(tmp_path / "x.mp4", "-f", "lavfi", "-i", f"testsrc=s=48x48:r={rate}:d=1")) == whole
+    clip = encode(tmp_path / "x.mp4", "-f", "lavfi", "-i", f"testsrc=s=48x48:r={rate}:d=1")
+    assert media.frame_rate(media.describe(clip)[0]) == whole
 
 
 def test_mixed_rates_of_clips_are_told_with_their_counts(tmp_path, capsys):
@@ -481,7 +510,8 @@ def test_a_box_that_crosses_the_edge_is_cut_there_with_a_note(box, tmp_path, cap
 
 
 @pytest.mark.parametrize("size, problem", [
-    ((48, 64), "48x64 is of the picture as it is stored, not as it is shown; the picture is 64x48"),
+    ((48, 64), "48x64 is of the picture turned by 90 degrees; the picture is 64x48"),
+    ((97, 128), "97x128 is of the picture turned by 90 degrees"),
     ((64, 64), "64x64 is of another shape; the picture is 64x48; give boxes or maps in its shape"), ((96, 128), None),
     ((90, 90), "90x90 is of another shape"), ((200, 100), None), ((47, 63), None),  # the video has the first's
 ])  # fmt: skip

@@ -31,9 +31,8 @@ from adapter import AdapterConfig, ResNetAdapter
 from core import parallel
 from core.codec import Batch
 from core.config import UserError, run_script
-from core.files import output_path
 from core.memory import peak_memory, reset_peak, seconds
-from core.tables import markdown, provenance, three_digits, write_rows
+from core.tables import markdown, provenance, table_path, three_digits, write_rows
 from core.weights import Stored, load, rename
 from discriminator import Classifier, ClassifierConfig, DiffusionDiscriminator, adversarial_loss
 from model import PRESETS, DiTConfig, VideoDiT
@@ -289,7 +288,7 @@ def main(cfg: Config) -> None:
     parts = cfg.parts.split(",")
     if unknown := set(parts) - PARTS.keys():
         raise UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
-    out = output_path(cfg.out, ".json")
+    out = table_path(cfg.out)
     try:
         reference = f", diffusers {importlib.metadata.version('diffusers')}"
     except importlib.metadata.PackageNotFoundError:

@@ -64,7 +64,7 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     `frames`: how many T is, to tell [T, K, 2] from [K, T, 2].
     """
     check, form = partial(check_input, path), "give [T, K, 2], or [T, K, 3] with visibility last"
-    check(path.is_file(), "", "no such file; correct the path")
+    check(no_pointer(path).is_file(), "", "no such file; correct the path")
     try:
         points, shown, by_point = find_arrays(read_tracks(path), check)
     except pickle.UnpicklingError:
@@ -100,7 +100,6 @@ def numbers(array: np.ndarray | torch.Tensor) -> np.ndarray:
 
 def read_tracks(path: Path) -> object:
     """What a file of point tracks holds: an array, or arrays by name. Raises what readers raise."""
-    no_pointer(path)
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -111,7 +110,7 @@ def read_tracks(path: Path) -> object:
         rows = [[np.nan if word == "-" else float(word) for word in line.split()] for line in lines if line.strip()]
         return {"pred_tracks": np.array(rows).reshape(len(rows), -1, 2)}
     beside = path.with_name(re.sub(r"tracks?(?=\.npy$)", "visibility", path.name))  # as Wan-Move writes them
-    if beside != path and beside.is_file():
+    if beside != path and no_pointer(beside).is_file():
         return {"pred_tracks": np.load(path, allow_pickle=False), "visibility": np.load(beside, allow_pickle=False)}
     held = unpickle(path) if path.suffix.lower() in (".pt", ".pth") else np.load(path, allow_pickle=False)
     if isinstance(held, bytes):  # as ATI writes them: a packed array [K, T, 1, 3], in eighths of a pixel
@@ -144,7 +143,7 @@ def find_arrays(held: object, check: Check) -> tuple[np.ndarray, np.ndarray | No
 def own_size(path: Path) -> media.Size:
     """Height and width of the frame that the source was made for. UserError if it doesn't say."""
     check = partial(check_input, path)
-    check(path.exists(), "", "no such file; correct the path")
+    check(no_pointer(path).exists(), "", "no such file; correct the path")
     if path.is_dir() or path.suffix.lower() in media.VIDEO_SUFFIXES:
         return next(media.read_frames(path, check)).shape[:2]
     if path.suffix.lower() not in POINTS and "width" in (top := read_boxes_json(path)):

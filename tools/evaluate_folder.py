@@ -34,10 +34,10 @@ from torch import Tensor
 
 from core.boxes import DARK, NEAR, extents, flat_colors, label_pixels
 from core.config import UserError, reason, run_script
-from core.files import no_pointer, output_path
+from core.files import no_pointer
 from core.frechet import frechet_distance
 from core.media import MOST_VIDEO, VIDEO_SUFFIXES, Size, alike, read_frames, visible
-from core.tables import markdown, write_rows
+from core.tables import markdown, table_path, write_rows
 from trajectory import MOST_OBJECTS, check_input, load_trajectory
 
 
@@ -103,7 +103,7 @@ def videos(folder: str) -> dict[str, Path]:
 def find_masks(folder: str, name: str) -> Path:
     """`folder/masks/name/`, or `folder/masks/name` with a video's suffix."""
     places = [Path(folder) / "masks" / f"{name}{suffix}" for suffix in ("", *sorted(VIDEO_SUFFIXES))]
-    if found := [place for place in places if place.exists()]:
+    if found := [place for place in places if no_pointer(place).exists()]:
         return found[0]
     raise UserError(f"{places[0]}: no such folder or video; every generated video needs one")
 
@@ -185,7 +185,7 @@ def overlaps(cfg: Config, name: str, size: Size) -> dict[str, float]:
 
 @torch.no_grad()
 def main(cfg: Config) -> None:
-    out, masked = output_path(cfg.out, ".json"), (Path(cfg.true) / "masks").is_dir()
+    out, masked = table_path(cfg.out), (Path(cfg.true) / "masks").is_dir()
     for folder in (Path(cfg.generated) / "masks", Path(cfg.true) / "boxes"):
         if folder.is_dir() and not masked:
             raise UserError(f"{folder}: is compared with {cfg.true}/masks, which is missing")
@@ -200,7 +200,7 @@ def main(cfg: Config) -> None:
     files = {measure: Path(cfg.networks) / name for measure, (name, _) in NETWORKS.items() if cfg.networks}
     networks = {}
     for measure, file in files.items():
-        if file.exists():
+        if no_pointer(file).exists():
             with blame(file):
                 networks[measure] = torch.jit.load(file).eval()
     if files and not networks:

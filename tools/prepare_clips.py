@@ -39,6 +39,7 @@ from core.media import (
     alike,
     cover_frames,
     cover_nearest,
+    describe,
     ffmpeg_version,
     frame_rate,
     read_frames,
@@ -149,16 +150,18 @@ def read_row(source: Path, line: int, row: dict[str, str], names: Counter[str]) 
     return Clip(video, row["text"].strip(), boxes, masks, start, end)
 
 
-def read_clip(clip: Clip, cfg: Config, codec: Codec) -> tuple[dict[str, Tensor], float]:
+def read_clip(clip: Clip, cfg: Config, codec: Codec) -> tuple[dict[str, Tensor], float, int]:
     """Video and maps, [3, T, height, width] in [-1, 1] each: "video", "box", and "mask" if every frame has masks.
 
-    And how many times as large as in the file they are. UserError with the reason if a clip can't be used.
+    And how many times as large as in the file they are, and at how many frames a second it is shown. UserError with
+    the reason if a clip can't be used.
     """
     require(clip.video.suffix.lower() in VIDEO_SUFFIXES, f"no video; read are {', '.join(sorted(VIDEO_SUFFIXES))}")
     require(clip.caption, "no caption, or none in UTF-8")
-    require(os.path.exists(clip.video), "no such video")
+    require(os.path.exists(no_pointer(clip.video)), "no such video")
     try:
-        stack = list(islice(read_video(clip.video), clip.start, clip.start + cfg.frames))
+        told = describe(clip.video)
+        stack = list(islice(read_video(clip.video, told=told), clip.start, clip.start + cfg.frames))
     except BROKEN as error:
         raise UserError(f"the video can't be decoded: {reason(error)}") from None
     length = len(stack) if clip.end is None else min(len(stack), clip.end - clip.start)
@@ -166,15 +169,16 @@ def read_clip(clip: Clip, cfg: Config, codec: Codec) -> tuple[dict[str, Tensor],
     own = stack[0].shape[:2]
     require(min(own) >= cfg.smallest, f"{own[1]}x{own[0]} is smaller than --smallest {cfg.smallest}")
     size = tuple(sorted(codec.video_size(cfg.size, cfg.frames, own), reverse=own[0] > own[1]))  # turned as the clip is
-    scale = max(size[0] / own[0], size[1] / own[1])
+    scale, rate = max(size[0] / own[0], size[1] / own[1]), frame_rate(told[0])
     video = cover_frames(np.stack(stack), size) / 127.5 - 1
     if clip.boxes.suffix == ".json":
         trajectory = load_trajectory(clip.boxes, size, cfg.frames, own, cut=True)
-        return {"video": video, "box": trajectory.maps("box", video[:, 0] if cfg.maps == "pixels" else None)}, scale
+        box = trajectory.maps("box", video[:, 0] if cfg.maps == "pixels" else None)
+        return {"video": video, "box": box}, scale, rate
     require(cfg.maps == "outline", "painted maps, which hold no pixels of the clip; give a boxes.json")
     mask, box = (read_maps(*each, own, size, cfg.frames) for each in (("mask", clip.masks), ("box", clip.boxes)))
     box[:, 0] = mask[:, 0]  # frame 0 of every condition is the segmentation mask
-    return {"video": video, "mask": mask, "box": box}, scale
+    return {"video": video, "mask": mask, "box": box}, scale, rate
 
 
 def read_maps(kind: str, path: Path, own: Size, size: Size, frames: int) -> Tensor:
@@ -183,7 +187,7 @@ def read_maps(kind: str, path: Path, own: Size, size: Size, frames: int) -> Tens
     def check(fine: object, _field: str, problem: str) -> None:
         require(fine, f"{kind} maps: {problem}")
 
-    check(os.path.exists(path), "", f"{path} does not exist")
+    check(os.path.exists(no_pointer(path)), "", f"{path} does not exist")
     maps = list(islice(read_frames(path, check), frames))
     check(len(maps) == frames, "", f"{len(maps)} frames of {frames}")
     for height, width, _ in (frame.shape for frame in maps):
@@ -244,8 +248,7 @@ def main(cfg: Config) -> None:
             if str(number) in kept:
                 continue
             try:
-                parts, record["scale"] = read_clip(clip, cfg, codec)
-                record["rate"] = frame_rate(clip.video)
+                parts, record["scale"], record["rate"] = read_clip(clip, cfg, codec)
             except MachineError:
                 raise
             except UserError as error:

@@ -29,11 +29,11 @@ import flow
 from adapter import Adapter, check_fit, read_adapter
 from core import parallel
 from core.config import UserError, run_script, shipped
-from core.files import output_path, write_text
-from core.media import contact_sheet, to_uint8, write_image
+from core.files import write_text
+from core.media import contact_sheet, read_record, to_uint8, write_image
 from core.memory import seconds
 from core.noise import sample_noise, step_noise
-from core.tables import markdown, over_seeds, provenance
+from core.tables import markdown, over_seeds, provenance, table_path
 from model import VideoDiT
 from toy import metrics
 from toy.codec import ToyCodec
@@ -193,11 +193,13 @@ def earlier_rows(out: Path, command: str) -> dict[tuple, dict]:
         keys = itemgetter("name", "steps", "run", "weights")
         return {keys(row): row for row in rows if row["command"] == command}
     except (ValueError, TypeError, KeyError):
-        return {}  # another kind of file, to be overwritten like any other
+        return {}  # rows of another kind
 
 
 def main(cfg: Config) -> None:
-    out = output_path(cfg.out, ".json")
+    out = table_path(cfg.out)
+    if (sheet := out.with_suffix(".png")).exists():
+        read_record(sheet)  # only what was made here is made anew
     procs = parallel.init_processes()
     about = provenance("-m toy.evaluate", cfg, procs.device)
     ways = find_ways(cfg)
@@ -233,10 +235,10 @@ def main(cfg: Config) -> None:
     write_text(out, json.dumps(rows, indent=1))
     write_text(out.with_suffix(".md"), markdown(shown))
     if any(video is None for video in videos.values()):
-        print(f"{out.with_suffix('.png')}: not written; it needs videos that an earlier call made")
+        print(f"{sheet}: not written; it needs videos that an earlier call made")
         return
     style = next(networks[way.adapter].config.maps for way in ways if way.adapter)
-    write_image(out.with_suffix(".png"), comparison([batch.video, *videos.values()], batch, style))
+    write_image(sheet, comparison([batch.video, *videos.values()], batch, style))
 
 
 if __name__ == "__main__":

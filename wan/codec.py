@@ -9,6 +9,7 @@ from torch import Tensor
 
 from core.codec import Codec
 from core.config import UserError
+from core.files import no_pointer
 from core.parallel import Processes
 from wan.tiny_decoder import TinyDecoder
 from wan.umt5 import TextEncoder
@@ -59,7 +60,7 @@ class WanCodec(Codec):
     def _part(self, *names: str) -> Path:
         """The first of these files that the folder has: one per layout."""
         for path in (self.folder / name for name in names):
-            if path.exists():
+            if no_pointer(path).exists():
                 return path
         raise UserError(f"{self.folder}: holds no {' or '.join(names)}; give Wan2.2-TI2V-5B as published")
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from core.config import UserError
+from core.files import no_pointer
 from core.weights import Stored, brief, file_errors, read_config, read_safetensors, rename, split_key
 from wan.published import DIFFUSERS_NAMES, NOT_WAN
 
@@ -49,7 +50,7 @@ def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
     path, strength = split_key(text)
     if path.is_dir():
         raise UserError(f"--lora {text}: is a folder; give the .safetensors in it")
-    if not path.is_file() or not re.fullmatch(NUMBER, strength or "1"):
+    if not no_pointer(path).is_file() or not re.fullmatch(NUMBER, strength or "1"):
         raise UserError(f"--lora {text}: no such file; give FILE or FILE:strength")
     header, parts = read_safetensors(path)
     layers = {name.rpartition(".")[0] for name in tensors}
@@ -101,7 +102,7 @@ def read_adapter_config(path: Path, header: dict[str, str], names: Iterable[str]
     if said := header.get("lora_adapter_metadata"):
         with file_errors(path, "a file whose lora_adapter_metadata is JSON"):
             config = {name.removeprefix("transformer."): value for name, value in json.loads(said).items()}
-    elif place.exists() and (peft or path.stem == "adapter_model"):
+    elif no_pointer(place).exists() and (peft or path.stem == "adapter_model"):
         config = read_config(place)
     else:
         config = {"lora_alpha": header[name] for name in sorted(header) if name.endswith("alpha")}  # noqa: B035

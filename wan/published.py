@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from core.config import UserError
+from core.files import no_pointer
 from core.weights import Stored, file_errors, read_checkpoint, read_folder, read_safetensors, rename
 
 NOT_WAN = (  # what training wrappers add anywhere in a name, and what files put before every name
@@ -138,9 +139,9 @@ def find_generator(folder: Path, speed: str) -> Path:
     own = folder / f"{speed}_generator.safetensors"
     if speed == "slow":
         base = [folder for name in ("config.json", "diffusion_pytorch_model*") if any(folder.glob(name))]
-        return next((place for place in (own, folder / "transformer", *base) if place.exists()), own)
+        return next((place for place in (own, folder / "transformer", *base) if no_pointer(place).exists()), own)
     named = [folder / name for name in (own.name, "generator.pt", "model.pt", "model.safetensors")]
-    named = [file for file in named if file.exists()]
+    named = [file for file in named if no_pointer(file).exists()]
     others = [file for file in sorted(folder.glob("*.safetensors")) if not re.match(NO_GENERATOR, file.name)]
     if len(others) > 1 and not named:
         names = ", ".join(file.name for file in others)
