@@ -49,7 +49,7 @@ class ClipLatents:
         shapes = defaultdict(list)
         for number in sorted({int(name.split(".")[0]) for name in self.latents}):
             shapes[self.latents[f"{number}.video"].shape].append(number)
-        most = max(shapes.values(), key=len)
+        most = max(shapes.values(), key=len, default=())
         if len(most) <= HELD_OUT:
             rest = f"no shape has over {HELD_OUT} clips, of which {HELD_OUT} are held out"
             raise UserError(f"{folder}: {rest}; prepare more clips")

@@ -146,6 +146,8 @@ class Run:
             if self.procs.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             cause = next((first for first, _ in getattr(error, "failures", {}).values()), error)
+            while cause.__context__:  # torch's complaint about the file hides what the system said
+                cause = cause.__context__
             fix = "once that is fixed, run the same command again"
             raise UserError(f"{temporary.parent}: a checkpoint can't be written ({reason(cause)}); {fix}") from None
 
