@@ -176,6 +176,8 @@ class Run:
             step = int(found[-1].name.removeprefix("step_"))
         elif finished := sorted(self.folder.glob("*.safetensors")):
             raise UserError(f"{finished[0]}: of a run whose checkpoints are gone; move it, or give another --name")
+        elif options.exists() and "save_every" not in read_config(options):
+            raise UserError(f"{options}: exists, and was not made here; move it, or give another --name")
         if self.procs.rank == 0:
             write_text(options, json.dumps(self.config, indent=1))
             lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []

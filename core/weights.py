@@ -112,7 +112,8 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored
         with safetensors.safe_open(path, "pt") as file:
             tensor = file.get_tensor(name)
         if name in sums and crc(tensor) != sums[name]:
-            raise UserError(f"{path}: {name} isn't what was written there; make this file anew")
+            mend = "delete this file, and run the command that made it again"
+            raise UserError(f"{path}: {name} isn't what was written there; {mend}")
         return tensor
 
     with file_errors(path, "a readable safetensors file"), safetensors.safe_open(path, "pt") as file:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_runs import ALONE, Options, part
 
 from core import parallel
 from core.config import UserError, run_script
@@ -18,6 +19,7 @@ from core.files import output_path, write_text
 from core.media import read_record, write_image
 from core.memory import shortage
 from core.record import lock
+from core.runs import Run
 from core.tables import table_path, write_rows
 from core.weights import file_errors
 from finetune_hybrid import Config
@@ -122,6 +124,14 @@ def test_what_was_made_here_is_made_anew(tmp_path):
     (tmp_path / "toy/boxes.json").write_text((tmp_path / "toy/boxes.json").read_text().replace("1", "2"))
     with pytest.raises(UserError, match=r"toy/boxes\.json exists, and isn't what was made here"):
         world.main(world.Config(out=str(tmp_path / "toy")))
+
+
+@pytest.mark.parametrize("held", ['{"_class_name": "WanTransformer3DModel"}', "mine"])
+def test_a_run_overwrites_no_config_of_others(held, tmp_path):
+    (tmp_path / "config.json").write_text(held)
+    with pytest.raises(UserError, match=r"/config\.json: (exists, and was not made here|not JSON)"):
+        Run(tmp_path, Options(), ALONE, part(4)).resume()
+    assert (tmp_path / "config.json").read_text() == held and not (tmp_path / "log.jsonl").exists()
 
 
 # --- launchers
