@@ -174,6 +174,7 @@ def start_ffmpeg(*arguments: object, **more: int) -> subprocess.Popen:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", *map(str, arguments)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
     except (OSError, RuntimeError) as error:
+        imageio_ffmpeg._utils._get_ffmpeg_exe.cache_clear()  # its own trial of ffmpeg may have been killed
         raise MachineError(f"ffmpeg: can't be run ({reason(error)}); {NEEDED}") from None
 
 

@@ -58,6 +58,17 @@ def test_a_file_that_the_machine_can_not_read_is_no_missing_file(tmp_path, monke
             checksum(tmp_path / "x")
 
 
+def test_ffmpeg_is_looked_for_anew_once_a_trial_of_it_was_killed(monkeypatch):
+    found = imageio_ffmpeg._utils._get_ffmpeg_exe
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
+    with monkeypatch.context() as killed:
+        killed.setattr("imageio_ffmpeg._utils._is_valid_exe", lambda _: False)
+        found.cache_clear()
+        with pytest.raises(MachineError, match="ffmpeg: can't be run"):
+            media.start_ffmpeg("-version")
+    assert b"ffmpeg version" in media.start_ffmpeg("-version").communicate()[0]
+
+
 # --- locks
 
 HOLD = "import sys, time; sys.path.insert(0, sys.argv[1]); from core.record import lock; lock(sys.argv[2])\n"
