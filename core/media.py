@@ -33,7 +33,7 @@ MOST_PICTURE, MOST_VIDEO = 1 << 26, 1 << 30  # pixels of one picture; of all fra
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's modes of one channel of more than 8 bits
 HD = 720  # lines: players take an untagged video of this height or more for BT.709, a smaller one for BT.601
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif"}
-NEEDED = "install version 5.1 or newer, or correct IMAGEIO_FFMPEG_EXE"
+NEEDED = "install version 5.1 or newer, or correct IMAGEIO_FFMPEG_EXE; if it is there, run the same command again"
 AGAIN = "once that is mended, run the same command again"
 FATAL = (signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
 NO_FILES_FAULT = "|".join([  # what ffmpeg says where the machine, or ffmpeg itself, lacks something
@@ -161,7 +161,8 @@ def grey(image: Image.Image) -> np.ndarray:
 @cache
 def ffmpeg_version() -> str:
     """What ffmpeg says it is. MachineError if it can't be run, or is older than 5.1, which brought -fps_mode."""
-    said = b"".join(start_ffmpeg("-version").communicate()).decode(errors="replace").partition("\n")[0]
+    job = start_ffmpeg("-version")
+    said = b"".join(job.communicate()).decode(errors="replace").partition("\n")[0] or f"status {job.returncode}"
     number = re.match(r"ffmpeg version n?(\d+)\.(\d+)", said)
     if "version" not in said or (number and (int(number[1]), int(number[2])) < (5, 1)):
         raise MachineError(f"{imageio_ffmpeg.get_ffmpeg_exe()}: is no ffmpeg that can be used ({said}); {NEEDED}")

@@ -138,7 +138,7 @@ def test_too_few_clips_of_a_shape_are_one_line(count, tmp_path):
     few = tmp_path / "few"
     few.mkdir()
     shards = {f"{n}.video": torch.zeros(LATENTS["square" if n % 2 else "wide"]) for n in range(count)}
-    write_safetensors(few / "latents-00000.safetensors", shards, {})
+    write_safetensors(few / "latents-00000.safetensors", shards, {"made_of": "{}"})
     made_of = {"maps": "pixels", "codec": {}, "shards": {"latents-00000.safetensors": checksum(*few.iterdir())}}
     (few / "config.json").write_text(json.dumps(made_of))
     with pytest.raises(UserError, match="few: no shape has over 4 clips, of which 4 are held out; prepare more clips"):

@@ -261,7 +261,7 @@ def wrap(tmp_path, monkeypatch, text):
 AS_EVER = ';; *) exec $true "$@";; esac'
 DECODES = 'case "$*" in *image2pipe*) '
 FAILS = {
-    "killed at once": ("kill -9 $$", "is no ffmpeg that can be used"),
+    "killed at once": ("kill -9 $$", r"is no ffmpeg that can be used \(status -9\)"),
     "killed amid a picture": (DECODES + '$true "$@" | head -c 9000; kill -9 $$' + AS_EVER, "ended by signal 9"),
     "killed, as a shell tells": (DECODES + "exit 137" + AS_EVER, "ended by signal 9"),
     "no memory": (DECODES + "echo 'x: Cannot allocate memory' >&2; exit 244" + AS_EVER, "Cannot allocate memory"),
