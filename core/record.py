@@ -82,6 +82,9 @@ def lock(folder: Path | str) -> None:
     except OSError as error:  # a file system without locks
         print(f"{folder}: can't be locked ({error.strerror}); let no other command write to it", file=sys.stderr)
     HELD[path] = file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:  # of a full disk, which names no file
+        raise UserError(f"{path}: can't be written ({error.strerror}); mend that, and run it again") from None

@@ -101,6 +101,12 @@ def test_a_folder_that_can_not_be_locked_is_used_all_the_same(tmp_path, monkeypa
     assert "can't be locked (No locks available)" in capsys.readouterr().err
 
 
+def test_a_lock_that_can_not_be_written_is_named(tmp_path):
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"/\.lock: can't be written \(.+\); mend that, and run"):
+        lock(tmp_path)
+
+
 # --- runs
 
 
