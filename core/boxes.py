@@ -1,7 +1,4 @@
-"""Boxes in videos: interpolated, drawn, and found again where a codec has shifted and blended flat colours.
-
-A box is x0, y0, x1, y1 in pixels, x1 and y1 exclusive.
-"""
+"""Boxes in videos, x0, y0, x1, y1 in pixels, x1 and y1 exclusive: interpolated, drawn, and found again in maps."""
 
 import math
 
@@ -52,10 +49,9 @@ def interpolate(frames: np.ndarray, keys: np.ndarray, num_frames: int, kind: str
 
 
 def move(picture: Tensor, source: np.ndarray, target: np.ndarray, area: tuple[int, int, int, int]) -> Tensor:
-    """The part of a picture in the box `source`, moved and scaled to fill the box `target`.
+    """The part of a picture [C, height, width] in the box `source` [4], moved and scaled to fill the box `target`.
 
-    picture [C, height, width]; boxes [4]; `area`, (y0, y1, x0, x1): the rows and columns that are wanted
-    -> [C, y1 - y0, x1 - x0], 0 where nothing of the picture comes.
+    `area`, (y0, y1, x0, x1): the rows and columns wanted -> [C, y1 - y0, x1 - x0], 0 where nothing of it comes.
     """
     y0, y1, x0, x1 = area
     height, width = picture.shape[-2:]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.config import UserError
+from core.config import UserError, require
 from core.media import MOST_VIDEO, MOST_VIDEO_SIDE
 from core.memory import send
 
@@ -59,12 +59,10 @@ class Codec:
                 raise UserError(f"{form}, as {4 * unit}x{6 * unit}")
             height, width = map(int, sides.groups())
             near = [max(unit, round(n / unit) * unit) for n in (height, width)]
-            if near != [height, width]:
-                raise UserError(f"{form}; the nearest is {near[0]}x{near[1]}")
+            require(near == [height, width], f"{form}; the nearest is {near[0]}x{near[1]}")
         if (pixels := height * width * frames) > MOST_VIDEO:
             raise UserError(f"--size {size} --frames {frames}: {pixels} pixels; {MOST_VIDEO} is the most")
-        if max(height, width) > MOST_VIDEO_SIDE:
-            raise UserError(f"--size {size}: {MOST_VIDEO_SIDE} pixels a side are the most")
+        require(max(height, width) <= MOST_VIDEO_SIDE, f"--size {size}: {MOST_VIDEO_SIDE} pixels a side are the most")
         return height, width
 
 
@@ -76,8 +74,7 @@ def drop_caption(share: float, u: float, caption: str, empty: str, negative: str
 def best_size(picture: tuple[int, int], area: int, unit: int) -> tuple[int, int]:
     """The (height, width) in multiples of `unit`, of `area` pixels at most, whose shape is nearest to the picture's.
 
-    As Wan2.2 chooses it: one side is the ideal one rounded down and the other as long as the area allows; of the two
-    ways to do so, the one with the nearer ratio.
+    As Wan2.2 does: one side is the ideal one rounded down, the other as long as the area allows; the better way of two.
     """
     ratio = picture[1] / picture[0]
     ideal = (area / ratio) ** 0.5, (area * ratio) ** 0.5

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from core.config import UserError, reason
+from core.config import UserError, reason, require
 
 # What stands in place of a file, and what brings the file. git-annex leaves text, or links that lead nowhere.
 POINTERS = (("git-lfs", rb"version https://git-lfs", "git lfs pull"),
@@ -19,16 +19,11 @@ os.umask(UMASK)
 
 
 def output_path(text: str, suffix: str, flag: str = "out", **read: Path | str) -> Path:
-    """A flag's value as a path. UserError if it has another ending or can't be written to.
-
-    `read`: files that it must not overwrite, by their flags.
-    """
+    """A flag's value as a path. UserError for another ending, no permission, or one of the files that flags `read`."""
     path, said = Path(text), f"--{flag} {text}"
-    if path.suffix != suffix:
-        raise UserError(f"{said}: the name must end in {suffix}")
+    require(path.suffix == suffix, f"{said}: the name must end in {suffix}")
     writable(path, said)
-    if suffix and path.is_dir():
-        raise UserError(f"{said}: is a folder; give another name")
+    require(not suffix or not path.is_dir(), f"{said}: is a folder; give another name")
     for name, other in read.items():
         if other and Path(other).exists() and path.exists() and path.samefile(other):
             raise UserError(f"--{flag}: would overwrite {other}, which --{name} reads; give another name")
@@ -59,18 +54,13 @@ def writable(path: Path, said: str) -> None:
         nearest = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
     except (OSError, ValueError) as error:
         raise UserError(f"{said}: can't be the name of a file ({reason(error)})") from None
-    if not nearest.exists():
-        raise UserError(f"{said}: {nearest} is a link that leads nowhere; is the disk mounted?")
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"{said}: {nearest} is no folder that can be written to")
+    require(nearest.exists(), f"{said}: {nearest} is a link that leads nowhere; is the disk mounted?")
+    require(nearest.is_dir() and os.access(nearest, os.W_OK), f"{said}: {nearest} is no folder that can be written to")
 
 
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; rename it once all is on disk, remove it on any failure.
-
-    UserError if the file can't be written: a full disk, or a folder without permission.
-    """
+    """Yield a temporary path; rename it once all is on disk, else remove it. UserError if it can't be written."""
     path = Path(path)
     mark = f"-{zlib.crc32(os.fsencode(path.name)):08x}{path.suffix}"  # the name may be as long as names can be
     temporary = path.with_name(f".tmp{os.getpid()}{mark}")

@@ -9,7 +9,6 @@ import re
 import signal
 import struct
 import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from core.config import MachineError, UserError, reason
+from core.config import MachineError, UserError, reason, require, warn
 from core.files import atomic, no_pointer
 
 Size = tuple[int, int]  # height, width in pixels
@@ -106,17 +105,15 @@ def read_picture(path: Path | str, ground: str = "white") -> np.ndarray:
 
 def load_image(path: Path | str) -> np.ndarray:
     """`read_picture`, or UserError if it can't be used. A line on stderr says if the file holds more pictures."""
-    if not no_pointer(path).is_file():
-        raise UserError(f"{path}: no such image; give a PNG or JPEG with --image")
+    require(no_pointer(path).is_file(), f"{path}: no such image; give a PNG or JPEG with --image")
     try:
         with Image.open(path) as image:  # a photo's embedded previews don't count
             count = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "TIFF") else 1
             with contextlib.suppress(Exception):  # as in open_upright
                 if image.getexif().get(ExifTags.Base.Orientation, 1) > 1:
-                    says = "is turned as its EXIF says; boxes and masks are of the turned picture"
-                    print(f"{path}: {says}", file=sys.stderr)
+                    warn(f"{path}: is turned as its EXIF says; boxes and masks are of the turned picture")
         if count > 1:
-            print(f"{path}: holds {count} pictures; the first is taken", file=sys.stderr)
+            warn(f"{path}: holds {count} pictures; the first is taken")
         return read_picture(path)
     except BROKEN as error:
         mend = f"give a PNG or JPEG of at most {MOST_PICTURE // 10**6} million pixels"
@@ -124,10 +121,7 @@ def load_image(path: Path | str) -> np.ndarray:
 
 
 def read_mask(path: Path | str) -> np.ndarray:
-    """A picture as a mask, bool [height, width]: what is at least half as bright as the brightest, or as opaque.
-
-    Raises one of BROKEN.
-    """
+    """A mask, bool [height, width]: at least half as bright, or opaque, as the brightest. Raises one of BROKEN."""
     image = open_upright(path)
     if image.mode in DEEP:
         strength = grey(image)
@@ -297,10 +291,7 @@ def contact_sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
 
 
 def write_video(path: Path | str, frames: np.ndarray, fps: int, made_of: dict[str, str] | None = None) -> None:
-    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel.
-
-    `made_of`: what `read_record` will give.
-    """
+    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel."""
     count, height, width = frames.shape[:3]
     with atomic(path) as temporary:
         encoder = start_ffmpeg(
@@ -325,8 +316,7 @@ def read_record(path: Path | str) -> dict[str, str]:
     """What `write_video` was told that a video is made of, {} of a picture. UserError if it isn't of our making."""
     with open(path, "rb") as file:
         found = re.search(rb"made of (\{[^{}]*\})", file.read(1 << 20))  # before the pictures
-    if not found:
-        raise UserError(f"{path}: exists, and was not made here; move it, or give another name")
+    require(found, f"{path}: exists, and was not made here; move it, or give another name")
     return json.loads(found[1])
 
 

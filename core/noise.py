@@ -42,10 +42,7 @@ def sample_uniform(samples: Sequence[int], batch: int, *key: int) -> Tensor:
 
 
 def random_blackout(u: np.ndarray, share: float) -> np.ndarray:
-    """Which frames of a video are blacked out, [T] bool: with probability `share` a random subset, else none.
-
-    u [1 + T] is uniform in [0, 1). Frame 0 is never black.
-    """
+    """Which frames are blacked out, [T] bool: with probability `share` some, but not frame 0. u [1 + T] in [0, 1)."""
     black = (u[0] < share) & (u[1:] <= u[0] / (share or 1))  # u[0] / share is uniform again: how many frames
     black[0] = False
     return black

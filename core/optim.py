@@ -68,10 +68,7 @@ class EMA:
                 p.detach().copy_(saved[name])
 
     def weights(self, keep: bool = True) -> dict[str, Tensor]:
-        """The averages, gathered one by one into host memory, and the network's buffers. Every rank must call.
-
-        Without `keep` the result is empty.
-        """
+        """The averages, gathered one by one on the host, and the buffers; {} without `keep`. Every rank must call."""
         whole = {}
         for name, average in self.average.items():
             gathered = full(average)

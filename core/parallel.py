@@ -1,7 +1,4 @@
-"""Many devices: torchrun's processes, FSDP2 and HSDP, recomputed activations, sequence parallelism.
-
-Parameters are sharded over all processes. Each process gets videos of its own, or several share one: `TokenSplit`.
-"""
+"""Many devices: torchrun's processes, FSDP2 and HSDP, recomputed activations, sequence parallelism."""
 
 import contextlib
 import os
@@ -23,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from core.config import UserError
+from core.config import UserError, require
 
 Recompute = Literal["none", "full"]
 PATIENCE = timedelta(hours=6)  # for which processes wait for one another: their work ends at very different times
@@ -90,10 +87,7 @@ class Processes:
     split: TokenSplit = TokenSplit()  # how they do
 
     def share(self, batch: int, accumulate: int, step: int) -> list[list[int]]:
-        """This rank's sample numbers at a step, by micro-batch. The whole batch is the same for any number of ranks.
-
-        `accumulate`: how many micro-batches; 0 is one for each sample.
-        """
+        """This rank's part of a step's samples, in `accumulate` micro-batches (0: one for each), whatever the world."""
         teams, team = self.world // self.sequence, self.rank // self.sequence
         accumulate = accumulate or max(1, batch // teams)
         size, rest = divmod(batch, teams * accumulate)
@@ -144,10 +138,9 @@ def init_processes(sequence: int = 1, heads: int = 0) -> Processes:
     else:
         rank, world, local, local_world = 0, 1, 0, 1
     sequence = sequence or world
-    if sequence < 0 or world % sequence:
-        raise UserError(f"--sequence {sequence}: must divide the number of processes, {world}")
-    if heads % sequence:
-        raise UserError(f"{heads} attention heads do not divide among {sequence} processes; start fewer")
+    fine = sequence > 0 and world % sequence == 0
+    require(fine, f"--sequence {sequence}: must divide the number of processes, {world}")
+    require(heads % sequence == 0, f"{heads} attention heads do not divide among {sequence} processes; start fewer")
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if "RANK" not in os.environ:
         return Processes(0, 1, device, None)
@@ -175,7 +168,7 @@ def start_compiler(device: torch.device) -> None:
 def prepare(
     model: nn.Module, procs: Processes, compile: bool, recompute: Recompute = "none", dtype: str = "auto"
 ) -> nn.Module:
-    """Move a network to the device, split its videos' tokens, and recompute, compile and shard it block by block.
+    """Move a network to the device, split its videos' tokens, and recompute, compile and shard (FSDP2) it by blocks.
 
     Of several processes, rank 0 has the weights; of the other ranks' networks only the shapes count.
     """
@@ -189,12 +182,6 @@ def prepare(
             block.compile()
     if procs.mesh is None:
         return model.to(procs.device)
-    shard(model, procs, dtype)
-    return model
-
-
-def shard(model: nn.Module, procs: Processes, dtype: str) -> None:
-    """FSDP2, block by block."""
     from torch.distributed.fsdp import fully_shard  # takes seconds
     from torch.distributed.tensor import distribute_tensor
 
@@ -216,6 +203,7 @@ def shard(model: nn.Module, procs: Processes, dtype: str) -> None:
             value = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
         own.copy_(value)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place operations; we have none
+    return model
 
 
 def precision(device: torch.device, dtype: str):
@@ -241,10 +229,7 @@ def recompute_forward(block: nn.Module) -> Callable:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies faster in bfloat16 than in float32. Most CPUs emulate it, a hundred times slower.
-
-    From CPU features, not from timing, so that all ranks and all runs on a machine agree.
-    """
+    """Whether bfloat16 multiplies faster than float32. From CPU features, not timing, so that all ranks agree."""
     can = torch.cpu.get_capabilities()
     if device.type == "cuda" or can.get("amx_bf16"):
         return True

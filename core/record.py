@@ -8,12 +8,11 @@ import json
 import os
 import re
 import socket
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from core.config import UserError
+from core.config import UserError, warn
 from core.files import writable
 
 PIECE = 16 << 20  # bytes that are hashed at once
@@ -80,7 +79,7 @@ def lock(folder: Path | str) -> None:
         mend = "wait until it ends, or give another folder"
         raise UserError(f"{folder}: {path.read_text().strip() or 'another process'} is at work here; {mend}") from None
     except OSError as error:  # a file system without locks
-        print(f"{folder}: can't be locked ({error.strerror}); let no other command write to it", file=sys.stderr)
+        warn(f"{folder}: can't be locked ({error.strerror}); let no other command write to it")
     HELD[path] = file
     try:
         file.truncate(0)

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from core import parallel
 from core.codec import Batch, Codec
-from core.config import ROOT, UserError, reason
+from core.config import ROOT, UserError, reason, warn
 from core.files import atomic, write_text
 from core.media import contact_sheet, ffmpeg_version, to_uint8, write_image, write_video
 from core.memory import fetch, peak_memory
@@ -57,16 +56,12 @@ def unreached(config: dict) -> list[str]:
     """What a run of so few steps can't come to, a line for each."""
     begin, steps = config.get("diffusion_first", 0) + config.get("adapter_start", 0), config["steps"]
     ratio = config.get("ratio", 1)
-    never = {
-        "mask_steps": ("sees no boxes", config.get("mask_steps", 0) >= steps),
-        "warmup": ("never has its full learning rate", config.get("warmup", 0) >= steps - begin),
-        "ratio": ("ends before it has taught anything", steps // ratio * ratio <= begin),
-    }
-    return [
-        f"--steps {steps}: with {n} {config[n]} this run {what}"
-        for n, (what, so) in never.items()
-        if so and n in config
-    ]
+    never = (
+        ("mask_steps", "sees no boxes", config.get("mask_steps", 0) >= steps),
+        ("warmup", "never has its full learning rate", config.get("warmup", 0) >= steps - begin),
+        ("ratio", "ends before it has taught anything", steps // ratio * ratio <= begin),
+    )
+    return [f"--steps {steps}: with {n} {config[n]} this run {what}" for n, what, so in never if so and n in config]
 
 
 def due(step: int, every: int, steps: int) -> bool:
@@ -89,7 +84,7 @@ class Run:
         if procs.rank == 0:
             lock(folder)
             for line in unreached(self.config):
-                print(line, file=sys.stderr)
+                warn(line)
         # Checksums of the weights and data that were opened for it; rank 0 opens all.
         made_of = [(str(file).removeprefix(f"{ROOT}{os.sep}"), checksum(file)) for file in READ if procs.rank == 0]
         self.made_of = dict(procs.gather(made_of))
@@ -128,10 +123,7 @@ class Run:
                 self.wandb.finish()
 
     def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written, rename it, delete old ones. UserError if it can't be written.
-
-        The writers fsync their files.
-        """
+        """Wait for the checkpoint being written, rename it, delete old ones. UserError if it can't be written."""
         if self.saving is None:
             return
         (written, temporary), self.saving = self.saving, None
@@ -156,10 +148,7 @@ class Run:
         return sorted(p for p in (self.folder / "ckpt").glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
 
     def resume(self) -> int:
-        """Load the newest checkpoint. Returns its step, or 0.
-
-        UserError if the run was started with other options, or with files that held something else.
-        """
+        """Load the newest checkpoint; its step, or 0. UserError if the run began with other options or files."""
         found, step, options, log = self.checkpoints(), 0, self.folder / "config.json", self.folder / "log.jsonl"
         if found:
             record = next((file for file in (found[-1] / "config.json", options) if file.exists()), None)

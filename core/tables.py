@@ -65,7 +65,7 @@ def table_path(text: str) -> Path:
     return out
 
 
-def write_rows(out: Path, rows: Sequence[dict], show: Callable[[object], str] = str) -> None:
-    """Write the rows as a JSON list and, next to it, as a Markdown table."""
+def write_rows(out: Path, rows: Sequence[dict], show: Callable = str, table: Sequence[dict] = ()) -> None:
+    """Write the rows as a JSON list and, next to it, as a Markdown table, or those of `table`."""
     write_text(out, json.dumps(rows, indent=1))
-    write_text(out.with_suffix(".md"), markdown(rows, show))
+    write_text(out.with_suffix(".md"), markdown(table or rows, show))

@@ -5,12 +5,11 @@ memory never holds more than the network and one tensor. Nothing but tensors and
 """
 
 import contextlib
+import csv
 import json
 import pickle
 import re
 import struct
-import sys
-import typing
 import warnings
 import zipfile
 import zlib
@@ -18,14 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from core.config import UserError, reason
+from core.config import UserError, reason, require, warn
 from core.files import atomic, no_pointer
 from core.memory import Int8Linear, shortage, use_int8
 from core.parallel import fast_bfloat16
@@ -76,19 +75,14 @@ def read_network(path: Path | str, network: str, *shapes: type) -> tuple[Any, di
         with contextlib.suppress(KeyError, ValueError, AttributeError, TypeError):  # of another shape, or no config
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["config"]).items()}
             config = shape(**values)
-            if all(is_a(getattr(config, name), kind) for name, kind in typing.get_type_hints(shape).items()):
+            fields = ((getattr(config, name), kind) for name, kind in get_type_hints(shape).items())
+            if all(value in get_args(kind) or type(value) is (get_origin(kind) or kind) for value, kind in fields):
                 return config, tensors
     raise UserError(f"{path}: its header has no config of a {network}; get the file again")
 
 
-def is_a(value: object, kind: Any) -> bool:
-    """Whether a value is of the type of a config's field."""
-    origin = typing.get_origin(kind)
-    return value in typing.get_args(kind) if origin is typing.Literal else type(value) is (origin or kind)
-
-
 @contextlib.contextmanager
-def file_errors(path: Path | str, wanted: str) -> Iterator[None]:
+def file_errors(path: Path | str, wanted: str, mend: str = "get it again") -> Iterator[None]:
     """What libraries raise while they read a file becomes a UserError. `wanted`: what the file should be."""
     no_pointer(path)
     try:
@@ -96,12 +90,11 @@ def file_errors(path: Path | str, wanted: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; correct the path") from None
     except pickle.UnpicklingError:
-        says = "holds more than tensors, code perhaps, or is garbled, so it is not opened"
-        raise UserError(f"{path}: {says}; give another file") from None
-    except (safetensors.SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path}: holds more than tensors, code perhaps, or is garbled; give another file") from None
+    except (safetensors.SafetensorError, csv.Error, RuntimeError, ValueError, EOFError, OSError) as error:
         if shortage(error):
             raise
-        raise UserError(f"{path}: not {wanted} ({reason(error)}); get it again") from None
+        raise UserError(f"{path}: not {wanted} ({reason(error)}); {mend}") from None
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored]]:
@@ -134,10 +127,7 @@ def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
 
 
 def unpickle(path: Path | str) -> object:
-    """Read a `torch.save` file. Its tensors stay on disk until they are used, except in the format before PyTorch 1.6.
-
-    UnpicklingError if it is garbled or holds more than tensors and plain containers.
-    """
+    """What a `torch.save` file holds, left on disk if it can be. UnpicklingError if it isn't tensors, or garbled."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about old file formats
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -152,22 +142,17 @@ def split_key(text: Path | str) -> tuple[Path, str]:
 
 
 def read_checkpoint(path: Path | str, key: str = "", keys: Sequence[str] = ()) -> dict[str, Stored]:
-    """The tensors of a `torch.save` file: a dict of them, or the one in it under `key`, else under the first of `keys`.
-
-    Where several of `keys` are there, a line on stderr says which is read.
-    """
+    """The tensors of a `torch.save` file: a dict of them, or that in it under `key`, else under the first of `keys`."""
     READ[Path(path)] = None
     with file_errors(path, "a readable checkpoint"):
         tensors = unpickle(path)
     if isinstance(tensors, dict):
         held = [key] if key else [name for name in keys if isinstance(tensors.get(name), dict)]
         if len(held) > 1:
-            says = f"holds {', '.join(held)}; {held[0]} is taken ({path}:{held[1]} for another)"
-            print(f"{path}: {says}", file=sys.stderr)
+            warn(f"{path}: holds {', '.join(held)}; {held[0]} is taken ({path}:{held[1]} for another)")
         tensors = tensors.get(held[0]) if held else tensors
     valid = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
-    if not valid or not tensors:
-        raise UserError(f"{path}: no dict of tensors{f' under the key {key!r}' if key else ''}")
+    require(valid and tensors, f"{path}: no dict of tensors{f' under the key {key!r}' if key else ''}")
     return {name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
 
 
@@ -175,8 +160,7 @@ def read_config(path: Path, *fields: str) -> dict:
     """The JSON object in a file. UserError if there is none, or if it lacks one of the fields."""
     with file_errors(path, "JSON"):
         config = json.loads(path.read_text(encoding="utf-8-sig"))
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
+    require(isinstance(config, dict), f"{path}: not a JSON object")
     if missing := [name for name in fields if name not in config]:
         raise UserError(f"{path}: fields are missing: {', '.join(missing)}; give the folder as it was published")
     return config
@@ -202,8 +186,7 @@ def load(
     """Build a network on the meta device and fill it tensor by tensor. UserError if a name or shape doesn't match.
 
     Parameters get `dtype`, but those that match the network's regex `float32` stay in float32. With int8, linear layers
-    inside the blocks are quantised; other parameters get the faster of bfloat16 and float32. `shapes_only`: the network
-    stays on the meta device; another process reads the weights and hands them on.
+    inside the blocks are quantised, and the rest has 16 bits where they are fast. `shapes_only`: all stays on meta.
     """
     with torch.device("meta"):
         network = build()
