@@ -177,9 +177,9 @@ BAD = {  # what is wrong -> what makes it so, options, message
     "no video": (lambda world: (world / "true/v0.mp4").write_bytes(b"no video"), {}, "true/v0.mp4: can't be decoded"),
     "boxes alone": (lambda world: (world / "true/boxes").mkdir(), {}, "true/boxes: is compared with true/masks"),
     "masks alone": (partial(two_masks, place="generated/masks"), {}, "generated/masks: is compared with true/masks"),
-    "another network": (another_network, NETWORKS, "i3d_torchscript.pt: no TorchScript file that works as --help says"),
+    "another network": (another_network, NETWORKS, "i3d_torchscript.pt: not a TorchScript file that works as"),
     "not a network": (lambda world: (world / "networks/lpips.pt").write_text("no network"), NETWORKS,
-                      "lpips.pt: no TorchScript file that works as --help says"),
+                      "lpips.pt: not a TorchScript file that works as --help says"),
     "no networks": (None, {"networks": "empty"}, "--networks empty: holds no inception-2015-12-05.pt, i3d_torchscript"),
     "no masks of a video": (partial(two_masks, place="true/masks"), {},
                             "generated/masks/v0: no such folder or video; every generated video needs one"),
@@ -213,7 +213,7 @@ def test_help_says_which_files_to_bring(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_config(Config, ["--help"])
     page = capsys.readouterr().out
-    assert caught.value.code == 0 and all(f"networks/{file}" in page for file, _ in evaluate_folder.NETWORKS.values())
+    assert caught.value.code == 0 and all(f"networks/{file}" in page for file in evaluate_folder.NETWORKS.values())
 
 
 def test_videos_without_a_counterpart_are_told_of(world, capsys):

@@ -26,10 +26,11 @@ from conftest import ROOT, start_in
 from PIL import Image
 
 import sample
-from core import attention, serve
+from core import attention
 from core.config import UserError, parse_config
 from core.media import read_video
 from tools import serve as page
+from tools import server as serve
 from toy.codec import ToyCodec
 
 __all__ = ["browser"]

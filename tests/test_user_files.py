@@ -20,8 +20,8 @@ from core import media
 from core.config import UserError
 from core.files import atomic, output_path, write_text
 from core.media import load_image, read_mask, read_picture, read_video, write_image, write_video
-from core.weights import load, read_checkpoint, read_config, read_safetensors, write_safetensors
-from tools import convert, evaluate_folder, prepare_clips
+from core.weights import file_errors, load, read_checkpoint, read_config, read_safetensors, write_safetensors
+from tools import convert, prepare_clips
 from tools.batch import read_table
 from toy.codec import ToyCodec
 from trajectory import load_trajectory
@@ -382,7 +382,7 @@ READERS = {  # of files that a clone without their content holds as pointers
         prepare_clips.Clip(path, "a cat", path), prepare_clips.Config(), ToyCodec()),
     "fast_generator.safetensors": lambda path: find_generator(path.parent, "fast"),
     "lora.safetensors": lambda path: merge({}, f"{path}:0.5"),
-    "i.pt": lambda path: evaluate_folder.blame(path).__enter__(),
+    "i.pt": lambda path: file_errors(path, "").__enter__(),
 }  # fmt: skip
 
 

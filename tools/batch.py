@@ -6,11 +6,11 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from core.config import UserError, reason
-from core.files import no_pointer
+from core.config import UserError, reason, require
 from core.media import read_record
 from core.parallel import Processes
 from core.record import checksum
+from core.weights import file_errors
 
 MOST_ROWS = 100_000
 # Options that leave a video as it is, or whose files are the `weights`.
@@ -24,21 +24,15 @@ COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | 
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, "" for missing cells. UserError if it isn't a table of 1 to MOST_ROWS rows."""
-    no_pointer(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="", strict=True)
-            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
-            filled = (row for row in reader if any("".join(cell).strip() for cell in row.values()))
-            rows = list(islice(filled, MOST_ROWS + 1))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; correct the path") from None
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable CSV file ({error}); save it as UTF-8 text with commas") from None
+    mend = "save it as UTF-8 text with commas"
+    with file_errors(path, "a readable CSV file", mend), path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, restval="", strict=True)
+        reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
+        filled = (row for row in reader if any("".join(cell).strip() for cell in row.values()))
+        rows = list(islice(filled, MOST_ROWS + 1))
     if len(columns) == 1 and (other := re.search("[;\t]", columns[0])):
-        raise UserError(f"{path}: columns are separated by {other[0]!r}; save it as UTF-8 text with commas")
-    if not 0 < len(rows) <= MOST_ROWS:
-        raise UserError(f"{path}: {'no' if not rows else 'too many'} rows; give 1 to {MOST_ROWS}")
+        raise UserError(f"{path}: columns are separated by {other[0]!r}; {mend}")
+    require(0 < len(rows) <= MOST_ROWS, f"{path}: {'no' if not rows else 'too many'} rows; give 1 to {MOST_ROWS}")
     if twice := next((name for name in columns if columns.count(name) > 1), None):
         raise UserError(f"{path}: two columns are called {twice!r}; rename or delete one")
     for number, row in enumerate(rows, start=1):

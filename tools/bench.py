@@ -9,14 +9,14 @@ Writes rows to `--out`, each as it comes, and a Markdown table beside it.
 """
 
 import gc
-import importlib.metadata
 import math
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import chain, product
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ import train_slow_adapter
 from adapter import AdapterConfig, ResNetAdapter
 from core import parallel
 from core.codec import Batch
-from core.config import UserError, run_script
+from core.config import UserError, require, run_script, warn
 from core.memory import peak_memory, reset_peak, seconds
 from core.tables import markdown, provenance, table_path, three_digits, write_rows
 from core.weights import Stored, load, rename
@@ -196,9 +196,7 @@ def codec(shape: Shape, device: torch.device) -> Iterator[Case]:
     mean, std = (x.to(latents) for x in vae.statistics(latents))  # diffusers' latents are not normalised
     case = partial(Case, shape=f"{frames} frames of {height}x{width}", dtype=torch.bfloat16, memory=True)
     yield case("VAE decode", partial(ours.decode, latents), lambda: theirs.decode(latents * std + mean).sample)
-    yield case(
-        "VAE encode", partial(ours.encode, video), lambda: (theirs.encode(video).latent_dist.mode() - mean) / std
-    )
+    yield case("VAE encode", partial(ours.encode, video), lambda: (theirs.encode(video)[0].mode() - mean) / std)
 
 
 def steps(shape: Shape, device: torch.device) -> Iterator[Case]:
@@ -255,9 +253,8 @@ def alone(shape: Shape, device: torch.device) -> Iterator[Case]:
     traj, z = (torch.randn(1, n, *grid, device=device) for n in (config.channels, shape.vae.channels))
     network = random(lambda: vae.WanVAE(shape.vae), torch.bfloat16, device)
     small = random(lambda: TinyDecoder(shape.vae.channels), torch.bfloat16, device)
-    case = partial(
-        Case, reference=None, shape=f"{frames} frames of {height}x{width}", dtype=torch.bfloat16, memory=True
-    )
+    about = f"{frames} frames of {height}x{width}"
+    case = partial(Case, reference=None, shape=about, dtype=torch.bfloat16, memory=True)
     yield case("VAE decode", partial(network.decode, z))
     yield case("VAE encode", partial(network.encode, torch.rand(1, 3, frames, height, width)))
     yield case("VAE decode, --memory low", partial(network.decode, z, tile=32))
@@ -289,21 +286,18 @@ def main(cfg: Config) -> None:
     if unknown := set(parts) - PARTS.keys():
         raise UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     out = table_path(cfg.out)
-    try:
-        reference = f", diffusers {importlib.metadata.version('diffusers')}"
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("diffusers: not installed; pip install -r requirements-dev.txt") from None
+    require(find_spec("diffusers"), "diffusers: not installed; pip install -r requirements-dev.txt")
     device = parallel.init_processes().device
     parallel.start_compiler(device)
     origin = provenance("-m tools.bench", cfg, device)
-    origin["machine"] += reference
+    origin["machine"] += f", diffusers {version('diffusers')}"
     rows = []
     for part in parts:
         cases = PARTS[part](SHAPES[device.type], device)
         for row in chain.from_iterable(map(partial(measure, repeats=cfg.repeats, device=device), cases)):
             rows.append(row | origin)
             write_rows(out, rows, three_digits)  # each as it comes: the run may be cut short
-            print(row, file=sys.stderr, flush=True)
+            warn(row)
     print(markdown(rows, three_digits))
 
 

@@ -24,7 +24,7 @@ import torch
 
 from core import media
 from core.boxes import fill_box, place
-from core.config import UserError, reason, run_script, shipped
+from core.config import UserError, reason, require, run_script, shipped
 from core.files import no_pointer, output_path, write_text
 from core.weights import unpickle
 from trajectory import PALETTE, POINTS, Check, Trajectory, check_input, draw_overlay, load_trajectory, read_boxes_json
@@ -53,16 +53,12 @@ class Config:
 def read_size(name: str, text: str) -> media.Size:
     """ "704x1280" -> (704, 1280)."""
     sides = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-    if not sides:
-        raise UserError(f"--{name} {text}: takes height x width in pixels, as 704x1280")
+    require(sides, f"--{name} {text}: takes height x width in pixels, as 704x1280")
     return int(sides[1]), int(sides[2])
 
 
 def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A file of point tracks: positions [T, K, 2], and which are visible [T, K]. UserError if it is none.
-
-    `frames`: how many T is, to tell [T, K, 2] from [K, T, 2].
-    """
+    """Point tracks: positions [T, K, 2], and which are visible [T, K]. `frames` is T, to tell [K, T, 2]."""
     check, form = partial(check_input, path), "give [T, K, 2], or [T, K, 3] with visibility last"
     check(no_pointer(path).is_file(), "", "no such file; correct the path")
     try:
@@ -201,21 +197,18 @@ def main(cfg: Config) -> None:
     source_size = read_size("source_size", cfg.source_size) if cfg.source_size else None
     size = read_size("size", cfg.size) if cfg.size else source_size or own_size(Path(cfg.source))
     source_size, preview = source_size or size, out.with_suffix(".preview.mp4")
-    if out.suffix not in (".json", ".mp4", ""):
-        raise UserError(f"--to {out}: give a .json, an .mp4, or a folder")
+    require(out.suffix in (".json", ".mp4", ""), f"--to {out}: give a .json, an .mp4, or a folder")
     if not out.suffix and out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"--to {out}: exists and is no empty folder; give another")
     for path in (out, preview) if cfg.image else (out,):
         output_path(str(path), path.suffix, "to", source=cfg.source, image=cfg.image)
     masks = sorted(out.parent.glob(f"{glob.escape(out.stem)}_mask_*.png")) if out.suffix == ".json" else []
     for path in (*masks, *([preview] if cfg.image else []), *([out] if out.suffix else [])):
-        if path.exists():
-            raise UserError(f"--to {out}: {path} exists, and would be lost; move it, or give another name")
+        require(not path.exists(), f"--to {out}: {path} exists, and would be lost; move it, or give another name")
     if (out.suffix == ".mp4" or cfg.image) and (size[0] % 2 or size[1] % 2):
         raise UserError(f"--size {size[0]}x{size[1]}: an mp4 takes an even height and width")
     most = media.MOST_VIDEO // (size[0] * size[1])
-    if not 0 < cfg.frames <= most:
-        raise UserError(f"--frames {cfg.frames}: at least 1, and at most {most} of {size[0]}x{size[1]}")
+    require(0 < cfg.frames <= most, f"--frames {cfg.frames}: at least 1, and at most {most} of {size[0]}x{size[1]}")
     if Path(cfg.source).suffix.lower() in POINTS:
         trajectory = from_points(cfg, size, source_size)
     else:

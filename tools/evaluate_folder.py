@@ -19,10 +19,8 @@ IoU is averaged over the frames in which the truth shows the object, then over o
 found counts as 0. As in FlashBench, rows are for all videos and by number of objects.
 """
 
-import contextlib
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,11 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.boxes import DARK, NEAR, extents, flat_colors, label_pixels
-from core.config import UserError, reason, run_script
+from core.config import UserError, require, run_script, warn
 from core.files import no_pointer
 from core.frechet import frechet_distance
 from core.media import MOST_VIDEO, VIDEO_SUFFIXES, Size, alike, read_frames, visible
 from core.tables import markdown, table_path, write_rows
+from core.weights import file_errors
 from trajectory import MOST_OBJECTS, check_input, load_trajectory
 
 
@@ -59,39 +58,18 @@ def read_whole(path: Path) -> Tensor:
     return torch.from_numpy(np.stack(video)).permute(0, 3, 1, 2)
 
 
-@contextlib.contextmanager
-def blame(path: Path) -> Iterator[None]:
-    """UserError that names the file, if a network that the user brought fails."""
-    no_pointer(path)
-    try:
-        yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, but not the file's fault
-        raise
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{path}: no TorchScript file that works as --help says ({reason(error)})") from None
-
-
-def image_features(network: Callable, *videos: Tensor) -> list[Tensor]:
-    """uint8 videos [T, 3, h, w] -> [T, D] each."""
-    return [torch.cat([network(part, return_features=True) for part in video.split(32)]) for video in videos]
-
-
-def clip_features(network: Callable, *videos: Tensor) -> list[Tensor]:
-    """uint8 videos [T, 3, h, w] -> [1, D] each."""
+def score(measure: str, network: Callable, *videos: Tensor) -> list[Tensor] | Tensor:
+    """Two uint8 videos [T, 3, h, w] -> for FID features [T, D] of each, for FVD [1, D] of each, or LPIPS's mean."""
+    if measure == "fid":
+        return [torch.cat([network(part, return_features=True) for part in video.split(32)]) for video in videos]
+    if measure == "lpips":
+        return network(*(video / 127.5 - 1 for video in videos)).mean()
     clips = (F.interpolate(v.float(), (224, 224), mode="bilinear", align_corners=False) / 127.5 - 1 for v in videos)
     return [network(clip.transpose(0, 1)[None], rescale=False, resize=False, return_features=True) for clip in clips]
 
 
-def image_distance(network: Callable, *videos: Tensor) -> Tensor:
-    """Two uint8 videos [T, 3, h, w] -> the mean over their frames."""
-    return network(*(video / 127.5 - 1 for video in videos)).mean()
-
-
-NETWORKS = {  # measure -> its network's file, and how that is called
-    "fid": ("inception-2015-12-05.pt", image_features),
-    "fvd": ("i3d_torchscript.pt", clip_features),
-    "lpips": ("lpips.pt", image_distance),
-}
+NETWORKS = {"fid": "inception-2015-12-05.pt", "fvd": "i3d_torchscript.pt", "lpips": "lpips.pt"}
+SCRIPT = "a TorchScript file that works as --help says"
 
 
 def videos(folder: str) -> dict[str, Path]:
@@ -102,17 +80,14 @@ def videos(folder: str) -> dict[str, Path]:
 
 def find_masks(folder: str, name: str) -> Path:
     """`folder/masks/name/`, or `folder/masks/name` with a video's suffix."""
-    places = [Path(folder) / "masks" / f"{name}{suffix}" for suffix in ("", *sorted(VIDEO_SUFFIXES))]
-    if found := [place for place in places if no_pointer(place).exists()]:
-        return found[0]
-    raise UserError(f"{places[0]}: no such folder or video; every generated video needs one")
+    for place in (Path(folder) / "masks" / f"{name}{suffix}" for suffix in ("", *sorted(VIDEO_SUFFIXES))):
+        if no_pointer(place).exists():
+            return place
+    raise UserError(f"{Path(folder) / 'masks' / name}: no such folder or video; every generated video needs one")
 
 
 def read_labels(path: Path, known: Sequence[np.ndarray] = ()) -> tuple[list[np.ndarray], np.ndarray]:
-    """Which object each pixel shows, a list of frames [h, w] with -1 for none; and the objects' colours [K, 3].
-
-    The colours are those of frame 0, and any `known` ones that are not among them.
-    """
+    """Which object each pixel of frames [h, w] shows, -1 for none; and colours [K, 3], of frame 0 and those `known`."""
     check, labels, lit = partial(check_input, path), [], False
     for frame in read_frames(path, check):
         if not labels:
@@ -127,10 +102,7 @@ def read_labels(path: Path, known: Sequence[np.ndarray] = ()) -> tuple[list[np.n
 
 
 def match(true: np.ndarray, found: np.ndarray, near: np.ndarray) -> np.ndarray:
-    """Which found object each of K true ones is, by how labels [h, w] of frame 0 overlap; -1 for one that is lost.
-
-    `near` [K, M]: whether both have one colour, which decides where nothing overlaps.
-    """
+    """Which found object each of K true ones overlaps most in labels [h, w], or is `near` [K, M] in colour; else -1."""
     sides = zip((true, found), near.shape, strict=True)
     one, other = ((labels.ravel() == np.arange(n)[:, None]) * 1.0 for labels, n in sides)  # (K, h w), (M, h w)
     both = one @ other.T  # (K, M)
@@ -187,48 +159,42 @@ def overlaps(cfg: Config, name: str, size: Size) -> dict[str, float]:
 def main(cfg: Config) -> None:
     out, masked = table_path(cfg.out), (Path(cfg.true) / "masks").is_dir()
     for folder in (Path(cfg.generated) / "masks", Path(cfg.true) / "boxes"):
-        if folder.is_dir() and not masked:
-            raise UserError(f"{folder}: is compared with {cfg.true}/masks, which is missing")
+        require(masked or not folder.is_dir(), f"{folder}: is compared with {cfg.true}/masks, which is missing")
     made_of, true_of = videos(cfg.generated), videos(cfg.true)
-    if not made_of:
-        raise UserError(f"--generated {cfg.generated}: holds no .mp4 files")
+    require(made_of, f"--generated {cfg.generated}: holds no .mp4 files")
     if alone := sorted(made_of.keys() - true_of.keys()):
         raise UserError(f"--true {cfg.true}: holds no {alone[0]}.mp4, which is generated; {len(alone)} are missing")
     if alone := sorted(true_of.keys() - made_of.keys()):
-        absent = f"{alone[0]}.mp4 is missing, {len(alone)} in all; they are left out"
-        print(f"--generated {cfg.generated}: {absent}", file=sys.stderr)
-    files = {measure: Path(cfg.networks) / name for measure, (name, _) in NETWORKS.items() if cfg.networks}
+        warn(f"--generated {cfg.generated}: {alone[0]}.mp4 is missing, {len(alone)} in all; they are left out")
+    files = {measure: Path(cfg.networks) / name for measure, name in NETWORKS.items() if cfg.networks}
     networks = {}
     for measure, file in files.items():
         if no_pointer(file).exists():
-            with blame(file):
+            with file_errors(file, SCRIPT):
                 networks[measure] = torch.jit.load(file).eval()
-    if files and not networks:
-        raise UserError(f"--networks {cfg.networks}: holds no {', '.join(file.name for file in files.values())}")
+    require(networks or not files, f"--networks {cfg.networks}: holds no {', '.join(NETWORKS.values())}")
     scores = []  # of each video; its features until the distance between the sets is taken
     for name in sorted(made_of):
         made, true = read_whole(made_of[name]), read_whole(true_of[name])
         if made.shape != true.shape:
             raise UserError(f"{name}.mp4: {[*made.shape]} generated, {[*true.shape]} true; cut or resize one")
-        if "fvd" in networks and len(made) < 10:
-            raise UserError(f"{name}.mp4: {len(made)} frames; FVD needs 10 at least")
+        require(len(made) >= 10 or "fvd" not in networks, f"{name}.mp4: {len(made)} frames; FVD needs 10 at least")
         scores.append(overlaps(cfg, name, made.shape[2:]) if masked else {})
         for measure, network in networks.items():
-            with blame(files[measure]):
-                scores[-1][measure] = NETWORKS[measure][1](network, made, true)
+            with file_errors(files[measure], SCRIPT):
+                scores[-1][measure] = score(measure, network, made, true)
     rows = []
     for group in ("all", *sorted({score["objects"] for score in scores if masked})):
         members = [score for score in scores if group in ("all", score.get("objects"))]
-        row = {"name": Path(cfg.generated).name, "videos": len(members), "objects": group}
+        rows.append({"name": Path(cfg.generated).name, "videos": len(members), "objects": group})
         for measure in ("fid", "fvd", "mask_iou", "box_iou", "lpips"):
-            values, result = [member[measure] for member in members if measure in member], None
+            values, result = [member[measure] for member in members if measure in member], math.nan
             if measure in ("fid", "fvd"):
                 sets = [torch.cat(side) for side in zip(*values, strict=True)]
-                result = frechet_distance(*sets) if sets and len(sets[0]) > 1 else None
+                result = frechet_distance(*sets) if sets and len(sets[0]) > 1 else math.nan
             elif finite := [float(value) for value in values if math.isfinite(value)]:
                 result = float(np.mean(finite))
-            row[measure] = None if result is None else round(result, 4)
-        rows.append(row)
+            rows[-1][measure] = None if math.isnan(result) else round(result, 4)
     print(markdown(rows))
     write_rows(out, rows)
 

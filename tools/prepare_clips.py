@@ -3,21 +3,18 @@
     python -m tools.prepare_clips --source MagicData/MagicData.csv --out shards --preset wan5b --weights Wan2.2-TI2V-5B
     torchrun --nproc_per_node=8 -m tools.prepare_clips --source clips --out shards ...
 
-`--source` is MagicData's CSV (columns path, num_frames, text), with mask maps in masks/<id>/ and box maps in boxs/<id>/
-beside videos/<id>.mp4, one PNG per frame. Or the CSV of MagicMotion's authors, which names the maps and the frames that
-have them: trajectory_maps_path, box_path, mask_start_index, mask_end_index. Or a folder of videos, each with
-<name>.txt, its caption, and <name>.json, its boxes (trajectory.py).
-
-A clip that can't be used is left out, and rejected.csv says why. If the command is killed, run it again: it continues.
+`--source` is MagicData's CSV, that of MagicMotion's authors, or a folder of videos, each with its caption in <name>.txt
+and its boxes in <name>.json: docs/FORMATS.md has the columns and folders. A clip that can't be used is left out, and
+rejected.csv says why. If the command is killed, run it again: it continues.
 """
 
 import csv
 import json
 import os
 import re
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -27,31 +24,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core import parallel
+from core import media, parallel
 from core.boxes import extents, fill_box, flat_colors, label_pixels
 from core.codec import Codec
-from core.config import ROOT, MachineError, UserError, reason, run_script
+from core.config import ROOT, MachineError, UserError, reason, require, run_script, warn
 from core.files import atomic, no_pointer, write_text
-from core.media import (
-    BROKEN,
-    VIDEO_SUFFIXES,
-    Size,
-    alike,
-    cover_frames,
-    cover_nearest,
-    describe,
-    ffmpeg_version,
-    frame_rate,
-    read_frames,
-    read_video,
-    to_uint8,
-)  # fmt: skip
 from core.noise import random_blackout
 from core.record import checksum, lock
 from core.weights import read_config, read_safetensors, write_safetensors
 from data import open_codec
 from tools.batch import read_table
-from trajectory import MOST_OBJECTS, Maps, load_trajectory
+from trajectory import MOST_OBJECTS, Maps, check_input, load_trajectory
 
 
 @dataclass(frozen=True)
@@ -92,21 +75,13 @@ class Clip:
     end: int | None = None  # the frame after the last
 
 
-def require(fine: object, problem: str) -> None:
-    if not fine:
-        raise UserError(problem)
-
-
 def find_clips(source: Path, out: Path | None = None) -> list[Clip]:
-    """The clips of a CSV in its order, or of a folder and the folders in it by name, but for `out`.
-
-    UserError if there are none, or if two would share captions or maps.
-    """
+    """The clips of a CSV in order, or of a folder by name, without `out`. UserError if none, or if two share files."""
     if source.is_dir():
         names = (file for file in sorted(source.rglob("*")) if not file.is_dir() or file.is_symlink())
         files = [f for f in names if not re.search(r"/\.", f"/{f.relative_to(source)}")]
         files = [f for f in files if not out or not f.parent.resolve().is_relative_to(out.resolve())]
-        videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
+        videos = [file for file in files if file.suffix.lower() in media.VIDEO_SUFFIXES]
         require(videos, f"{source}: holds no clips; give a CSV with rows or a folder with videos")
     else:
         rows = read_table(source)
@@ -156,21 +131,22 @@ def read_clip(clip: Clip, cfg: Config, codec: Codec) -> tuple[dict[str, Tensor],
     And how many times as large as in the file they are, and at how many frames a second it is shown. UserError with
     the reason if a clip can't be used.
     """
-    require(clip.video.suffix.lower() in VIDEO_SUFFIXES, f"no video; read are {', '.join(sorted(VIDEO_SUFFIXES))}")
+    kinds = sorted(media.VIDEO_SUFFIXES)
+    require(clip.video.suffix.lower() in kinds, f"no video; read are {', '.join(kinds)}")
     require(clip.caption, "no caption, or none in UTF-8")
     require(os.path.exists(no_pointer(clip.video)), "no such video")
     try:
-        told = describe(clip.video)
-        stack = list(islice(read_video(clip.video, told=told), clip.start, clip.start + cfg.frames))
-    except BROKEN as error:
+        told = media.describe(clip.video)
+        stack = list(islice(media.read_video(clip.video, told=told), clip.start, clip.start + cfg.frames))
+    except media.BROKEN as error:
         raise UserError(f"the video can't be decoded: {reason(error)}") from None
     length = len(stack) if clip.end is None else min(len(stack), clip.end - clip.start)
     require(length == cfg.frames, f"{length} frames of {cfg.frames}")
-    own = stack[0].shape[:2]
-    require(min(own) >= cfg.smallest, f"{own[1]}x{own[0]} is smaller than --smallest {cfg.smallest}")
-    size = tuple(sorted(codec.video_size(cfg.size, cfg.frames, own), reverse=own[0] > own[1]))  # turned as the clip is
-    scale, rate = max(size[0] / own[0], size[1] / own[1]), frame_rate(told[0])
-    video = cover_frames(np.stack(stack), size) / 127.5 - 1
+    own = height, width = stack[0].shape[:2]
+    require(min(own) >= cfg.smallest, f"{width}x{height} is smaller than --smallest {cfg.smallest}")
+    size = tuple(sorted(codec.video_size(cfg.size, cfg.frames, own), reverse=height > width))  # turned as the clip is
+    scale, rate = max(size[0] / height, size[1] / width), media.frame_rate(told[0])
+    video = media.cover_frames(np.stack(stack), size) / 127.5 - 1
     if clip.boxes.suffix == ".json":
         trajectory = load_trajectory(clip.boxes, size, cfg.frames, own, cut=True)
         box = trajectory.maps("box", video[:, 0] if cfg.maps == "pixels" else None)
@@ -181,21 +157,18 @@ def read_clip(clip: Clip, cfg: Config, codec: Codec) -> tuple[dict[str, Tensor],
     return {"video": video, "mask": mask, "box": box}, scale, rate
 
 
-def read_maps(kind: str, path: Path, own: Size, size: Size, frames: int) -> Tensor:
+def read_maps(kind: str, path: Path, own: media.Size, size: media.Size, frames: int) -> Tensor:
     """The first maps of a folder or video, for a video of size `own`: [3, T, *size] in [-1, 1]. Raises UserError."""
-
-    def check(fine: object, _field: str, problem: str) -> None:
-        require(fine, f"{kind} maps: {problem}")
-
+    check = partial(check_input, f"{kind} maps")
     check(os.path.exists(no_pointer(path)), "", f"{path} does not exist")
-    maps = list(islice(read_frames(path, check), frames))
+    maps = list(islice(media.read_frames(path, check), frames))
     check(len(maps) == frames, "", f"{len(maps)} frames of {frames}")
     for height, width, _ in (frame.shape for frame in maps):
-        fine = alike((height, width), own)
+        fine = media.alike((height, width), own)
         check(fine, "", f"{width}x{height}, of another shape than the video's {own[1]}x{own[0]}")
-    fitted = torch.from_numpy(np.stack([cover_nearest(m, size) for m in maps])).permute(3, 0, 1, 2).float() / 127.5 - 1
-    check((fitted[:, 0] > -0.8).any(), "", "frame 0 shows no object")
-    return fitted
+    fitted = torch.from_numpy(np.stack([media.cover_nearest(frame, size) for frame in maps]))
+    check((fitted[0] > 25).any(), "", "frame 0 shows no object")
+    return fitted.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def darken(maps: Tensor, share: float, number: int) -> Tensor:
@@ -206,7 +179,7 @@ def darken(maps: Tensor, share: float, number: int) -> Tensor:
 
 def fill_boxes(frame: Tensor) -> None:
     """Fill the boxes around the masks in a map [3, height, width], each in its mask's colour."""
-    image = to_uint8(frame[:, None])[0]
+    image = media.to_uint8(frame[:, None])[0]
     colors = flat_colors(image, MOST_OBJECTS)
     for color, box in zip(colors, extents(label_pixels(image, colors), len(colors)), strict=True):
         frame[:, fill_box(box, image.shape[:2])] = torch.from_numpy(color / 127.5 - 1).float()[:, None]
@@ -266,8 +239,8 @@ def main(cfg: Config) -> None:
 
 def this_program() -> str:
     """What decides, besides a clip's files, whether the clip can be used: this project's code and ffmpeg."""
-    return checksum(*(file for folder in (".", "core", "tools") for file in sorted((ROOT / folder).glob("*.py"))),
-                    ffmpeg_version())  # fmt: skip
+    code = (file for folder in (".", "core", "tools") for file in sorted((ROOT / folder).glob("*.py")))
+    return checksum(*code, media.ffmpeg_version())
 
 
 def sources(clip: Clip) -> str:
@@ -276,17 +249,14 @@ def sources(clip: Clip) -> str:
 
 
 def begin(out: Path, cfg: Config, count: int, codec: Codec) -> dict:
-    """Write to config.json what the shards beside it are made of. UserError if it says that they hold something else.
-
-    Until all are made, it doesn't list them.
-    """
+    """Write what the shards will be made of to config.json, not yet their list. UserError if others lie there."""
     file = out / "config.json"
     options = asdict(cfg) | {"shard": SHARD, "clips": count, "codec": {f.name: checksum(f) for f in codec.files()}}
     del options["out"], options["weights"], options["source"]
     strange = next(chain.from_iterable(map(out.glob, ("latents-*", "text-*", "rejected.csv"))), None)
+    before = read_config(file) if file.exists() else options
     fine = file.exists() or not strange
     require(fine, f"{strange}: lies here without a config.json that says of what; give another --out")
-    before = read_config(file) if file.exists() else options
     if other := [name for name, now in options.items() if before.get(name) != now]:
         were = ", ".join(f"{name} {before.get(name)}" for name in other)
         raise UserError(f"{file}: shards of other clips lie here ({were}); give another --out")
@@ -298,17 +268,16 @@ def begin(out: Path, cfg: Config, count: int, codec: Codec) -> dict:
 
 
 def still_good(start: int, shard: list[Clip], file: Path, program: str) -> dict[str, dict]:
-    """Of a shard's clips those that need not be read again, and what they are made of.
+    """Of a shard's clips those that need not be read again, and what they are made of. UserError if that has changed.
 
-    Clips that were left out are read again once their files or this program have changed. UserError if other clips are
-    made of something else than what is there now.
+    What was left out is read again once its files or this program have changed.
     """
     if not file.exists():
         return {}
     before, kept = json.loads(read_safetensors(file)[0].get("made_of", "{}")), {}
     for number, clip in enumerate(shard, start):
-        record, same = before.get(str(number), {}), before.get(str(number), {}).get("sum") == sources(clip)
-        if same and record.get("by", program) == program:
+        record = before.get(str(number), {})
+        if record.get("sum") == sources(clip) and record.get("by", program) == program:
             kept[str(number)] = record
         elif "rejected" not in record:
             changed = f"{clip.video}, its caption, boxes or maps are not those that {file} was made of"
@@ -330,7 +299,7 @@ def report(out: Path, options: dict) -> None:
     if len(rates := Counter(clip["rate"] for clip in kept)) > 1:
         listed = ", ".join(f"{rate} a second in {n} clips" for rate, n in sorted(rates.items()))
         mend = "they are taken picture by picture, as if of one rate; convert them to one if speeds matter"
-        print(f"{out}: frame rates are mixed: {listed}; {mend}", file=sys.stderr)
+        warn(f"{out}: frame rates are mixed: {listed}; {mend}")
     print(f"{out}: {len(kept)} clips in {len(numbers)} shards; {len(rejected)} rejected, listed in {out}/rejected.csv")
     if larger := [clip["scale"] for clip in kept if clip["scale"] > 1]:
         print(f"{len(larger)} clips were enlarged, by {max(larger):.2f} at most; --smallest leaves out the smallest")

@@ -1,6 +1,6 @@
 """The page behind `sample.py --serve`, tools/draw.html: videos that it asks for, and what they will take.
 
-core/serve.py is the server.
+tools/server.py is the server.
 """
 
 import base64
@@ -9,7 +9,6 @@ import io
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from core.codec import Codec
-from core.config import ROOT, UserError, flags
+from core.config import ROOT, UserError, flags, warn
 from core.media import MOST_VIDEO_SIDE, Size, complaint, start_ffmpeg
 from core.memory import free_memory, seconds
-from core.serve import serve
 from flow import FAST, Sampling
 from model import PRESETS
+from tools.server import serve
 
 # The options that the page sets, and their types.
 ASKED = {"prompt": str, "seed": int, "steps": int, "size": str, "frames": int}
@@ -74,7 +73,7 @@ def serve_page(
         except UserError as error:
             raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from None
         for line in said.getvalue().replace(f"{folder}{os.sep}", "").splitlines():
-            print(line, file=sys.stderr)
+            warn(line)
             tell(warns=line)
         with stage("encode prompt"):
             text, negative = embed(job.prompt), embed(codec.negative)
@@ -167,10 +166,7 @@ def store(folder: Path, name: str, text: object) -> str:
 
 
 def unpack(request: dict, folder: Path, steps: int, most_steps: int) -> dict[str, object]:
-    """The page's request as options. Its picture, masks and boxes.json are written to this folder, under our names.
-
-    `steps`: how many there are if it asks for 0. `most_steps`: beyond them the fast networks' videos turn black.
-    """
+    """The page's request as options; its files go to this folder, under our names. `steps`: where it asks for 0."""
     for name, kind in ASKED.items():
         if type(request.get(name)) is not kind:
             raise UserError(f"{name}: {request.get(name)!r:.60} is no {kind.__name__}; reload the page")

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from core.config import UserError, reason
+from core.config import UserError, reason, warn
 from core.files import alive
 
 PORT = 7860  # or any free one where it is taken
@@ -114,7 +114,11 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "no such page")
         request, server = self.read_request(), self.server
         if self.path == "/about":
-            return self.reply(200, json.dumps(self.estimate(request)).encode())
+            try:
+                told = server.about(request)
+            except (UserError, KeyError, TypeError) as error:
+                told = {"error": reason(error)}
+            return self.reply(200, json.dumps(told).encode())
         with server.turn:
             if len(server.line) > MOST_WAITING:
                 raise Refused(503, f"{MOST_WAITING} videos wait already; try again later")
@@ -151,12 +155,6 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, "not a JSON object")
         return request
 
-    def estimate(self, request: dict) -> dict:
-        try:
-            return self.server.about(request)
-        except (UserError, KeyError, TypeError) as error:
-            return {"error": reason(error)}
-
     def work(self, request: dict) -> dict[str, bytes]:
         """Do the job, and return its files by name. Where it fails the page is told, and there are none."""
         self.done, self.lock = threading.Event(), threading.Lock()
@@ -171,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
                 return {file.name: file.read_bytes() for file in files}
         except Exception as error:  # whatever it is, the server goes on with the next request
             if not isinstance(error, UserError):
-                print(f"serve: {type(error).__name__}: {reason(error)}", file=sys.stderr)
+                warn(f"serve: {type(error).__name__}: {reason(error)}")
             self.tell(error=reason(error))
             return {}
 
