@@ -37,10 +37,7 @@ def written_size(picture: Size, size: Size) -> Size:
 
 
 def full_size(picture: np.ndarray, size: Size) -> np.ndarray:
-    """What a video of this size shows of its first frame's picture, in the size that is written.
-
-    uint8 [height, width, 3] -> the same.
-    """
+    """What a video of this size shows of its first picture, as large as it is written: uint8 [height, width, 3]."""
     left, top, right, bottom = crop_box(picture.shape[:2], size)
     height, width = written_size(picture.shape[:2], size)
     if height <= bottom - top <= LONGEST and width <= right - left <= LONGEST:
@@ -51,10 +48,7 @@ def full_size(picture: np.ndarray, size: Size) -> np.ndarray:
 
 
 def enlarge(trajectory: Trajectory, path: str | Path, size: Size) -> Trajectory:
-    """The trajectory that was read from this path, in pixels of the same video at another size, height and width.
-
-    Painted masks are read once more, for their detail; those of a map video are enlarged smoothly.
-    """
+    """The trajectory read from `path`, in pixels of the same video at another size; painted masks in all detail."""
 
     def resize_mask(mask: np.ndarray, box: tuple[float, ...] | None = None) -> np.ndarray:
         return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size[::-1], LARGER, box)) > 127

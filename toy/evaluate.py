@@ -10,7 +10,6 @@ and pasted. The ablation's file has a row for each run, its table the mean and r
 run the same command again.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -28,12 +27,12 @@ from tqdm import tqdm
 import flow
 from adapter import Adapter, check_fit, read_adapter
 from core import parallel
-from core.config import UserError, run_script, shipped
-from core.files import write_text
+from core.config import UserError, require, run_script, shipped
 from core.media import contact_sheet, read_record, to_uint8, write_image
 from core.memory import seconds
 from core.noise import sample_noise, step_noise
-from core.tables import markdown, over_seeds, provenance, table_path
+from core.record import checksum
+from core.tables import markdown, over_seeds, provenance, table_path, write_rows
 from model import VideoDiT
 from toy import metrics
 from toy.codec import ToyCodec
@@ -110,19 +109,6 @@ def find_ways(cfg: Config) -> list[Way]:
     return ways
 
 
-def load_networks(ways: Sequence[Way], cfg: Config, procs: parallel.Processes) -> dict[Path | None, VideoDiT | Adapter]:
-    """All networks of these ways, ready to work. UserError if one can't be read, or an adapter doesn't fit."""
-    networks = {None: None}
-    for way in ways:
-        for file, read in ((way.generator, VideoDiT.from_pretrained), (way.adapter, read_adapter)):
-            if file not in networks:
-                kind = file.stem.title().replace("_", "")  # fast_adapter.safetensors holds a FastAdapter
-                networks[file] = parallel.prepare(read(str(file), kind), procs, cfg.compile)
-        if way.adapter:
-            check_fit(networks[way.adapter], way.adapter, networks[way.generator], way.generator)
-    return networks
-
-
 def sampler(generator: VideoDiT, adapter: Adapter | None, steps: int, seed: int, slow: bool = False) -> Callable:
     """Euler steps from one noise if slow, else the few steps that stages 2 and 3 train for, or fewer.
 
@@ -147,19 +133,14 @@ def conditions(batch: WorldBatch, codec: ToyCodec, style: Maps, device: torch.de
 
 
 def generate(sample: Callable, batch: WorldBatch, device: torch.device, name: str, style: Maps) -> Tensor:
-    """Every video of the batch, sampled from its first frame, caption and trajectory: [B,3,T,H,W].
-
-    `style`: how the trajectories that the adapter reads are painted.
-    """
-    codec, videos = ToyCodec(), []
-    for samples in tqdm(torch.arange(len(batch.video)).split(BATCH), desc=name):
-        samples = samples.tolist()
+    """Every video of the batch, sampled from its first frame, caption and maps of this `style`: [B,3,T,H,W]."""
+    codec, videos, numbers = ToyCodec(), [], range(len(batch.video))
+    for samples in tqdm([numbers[i : i + BATCH] for i in numbers[::BATCH]], desc=name):
         with torch.no_grad(), parallel.autocast(device, "auto"):
             latents = sample(*conditions(batch.subset(samples), codec, style, device), samples)
         videos.append(codec.decode_video(latents).cpu())
     video = torch.cat(videos)
-    if not video.isfinite().all():
-        raise UserError(f"{name}: generates values that are no numbers; give other weights")
+    require(video.isfinite().all(), f"{name}: generates values that are no numbers; give other weights")
     return video
 
 
@@ -202,41 +183,44 @@ def main(cfg: Config) -> None:
         read_record(sheet)  # only what was made here is made anew
     procs = parallel.init_processes()
     about = provenance("-m toy.evaluate", cfg, procs.device)
-    ways = find_ways(cfg)
-    networks = load_networks(ways, cfg, procs)
+    ways, networks = find_ways(cfg), {None: None}
+    for way in ways:
+        for file, read in ((way.generator, VideoDiT.from_pretrained), (way.adapter, read_adapter)):
+            if file not in networks:
+                kind = file.stem.title().replace("_", "")  # fast_adapter.safetensors holds a FastAdapter
+                networks[file] = parallel.prepare(read(str(file), kind), procs, cfg.compile)
+        if way.adapter:
+            check_fit(networks[way.adapter], way.adapter, networks[way.generator], way.generator)
     samplers = [
         sampler(networks[way.generator], networks[way.adapter], way.steps, cfg.seed, "slow" in way.generator.stem)
         for way in ways
     ]
     batch = World(cfg.split).batch(range(cfg.videos))  # which takes longer than finding out that a file is wrong
-    rows, videos = [], {}
+    rows, done, videos, times = [], {}, {}, [math.nan] * len(ways)
     if cfg.ablation:
-        done, times = earlier_rows(out, about["command"]), [math.nan] * len(ways)
+        done = earlier_rows(out, about["command"])
     else:
-        done, times = {}, seconds_per_video(samplers, batch, procs.device)
-        known = metrics.baselines(batch, ToyCodec())
+        times, known = seconds_per_video(samplers, batch, procs.device), metrics.baselines(batch, ToyCodec())
         rows = [measure(name, 0, video, batch) | about for name, video in known.items()]
     for way, sample, taken in zip(ways, samplers, times, strict=True):
-        files = [Path(file).read_bytes() for file in (ToyCodec.weights, way.generator, way.adapter) if file]
-        made_by = {"run": way.run, "weights": hashlib.sha256(b"".join(files)).hexdigest()[:12]} if cfg.ablation else {}
+        files = ToyCodec.weights, way.generator, way.adapter
+        made_by = {"run": way.run, "weights": checksum(*files)} if cfg.ablation else {}
         key, video = (way.name, way.steps, *made_by.values()), None
         if key not in done:
             style = networks[way.adapter].config.maps if way.adapter else "pixels"
             video = generate(sample, batch, procs.device, f"{way.run or way.name}, {way.steps} steps", style)
             done[key] = measure(way.name, way.steps, video, batch, taken) | made_by | about
             if cfg.ablation:
-                write_text(out, json.dumps(list(done.values()), indent=1))
+                write_rows(out, [*done.values()])
         rows.append(done[key])
         if way.steps >= FEW or not cfg.ablation:
             videos.setdefault((way.name, way.steps), video)  # of the first seed
 
     shown = over_seeds(rows, MEASURES) if cfg.ablation else rows
     print(markdown(shown))
-    write_text(out, json.dumps(rows, indent=1))
-    write_text(out.with_suffix(".md"), markdown(shown))
+    write_rows(out, rows, table=shown)
     if any(video is None for video in videos.values()):
-        print(f"{sheet}: not written; it needs videos that an earlier call made")
-        return
+        return print(f"{sheet}: not written; it needs videos that an earlier call made")
     style = next(networks[way.adapter].config.maps for way in ways if way.adapter)
     write_image(sheet, comparison([batch.video, *videos.values()], batch, style))
 

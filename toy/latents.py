@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from core.codec import Batch, drop_caption
-from core.config import UserError
+from core.config import require
 from core.noise import random_blackout
 from toy.codec import ToyCodec
 from toy.world import World
@@ -15,16 +15,14 @@ from trajectory import Maps
 class ToyLatents:
     """Seed and sample numbers fix everything: each seed, 0 to 255, has 2^32 videos of the split to itself.
 
-    `maps`: how trajectories are painted, if any are asked for. `shape`: size and frames, if not the world's own. Videos
-    and maps are rendered on `device`.
+    `maps`: how trajectories are painted, if any are asked for. `shape`: size and frames. `device` renders all.
     """
 
     def __init__(
         self, codec: ToyCodec, maps: Maps | None = None, split: str = "train", seed: int = 0,
         device: torch.device | str = "cpu", **shape,
     ):  # fmt: skip
-        if not 0 <= seed < 256:
-            raise UserError(f"--seed {seed}: use 0 to 255")
+        require(0 <= seed < 256, f"--seed {seed}: use 0 to 255")
         self.codec, self.maps, self.offset, self.device = codec, maps, seed << 32, device
         self.world = World(split, **shape)
 

@@ -39,10 +39,7 @@ def squared_error(video: Tensor, batch: WorldBatch) -> Tensor:
 
 
 def thing_errors(video: Tensor, batch: WorldBatch) -> dict[str, float]:
-    """Mean squared error over all pixels that show a thing: any, one with a mask, with a box alone, or turning.
-
-    Things that appear later are left out: nothing shows what they look like.
-    """
+    """Mean squared error of things that frame 0 shows: any, with a mask, with a box alone, or turning."""
     error, given, by_box, still = squared_error(video, batch), batch.shown[..., 0], batch.by_box, batch.spin == 0
     kinds = {"": given, "_by_mask": ~by_box & still, "_by_box": by_box & still, "_turning": ~still}
 
@@ -121,8 +118,7 @@ def detail(video: Tensor, masks: Tensor) -> Tensor:
 def spin_rate(video: Tensor, batch: WorldBatch) -> Tensor:
     """Measured rotation of each spinning thing, [B,K] radians a frame, positive clockwise; NaN for all others.
 
-    Six rings around the point that a thing should turn around are read from every frame, where the thing shows. Its
-    spin is the rotation among TURNS by which the rings of successive frames correlate best.
+    Of TURNS that by which six rings around its middle, read from successive frames, correlate best.
     """
     around, out = torch.deg2rad(torch.arange(0.0, 360, 2)), torch.full(batch.spin.shape, math.nan)
     unit = torch.stack([around.cos(), around.sin()], -1)  # (A, 2)
@@ -193,10 +189,7 @@ def baselines(batch: WorldBatch, codec: ToyCodec) -> dict[str, Tensor]:
 
 
 def pasted(batch: WorldBatch, kind: Literal["box", "mask"]) -> Tensor:
-    """What the maps show, pasted over the first frame, whose holes are filled by blur. [B,3,T,H,W].
-
-    "mask": things are cut out along their masks; "box": as users draw them, half of them as rectangles.
-    """
+    """What the maps of a `kind` show, pasted over the first frame, whose holes are filled by blur. [B,3,T,H,W]."""
     painted, first = batch.maps("pixels", kind), batch.video[:, :, :1]
     shown = (painted > -1).any(1, keepdim=True)
     under = fill(first[:, :, 0], shown[:, :, 0] & ~batch.used[:, 0, None, None, None])[:, :, None]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.config import UserError
+from core.config import require
 from core.files import atomic
 from core.media import cover_frames, read_picture
 
@@ -22,14 +22,10 @@ PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "moto
 
 @lru_cache
 def picture_bank(split: str, device: torch.device) -> Tensor:
-    """The pictures of a split, uint8 [N, 3, CANVAS, CANVAS]. Dead leaves are drawn once, in a minute, and cached.
-
-    "photographs": the middle squares of scikit-image's photographs. UserError without the package.
-    """
+    """Pictures of a split, uint8 [N, 3, CANVAS, CANVAS]: dead leaves, or photographs. UserError without them."""
     if split == "photographs":
         package = find_spec("skimage")
-        if package is None:
-            raise UserError("photographs: come with scikit-image; pip install -r requirements-dev.txt")
+        require(package, "photographs: come with scikit-image; pip install -r requirements-dev.txt")
         files = [Path(package.origin).parent / "data" / name for name in PHOTOGRAPHS]
         squares = [cover_frames(read_picture(file)[None], (CANVAS, CANVAS)).byte()[None, :, 0] for file in files]
         return torch.cat(squares).to(device)

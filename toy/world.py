@@ -247,10 +247,7 @@ class World:
 
 
 def look_up(pictures: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Colours at places in pictures, uint8 [N, 3, S, S] -> [N, 3, T, H, W] in [0, 1].
-
-    x and y, in pixels, broadcast to [N, T, H, W].
-    """
+    """Colours of pictures, uint8 [N, 3, S, S], at pixels x and y, which broadcast to [N, T, H, W]: [N, 3, T, H, W]."""
     grid = torch.stack(torch.broadcast_tensors(x, y), -1)
     found = F.grid_sample(
         pictures.float() / 255, grid.flatten(1, 2) * (2 / pictures.shape[-1]) - 1,

@@ -10,7 +10,6 @@ else a file or config says would change the result too, so it is refused by name
 
 import json
 import re
-import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.config import UserError
+from core.config import UserError, require, warn
 from core.files import no_pointer
 from core.weights import Stored, brief, file_errors, read_config, read_safetensors, rename, split_key
 from wan.published import DIFFUSERS_NAMES, NOT_WAN
@@ -48,8 +47,7 @@ def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
     UserError if there is no such file, if a name or shape in it finds no match, or if it is more than a LoRA.
     """
     path, strength = split_key(text)
-    if path.is_dir():
-        raise UserError(f"--lora {text}: is a folder; give the .safetensors in it")
+    require(not path.is_dir(), f"--lora {text}: is a folder; give the .safetensors in it")
     if not no_pointer(path).is_file() or not re.fullmatch(NUMBER, strength or "1"):
         raise UserError(f"--lora {text}: no such file; give FILE or FILE:strength")
     header, parts = read_safetensors(path)
@@ -107,7 +105,7 @@ def read_adapter_config(path: Path, header: dict[str, str], names: Iterable[str]
     else:
         config = {"lora_alpha": header[name] for name in sorted(header) if name.endswith("alpha")}  # noqa: B035
         if peft and not config and not any(name.endswith("alpha") for name in names):
-            print(f"{path}: tells no alpha, nor does a file {place.name} beside it; alpha / rank is 1", file=sys.stderr)
+            warn(f"{path}: tells no alpha, nor does a file {place.name} beside it; alpha / rank is 1")
     fields = [f"{name}={value}" for name, value in config.items() if value]
     if changed := [field for field in fields if not re.fullmatch(PLAIN, field, re.DOTALL)]:
         raise UserError(f"{path}: its config says {changed[0]}: {NOT_READ}")

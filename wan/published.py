@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from core.config import UserError
+from core.config import UserError, require
 from core.files import no_pointer
 from core.weights import Stored, file_errors, read_checkpoint, read_folder, read_safetensors, rename
 
@@ -27,10 +27,8 @@ QUANTIZERS = r"\.weight\.(_data|absmax)$|[._](weight_(?!scale$)\w+|qweight|W_q|S
 NO_GENERATOR = r"(?i)\.|slow_|diffusion_pytorch_model|.*(adapter|classifier|vae|tae|lora|umt5|t5)"
 # Parameter names of diffusers' WanTransformer3DModel -> Wan's own.
 DIFFUSERS_NAMES = (
-    (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
-    (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
-    (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
-    (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+    (r"^condition_embedder\.(text|time)_embedder\.linear_1", r"\1_embedding.0"),
+    (r"^condition_embedder\.(text|time)_embedder\.linear_2", r"\1_embedding.2"),
     (r"^condition_embedder\.time_proj", "time_projection.1"),
     (r"^proj_out", "head.head"),
     (r"^scale_shift_table", "head.modulation"),
@@ -69,8 +67,7 @@ def read_generator(path: Path, key: str = "") -> tuple[dict[str, object], dict[s
     if missing := [name for name in wanted if name not in tensors]:
         raise UserError(f"{path}: no transformer of Wan2.2: it holds no {missing[0]}; give another file")
     (dim, channels, *patch), (ffn_dim, _), (_, text_dim), (_, freq_dim) = (tensors[name].shape for name in wanted)
-    if dim % HEAD_DIM:
-        raise UserError(f"{path}: its width {dim} is no multiple of {HEAD_DIM}, the width of Wan's heads")
+    require(dim % HEAD_DIM == 0, f"{path}: its width {dim} is no multiple of {HEAD_DIM}, the width of Wan's heads")
     blocks = 1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name))
     shapes = {"dim": dim, "ffn_dim": ffn_dim, "heads": dim // HEAD_DIM, "layers": blocks, "channels": channels}
     return shapes | {"patch": tuple(patch), "text_dim": text_dim, "freq_dim": freq_dim}, tensors
@@ -111,6 +108,7 @@ def unscale(path: Path, header: dict[str, str], tensors: dict[str, Stored]) -> d
 
 def vae_names(blocks: int) -> list[tuple[str, str]]:
     """Parameter names of diffusers' AutoencoderKLWan -> Wan's own. `blocks` as in VAEConfig."""
+    residual = {"norm1": 0, "conv1": 2, "norm2": 3, "conv2": 6}
     return [
         (r"^quant_conv", "conv1"),
         (r"^post_quant_conv", "conv2"),
@@ -123,19 +121,13 @@ def vae_names(blocks: int) -> list[tuple[str, str]]:
         (r"(down|up)_blocks\.(\d)\.resnets", r"\1samples.\2.\1samples"),
         (r"down_blocks\.(\d)\.downsampler", rf"downsamples.\1.downsamples.{blocks}"),
         (r"up_blocks\.(\d)\.upsampler", rf"upsamples.\1.upsamples.{blocks + 1}"),
-        (r"(samples\.\d|middle\.[02])\.norm1", r"\1.residual.0"),
-        (r"(samples\.\d|middle\.[02])\.conv1", r"\1.residual.2"),
-        (r"(samples\.\d|middle\.[02])\.norm2", r"\1.residual.3"),
-        (r"(samples\.\d|middle\.[02])\.conv2", r"\1.residual.6"),
+        *((rf"(samples\.\d|middle\.[02])\.{theirs}", rf"\1.residual.{ours}") for theirs, ours in residual.items()),
         (r"conv_shortcut", "shortcut"),
     ]
 
 
 def find_generator(folder: Path, speed: str) -> Path:
-    """A generator in a folder of weights: an export of this project, else one under the names that others give it.
-
-    UserError if it can't be told which of several files it is.
-    """
+    """A generator in a folder: this project's, else by others' names for it. UserError if several could be it."""
     own = folder / f"{speed}_generator.safetensors"
     if speed == "slow":
         base = [folder for name in ("config.json", "diffusion_pytorch_model*") if any(folder.glob(name))]

@@ -1,14 +1,13 @@
 """UMT5-XXL, Wan2.2's text encoder, run by `transformers` (requirements-wan.txt)."""
 
 import html
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.config import UserError, reason
+from core.config import UserError, reason, warn
 from core.files import no_pointer
 from core.weights import load, read_checkpoint, read_config, read_folder, rename
 
@@ -74,7 +73,7 @@ class TextEncoder:
         clean = [clean_prompt(prompt) for prompt in prompts]
         for prompt, whole in zip(prompts, self.tokenizer(clean).input_ids, strict=True):
             if len(whole) > self.length:
-                print(f"{prompt[:40]!r}...: {len(whole)} tokens; Wan reads the first {self.length}", file=sys.stderr)
+                warn(f"{prompt[:40]!r}...: {len(whole)} tokens; Wan reads the first {self.length}")
         cut = {"padding": "longest", "truncation": True, "max_length": self.length}
         tokens = self.tokenizer(clean, return_tensors="pt", **cut).to(self.device)
         mask = tokens.attention_mask
