@@ -1,10 +1,6 @@
-"""What training reads: batches of latents, text and trajectory maps, of the toy world or of prepared clips.
+"""What training reads: latents, text and trajectory maps, of the toy world or of clips from tools.prepare_clips.
 
-`training_data` gives two sources, one to train on and one held out. Both have one method,
-
-    x0, text, traj = source.batch(samples, kind="box")     # a Batch: core/codec.py
-
-whose result depends on the sample numbers and a seed alone. `python -m tools.prepare_clips` prepares clips.
+A source's `batch(samples, kind="box")` is a Batch (core/codec.py), and follows from sample numbers and a seed alone.
 """
 
 from collections import defaultdict
@@ -117,10 +113,7 @@ def open_codec(preset: str, folder: Path | str, device: torch.device, **options)
 
 
 def training_data(folder: str, codec: Codec, seed: int, batch: int, maps: Maps | None = None) -> tuple[Source, Source]:
-    """The training set and the held-out one: prepared clips from `folder`, or the toy world if that is empty.
-
-    `maps`: the style of maps that the adapter reads; None if no maps are read.
-    """
+    """The training set and the held-out one: clips from `folder`, or the toy world. `maps`: as the adapter reads."""
     if folder:
         both = tuple(ClipLatents(folder, codec.text_tokens, split, seed, batch) for split in ("train", "validation"))
         if both[0].channels != codec.channels:

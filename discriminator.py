@@ -34,7 +34,7 @@ class ClassifierConfig:
     trajectory: bool = True  # cross-attention to the trajectory's tokens
     video: bool = True  # cross-attention to the video's tokens
     feed_forward: int = 0  # width of a feed-forward after the attentions; none if 0
-    cautious: bool = False  # starts almost silent, for a small world that it might memorise
+    cautious: bool = False  # starts almost silent: in a small world it soon knows videos by their text and trajectory
 
 
 PRESETS = {
@@ -93,21 +93,12 @@ class Classifier(nn.Module):
         init_xavier(self)
         for block in self.blocks:
             nn.init.normal_(block.query, std=0.02)
-        if config.cautious:
-            self.begin_cautiously()
-
-    @torch.no_grad()
-    def begin_cautiously(self) -> None:
-        """Start with nearly uniform attention, to the video alone if it is attended to, and with logits of zero.
-
-        Else, on a small data set, it soon recognises training videos by their text and trajectory.
-        """
-        for block in self.blocks:
-            for name, attention in block.attentions.items():
-                attention.in_proj_weight[: 2 * self.config.hidden] *= 0.1  # queries and keys
-                if name != "video" and self.config.video:
+        if config.cautious:  # attention nearly uniform, and to the video alone if it is attended to; logits of zero
+            for name, attention in ((n, a) for block in self.blocks for n, a in block.attentions.items()):
+                attention.in_proj_weight.data[: 2 * width] *= 0.1  # queries and keys
+                if name != "video" and config.video:
                     nn.init.zeros_(attention.out_proj.weight)
-        nn.init.zeros_(self.logit.weight)
+            nn.init.zeros_(self.logit.weight)
 
     def forward(self, features: list[Tensor], text: Tensor, traj: Tensor) -> Tensor:
         """Features [B,N,D] of each block, text [B,L,Dt], traj [B,C,F,H,W] -> logits [B], large for real.

@@ -23,7 +23,7 @@ import flow
 from adapter import Adapter, check_fit, read_adapter, with_adapter
 from core import optim, parallel
 from core.codec import Batch
-from core.config import UserError, run_script, shipped
+from core.config import UserError, require, run_script, shipped
 from core.memory import send
 from core.noise import draw_integer, sample_noise, sample_uniform, step_noise
 from core.parallel import Processes, Recompute
@@ -133,10 +133,9 @@ class Phase(NamedTuple):
 
 
 def phase(step: int, steps: int, ratio: int, diffusion_first: int, adapter_start: int) -> Phase:
-    """Training has two phases, each with its own warm-up, cosine and lambda.
+    """Training has two phases, each with a warm-up, cosine and lambda: the diffusion loss alone, then both losses.
 
-    First `diffusion_first` steps of the diffusion loss alone. Then both losses, while the adapter rests for
-    `adapter_start` steps. The adapter learns in the last step of every cycle of `ratio` steps.
+    The adapter rests in the first `adapter_start` steps of the second, and learns in the last step of every `ratio`.
     """
     judged = step >= diffusion_first
     begin, rest, end = (diffusion_first, adapter_start, steps) if judged else (0, 0, diffusion_first)
@@ -170,9 +169,7 @@ def discriminator_step(
     step: int, cfg: Config, generator: VideoDiT, adapter: Adapter, discriminator: DiffusionDiscriminator,
     optimizers: Sequence[Optimizer], data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The classifier learns to tell true videos from those of the generator and the adapter as it is now, of the same
-    images, texts and trajectories. Both are noised alike. Nothing else gets a gradient.
-    """
+    """The classifier learns to tell true videos from today's fakes with the same images, texts and trajectories."""
     turn, losses = 2 * step, []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
@@ -206,10 +203,7 @@ def adapter_step(
     step: int, weight: float, judged: bool, cfg: Config, generator: VideoDiT, adapter: Adapter,
     discriminator: DiffusionDiscriminator, optimizers: Sequence[Optimizer], data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The adapter learns from both losses; gradients pass through frozen networks.
-
-    `weight` is the diffusion loss's. `judged`: the adversarial loss counts too.
-    """
+    """The adapter learns from the diffusion loss, times `weight`, and if `judged` from the adversarial one."""
     turn, losses = 2 * step + 1, []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
@@ -247,13 +241,11 @@ def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adap
 
 def check(cfg: Config) -> None:
     """UserError if the options contradict one another."""
-    if not (cfg.use_gan or cfg.use_diffusion):
-        raise UserError("--use_gan false --use_diffusion false: no loss is left; use one or both")
+    require(cfg.use_gan or cfg.use_diffusion, "--use_gan false --use_diffusion false: no loss is left; use one or both")
     first, rest = cfg.diffusion_first, cfg.adapter_start
     if first + rest >= cfg.steps:
         raise UserError(f"--adapter_start {rest} --diffusion_first {first}: give less than --steps {cfg.steps} in all")
-    if first and not cfg.use_diffusion:
-        raise UserError(f"--diffusion_first {first}: needs --use_diffusion true")
+    require(cfg.use_diffusion or not first, f"--diffusion_first {first}: needs --use_diffusion true")
 
 
 def main(cfg: Config) -> None:

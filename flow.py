@@ -28,7 +28,7 @@ class Sampling(NamedTuple):
     guidance: float = 1.0
 
 
-# By preset. The toy's long last steps leave less noise in the slow sampler's videos: docs/LOG.md.
+# By preset: wan5b's are Wan's, and its four steps the paper's. The toy's long last steps leave less noise: docs/LOG.md.
 SLOW = {"small": Sampling(50, 2.0), "wan5b": Sampling(50, 5.0, 5.0)}
 FAST = {"small": Sampling(4, 1.0), "wan5b": Sampling(4, 5.0)}
 
@@ -144,10 +144,7 @@ def sample_unipc(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Seque
 
 
 def unipc_step(x: Tensor, seen: Sequence[Tensor], levels: Sequence[float], end: Tensor | None = None) -> Tensor:
-    """x at the last but one of these levels -> x at the last. seen: x0 predicted at all levels but the last, `end` too.
-
-    The shapes are x's.
-    """
+    """x at the last but one of `levels` -> at the last. seen: x0 predicted at all but the last, `end` at that too."""
     ages = [math.log((1 - sigma) / sigma) for sigma in levels]  # half the log of the signal-to-noise ratio
     h, x0 = ages[-1] - ages[-2], seen[-1]
     phi, change = math.expm1(-h), 0.0
@@ -187,8 +184,5 @@ def backward_simulation(
 def sample_fewstep(
     velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float]
 ) -> Tensor:
-    """Predict x0, noise it again to the next level, repeat: the sampler of distilled generators (DMD, consistency).
-
-    `sigmas` as `sigma_schedule` makes them, 0 at the end. Shapes as in `backward_simulation`.
-    """
+    """`backward_simulation` to its end, level 0: the sampler of distilled generators (DMD, consistency)."""
     return backward_simulation(velocity, first, noise, sigmas, len(sigmas) - 2)

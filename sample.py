@@ -11,14 +11,12 @@ Writes `--out` and, beside it, the same video with the boxes drawn over it. Fast
 steps, each of which predicts the clean video and adds noise again. Slow: SlowGenerator + SlowAdapter in 50 steps along
 the flow.
 An image of another shape than the video's is resized until it covers it and cut to its middle, and the boxes with it.
-Small videos are written as large as the image, with its own detail wherever they show what it shows: toy/detail.py.
 For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, with the networks of this project in it.
 """
 
 import gc
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -36,7 +34,7 @@ from adapter import Adapter, check_fit, read_adapter, read_maps
 from core import memory, parallel
 from core.attention import gpu_kernels
 from core.codec import Codec
-from core.config import UserError, check_options, reason, run_script, shipped
+from core.config import UserError, check_options, reason, require, run_script, shipped, warn
 from core.files import no_pointer, output_path
 from core.media import MOST_VIDEO, cover_frames, ffmpeg_version, load_image, read_record, to_uint8, write_video
 from core.noise import sample_noise, step_noise
@@ -72,7 +70,7 @@ class Config:
     seed: int = 0  # another seed, another video
     size: str = "auto"  # height x width of the video, or auto: the image's own shape
     frames: int = 9  # length of the video
-    detail: bool = True  # put the picture's own detail back: the video is as large as the picture, up to 1280 pixels
+    detail: bool = True  # as large as the picture, up to 1280 pixels, with its own detail put back: toy/detail.py
     memory: Literal["high", "low"] = "high"  # for a GPU of 24 GB, or of 12: 8 bits, decoding in tiles; see docs/WAN.md
     decoder: str = ""  # preset wan5b: file of the small decoder taew2_2, fast and a little softer, instead of the VAE's
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
@@ -84,11 +82,8 @@ WAN5B = replace(
     Config(),
     preset="wan5b",
     weights="Wan2.2-TI2V-5B",
-    steps=0,  # (4 fast: paper; 50 slow: Wan)
-    guidance=0.0,  # (5: Wan)
     solver="unipc",  # (Wan)
     shift=0.0,  # (5: Wan, Turbo)
-    size="auto",  # (Wan)
     frames=121,  # (Wan)
     detail=False,
 )
@@ -98,8 +93,7 @@ def check(cfg: Config) -> None:
     """UserError if an option can't be."""
     if cfg.speed == "fast" and cfg.guidance not in (0, 1):
         raise UserError(f"--guidance {cfg.guidance}: the fast networks have none; add --speed slow")
-    if not isinstance(cfg.seed, int):  # a table may hold anything
-        raise UserError(f"--seed {cfg.seed}: a whole number, 0 at least")
+    require(isinstance(cfg.seed, int), f"--seed {cfg.seed}: a whole number, 0 at least")  # a table may hold anything
     check_options(cfg)
     if cfg.detail and cfg.preset == "wan5b":
         raise UserError("--detail true: preset wan5b makes large videos as it is; leave it out")
@@ -120,10 +114,8 @@ def find_networks(cfg: Config) -> tuple[str, Path]:
     generator = cfg.generator or str(find_generator(Path(cfg.weights), cfg.speed))
     adapter = Path(cfg.adapter or Path(cfg.weights) / f"{cfg.speed}_adapter.safetensors")
     for path in (split_key(generator)[0], adapter):
-        if not no_pointer(path).exists():
-            raise UserError(f"{path}: no such file; correct --weights, or give --generator and --adapter")
-    if adapter.is_dir():
-        raise UserError(f"--adapter {adapter}: is a folder; give the file in it")
+        require(no_pointer(path).exists(), f"{path}: no such file; correct --weights, or give --generator and --adapter")
+    require(not adapter.is_dir(), f"--adapter {adapter}: is a folder; give the file in it")
     return generator, adapter
 
 
@@ -150,8 +142,7 @@ def read_condition(job: Config, codec: Codec) -> Condition:
     check(job)
     ffmpeg_version()  # before any work
     for name in ("image", "traj"):
-        if not getattr(job, name):
-            raise UserError(f"--{name}: empty; name a file")
+        require(getattr(job, name), f"--{name}: empty; name a file")
     paths = [output_path(str(p), ".mp4", image=job.image, traj=job.traj) for p in (job.out, overlay_path(job.out))]
     for path in filter(Path.exists, paths):
         read_record(path)  # only what was made here is made anew
@@ -171,15 +162,15 @@ def warn_of_blanks(jobs: list[Config]) -> None:
     """Say on stderr if prompts are missing that networks need."""
     if blank := sum(job.preset == "wan5b" and not job.prompt.strip() for job in jobs):
         where = f" in {blank} of {len(jobs)} rows" if jobs[0].batch else ""
-        print(f"--prompt is empty{where}: say what the video shows, or it will be poor", file=sys.stderr)
+        warn(f"--prompt is empty{where}: say what the video shows, or it will be poor")
 
 
 def warn_of_boxes(job: Config, condition: Condition, maps: Maps) -> bool:
     """Say on stderr, and return, whether frame 0 shows boxes where the paper's training has always had masks."""
     names = condition.trajectory.unmasked if job.preset == "wan5b" and maps == "outline" else []
     if names:
-        shown = f"{job.traj}: frame 0 shows {', '.join(names)} by filled boxes"
-        print(f"{shown}, which the paper's training never saw; give masks", file=sys.stderr)
+        shown = f"frame 0 shows {', '.join(names)} by filled boxes"
+        warn(f"{job.traj}: {shown}, which the paper's training never saw; give masks")
     return bool(names)
 
 
@@ -199,12 +190,8 @@ def load_networks(cfg: Config, files: tuple[str, Path], procs: parallel.Processe
     check_preset(generator, files[0], cfg.preset)
     adapter = read_adapter(files[1], f"{name}Adapter", dtype)
     check_fit(adapter, files[1], generator, files[0])
-    for network in (generator, adapter):
-        network.split = procs.split
-        for block in network.blocks if cfg.compile else ():
-            block.forward = torch.compile(block.forward)
-        network.to(procs.device)
-    return generator, adapter
+    unsharded = replace(procs, mesh=None)
+    return tuple(parallel.prepare(network, unsharded, cfg.compile) for network in (generator, adapter))
 
 
 @torch.no_grad()
@@ -268,8 +255,7 @@ def make_video(
         latents = denoise(job, generator, adapter, first, traj, text, negative, on_block)
     del generator, adapter
     gc.collect()  # compiled blocks hold themselves
-    if not latents.isfinite().all():
-        raise UserError("the networks give values that are no numbers; give other weights, or --dtype float32")
+    require(latents.isfinite().all(), "the networks give values that are no numbers; give others, or --dtype float32")
     with stage("decode"):
         video = decode(codec, latents, procs)
     if procs.rank == 0:

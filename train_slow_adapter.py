@@ -137,8 +137,15 @@ def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adap
     return [flow.sample_multistep(velocity, batch.x0[:, :, :1], noise, sigmas)]
 
 
-def new_adapter(cfg: Config, generator: VideoDiT, elsewhere: bool) -> Adapter:
-    """The adapter to train: one to go on from, or a new one. `elsewhere`: rank 0 has its weights."""
+def main(cfg: Config) -> None:
+    procs = start_processes(cfg, PRESETS[cfg.preset].heads)
+    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
+
+    # 1. The frozen generator, and the adapter that learns: one to go on from, or a new one.
+    dtype = frozen_dtype(cfg.preset, cfg.dtype)
+    elsewhere = procs.rank > 0  # rank 0 reads the weights, and sends them to the others
+    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=elsewhere)
+    check_preset(generator, cfg.generator, cfg.preset)
     if cfg.init:
         adapter = adapters.read_adapter(cfg.init, "SlowAdapter", shapes_only=elsewhere)
         adapters.check_fit(adapter, cfg.init, generator, cfg.generator)
@@ -148,21 +155,9 @@ def new_adapter(cfg: Config, generator: VideoDiT, elsewhere: bool) -> Adapter:
         with torch.device("meta" if elsewhere else "cpu"):
             adapter = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(generator.config), maps=cfg.maps))
         adapter.copy_generator(generator)
-    return adapter
-
-
-def main(cfg: Config) -> None:
-    procs = start_processes(cfg, PRESETS[cfg.preset].heads)
-    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
-
-    # 1. The frozen generator, and the adapter that learns.
-    dtype = frozen_dtype(cfg.preset, cfg.dtype)
-    elsewhere = procs.rank > 0  # rank 0 reads the weights, and sends them to the others
-    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=elsewhere)
-    check_preset(generator, cfg.generator, cfg.preset)
-    adapter = new_adapter(cfg, generator.requires_grad_(False), elsewhere)
     generator, adapter = (
-        parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype) for network in (generator, adapter)
+        parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype)
+        for network in (generator.requires_grad_(False), adapter)
     )
     optimizers = muon_and_adamw(adapter, adapter.blocks) if cfg.muon else [optim.adamw(adapter, 0.9)]
     ema = optim.EMA(adapter, cfg.ema)

@@ -10,7 +10,6 @@ object. A box is x0, y0, x1, y1 in pixels, x1 and y1 exclusive. K objects, T fra
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,20 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.boxes import (
-    DARK,
-    draw_dots,
-    draw_outlines,
-    edges_of_outlines,
-    extents,
-    fill_box,
-    flat_colors,
-    interpolate,
-    label_pixels,
-    move,
-    place,
-)  # fmt: skip
-from core.config import UserError
+from core import boxes as drawing
+from core.config import UserError, warn
 from core.files import no_pointer
 from core.media import BROKEN, VIDEO_SUFFIXES, Size, alike, cover_nearest, read_frames, read_mask
 
@@ -77,7 +64,7 @@ class Trajectory:
     def unmasked(self) -> list[str]:
         """Names of the objects that frame 0 shows as their filled boxes."""
         first = zip(self.names, self.first_masks, self.boxes[:, 0], strict=True)
-        return [name for name, mask, box in first if mask.any() and (mask == fill_box(box, self.size)).all()]
+        return [name for name, mask, box in first if mask.any() and (mask == drawing.fill_box(box, self.size)).all()]
 
     def maps(self, kind: str = "box", picture: Tensor | None = None) -> Tensor:
         """The condition video, float32 [3, T, height, width] in [-1, 1], black is -1.
@@ -105,7 +92,7 @@ class Trajectory:
                 np.copyto(canvas, color[..., None], where=self.masks[k])
                 continue
             np.copyto(canvas[:, 0], color, where=self.first_masks[k])
-            draw_outlines(canvas[:, 1:], self.boxes[k, 1:], color)
+            drawing.draw_outlines(canvas[:, 1:], self.boxes[k, 1:], color)
         return torch.from_numpy(canvas)
 
     def _pixel_maps(self, picture: Tensor) -> Tensor:
@@ -114,7 +101,7 @@ class Trajectory:
         for k, boxes in enumerate(self.boxes):
             known = masks[k] & ~masks[k + 1 :].any(0)
             layers = torch.cat([picture.float(), torch.stack([masks[k], known, torch.ones_like(known)]).float()])
-            source = extents(np.where(masks[k], 0, -1), 1)[0] if np.isnan(boxes[0]).any() else boxes[0]
+            source = drawing.extents(np.where(masks[k], 0, -1), 1)[0] if np.isnan(boxes[0]).any() else boxes[0]
             for t in np.flatnonzero(~np.isnan(boxes[:, 0])):
                 # Pixels whose centres lie in the box.
                 x0, y0, x1, y1 = np.ceil(boxes[t] - 0.5).clip(0, [width, height] * 2).astype(int)
@@ -124,7 +111,7 @@ class Trajectory:
                 if not masks[k].any():
                     area[:] = 0
                     continue
-                moved = move(layers, source, boxes[t], (y0, y1, x0, x1))
+                moved = drawing.move(layers, source, boxes[t], (y0, y1, x0, x1))
                 mask, known_there, inside = moved[3:] > 0.5
                 area[:, mask | ~inside] = 0
                 area[:, known_there] = moved[:3, known_there].clamp(min=-0.9)
@@ -145,8 +132,8 @@ def draw_overlay(frames: np.ndarray, trajectory: Trajectory) -> np.ndarray:
     canvas = overlay.transpose(3, 0, 1, 2)  # a view
     bright = trajectory.colors.astype(float) / trajectory.colors.max(axis=1, keepdims=True).clip(1) * 255
     for k, color in enumerate(bright.round().astype(np.uint8)[..., None, None]):  # (3, 1, 1)
-        draw_dots(canvas, centers[k] * scale, color)
-        draw_outlines(canvas, trajectory.boxes[k] * scale, color)
+        drawing.draw_dots(canvas, centers[k] * scale, color)
+        drawing.draw_outlines(canvas, trajectory.boxes[k] * scale, color)
     return overlay
 
 
@@ -197,12 +184,12 @@ def load_trajectory(
         colors.append(color)
 
         frames, keys = _read_keyframes(check, f"{where}.boxes", item.get("boxes"), num_frames, size)
-        keys = place(size, image_size, keys)
+        keys = drawing.place(size, image_size, keys)
         inside = (keys[:, :2] < image_size[::-1]).all(1) & (keys[:, 2:] > 0).all(1)
         lost = f"the box of {names[k]} lies outside what --size {image_size[0]}x{image_size[1]} keeps of the picture"
         mend = "move it, or give a size of the picture's shape"
         check(inside.all(), f'{where}.boxes["{frames[inside.argmin()]}"]', f"{lost}; {mend}")
-        track = interpolate(frames, keys, num_frames, item.get("interpolate", "smooth"))
+        track = drawing.interpolate(frames, keys, num_frames, item.get("interpolate", "smooth"))
         # Opposite sides are separate curves, which can cross on a fast path with uneven turns. Straight lines can't.
         crossed = (track[:, 2:] <= track[:, :2]).any(axis=1)
         mend = 'add a keyframe there or use "interpolate": "linear"'
@@ -224,10 +211,10 @@ def load_trajectory(
         else:
             fine = not np.isnan(track[0]).any()
             check(fine, f"{where}.boxes", 'frame 0 has neither box nor mask; add a box "0" or a mask')
-            masks.append(fill_box(track[0], image_size))
+            masks.append(drawing.fill_box(track[0], image_size))
         boxes.append(np.where(visible[:, None], track, np.nan))
     if crossing:
-        print(f"{path}: boxes cross the video's edge and are cut there: {'; '.join(crossing)}", file=sys.stderr)
+        warn(f"{path}: boxes cross the video's edge and are cut there: {'; '.join(crossing)}")
     return Trajectory(np.stack(boxes)[:, :length], np.stack(masks), np.array(colors, dtype=np.uint8), names)
 
 
@@ -291,7 +278,7 @@ def read_boxes_json(path: Path) -> dict:
     return top
 
 
-def check_input(path: Path, fine: object, field: str, problem: str) -> None:
+def check_input(path: Path | str, fine: object, field: str, problem: str) -> None:
     if not fine:  # names and values are the user's: whatever breaks a line in them becomes a space
         raise UserError(" ".join(": ".join(filter(None, [str(path), field, problem])).splitlines())) from None
 
@@ -354,7 +341,7 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check, chec
     maps, boxes, count, late = np.empty((num_frames, *image_size, 3), dtype=np.uint8), [], 0, []
     for count, frame in enumerate(read_frames(path, check), start=1):
         if count == 1:
-            size, colors = frame.shape[:2], flat_colors(frame, MOST_OBJECTS)
+            size, colors = frame.shape[:2], drawing.flat_colors(frame, MOST_OBJECTS)
             check_shape("frame 0", size)
             mend = "a map is black, with one filled mask of one colour per object"
             check(0 < len(colors) <= MOST_OBJECTS, "frame 0", f"shows no object, or over {MOST_OBJECTS}; {mend}")
@@ -363,18 +350,19 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check, chec
             few = count <= num_frames + MOST_COUNTED
             check(few, "", f"more than {count - 1} maps but the video has {num_frames} frames; cut it")
             continue  # only to count them
-        label = label_pixels(frame, colors)
-        late += [count - 1] * bool(((label < 0) & (frame.max(-1) > DARK)).sum() > max(16, (label >= 0).sum() / 4))
+        label = drawing.label_pixels(frame, colors)
+        other = (label < 0) & (frame.max(-1) > drawing.DARK)
+        late += [count - 1] * bool(other.sum() > max(16, (label >= 0).sum() / 4))
         if count == 1:
             masks = cover_nearest(label, image_size) == np.arange(len(colors))[:, None, None]
             mend = f"is cut away at {image_size[1]}x{image_size[0]}; change the size"
             check(masks.any((1, 2)).all(), "frame 0", f"an object {mend}")
         maps[count - 1] = cover_nearest(frame, image_size)
-        boxes.append(edges_of_outlines(label, len(colors)) if count > 1 else extents(label, len(colors)))
+        boxes.append((drawing.edges_of_outlines if count > 1 else drawing.extents)(label, len(colors)))
     check(count == num_frames, "", f"{count} maps but the video has {num_frames} frames; pass --frames {count}")
     if late:
-        shown = "shows colours that frame 0 doesn't; no boxes are found for them"
-        print(f"{path}: frame {late[0]}: {shown}", file=sys.stderr)
+        warn(f"{path}: frame {late[0]}: shows colours that frame 0 doesn't; no boxes are found for them")
     given = torch.from_numpy(maps).permute(3, 0, 1, 2).float() / 127.5 - 1
-    names, placed = [f"object {k}" for k in range(len(colors))], place(size, image_size, np.stack(boxes, axis=1))
+    placed = drawing.place(size, image_size, np.stack(boxes, axis=1))
+    names = [f"object {k}" for k in range(len(colors))]
     return Trajectory(placed, masks, colors.round().astype(np.uint8), names, given)
