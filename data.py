@@ -113,7 +113,7 @@ def open_codec(preset: str, folder: Path | str, device: torch.device, **options)
 
 
 def training_data(folder: str, codec: Codec, seed: int, batch: int, maps: Maps | None = None) -> tuple[Source, Source]:
-    """The training set and the held-out one: clips from `folder`, or the toy world. `maps`: as the adapter reads."""
+    """The training set and the held-out one: clips from `folder`, or the toy world. `maps`: those an adapter reads."""
     if folder:
         both = tuple(ClipLatents(folder, codec.text_tokens, split, seed, batch) for split in ("train", "validation"))
         if both[0].channels != codec.channels:

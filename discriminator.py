@@ -145,7 +145,6 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 def r1_penalty(real: Tensor, near: Tensor) -> Tensor:
     """`(D(real) - D(near))^2`, near being the true video with a little noise. Logits [B] each -> scalar.
 
-    It stands for R1, the gradient's square at true videos, which would need second derivatives of the backbone (Lin et
-    al. 2025, "Diffusion adversarial post-training", approximated R1).
+    For R1, the gradient's square, without second derivatives (Lin et al. 2025, "Diffusion adversarial post-training").
     """
     return (real - near).square().mean()

@@ -169,7 +169,7 @@ def discriminator_step(
     step: int, cfg: Config, generator: VideoDiT, adapter: Adapter, discriminator: DiffusionDiscriminator,
     optimizers: Sequence[Optimizer], data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The classifier learns to tell true videos from today's fakes with the same images, texts and trajectories."""
+    """The classifier learns to tell true videos from present fakes of the same images, texts and trajectories."""
     turn, losses = 2 * step, []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:

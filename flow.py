@@ -127,10 +127,7 @@ def unipc_schedule(steps: int, shift: float) -> list[float]:
 
 @torch.no_grad()
 def sample_unipc(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """As `sample_multistep`, by UniPC of order 2 (Zhao et al. 2023, B(h) = e^h - 1): Wan's own sampler.
-
-    Two predictions of x0 make each step; the prediction where it ends makes it once more. Timesteps are whole numbers.
-    """
+    """As `sample_multistep`, by UniPC of order 2 (Zhao et al. 2023, B(h) = e^h - 1), at whole timesteps: Wan's own."""
     x, begin = torch.cat([first, noise[:, :, 1:]], dim=2).float(), None
     seen, levels = [], []  # the last two predictions, and their noise levels
     for sigma, following in pairwise(sigmas):

@@ -28,11 +28,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 import flow
 from adapter import Adapter, check_fit, read_adapter, read_maps
 from core import memory, parallel
-from core.attention import gpu_kernels
+from core.attention import BACKENDS
 from core.codec import Codec
 from core.config import UserError, check_options, reason, require, run_script, shipped, warn
 from core.files import no_pointer, output_path
@@ -215,7 +216,7 @@ def denoise(
         kept = adapter(traj) if cfg.preset == "small" and adapter.static else None
         return lambda x, t: generator(x, t, text, counted(kept or adapter.residuals(traj, x, t, text)))
 
-    with parallel.autocast(first.device, cfg.dtype), gpu_kernels(first.device):
+    with parallel.autocast(first.device, cfg.dtype), sdpa_kernel(BACKENDS, set_priority=True):
         if cfg.speed == "fast":
             noise = step_noise(steps, shape, [0], cfg.seed).to(first.device)
             return flow.sample_fewstep(velocity(text), first, noise, flow.sigma_schedule(steps, shift))

@@ -1,22 +1,15 @@
 """Softmax attention: PyTorch's own, and two ways that are faster on a CPU."""
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 # Products of queries and keys that are computed at once on a CPU: parts of a second, after each of which a job of the
 # page can be cancelled.
 LONG = 2**24
-# Likely the fastest first; every GPU has the last.
+# For `sdpa_kernel` on GPUs, likely the fastest first; every GPU has the last. On a CPU they change nothing.
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def gpu_kernels(device: torch.device) -> contextlib.AbstractContextManager:
-    """Inside, a GPU uses the first kernel of BACKENDS that it has. On a CPU nothing changes."""
-    return sdpa_kernel(BACKENDS, set_priority=True) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def load_image(path: Path | str) -> np.ndarray:
 
 
 def read_mask(path: Path | str) -> np.ndarray:
-    """A mask, bool [height, width]: at least half as bright, or opaque, as the brightest. Raises one of BROKEN."""
+    """A mask, bool [height, width]: what is half as bright, or opaque, as the most, or more. Raises one of BROKEN."""
     image = open_upright(path)
     if image.mode in DEEP:
         strength = grey(image)

@@ -87,7 +87,10 @@ class Processes:
     split: TokenSplit = TokenSplit()  # how they do
 
     def share(self, batch: int, accumulate: int, step: int) -> list[list[int]]:
-        """This rank's part of a step's samples, in `accumulate` micro-batches (0: one for each), whatever the world."""
+        """This rank's sample numbers at a step, by micro-batch. The whole batch is the same for any number of ranks.
+
+        `accumulate`: how many micro-batches; 0 is one for each sample.
+        """
         teams, team = self.world // self.sequence, self.rank // self.sequence
         accumulate = accumulate or max(1, batch // teams)
         size, rest = divmod(batch, teams * accumulate)
@@ -124,10 +127,7 @@ class Processes:
 
 
 def init_processes(sequence: int = 1, heads: int = 0) -> Processes:
-    """Start torchrun's processes: nccl on GPUs, gloo on CPUs. `sequence` ranks share a video and its attention's heads.
-
-    `sequence` 0: all ranks. UserError if ranks or `heads` don't divide.
-    """
+    """torchrun's processes, by nccl or gloo. `sequence` (0: all) share a video and `heads`; UserError if they can't."""
     torch.backends.cudnn.allow_tf32 = False  # so that float32 means float32 on GPUs too
     names, meet = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
     if "RANK" in os.environ:  # others set a part of these, and WORLD_SIZE alone says nothing
@@ -168,10 +168,7 @@ def start_compiler(device: torch.device) -> None:
 def prepare(
     model: nn.Module, procs: Processes, compile: bool, recompute: Recompute = "none", dtype: str = "auto"
 ) -> nn.Module:
-    """Move a network to the device, split its videos' tokens, and recompute, compile and shard (FSDP2) it by blocks.
-
-    Of several processes, rank 0 has the weights; of the other ranks' networks only the shapes count.
-    """
+    """Move a network to the device, and recompute, compile and shard (FSDP2) it by blocks. Rank 0 has its weights."""
     if compile:
         start_compiler(procs.device)
     model.split = procs.split

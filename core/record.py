@@ -63,10 +63,7 @@ def content(path: Path) -> str | list:
 
 
 def lock(folder: Path | str) -> None:
-    """Keep all other processes from writing to a folder until this one ends, however it ends. UserError if one does.
-
-    The system holds the lock, over NFS too, and drops it with the process. `.lock` in the folder says whose it is.
-    """
+    """Keep other processes out of a folder until this one ends, over NFS too. UserError that names one that is in."""
     path = Path(folder).absolute() / ".lock"
     if path in HELD:
         return

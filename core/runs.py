@@ -1,7 +1,6 @@
 """A training run on disk: `runs/<name>/` holds config.json, log.jsonl, samples/ and ckpt/.
 
-Checkpoints are copied to host memory and written in the background, under a temporary name that is renamed once
-everything is on disk. So a run killed at any moment leaves only whole checkpoints.
+Checkpoints are written in the background and renamed once all is on disk: a kill leaves only whole ones.
 """
 
 import dataclasses

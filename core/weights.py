@@ -127,7 +127,7 @@ def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
 
 
 def unpickle(path: Path | str) -> object:
-    """What a `torch.save` file holds, left on disk if it can be. UnpicklingError if it isn't tensors, or garbled."""
+    """What a `torch.save` file holds, left on disk if it can be. UnpicklingError if garbled, or more than tensors."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about old file formats
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -50,10 +50,7 @@ def thing_errors(video: Tensor, batch: WorldBatch) -> dict[str, float]:
 
 
 def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
-    """Pixels of the background that frame 0 shows, and those that it doesn't: bool [B,T-1,H,W] each.
-
-    Both lie two pixels away from things, shadows, and what hid the background in frame 0. The camera may have moved.
-    """
+    """Ground that frame 0 shows, and that it doesn't, two pixels from things and shadows: bool [B,T-1,H,W] each."""
     bare = (batch.video == batch.plate).all(1).float()  # (B, T, H, W)
     bare, clear = bare[:, 1:], bare[:, :1].expand_as(bare[:, 1:]).clone()
     height, width = bare.shape[-2:]
@@ -105,10 +102,7 @@ def laplacian(frames: Tensor) -> Tensor:
 
 
 def detail(video: Tensor, masks: Tensor) -> Tensor:
-    """Squared RGB Laplacian summed inside the masks, frames 1 to T-1: video [B,3,T,S,S], masks [B,K,T,S,S] -> [B].
-
-    Masks are eroded by two pixels, over which a codec may smear a silhouette: that is no detail.
-    """
+    """Squared Laplacian inside masks eroded by a codec's smear: [B,3,T,S,S], [B,K,T,S,S] -> [B], without frame 0."""
     eroded = -F.max_pool2d(-masks.flatten(1, 2).float(), 5, stride=1)  # (B, K T, S-4, S-4)
     inside = eroded.unflatten(1, masks.shape[1:3]).bool().any(1)
     energy = laplacian(video)[..., 1:-1, 1:-1].square().sum(1) * inside  # as far inside as the eroded masks reach

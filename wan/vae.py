@@ -346,10 +346,7 @@ class WanVAE(nn.Module):
 
 
 def tiles(length: int, tile: int, scale: int) -> list[tuple[slice, Tensor]]:
-    """Tiles of an axis of `length` latent positions, with weights for their pixels that add up to 1 at every pixel.
-
-    Neighbours share a quarter of a tile, where one fades into the other. `scale`: pixels per latent position.
-    """
+    """Tiles of `length` latents, and weights of their pixels: they fade over a quarter of a tile, and add up to 1."""
     tile = min(tile or length, length)
     starts = sorted({min(n, length - tile) for n in range(0, length, tile - tile // 4)})
     pixels = torch.arange(scale * length) + 0.5
