@@ -4,9 +4,8 @@ The backbone is the frozen SlowGenerator, which reads a noisy latent. Features o
 the only part that learns: a learned query attends to the first frame and the text, then to the trajectory, then to the
 video, and becomes one logit (paper, section on the diffusion discriminator).
 
-The paper gives no sizes. With preset wan5b the classifier has 68M parameters: a query of a third of the backbone's
-width, and no feed-forward. Wan2.2-TI2V-5B-Turbo's has the full width, norms of queries and keys and a feed-forward of
-8,192, some 260M. `hidden` and `feed_forward` go part of that way.
+The paper gives no sizes. That of wan5b has 68M parameters: a query of a third of the backbone's width, no feed-forward.
+Wan2.2-TI2V-5B-Turbo's, some 260M, has the full width, norms of queries and keys, and a feed-forward of 8,192.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,6 @@
 
 Ours and theirs take turns, after their outputs are compared. Each pair gives a ratio (below 1: ours is faster); the
 table has the median. sample.py's four steps, the VAE and the small decoder are timed alone. Needs requirements-dev.txt.
-Writes rows to `--out`, each as it comes, and a Markdown table beside it.
 """
 
 import gc
@@ -193,7 +192,7 @@ def codec(shape: Shape, device: torch.device) -> Iterator[Case]:
     ours, theirs = (network.to(torch.bfloat16).eval() for network in (ours, theirs))
     video = torch.rand(1, 3, *shape.video, device=device, dtype=torch.bfloat16) * 2 - 1
     latents = ours.encode(video)
-    mean, std = (x.to(latents) for x in vae.statistics(latents))  # diffusers' latents are not normalised
+    mean, std = vae.statistics(latents)  # diffusers' latents are not normalised
     case = partial(Case, shape=f"{frames} frames of {height}x{width}", dtype=torch.bfloat16, memory=True)
     yield case("VAE decode", partial(ours.decode, latents), lambda: theirs.decode(latents * std + mean).sample)
     yield case("VAE encode", partial(ours.encode, video), lambda: (theirs.encode(video)[0].mode() - mean) / std)
