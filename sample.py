@@ -115,7 +115,8 @@ def find_networks(cfg: Config) -> tuple[str, Path]:
     generator = cfg.generator or str(find_generator(Path(cfg.weights), cfg.speed))
     adapter = Path(cfg.adapter or Path(cfg.weights) / f"{cfg.speed}_adapter.safetensors")
     for path in (split_key(generator)[0], adapter):
-        require(no_pointer(path).exists(), f"{path}: no such file; correct --weights, or give --generator and --adapter")
+        fix = "correct --weights, or give --generator and --adapter"
+        require(no_pointer(path).exists(), f"{path}: no such file; {fix}")
     require(not adapter.is_dir(), f"--adapter {adapter}: is a folder; give the file in it")
     return generator, adapter
 
