@@ -9,7 +9,7 @@ videos all along, where it should go to look like one of those. Their difference
 stage 2). There is no trajectory; the adapter comes back in stage 3. To resume, run the same command again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -159,13 +159,16 @@ class Networks(NamedTuple):
 
 def matching_step(
     step: int, learner: Literal["fake", "generator"], cfg: Config, networks: Networks, optimizers: Sequence[Optimizer],
-    data: Source, procs: Processes, draws: Callable = make_draw,
+    data: Source, procs: Processes, kind: str | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """One update of the fake score, on videos of the student as it is now, or of the student."""
+    """One update of the fake score, on videos of the student as it is now, or of the student.
+
+    `kind`: of the trajectories' maps, for networks that have an adapter.
+    """
     turn, losses = 2 * step + (learner == "generator"), []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
-        given, draw = draws(samples, turn, cfg, data, procs.device)
+        given, draw = make_draw(samples, turn, cfg, data, procs.device, kind)
         student, fake, real = (partial(network, **given) for network in networks[:3])
         with parallel.autocast(procs.device, cfg.dtype):
             if learner == "fake":

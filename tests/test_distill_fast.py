@@ -12,7 +12,6 @@ from core import optim
 from core.weights import save_network
 from distill_fast import WAN5B, Config, Draw, fake_score_loss, student_learns, student_loss
 from model import PRESETS, DiTConfig, VideoDiT
-from tools.train_baseline import levels_above
 from toy.latents import ToyLatents
 
 SIGMAS = flow.sigma_schedule(4, 3)
@@ -248,7 +247,8 @@ def test_distilled_sampler_matches_a_gaussian_mixture():
     assert (sampled_errors() > 2 * tolerances).all()  # the slow network, in so few steps, misses each
     for step in range(steps):
         noise, exit_step = torch.randn(5, batch, 2, 2, 2, 2), int(torch.randint(4, ()))
-        sigma = levels_above(torch.rand(batch), exit_step, 4).clamp(0.02, 0.98)
+        # From the level to which the sampler noises a step's prediction up: below it nobody sees that prediction.
+        sigma = (1 - (1 - torch.rand(batch)) * (exit_step + 1) / 4).clamp(0.02, 0.98)
         draw = Draw(first, sigmas, exit_step, noise[:-1], noise[-1], sigma)
         for learner in (fake, student) if student_learns(step, 2) else (fake,):
             optim.set_lr([optimizers[learner]], 3e-3 * (1 - step / steps))

@@ -8,7 +8,7 @@ from adapter import AdapterConfig, ResNetAdapter, read_adapter
 from core import runs
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
-from tools.train_baseline import PATH, SKIP, Config, Pair, consistency_loss, levels_above, main
+from tools.train_baseline import PATH, SKIP, Config, Pair, consistency_loss, main
 
 SHAPE = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)
 
@@ -105,11 +105,3 @@ def test_levels_that_are_to_agree_lie_on_the_path():
     path = flow.sigma_schedule(PATH, 1.0)
     firsts = [int(u * (PATH - SKIP + 1)) for u in (0.0, 0.999999)]
     assert path[firsts[0]] == 1 and path[firsts[1] + SKIP] == 0
-
-
-def test_levels_above_what_the_sampler_noises_to():
-    """Each step's prediction is judged from the next step's level up, the last one's everywhere."""
-    u, zero = torch.arange(100) / 100, torch.zeros(())
-    lowest = [flow.shift_sigma(levels_above(zero, k, 4), 3).item() for k in range(4)]
-    assert lowest == pytest.approx(flow.sigma_schedule(4, 3)[1:])
-    assert torch.allclose(levels_above(u, 3, 4), u) and levels_above(u, 0, 4).max() < 1

@@ -29,7 +29,7 @@ from core.noise import sample_uniform, step_noise
 from core.parallel import Processes, Recompute
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
-from distill_fast import Draw, Networks, matching_step, student_learns
+from distill_fast import Networks, matching_step, student_learns
 from finetune_hybrid import make_video
 from flow import Velocity
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
@@ -48,7 +48,6 @@ class Recipe(distill_fast.Recipe):
     lr: float = 6e-4  # peak learning rate of the adapter
     fake_lr: float = 4e-4  # dmd: peak learning rate of the fake score
     fake_error: Literal["x0", "velocity"] = "velocity"
-    levels: Literal["above", "all"] = "above"  # dmd: noise levels at which the scores judge
     ema: float = 0.95  # decay of the averaged adapter: the one exported, and the target of the consistency loss
     save_every: int = 50  # steps
     sample_every: int = 300  # steps
@@ -80,7 +79,6 @@ WAN5B = replace(
     lr=2e-6,  # (guess)
     fake_lr=1e-7,  # (guess)
     fake_error="x0",  # (guess)
-    levels="all",  # (guess)
     judge_sigma_max=1.0,  # (guess)
     guidance=7.0,  # (guess; for lcm too, whose teacher it strengthens)
     schedule="constant",  # (guess)
@@ -144,29 +142,6 @@ def consistency_step(
     return {"consistency_loss": torch.stack(losses).mean(), "generator_grad_norm": norm}
 
 
-def levels_above(u: Tensor, exit_step: int, steps: int) -> Tensor:
-    """Uniform u in [0, 1) -> uniform over the levels, before the shift, from the one after `exit_step` to pure noise.
-
-    The sampler noises the prediction of `exit_step` to that level and never shows it with less noise. If the scores
-    judged it there too, the fake score would mix the vague predictions of the first steps with those of the last one,
-    which would overshoot to make up for them (this project's own finding, docs/LOG.md).
-    """
-    return 1 - (1 - u) * (exit_step + 1) / steps
-
-
-def make_draw(
-    samples: list[int], turn: int, cfg: Config, data: Source, device: torch.device
-) -> tuple[dict[str, Tensor], Draw]:
-    """Stage 2's, with the trajectory, and with the levels at which the sampler shows what it has predicted."""
-    given, draw = distill_fast.make_draw(samples, turn, cfg, data, device, "box")
-    if cfg.levels == "all":
-        return given, draw
-    steps, shift, _ = flow.FAST[cfg.preset]
-    u = sample_uniform(samples, cfg.batch, cfg.seed, turn).to(device)
-    sigma = flow.shift_sigma(levels_above(u, draw.exit_step, steps), shift).clamp(0.02, 0.98)
-    return given, draw._replace(sigma=sigma)
-
-
 def main(cfg: Config) -> None:
     procs = start_processes(cfg, PRESETS[cfg.preset].heads)
 
@@ -212,9 +187,9 @@ def main(cfg: Config) -> None:
             rate = optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps, cfg.schedule)
             optim.set_lr(fake_optimizers, rate)
             networks = Networks(student, fake_score, teacher, negative)
-            values = matching_step(step, "fake", cfg, networks, fake_optimizers, data, procs, make_draw)
+            values = matching_step(step, "fake", cfg, networks, fake_optimizers, data, procs, "box")
             if student_learns(step, cfg.ratio):
-                values |= matching_step(step, "generator", cfg, networks, optimizers, data, procs, make_draw)
+                values |= matching_step(step, "generator", cfg, networks, optimizers, data, procs, "box")
                 ema.update(step)
         run.log(step + 1, **values)
         if due(step + 1, cfg.save_every, cfg.steps):
