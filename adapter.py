@@ -3,7 +3,7 @@
 A projection, zero at first, takes block i's output to DiT block i, so a fresh adapter changes nothing, to the bit.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,8 @@ class ResNetAdapter(nn.Module):
     """The light adapter (paper: base + adapter = 5.02B). It reads the trajectory alone, so it runs once a clip.
 
     With `copies`, a habit of the small preset: maps of pixels show what later frames are to look like, and a network so
-    small takes hours to pass that on. So it also adds their latents to the output, times a gate that it learns.
+    small takes hours to pass that on. So it also adds their latents to the output, times a gate that it learns. And
+    what no object ever comes near stands still: there the generator's own output is silenced.
     """
 
     static = True  # its output depends on neither x, t nor text
@@ -114,10 +115,29 @@ class ResNetAdapter(nn.Module):
             for parameter in block.project.parameters():
                 nn.init.zeros_(parameter)
         if config.copies:
+            self.register_buffer("black", torch.zeros(c, 1, 1, 1))  # latents of a black map
             self.gate_norm = nn.GroupNorm(8, config.hidden)
             self.gate = nn.Linear(config.hidden, config.patch[1] * config.patch[2])
             for parameter in self.gate.parameters():
                 nn.init.zeros_(parameter)
+
+    def fit(self, latents: Sequence[Tensor]) -> None:
+        """Set what is fixed from trajectory latents [B, C, F, H, W] of several clips. Most of a frame 0 is black."""
+        self.norm.fit(latents)
+        if self.config.copies:
+            first = torch.cat([traj[:, :, 0].transpose(0, 1).flatten(1) for traj in latents], dim=1)  # (C, n)
+            self.black.copy_(first.median(1).values.view(-1, 1, 1, 1))
+
+    def still(self, maps: Tensor) -> Tensor:
+        """1 where no object is, or was in frame 0, within 3 latent positions: [B, C, F, H, W] -> [B, 1, F, H, W].
+
+        Where a frame's map is black, objects can be wherever they are in any frame.
+        """
+        first, later = maps[:, :, :1], maps[:, :, 1:]
+        frames = torch.cat([first, first + later / self.config.copies], 2)
+        shown = ((frames - self.black).abs() > 0.05).any(1, keepdim=True)
+        shown = torch.where(shown.any((3, 4), keepdim=True), shown, shown.any(2, keepdim=True)) | shown[:, :, :1]
+        return 1 - F.max_pool3d(shown.float(), (1, 7, 7), stride=1, padding=(0, 3, 3))
 
     def forward(self, traj: Tensor, *_x_t_text: Tensor) -> list[Tensor]:
         """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""
@@ -138,7 +158,8 @@ class ResNetAdapter(nn.Module):
             gate = F.pad(gate[:, :, 1:], (0, 0, 0, 0, 1, 0))  # frame 0 is given
             # A map's frame 0 is black where the picture's isn't: differences from the one become those from the other.
             change = self.config.copies
-            yield gate * torch.cat([torch.full_like(gate, change), maps + change * maps[:, :, :1]], 1)
+            copied = gate * torch.cat([torch.full_like(gate, change), maps + change * maps[:, :, :1]], 1)
+            yield torch.cat([self.still(maps), copied], 1)
 
 
 class ControlNetAdapter(VideoDiT):

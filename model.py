@@ -286,7 +286,7 @@ class VideoDiT(nn.Module):
         """Velocity of x [B,C,F,H,W], float32, at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim].
 
         `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output; taken one by one. Perhaps
-        one more, [B,1+C,F,H,W], for the head's: its first channel is how much of frame 0 goes, the rest is added.
+        one more, [B,2+C,F,H,W], for the head's: how much of it goes, how much of frame 0 goes, and what is added.
         `feature_blocks`: numbers of the blocks whose outputs [B,N,D] are returned too, as a list beside the velocity.
         """
         tokens, e, e6, text, rope = self.embed(x, t, text)
@@ -301,7 +301,7 @@ class VideoDiT(nn.Module):
         out = self.split.all_tokens(self.head(tokens, e.float()), frames, height * width)
         out = rearrange(out, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=frames, h=height, p=p, q=q, r=r)
         for copied in added:
-            out = out + copied[:, 1:] - copied[:, :1] * x[:, :, :1]
+            out = out * (1 - copied[:, :1]) - copied[:, 1:2] * x[:, :, :1] + copied[:, 2:]
         if self.config.predicts == "x0":
             out = (x - out) / (t / 1000).clamp(min=LEAST_SIGMA)[:, None, :, None, None]
         return (out, features) if feature_blocks else out

@@ -168,7 +168,7 @@ def main(cfg: Config) -> None:
     run = Run(f"runs/{cfg.name}", cfg, procs, {"adapter": (adapter, optimizers, ema)})
     start = run.resume()
     if start == 0 and not cfg.init and isinstance(getattr(adapter, "norm", None), adapters.FixedNorm):
-        adapter.norm.fit([data.batch([n], "box").traj for n in range(16)])  # the same on every rank
+        adapter.fit([data.batch([n], "box").traj for n in range(16)])  # the same on every rank
 
     # 3. The loop.
     make = partial(make_video, cfg=cfg, generator=generator, adapter=adapter)

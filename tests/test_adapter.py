@@ -67,6 +67,28 @@ def test_the_small_presets_adapter_can_pass_on_what_its_maps_show():
     assert adapter.gate.weight.grad.abs().max() > 0
 
 
+def test_far_from_objects_the_small_presets_frames_are_frame_0():
+    """Wherever the object is, or was in frame 0; where a map is black, wherever it ever is."""
+    adapter, codec = adapters.ResNetAdapter(adapters.PRESETS["small"]), ToyCodec()
+    generator = VideoDiT(PRESETS["small"])
+    torch.nn.init.normal_(generator.head.head.weight)
+    maps = -torch.ones(1, 3, 4, 64, 128)
+    for t, x in ((0, 4), (1, 60), (3, 100)):  # in frame 2 it is blacked out
+        maps[:, :, t, 28:36, x : x + 8] = torch.rand(3, 1, 1)
+    traj = codec.encode_video(maps)
+    adapter.fit([traj])
+    assert torch.allclose(adapter.black.flatten(), codec.encode_video(-torch.ones(1, 3, 1, 4, 4)).flatten(), atol=1e-4)
+    x_t, level = torch.randn(1, 24, 4, 16, 32), torch.tensor([[0.0, 1.0, 1.0, 1.0]])
+    with torch.no_grad():
+        x0 = flow.velocity_to_x0(x_t, generator(x_t, 1000 * level, torch.zeros(1, 32, 64), adapter(traj)), level)
+    moves = x0[0].abs().amax(0) > 1e-4
+    for t, objects in ((1, (1, 15)), (2, (1, 15, 25)), (3, (1, 25))):  # columns of latents where an object begins
+        near = torch.zeros(16, 32, dtype=torch.bool)
+        for x in objects:
+            near[7 - 3 : 9 + 3, max(0, x - 3) : x + 2 + 3] = True
+        assert torch.equal(moves[t], near), t
+
+
 @pytest.mark.parametrize("frames", [1, 2, 3])
 def test_gradients_in_bfloat16_are_those_in_float32(frames):
     """Freed memory holds what is no number: a kernel that leaves a part of its result unwritten shows."""

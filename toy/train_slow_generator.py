@@ -136,7 +136,7 @@ def main(cfg: Config) -> None:
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
     if start == 0 and not cfg.init:
-        guide.norm.fit([sources[0][1].batch([n], "box").traj for n in range(16)])  # the same on every rank
+        guide.fit([sources[0][1].batch([n], "box").traj for n in range(16)])  # the same on every rank
 
     make = partial(make_videos, cfg=cfg, model=model, guide=guide)
     for step in range(start, cfg.steps):
