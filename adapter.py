@@ -92,7 +92,7 @@ class ResNetAdapter(nn.Module):
 
     With `copies`, a habit of the small preset: maps of pixels show what later frames are to look like, and a network so
     small takes hours to pass that on. So it also adds their latents to the output, times a gate that it learns. And
-    what no object ever comes near stands still: there the generator's own output is silenced.
+    far from all objects nothing moves in that preset's world: there the generator's own output is silenced.
     """
 
     static = True  # its output depends on neither x, t nor text
