@@ -39,6 +39,7 @@ PRESETS = {
     "small": AdapterConfig(256, 6, hidden=192, channels=24, fixed_norm=True, maps="pixels", copies=1.5),
     "wan5b": AdapterConfig(3072, 30, fixed_norm=True),
 }
+REACH = 3  # latent positions from an object within which the small preset's videos may change
 
 
 @dataclass(frozen=True)
@@ -123,21 +124,23 @@ class ResNetAdapter(nn.Module):
 
     def fit(self, latents: Sequence[Tensor]) -> None:
         """Set what is fixed from trajectory latents [B, C, F, H, W] of several clips. Most of a frame 0 is black."""
-        self.norm.fit(latents)
+        if self.config.fixed_norm:
+            self.norm.fit(latents)
         if self.config.copies:
             first = torch.cat([traj[:, :, 0].transpose(0, 1).flatten(1) for traj in latents], dim=1)  # (C, n)
             self.black.copy_(first.median(1).values.view(-1, 1, 1, 1))
 
     def still(self, maps: Tensor) -> Tensor:
-        """1 where no object is, or was in frame 0, within 3 latent positions: [B, C, F, H, W] -> [B, 1, F, H, W].
+        """1 where no object is, or was in frame 0, within REACH positions: maps [B, C, F, H, W] -> [B, 1, F, H, W].
 
         Where a frame's map is black, objects can be wherever they are in any frame.
         """
         first, later = maps[:, :, :1], maps[:, :, 1:]
         frames = torch.cat([first, first + later / self.config.copies], 2)
-        shown = ((frames - self.black).abs() > 0.05).any(1, keepdim=True)
+        shown = ((frames - self.black).abs() > 0.05).any(1, keepdim=True)  # files round `black` to bfloat16
         shown = torch.where(shown.any((3, 4), keepdim=True), shown, shown.any(2, keepdim=True)) | shown[:, :, :1]
-        return 1 - F.max_pool3d(shown.float(), (1, 7, 7), stride=1, padding=(0, 3, 3))
+        window = (1, 2 * REACH + 1, 2 * REACH + 1)
+        return 1 - F.max_pool3d(shown.float(), window, stride=1, padding=(0, REACH, REACH))
 
     def forward(self, traj: Tensor, *_x_t_text: Tensor) -> list[Tensor]:
         """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""

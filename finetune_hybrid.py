@@ -169,7 +169,9 @@ def discriminator_step(
     step: int, cfg: Config, generator: VideoDiT, adapter: Adapter, discriminator: DiffusionDiscriminator,
     optimizers: Sequence[Optimizer], data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The classifier learns to tell true videos from present fakes of the same images, texts and trajectories."""
+    """The classifier learns to tell true videos from those of the generator and the adapter as it is now, of the same
+    images, texts and trajectories. Both are noised alike. Nothing else gets a gradient.
+    """
     turn, losses = 2 * step, []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
@@ -203,7 +205,10 @@ def adapter_step(
     step: int, weight: float, judged: bool, cfg: Config, generator: VideoDiT, adapter: Adapter,
     discriminator: DiffusionDiscriminator, optimizers: Sequence[Optimizer], data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The adapter learns from the diffusion loss, times `weight`, and if `judged` from the adversarial one."""
+    """The adapter learns from both losses; gradients pass through frozen networks.
+
+    `weight` is the diffusion loss's. `judged`: the adversarial loss counts too.
+    """
     turn, losses = 2 * step + 1, []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:

@@ -127,7 +127,10 @@ def unipc_schedule(steps: int, shift: float) -> list[float]:
 
 @torch.no_grad()
 def sample_unipc(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """As `sample_multistep`, by UniPC of order 2 (Zhao et al. 2023, B(h) = e^h - 1), at whole timesteps: Wan's own."""
+    """As `sample_multistep`, by UniPC of order 2 (Zhao et al. 2023, B(h) = e^h - 1): Wan's own sampler.
+
+    Two predictions of x0 make each step; the prediction where it ends makes it once more. Timesteps are whole numbers.
+    """
     x, begin = torch.cat([first, noise[:, :, 1:]], dim=2).float(), None
     seen, levels = [], []  # the last two predictions, and their noise levels
     for sigma, following in pairwise(sigmas):
@@ -181,5 +184,8 @@ def backward_simulation(
 def sample_fewstep(
     velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float]
 ) -> Tensor:
-    """`backward_simulation` to its end, level 0: the sampler of distilled generators (DMD, consistency)."""
+    """Predict x0, noise it again to the next level, repeat: the sampler of distilled generators (DMD, consistency).
+
+    `sigmas` as `sigma_schedule` makes them, 0 at the end. Shapes as in `backward_simulation`.
+    """
     return backward_simulation(velocity, first, noise, sigmas, len(sigmas) - 2)

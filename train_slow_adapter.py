@@ -167,7 +167,7 @@ def main(cfg: Config) -> None:
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch, adapter.config.maps)
     run = Run(f"runs/{cfg.name}", cfg, procs, {"adapter": (adapter, optimizers, ema)})
     start = run.resume()
-    if start == 0 and not cfg.init and isinstance(getattr(adapter, "norm", None), adapters.FixedNorm):
+    if start == 0 and not cfg.init and isinstance(adapter, adapters.ResNetAdapter):
         adapter.fit([data.batch([n], "box").traj for n in range(16)])  # the same on every rank
 
     # 3. The loop.

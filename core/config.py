@@ -54,11 +54,13 @@ def shipped(name: str) -> str:
 LESS = {"size": "a smaller --size", "frames": "fewer --frames", "memory": "--memory low",
         "accumulate": "--accumulate 0", "recompute": "--recompute full", "sequence": "a larger --sequence"}  # fmt: skip
 MORE = sys.float_info.min  # than 0
-# The least and the most of numbers among the options and recipes of all scripts, by name; and by script and name where
-# one has another meaning for 0: the sampler's own. Any other number is 0 or more.
+# The least and the most of every number among the options and recipes of all scripts, by name; and by script and name
+# where one has another meaning for 0: the sampler's own.
 RANGES = (
     dict.fromkeys(("lr", "fake_lr", "classifier_lr", "clip", "shift", "gan_scale", "change"), (MORE, math.inf))
     | dict.fromkeys(("steps", "batch", "save_every", "ratio", "frames", "fit", "repeats", "smallest"), (1, math.inf))
+    | dict.fromkeys(("warmup", "mask_steps", "diffusion_first", "adapter_start", "sample_every"), (0, math.inf))
+    | dict.fromkeys(("accumulate", "sequence", "guidance", "energy", "detail", "noise", "video", "r1"), (0, math.inf))
     | dict.fromkeys(("sample.steps", "sample.shift"), (0, math.inf))
     | dict.fromkeys(("sparse", "guided", "pure_noise", "small", "boxed"), (0, 1))
     | dict.fromkeys(("ema", "momentum"), (0, 1 - 1e-9))  # at 1 nothing is ever taken in
@@ -70,7 +72,7 @@ def check_options(config) -> None:
     """UserError if a number is out of its range."""
     script = Path(inspect.getfile(type(config))).stem
     for name, value in vars(config).items():
-        least, most = RANGES.get(f"{script}.{name}") or RANGES.get(name, (0, math.inf))
+        least, most = RANGES.get(f"{script}.{name}") or RANGES.get(name, (-math.inf, math.inf))
         if isinstance(value, int | float) and not least <= value <= most:
             low = "more than 0" if least == MORE else f"at least {least}"
             raise UserError(f"--{name} {value}: {low}{'' if most == math.inf else f', at most {most:.9g}'}")

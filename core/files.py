@@ -14,6 +14,7 @@ from core.config import UserError, reason, require
 # What stands in place of a file, and what brings the file. git-annex leaves text, or links that lead nowhere.
 POINTERS = (("git-lfs", rb"version https://git-lfs", "git lfs pull"),
             ("git-annex", rb"(.*\.git\b.*)?/annex/objects/", "git annex get"))  # fmt: skip
+NOT_OURS = "exists, and was not made here; move it, or give another name"
 UMASK = os.umask(0)  # reading it means setting it
 os.umask(UMASK)
 

@@ -24,7 +24,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from core.config import MachineError, UserError, reason, require, warn
-from core.files import atomic, no_pointer
+from core.files import NOT_OURS, atomic, no_pointer
 
 Size = tuple[int, int]  # height, width in pixels
 MOST_VIDEO_SIDE = 16384  # x264 takes no more
@@ -121,7 +121,10 @@ def load_image(path: Path | str) -> np.ndarray:
 
 
 def read_mask(path: Path | str) -> np.ndarray:
-    """A mask, bool [height, width]: what is half as bright, or opaque, as the most, or more. Raises one of BROKEN."""
+    """A picture as a mask, bool [height, width]: what is at least half as bright as the brightest, or as opaque.
+
+    Raises one of BROKEN.
+    """
     image = open_upright(path)
     if image.mode in DEEP:
         strength = grey(image)
@@ -291,7 +294,10 @@ def contact_sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
 
 
 def write_video(path: Path | str, frames: np.ndarray, fps: int, made_of: dict[str, str] | None = None) -> None:
-    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel."""
+    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel.
+
+    `made_of`: what `read_record` will give.
+    """
     count, height, width = frames.shape[:3]
     with atomic(path) as temporary:
         encoder = start_ffmpeg(
@@ -316,7 +322,7 @@ def read_record(path: Path | str) -> dict[str, str]:
     """What `write_video` was told that a video is made of, {} of a picture. UserError if it isn't of our making."""
     with open(path, "rb") as file:
         found = re.search(rb"made of (\{[^{}]*\})", file.read(1 << 20))  # before the pictures
-    require(found, f"{path}: exists, and was not made here; move it, or give another name")
+    require(found, f"{path}: {NOT_OURS}")
     return json.loads(found[1])
 
 

@@ -46,7 +46,10 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to host memory. Calling the result waits for that alone, no later work, and gives it."""
+    """Begin to copy a tensor to host memory. Calling what is returned waits for the copy alone, and gives it.
+
+    To read the GPU's own tensor later is to wait for all the work that the GPU was given in between.
+    """
     if tensor.device.type != "cuda":
         return lambda: tensor
     copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -127,7 +127,10 @@ class Processes:
 
 
 def init_processes(sequence: int = 1, heads: int = 0) -> Processes:
-    """torchrun's processes, by nccl or gloo. `sequence` (0: all) share a video and `heads`; UserError if they can't."""
+    """Start torchrun's processes: nccl on GPUs, gloo on CPUs. `sequence` ranks share a video and its attention's heads.
+
+    `sequence` 0: all ranks. UserError if ranks or `heads` don't divide.
+    """
     torch.backends.cudnn.allow_tf32 = False  # so that float32 means float32 on GPUs too
     names, meet = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
     if "RANK" in os.environ:  # others set a part of these, and WORLD_SIZE alone says nothing
@@ -168,7 +171,10 @@ def start_compiler(device: torch.device) -> None:
 def prepare(
     model: nn.Module, procs: Processes, compile: bool, recompute: Recompute = "none", dtype: str = "auto"
 ) -> nn.Module:
-    """Move a network to the device, and recompute, compile and shard (FSDP2) it by blocks. Rank 0 has its weights."""
+    """Move a network to the device, split its videos' tokens, and recompute, compile and shard it block by block.
+
+    Of several processes, rank 0 has the weights; of the other ranks' networks only the shapes count.
+    """
     if compile:
         start_compiler(procs.device)
     model.split = procs.split

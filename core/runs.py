@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from core import parallel
 from core.codec import Batch, Codec
 from core.config import ROOT, UserError, reason, warn
-from core.files import atomic, write_text
+from core.files import NOT_OURS, atomic, write_text
 from core.media import contact_sheet, ffmpeg_version, to_uint8, write_image, write_video
 from core.memory import fetch, peak_memory
 from core.optim import EMA
@@ -164,8 +164,8 @@ class Run:
             step = int(found[-1].name.removeprefix("step_"))
         elif finished := sorted(self.folder.glob("*.safetensors")):
             raise UserError(f"{finished[0]}: of a run whose checkpoints are gone; move it, or give another --name")
-        elif options.exists() and "save_every" not in read_config(options):
-            raise UserError(f"{options}: exists, and was not made here; move it, or give another --name")
+        elif options.exists() and "save_every" not in read_config(options):  # which every run has
+            raise UserError(f"{options}: {NOT_OURS}")
         if self.procs.rank == 0:
             write_text(options, json.dumps(self.config, indent=1))
             lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []

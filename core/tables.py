@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from core.config import UserError, flags
-from core.files import output_path, write_text
+from core.files import NOT_OURS, output_path, write_text
 
 
 def provenance(script: str, config, device: torch.device) -> dict[str, str]:
@@ -57,11 +57,11 @@ def markdown(rows: Sequence[dict], show: Callable[[object], str] = str) -> str:
 
 
 def table_path(text: str) -> Path:
-    """`--out` of rows, by which the table goes. UserError if anything else than rows and a table lies there."""
+    """`--out` of rows and a table. UserError if there lies what does not begin as `write_rows` begins them."""
     out = output_path(text, ".json")
     for path, start in ((out, b'[\n {\n  "name": "'), (out.with_suffix(".md"), b"| name |")):
         if path.exists() and not path.read_bytes().startswith(start):
-            raise UserError(f"--out {out}: {path} exists, and was not made here; move it, or give another name")
+            raise UserError(f"--out {out}: {path}: {NOT_OURS}")
     return out
 
 

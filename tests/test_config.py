@@ -15,7 +15,7 @@ import distill_fast
 import finetune_hybrid
 import sample
 import train_slow_adapter
-from core.config import ROOT, UserError, check_options, flags, parse_config, run_script, shipped
+from core.config import RANGES, ROOT, UserError, check_options, flags, parse_config, run_script, shipped
 from tools import prepare_clips
 
 
@@ -208,10 +208,11 @@ POSITIVE = "more than 0"
 
 def test_every_number_of_every_script_has_a_range_that_holds_its_values():
     assert len(CONFIGS) == 13
-    for module in CONFIGS.values():
+    for script, module in CONFIGS.items():
         for config in filter(None, (module.Config(), getattr(module, "WAN5B", None))):
             check_options(config)
             numbers = {n for n, v in vars(config).items() if isinstance(v, int | float) and not isinstance(v, bool)}
+            assert not {n for n in numbers if n not in RANGES and f"{script}.{n}" not in RANGES}, script
             for name in numbers:
                 with pytest.raises(UserError, match=f"^--{name} -1: "):
                     check_options(dataclasses.replace(config, **{name: -1}))

@@ -67,7 +67,8 @@ class ToyAutoencoder(nn.Module):
     def fit_linear(self, frames: Tensor) -> None:
         """Set the encoder to the principal components of frames [B, 3, height, width], and `linear` to its inverse.
 
-        Each over the root of its deviation, all to a mean variance of 1: coarse ones stay stronger, and emerge first.
+        Each component is divided by the square root of its standard deviation, then all by one number that makes their
+        mean variance 1. Coarse components stay stronger, and so emerge first from noise.
         """
         patches = self.encoder[0](frames).transpose(0, 1).flatten(1).double()  # (values, n)
         mean = patches.mean(1)

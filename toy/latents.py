@@ -29,7 +29,8 @@ class ToyLatents:
     def batch(self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0) -> Batch:
         """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
 
-        A share `sparse` of trajectories is blacked out in part, and a share `drop_text` of captions, for guidance.
+        A share `sparse` of the trajectories is blacked out in a random subset of frames; a share `drop_text` of the
+        captions is dropped, to train the other branch of guidance.
         """
         samples = [self.offset + s for s in samples]
         with torch.device(self.device):  # where all new tensors go

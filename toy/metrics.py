@@ -39,7 +39,10 @@ def squared_error(video: Tensor, batch: WorldBatch) -> Tensor:
 
 
 def thing_errors(video: Tensor, batch: WorldBatch) -> dict[str, float]:
-    """Mean squared error of things that frame 0 shows: any, with a mask, with a box alone, or turning."""
+    """Mean squared error over all pixels that show a thing: any, one with a mask, with a box alone, or turning.
+
+    Things that appear later are left out: nothing shows what they look like.
+    """
     error, given, by_box, still = squared_error(video, batch), batch.shown[..., 0], batch.by_box, batch.spin == 0
     kinds = {"": given, "_by_mask": ~by_box & still, "_by_box": by_box & still, "_turning": ~still}
 
@@ -50,7 +53,10 @@ def thing_errors(video: Tensor, batch: WorldBatch) -> dict[str, float]:
 
 
 def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
-    """Ground that frame 0 shows, and that it doesn't, two pixels from things and shadows: bool [B,T-1,H,W] each."""
+    """Pixels of the background that frame 0 shows, and those that it doesn't: bool [B,T-1,H,W] each.
+
+    Both lie two pixels away from things, shadows, and what hid the background in frame 0. The camera may have moved.
+    """
     bare = (batch.video == batch.plate).all(1).float()  # (B, T, H, W)
     bare, clear = bare[:, 1:], bare[:, :1].expand_as(bare[:, 1:]).clone()
     height, width = bare.shape[-2:]
@@ -102,7 +108,10 @@ def laplacian(frames: Tensor) -> Tensor:
 
 
 def detail(video: Tensor, masks: Tensor) -> Tensor:
-    """Squared Laplacian inside masks eroded by a codec's smear: [B,3,T,S,S], [B,K,T,S,S] -> [B], without frame 0."""
+    """Squared RGB Laplacian summed inside the masks, frames 1 to T-1: video [B,3,T,S,S], masks [B,K,T,S,S] -> [B].
+
+    Masks are eroded by two pixels, over which a codec may smear a silhouette: that is no detail.
+    """
     eroded = -F.max_pool2d(-masks.flatten(1, 2).float(), 5, stride=1)  # (B, K T, S-4, S-4)
     inside = eroded.unflatten(1, masks.shape[1:3]).bool().any(1)
     energy = laplacian(video)[..., 1:-1, 1:-1].square().sum(1) * inside  # as far inside as the eroded masks reach
@@ -112,7 +121,8 @@ def detail(video: Tensor, masks: Tensor) -> Tensor:
 def spin_rate(video: Tensor, batch: WorldBatch) -> Tensor:
     """Measured rotation of each spinning thing, [B,K] radians a frame, positive clockwise; NaN for all others.
 
-    Of TURNS that by which six rings around its middle, read from successive frames, correlate best.
+    Six rings around the point that a thing should turn around are read from every frame, where the thing shows. Its
+    spin is the rotation among TURNS by which the rings of successive frames correlate best.
     """
     around, out = torch.deg2rad(torch.arange(0.0, 360, 2)), torch.full(batch.spin.shape, math.nan)
     unit = torch.stack([around.cos(), around.sin()], -1)  # (A, 2)
@@ -183,7 +193,10 @@ def baselines(batch: WorldBatch, codec: ToyCodec) -> dict[str, Tensor]:
 
 
 def pasted(batch: WorldBatch, kind: Literal["box", "mask"]) -> Tensor:
-    """What the maps of a `kind` show, pasted over the first frame, whose holes are filled by blur. [B,3,T,H,W]."""
+    """What the maps show, pasted over the first frame, whose holes are filled by blur. [B,3,T,H,W].
+
+    "mask": things are cut out along their masks; "box": as users draw them, half of them as rectangles.
+    """
     painted, first = batch.maps("pixels", kind), batch.video[:, :, :1]
     shown = (painted > -1).any(1, keepdim=True)
     under = fill(first[:, :, 0], shown[:, :, 0] & ~batch.used[:, 0, None, None, None])[:, :, None]

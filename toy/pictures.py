@@ -22,7 +22,10 @@ PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "moto
 
 @lru_cache
 def picture_bank(split: str, device: torch.device) -> Tensor:
-    """Pictures of a split, uint8 [N, 3, CANVAS, CANVAS]: dead leaves, or photographs. UserError without them."""
+    """The pictures of a split, uint8 [N, 3, CANVAS, CANVAS]. Dead leaves are drawn once, in a minute, and cached.
+
+    "photographs": the middle squares of scikit-image's photographs. UserError without the package.
+    """
     if split == "photographs":
         package = find_spec("skimage")
         require(package, "photographs: come with scikit-image; pip install -r requirements-dev.txt")

@@ -252,9 +252,8 @@ class Encoder(Layers):
         levels = zip(pairwise(widths), (*config.temporal, None), strict=True)  # the last level isn't resampled
         self.conv1 = CausalConv3d(3 * config.patch**2, widths[0])
         self.downsamples = Layers(*(DownBlock(*width, config.blocks, temporal) for width, temporal in levels))
-        deep = widths[-1]
-        self.middle = Layers(ResidualBlock(deep, deep), AttentionBlock(deep), ResidualBlock(deep, deep))
-        self.head = Layers(RMSNorm(deep), nn.SiLU(inplace=True), CausalConv3d(deep, 2 * config.channels))
+        self.middle = middle(widths[-1])
+        self.head = Layers(RMSNorm(widths[-1]), nn.SiLU(inplace=True), CausalConv3d(widths[-1], 2 * config.channels))
 
 
 class Decoder(Layers):
@@ -264,11 +263,15 @@ class Decoder(Layers):
         super().__init__()
         widths = [config.decoder_width * m for m in (config.multipliers[-1], *reversed(config.multipliers))]
         levels = zip(pairwise(widths), (*reversed(config.temporal), None), strict=True)
-        deep = widths[0]
-        self.conv1 = CausalConv3d(config.channels, deep)
-        self.middle = Layers(ResidualBlock(deep, deep), AttentionBlock(deep), ResidualBlock(deep, deep))
+        self.conv1 = CausalConv3d(config.channels, widths[0])
+        self.middle = middle(widths[0])
         self.upsamples = Layers(*(UpBlock(*width, config.blocks + 1, temporal) for width, temporal in levels))
         self.head = Layers(RMSNorm(widths[-1]), nn.SiLU(inplace=True), CausalConv3d(widths[-1], 3 * config.patch**2))
+
+
+def middle(width: int) -> Layers:
+    """The lowest level of encoder and decoder."""
+    return Layers(ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width))
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,7 +325,10 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def frames(self, latents: Tensor, procs: Processes | None = None) -> Iterator[Tensor]:
-        """The video [B,3,t,h,w] in [-1, 1], by latent frames. Of `procs` each gives its own pieces, in turn."""
+        """The video [B,3,t,h,w] in [-1, 1] in pieces as they are decoded, one latent frame's each.
+
+        `procs`: processes that all have these latents and take the pieces in turn; each gives its own.
+        """
         mean, std = statistics(latents)
         parts = (latents * std + mean).to(self.conv2.weight).split(1, dim=2)
         stream, side = Stream(procs), self.config.patch
@@ -331,7 +337,10 @@ class WanVAE(nn.Module):
             yield rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=side, r=side)
 
     def decode(self, latents: Tensor, tile: int = 0) -> Tensor:
-        """Normalised latents [B,C,F,H,W] -> [B,3,T,16 H,16 W] on the host, T = 4 (F - 1) + 1; in squares of `tile`."""
+        """Decodes normalised latents: [B,C,F,H,W] -> [B,3,T,16 H,16 W] in [-1, 1] in host memory, T = 4 (F - 1) + 1.
+
+        `tile`: to save memory, decode squares of this many latent positions one by one.
+        """
         n, _, length, height, width = latents.shape
         scale = self.spatial
         shape = (n, 3, self.temporal * (length - 1) + 1, scale * height, scale * width)
@@ -346,7 +355,10 @@ class WanVAE(nn.Module):
 
 
 def tiles(length: int, tile: int, scale: int) -> list[tuple[slice, Tensor]]:
-    """Tiles of `length` latents, and weights of their pixels: they fade over a quarter of a tile, and add up to 1."""
+    """Tiles of an axis of `length` latent positions, with weights for their pixels that add up to 1 at every pixel.
+
+    Neighbours share a quarter of a tile, where one fades into the other. `scale`: pixels per latent position.
+    """
     tile = min(tile or length, length)
     starts = sorted({min(n, length - tile) for n in range(0, length, tile - tile // 4)})
     pixels = torch.arange(scale * length) + 0.5
