@@ -1,5 +1,6 @@
 """Stage 1: which trajectories it shows, and that its loss is the generator's with the adapter's help."""
 
+import nets
 import pytest
 import torch
 
@@ -8,37 +9,47 @@ import distill_fast
 import finetune_hybrid
 import flow
 import train_slow_adapter
-from adapter import AdapterConfig, ControlNetAdapter, FixedNorm, ResNetAdapter, read_adapter, read_maps
+from adapter import FixedNorm, read_adapter, read_maps
 from core import optim
 from core.codec import Batch
 from core.config import UserError
-from core.weights import save_network
-from model import PRESETS, DiTConfig, VideoDiT
+from model import PRESETS
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
 from toy.world import WorldBatch
 from train_slow_adapter import WAN5B, Config, adapter_loss
 
+TOLD = {"rtol": 1e-4, "atol": 1e-6}
 
-def test_the_loss_moves_the_adapter_alone():
+
+def test_the_loss_moves_the_adapter_alone_and_its_weight_counts_videos():
     torch.manual_seed(0)
-    generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=16, text_tokens=8, channels=16)).requires_grad_(False)
-    torch.nn.init.normal_(generator.head.head.weight, std=0.1)
-    adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
+    codec = {"text_dim": 16, "text_tokens": 8, "channels": 16}
+    generator, adapter = nets.generator(0.1, **codec).requires_grad_(False), nets.adapter(channels=16)
     x0, noise, traj = torch.randn(3, 2, 16, 3, 4, 4)
     text, sigma = torch.randn(2, 8, 16), torch.tensor([0.3, 0.8])
 
-    def loss(traj):
-        return adapter_loss(generator, adapter, Batch(x0, text, traj), noise, sigma)
+    def loss(traj, rows=slice(0, 2), *weight):
+        batch = Batch(x0[rows], text[rows], traj[rows])
+        return adapter_loss(generator, adapter, batch, noise[rows], sigma[rows], *weight)
+
+    def gradient(rows, *weight):
+        adapter.zero_grad()
+        value = loss(traj, rows, *weight)
+        value.backward()
+        return torch.cat([value[None].detach(), *(p.grad.flatten() for p in adapter.parameters())])
 
     plain = flow.flow_matching_loss(lambda x_t, t: generator(x_t, t, text), x0, noise, sigma)
     assert loss(traj).item() == pytest.approx(plain.item(), rel=1e-6)  # a fresh adapter adds nothing
     for block in adapter.blocks:
-        torch.nn.init.normal_(block.project.weight)
+        torch.nn.init.normal_(block.project.weight, std=0.1)
     assert loss(traj) != loss(-traj)  # and then the trajectory counts
-    loss(traj).backward()
+    both = gradient(slice(0, 2))
     assert all(p.grad.abs().max() > 0 for p in adapter.parameters())
     assert all(p.grad is None for p in generator.parameters())
+    alone = [gradient(slice(n, n + 1)) for n in range(2)]
+    torch.testing.assert_close(gradient(slice(0, 2), torch.tensor([0.0, 1.7])), 1.7 * alone[1] / 2, **TOLD)
+    torch.testing.assert_close(both, (alone[0] + alone[1]) / 2, **TOLD)
 
 
 def test_the_bell_weighs_noise_levels_as_turbos_scheduler(stage_1, monkeypatch):
@@ -49,35 +60,13 @@ def test_the_bell_weighs_noise_levels_as_turbos_scheduler(stage_1, monkeypatch):
         5.0: [0.0, 0.1390749, 0.7385321, 1.7387844, 1.2507786, 0.0318790],
     }.items():
         got = train_slow_adapter.bell(flow.shift_sigma(levels, shift), shift)
-        torch.testing.assert_close(got, torch.tensor(wanted), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got, torch.tensor(wanted), **TOLD)
     assert (Config().loss_weight, WAN5B.loss_weight) == ("none", "bell")
-    seen, loss = [], train_slow_adapter.adapter_loss
-    monkeypatch.setattr(train_slow_adapter, "adapter_loss", lambda *args: seen.append(args[4:]) or loss(*args))
-    stage_1(steps=1, loss_weight="bell", shift=5.0)
-    ((sigma, weight),) = seen
+    seen = nets.watch(monkeypatch, train_slow_adapter, "adapter_loss")
+    (optimizer,) = stage_1(steps=1, loss_weight="bell", shift=5.0, lr=1e-3)
+    ((*_, sigma, weight),) = seen
     assert torch.equal(weight, train_slow_adapter.bell(sigma, 5.0))
-
-
-def test_a_weight_counts_videos_in_the_loss_and_its_gradient():
-    torch.manual_seed(0)
-    generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=16, text_tokens=8, channels=16)).requires_grad_(False)
-    adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=16))
-    for part in (generator.head.head, *(block.project for block in adapter.blocks)):
-        torch.nn.init.normal_(part.weight, std=0.1)
-    x0, noise, traj = torch.randn(3, 2, 16, 3, 4, 4)
-    text, sigma = torch.randn(2, 8, 16), torch.tensor([0.3, 0.8])
-
-    def gradient(rows, *weight):
-        adapter.zero_grad()
-        batch = Batch(x0[rows], text[rows], traj[rows])
-        loss = adapter_loss(generator, adapter, batch, noise[rows], sigma[rows], *weight)
-        loss.backward()
-        return torch.cat([loss[None].detach(), *(p.grad.flatten() for p in adapter.parameters())])
-
-    alone = [gradient(slice(n, n + 1)) for n in range(2)]
-    got = gradient(slice(0, 2), torch.tensor([0.0, 1.7]))
-    torch.testing.assert_close(got, 1.7 * alone[1] / 2, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(gradient(slice(0, 2)), (alone[0] + alone[1]) / 2, rtol=1e-4, atol=1e-6)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3]  # without Muon there is one rate
 
 
 def test_wan5b_learns_by_adamw_with_a_warm_up():
@@ -87,15 +76,13 @@ def test_wan5b_learns_by_adamw_with_a_warm_up():
 
 @pytest.fixture
 def stage_1(here, monkeypatch):
-    """stage_1(kind, fixed_norm, **options) -> its optimizers, after a run of a small network on the toy."""
-    network = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24))
-    torch.nn.init.normal_(network.head.head.weight, std=0.02)
-    save_network("slow.safetensors", "SlowGenerator", network.config, network.state_dict())
+    """stage_1(fixed_norm, **options) -> its optimizers, after a run of a small network on the toy."""
+    network = nets.generator()
+    files = nets.save(slow_generator=network)
+    monkeypatch.setitem(adapters.PRESETS, "small", nets.adapter(fixed_norm=True).config)
+    monkeypatch.setitem(PRESETS, "small", network.config)
 
     def run(**options):
-        shape = AdapterConfig(32, 2, hidden=16, channels=24, fixed_norm=True)
-        monkeypatch.setitem(adapters.PRESETS, "small", shape)
-        monkeypatch.setitem(PRESETS, "small", network.config)
         made, adamw = [], optim.adamw
 
         def watched(*args):
@@ -104,8 +91,7 @@ def stage_1(here, monkeypatch):
 
         monkeypatch.setattr(optim, "adamw", watched)
         options = {"steps": 2, "batch": 2, "mask_steps": 0, "warmup": 0, "compile": False, "dtype": "float32"} | options
-        options["sample_every"] = 0
-        train_slow_adapter.main(Config(generator="slow.safetensors", muon=False, **options))
+        train_slow_adapter.main(Config(generator=files["slow_generator"], muon=False, sample_every=0, **options))
         return made
 
     return run
@@ -124,59 +110,39 @@ def test_weights_of_another_preset_are_refused_before_there_is_a_run(script, wro
     monkeypatch.chdir(tmp_path)
     given = {}
     for name, kind in FILES[script].items():
-        channels = 48 if name == wrong else 24
-        if kind == "slow_adapter":
-            network = ResNetAdapter(AdapterConfig(32, 1, hidden=16, channels=channels))
-        else:
-            network = VideoDiT(DiTConfig(32, 64, 2, 1, text_dim=64, text_tokens=32, channels=channels))
-        given[name] = f"{name}.safetensors"
-        save_network(given[name], kind.title().replace("_", ""), network.config, network.state_dict())
+        make = nets.adapter if kind == "slow_adapter" else nets.generator
+        (tmp_path / name).mkdir()
+        (file,) = nets.save(tmp_path / name, **{kind: make(channels=48 if name == wrong else 24)}).values()
+        given[name] = f"{name}/{file}"
     with pytest.raises(UserError, match="give the --preset that it was trained with") as caught:
         script.main(script.Config(**given | {"compile": False}))
     assert str(caught.value).startswith(given[wrong]) and not (tmp_path / "runs").exists()
 
 
 def test_an_adapter_to_go_on_from_must_fit(here):
-    network = ResNetAdapter(AdapterConfig(32, 1, hidden=16, channels=24))
-    save_network("a.safetensors", "SlowAdapter", network.config, network.state_dict())
-    with pytest.raises(UserError, match=r"a\.safetensors: was made for a generator of other shape"):
-        train_slow_adapter.main(Config(init="a.safetensors", compile=False))
+    nets.save(slow_adapter=nets.adapter(layers=1))
+    with pytest.raises(UserError, match=r"slow_adapter\.safetensors: was made for a generator of other shape"):
+        train_slow_adapter.main(Config(init="slow_adapter.safetensors", compile=False))
 
 
 def test_masks_come_first_then_boxes_of_which_some_are_sparse(stage_1, monkeypatch):
-    kinds, batch = [], ToyLatents.batch
-
-    def watched(data, samples, kind, sparse=0, drop_text=0):
-        kinds.append((kind, sparse, drop_text))
-        return batch(data, samples, kind, sparse, drop_text)
-
-    network = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=24))
-    save_network("a.safetensors", "SlowAdapter", network.config, network.state_dict())
-    monkeypatch.setattr(ToyLatents, "batch", watched)
-    stage_1(init="a.safetensors", steps=5, mask_steps=3)
+    nets.save(slow_adapter=nets.adapter())
+    kinds = nets.watch(monkeypatch, ToyLatents, "batch", lambda *args, drop_text: (*args[2:], drop_text))
+    stage_1(init="slow_adapter.safetensors", steps=5, mask_steps=3)
     assert kinds == [("mask", 0.0, 0.1)] * 3 + [("box", 0.15, 0.1)] * 2
     assert Config.mask_steps < Config.steps
 
 
-@pytest.mark.parametrize("maps", ["outline", "pixels"])
-def test_maps_are_painted_as_the_new_adapters_config_says(maps, stage_1, monkeypatch):
+@pytest.mark.parametrize("maps, other", [("outline", "pixels"), ("pixels", "outline")])
+def test_maps_are_painted_as_the_new_adapters_config_says(maps, other, stage_1, monkeypatch):
     """Whether it is asked for, or what an adapter to go on from says."""
-    seen, paint = set(), WorldBatch.maps
-    monkeypatch.setattr(WorldBatch, "maps", lambda batch, style, *rest: seen.add(style) or paint(batch, style, *rest))
+    seen = nets.watch(monkeypatch, WorldBatch, "maps", lambda batch, style, *_: style)
     stage_1(maps=maps, steps=1)
-    assert seen == {maps}
+    assert set(seen) == {maps}
     file = "runs/slow_adapter/slow_adapter.safetensors"
     assert read_maps(file, "SlowAdapter") == maps
-    other = {"outline": "pixels", "pixels": "outline"}[maps]
     stage_1(maps=other, init=file, name="on", steps=1)
-    assert seen == {maps} and read_maps("runs/on/slow_adapter.safetensors", "SlowAdapter") == maps
-
-
-def test_a_run_without_muon_has_one_rate_and_trains_a_controlnet(stage_1):
-    (optimizer,) = stage_1(kind="controlnet", lr=1e-3, steps=1)
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-3]
-    trained = read_adapter("runs/slow_adapter/slow_adapter.safetensors", "SlowAdapter")
-    assert isinstance(trained, ControlNetAdapter) and trained.project[0].weight.any()
+    assert set(seen) == {maps} and read_maps("runs/on/slow_adapter.safetensors", "SlowAdapter") == maps
 
 
 def test_the_fixed_norm_is_set_from_the_first_trajectories_and_kept(stage_1):

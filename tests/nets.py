@@ -1,0 +1,45 @@
+"""Small networks with random weights, files of them, and a watch on the calls of a function."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from adapter import AdapterConfig, ResNetAdapter
+from core.weights import save_network
+from model import DiTConfig, VideoDiT
+
+SHAPE = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)  # for the latents and texts of preset small
+LIGHT = AdapterConfig(32, 2, hidden=16, channels=24)
+
+
+def generator(std: float = 0.02, **changes) -> VideoDiT:
+    """Its head is not zero, as it would be at first: so it predicts something."""
+    network = VideoDiT(replace(SHAPE, **changes))
+    torch.nn.init.normal_(network.head.head.weight, std=std)
+    return network
+
+
+def adapter(**changes) -> ResNetAdapter:
+    return ResNetAdapter(replace(LIGHT, **changes))
+
+
+def save(folder: Path = Path(), **networks: torch.nn.Module) -> dict[str, str]:
+    """save(slow_generator=network) writes a SlowGenerator into slow_generator.safetensors. Returns the files' names."""
+    for name, network in networks.items():
+        label = name.title().replace("_", "")
+        save_network(folder / f"{name}.safetensors", label, network.config, network.state_dict())
+    return {name: f"{name}.safetensors" for name in networks}
+
+
+def watch(monkeypatch, owner: object, name: str, see: Callable = lambda *args, **_: args) -> list:
+    """What `see` says of each call from now on, by default its arguments; the function works as before."""
+    seen, function = [], getattr(owner, name)
+
+    def watched(*args, **named):
+        seen.append(see(*args, **named))
+        return function(*args, **named)
+
+    monkeypatch.setattr(owner, name, watched)
+    return seen
