@@ -4,20 +4,19 @@ import json
 import re
 import shutil
 
+import nets
 import numpy as np
 import pytest
 import torch
 
 import finetune_hybrid
 import train_slow_adapter
-from adapter import AdapterConfig, ResNetAdapter
 from core.config import UserError
 from core.media import write_video
 from core.parallel import Processes
 from core.record import checksum
-from core.weights import read_safetensors, save_network, write_safetensors
+from core.weights import read_safetensors, write_safetensors
 from data import ClipLatents, training_data
-from model import DiTConfig, VideoDiT
 from tools import prepare_clips
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
@@ -167,18 +166,15 @@ def test_maps_of_another_style_than_the_adapters_are_one_line(both):
 
 
 def test_the_stages_ask_for_their_adapters_maps(both, here):
-    adapter = ResNetAdapter(AdapterConfig(32, 1, hidden=16, channels=24, maps="outline"))
-    generator = VideoDiT(DiTConfig(32, 64, 2, 1, text_dim=64, text_tokens=32, channels=24))
-    for name, network in (("SlowAdapter", adapter), ("SlowGenerator", generator), ("FastGenerator", generator)):
-        save_network(f"{name}.safetensors", name, network.config, network.state_dict())
-    options = {"data": str(both), "steps": 2, "compile": False, "generator": "SlowGenerator.safetensors"}
-    for more in ({"maps": "outline"}, {"init": "SlowAdapter.safetensors"}):
+    generator, adapter = nets.generator(), nets.adapter(maps="outline")
+    slow, fast, light = nets.save(slow_generator=generator, fast_generator=generator, slow_adapter=adapter).values()
+    for script, given in (
+        (train_slow_adapter, {"generator": slow, "maps": "outline"}),
+        (train_slow_adapter, {"generator": slow, "init": light}),
+        (finetune_hybrid, {"generator": fast, "backbone": slow, "adapter": light, "diffusion_first": 0}),
+    ):
         with pytest.raises(UserError, match="holds pixels maps, and the adapter reads outline"):
-            train_slow_adapter.main(train_slow_adapter.Config(**options | more))
-    options |= {"generator": "FastGenerator.safetensors", "backbone": "SlowGenerator.safetensors"}
-    options |= {"adapter": "SlowAdapter.safetensors", "diffusion_first": 0, "adapter_start": 0}
-    with pytest.raises(UserError, match="holds pixels maps, and the adapter reads outline"):
-        finetune_hybrid.main(finetune_hybrid.Config(**options))
+            script.main(script.Config(data=str(both), steps=100, compile=False, **given))
 
 
 def test_stage_3_trains_on_clips_of_two_shapes(both, here):

@@ -1,29 +1,27 @@
 """What torch.compile makes of a stage: how many graphs, and none given up."""
 
+import nets
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import adapter as adapters
 import discriminator as discriminators
 import distill_fast
 import finetune_hybrid
 import train_slow_adapter
-from core.weights import save_network
-from model import DiTConfig, VideoDiT
 
-SHAPE = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)
+SLOW, FAST, LIGHT = (f"{name}.safetensors" for name in ("slow_generator", "fast_generator", "slow_adapter"))
 JUDGE = discriminators.ClassifierConfig(32, 64, (0, 1), hidden=32, channels=24, position_dim=16)
 
 
 # Of a generator's block: without gradients, with them, and with one for its input. Of the adapter's: without and with.
 # Of the classifier's: with its features' gradient and without. All within dynamo's limit of 8, but for a ControlNet.
 STAGES = {
-    train_slow_adapter: (3, 6, {"generator": "SlowGenerator", "init": "SlowAdapter", "mask_steps": 0}),
-    distill_fast: (3, 6, {"generator": "SlowGenerator", "ratio": 1}),
+    train_slow_adapter: (3, 6, {"generator": SLOW, "init": LIGHT, "mask_steps": 0}),
+    distill_fast: (3, 6, {"generator": SLOW, "ratio": 1}),
     finetune_hybrid: (
-        5, 8, {"generator": "FastGenerator", "backbone": "SlowGenerator", "adapter": "SlowAdapter", "ratio": 1,
-               "diffusion_first": 0, "adapter_start": 0},
+        5, 8, {"generator": FAST, "backbone": SLOW, "adapter": LIGHT, "ratio": 1, "diffusion_first": 0,
+               "adapter_start": 0},
     ),
 }  # fmt: skip
 
@@ -32,16 +30,14 @@ STAGES = {
 def test_a_stage_compiles_with_recomputing_and_never_goes_back_to_eager(script, here, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setitem(discriminators.PRESETS, "small", JUDGE)
-    network, adapter = VideoDiT(SHAPE), adapters.ResNetAdapter(adapters.AdapterConfig(32, 2, 16, channels=24))
-    for name, net in {"SlowGenerator": network, "FastGenerator": network, "SlowAdapter": adapter}.items():
-        save_network(here / f"{name}.safetensors", name, net.config, net.state_dict())
+    network, adapter = nets.generator(), nets.adapter()
+    nets.save(slow_generator=network, fast_generator=network, slow_adapter=adapter)
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile(module, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     least, most, options = STAGES[script]
-    files = {name: f"{value}.safetensors" for name, value in options.items() if isinstance(value, str)}
-    options = options | files | {"recompute": "full", "dtype": "float32", "steps": 1, "batch": 2, "accumulate": 0}
+    options = options | {"recompute": "full", "dtype": "float32", "steps": 1, "batch": 2, "accumulate": 0}
     script.main(script.Config(**options))
     assert least <= counters["stats"]["unique_graphs"] <= most
     assert counters["frames"]["total"] == counters["frames"]["ok"] == counters["stats"]["unique_graphs"]

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import nets
 import pytest
 import torch
 from torch import nn
@@ -9,9 +10,7 @@ from torch import nn
 import distill_fast
 import flow
 from core import optim
-from core.weights import save_network
 from distill_fast import WAN5B, Config, Draw, fake_score_loss, student_learns, student_loss
-from model import PRESETS, DiTConfig, VideoDiT
 from toy.latents import ToyLatents
 
 SIGMAS = flow.sigma_schedule(4, 3)
@@ -19,11 +18,8 @@ SIGMAS = flow.sigma_schedule(4, 3)
 
 def networks():
     torch.manual_seed(0)
-    made = [VideoDiT(PRESETS["small"]) for _ in range(3)]
-    for network in made:
-        nn.init.normal_(network.head.head.weight, std=0.02)
-    made[2].requires_grad_(False)
-    return made  # student, fake score, real score
+    student, fake, real = (nets.generator() for _ in range(3))
+    return student, fake, real.requires_grad_(False)
 
 
 def conditions(*sigma):
@@ -63,21 +59,6 @@ def test_each_loss_moves_its_own_network_alone():
     optimizers = [optim.adamw(network) for network in (student, fake)]
     owned = [{id(p) for g in o.param_groups for p in g["params"]} for o in optimizers]
     assert not owned[0] & owned[1] and not (owned[0] | owned[1]) & {id(p) for p in real.parameters()}
-
-
-@pytest.mark.parametrize("last", range(4))
-def test_backward_simulation_has_gradient_in_its_last_step_alone(last):
-    seen = []
-
-    def velocity(x, t):
-        seen.append((t[0, 1].item() / 1000, torch.is_grad_enabled()))
-        return weight * x
-
-    weight, first = torch.tensor(0.5, requires_grad=True), torch.randn(2, 3, 1, 2, 2)
-    x0 = flow.backward_simulation(velocity, first, torch.randn(4, 2, 3, 4, 2, 2), SIGMAS, last)
-    assert [sigma for sigma, _ in seen] == pytest.approx(SIGMAS[: last + 1])
-    assert [on for _, on in seen] == [False] * last + [True]
-    assert x0.requires_grad and torch.equal(x0[:, :, :1], first)
 
 
 def test_gradient_is_the_normalised_difference_of_the_scores():
@@ -127,45 +108,25 @@ def test_wan5b_has_the_values_of_its_sources():
 @pytest.mark.parametrize("most", [1.0, 0.5])
 def test_a_run_judges_where_its_recipe_says_at_the_rates_it_says(most, here, monkeypatch):
     torch.manual_seed(0)
-    network = VideoDiT(DiTConfig(32, 64, 2, 1, text_dim=64, text_tokens=32, channels=24))
-    nn.init.normal_(network.head.head.weight, std=0.02)
-    save_network("slow.safetensors", "SlowGenerator", network.config, network.state_dict())
-    seen, rates, clips, texts = [], [], [], []
-    stepped, rated, guided = optim.clip_and_step, optim.set_lr, flow.guided
-
-    def fake_loss(fake, student, draw, on):
-        seen.append((draw.exit_step, draw.sigma))
-        return fake_score_loss(fake, student, draw, on)
-
-    def watched_step(network, optimizers, clip):
-        clips.append(clip)
-        return stepped(network, optimizers, clip)
-
-    def watched_rate(optimizers, lr):
-        rates.append(lr)
-        rated(optimizers, lr)
-
-    def watched_guidance(conditional, unconditional, scale):
-        texts.append((unconditional.keywords["text"], scale))
-        return guided(conditional, unconditional, scale)
-
-    monkeypatch.setattr(distill_fast, "fake_score_loss", fake_loss)
-    monkeypatch.setattr(optim, "clip_and_step", watched_step)
-    monkeypatch.setattr(optim, "set_lr", watched_rate)
-    monkeypatch.setattr(flow, "guided", watched_guidance)
+    nets.save(slow_generator=nets.generator(layers=1))
+    seen = nets.watch(monkeypatch, distill_fast, "fake_score_loss", lambda fake, student, draw, on: draw)
+    clips = nets.watch(monkeypatch, optim, "clip_and_step", lambda network, optimizers, clip: clip)
+    rates = nets.watch(monkeypatch, optim, "set_lr", lambda optimizers, lr: lr)
+    guided = nets.watch(monkeypatch, flow, "guided")
     monkeypatch.setattr(ToyLatents, "unconditional", lambda self: torch.full((1, 32, 64), 0.5))
     distill_fast.main(
         Config(
-            generator="slow.safetensors", steps=6, batch=4, clip=10.0, guidance=7.0,
+            generator="slow_generator.safetensors", steps=6, batch=4, clip=10.0, guidance=7.0,
             schedule="constant", warmup=0, lr=1e-5, fake_lr=2e-5, compile=False, dtype="float32", ratio=3,
-            judge_sigma_max=most,
+            judge_sigma_max=most, sample_every=0,
         )
     )  # fmt: skip
-    assert len(seen) == 6 and len({step for step, _ in seen}) > 1
-    for _, sigma in seen:  # stratified; preset small warps by 1, not at all
-        assert 0.02 <= sigma.min() < 0.26 * most and 0.74 * most < sigma.max() <= min(0.98, most)
+    assert len(seen) == 6 and len({draw.exit_step for draw in seen}) > 1
+    for draw in seen:  # stratified; preset small warps by 1, not at all
+        assert 0.02 <= draw.sigma.min() < 0.26 * most and 0.74 * most < draw.sigma.max() <= min(0.98, most)
     assert set(clips) == {10.0} and rates == [1e-5, 2e-5] * 6
-    assert [scale for _, scale in texts] == [7.0, 7.0] and all((text == 0.5).all() for text, _ in texts)
+    assert [scale for *_, scale in guided] == [7.0, 7.0]
+    assert all((negative.keywords["text"] == 0.5).all() for _, negative, _ in guided)
 
 
 class Points(nn.Module):

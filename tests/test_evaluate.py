@@ -3,21 +3,20 @@
 import dataclasses
 import json
 import math
-import re
 import shutil
 import time
 from pathlib import Path
 
 import imageio.v3 as iio
+import nets
 import pytest
 import torch
 
-import adapter as adapters
 import finetune_hybrid
+from adapter import ResNetAdapter
 from core import tables
-from core.config import UserError, parse_config
-from core.weights import save_network
-from model import PRESETS, VideoDiT
+from core.config import UserError
+from model import VideoDiT
 from toy import evaluate
 from toy.codec import ToyCodec
 from toy.world import World, WorldBatch
@@ -37,12 +36,10 @@ def small_world(monkeypatch):
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def networks(seed: int = 0) -> tuple[VideoDiT, adapters.ResNetAdapter]:
+def networks(seed: int = 0) -> tuple[VideoDiT, ResNetAdapter]:
     """One-layer networks with random weights everywhere, so that every input matters."""
     torch.manual_seed(seed)
-    generator = VideoDiT(dataclasses.replace(PRESETS["small"], dim=32, ffn_dim=64, heads=2, layers=1))
-    adapter = adapters.ResNetAdapter(adapters.AdapterConfig(32, 1, hidden=16, channels=24, maps="pixels"))
-    torch.nn.init.xavier_uniform_(generator.head.head.weight)
+    generator, adapter = nets.generator(0.13, layers=1), nets.adapter(layers=1, maps="pixels")
     torch.nn.init.normal_(adapter.blocks[0].project.weight, std=0.3)
     return generator.requires_grad_(False), adapter.requires_grad_(False)
 
@@ -117,7 +114,7 @@ def test_adapter_and_captions_reach_the_sample(world):
     others = run(helper=None), run(style="outline"), run(steps=4), run(batch=mute), run(slow=False)
     for other in others:
         assert not torch.allclose(other, base, atol=1e-3)
-    silent = adapters.ResNetAdapter(adapter.config)  # its projection still is zero
+    silent = ResNetAdapter(adapter.config)  # its projection still is zero
     assert torch.equal(run(helper=silent), run(helper=None))
 
 
@@ -135,11 +132,9 @@ def test_broken_weights_are_the_users_fault(world):
 @pytest.fixture
 def options(tmp_path) -> dict:
     """Of a script with four random networks, half of them in each of two folders."""
-    for n, speed in enumerate(("slow", "fast")):
-        (tmp_path / speed).mkdir()
-        for part, net in zip(("generator", "adapter"), networks(2 * n), strict=True):
-            path = tmp_path / speed / f"{speed}_{part}.safetensors"
-            save_network(path, f"{speed.title()}{part.title()}", net.config, net.state_dict())
+    (slow, slow_adapter), (fast, fast_adapter) = networks(0), networks(2)
+    nets.save(tmp_path / "slow", slow_generator=slow, slow_adapter=slow_adapter)
+    nets.save(tmp_path / "fast", fast_generator=fast, fast_adapter=fast_adapter)
     return {"weights": (str(tmp_path / "slow"), str(tmp_path / "fast")), "compile": False}
 
 
@@ -172,24 +167,17 @@ def test_main_writes_rows_and_sheet(tmp_path, options, small_world, capsys):
     assert len(out.with_suffix(".md").read_text().splitlines()) == 2 + len(rows)
 
 
-@pytest.mark.parametrize("style", ["outline", "pixels"])
-def test_each_adapter_sees_maps_of_its_own_kind(style, options, small_world, tmp_path, monkeypatch):
-    """Here the FastAdapter reads pixels, and the SlowAdapter may not."""
-    slow = networks(1)[1]
-    config = dataclasses.replace(slow.config, maps=style)
-    save_network(tmp_path / "slow/slow_adapter.safetensors", "SlowAdapter", config, slow.state_dict())
-    seen, generate = [], evaluate.generate
-    monkeypatch.setattr(evaluate, "generate", lambda *args: seen.append(args[-2:]) or generate(*args))
+def test_each_adapter_sees_maps_of_its_own_kind(options, small_world, tmp_path, monkeypatch):
+    nets.save(tmp_path / "slow", slow_adapter=nets.adapter(layers=1, maps="outline"))
+    seen = nets.watch(monkeypatch, evaluate, "generate", lambda *args: args[-2:])
     evaluate.main(evaluate.Config(**options, out=str(tmp_path / "rows.json"), videos=3, steps=1))
-    assert seen[1] == ("SlowGenerator + SlowAdapter, 1 steps", style)
-    assert seen[3] == ("FastGenerator + SlowAdapter, 4 steps", style)
+    assert seen[1] == ("SlowGenerator + SlowAdapter, 1 steps", "outline")
+    assert seen[3] == ("FastGenerator + SlowAdapter, 4 steps", "outline")
     assert seen[4] == ("FastGenerator + FastAdapter, 4 steps", "pixels")
 
 
 def save_run(variant: str, seed: int, weights_seed: int) -> None:
-    net = networks(weights_seed)[1]
-    file = evaluate.RUNS / f"{variant}_{seed}/fast_adapter.safetensors"
-    save_network(file, "FastAdapter", net.config, net.state_dict())
+    nets.save(evaluate.RUNS / f"{variant}_{seed}", fast_adapter=networks(weights_seed)[1])
 
 
 def test_ablation_reads_the_runs(tmp_path, options, small_world, monkeypatch, capsys):
@@ -212,6 +200,7 @@ def test_ablation_reads_the_runs(tmp_path, options, small_world, monkeypatch, ca
     assert [row["steps"] for row in rows[3:]] == [4] * 10 + [2] * 8 + [1] * 8
     assert {row["name"] for row in rows[3:13]} == set(evaluate.VARIANTS.values())
     assert evaluate.VARIANTS[evaluate.METHOD].startswith("FlashMotion: ")
+    assert finetune_hybrid.Config.diffusion_scale == evaluate.METHOD  # what stage 3 does by itself
     assert all(row["seeds"] == 2 for row in rows[3:13])
     for row in rows[3:13]:
         for key in (key for key in MEASURES if row[key] is not None):
@@ -283,8 +272,7 @@ def test_a_killed_ablation_goes_on_where_it_was(tmp_path, options, small_world, 
     assert measured_by(cfg) == [run] * 3 and measured_by(cfg) == []
     cfg = dataclasses.replace(cfg, seed=1)
     assert len(measured_by(cfg)) == 11
-    net = networks(13)[0]
-    save_network("fast/fast_generator.safetensors", "FastGenerator", net.config, net.state_dict())
+    nets.save(Path("fast"), fast_generator=networks(13)[0])
     assert len(measured_by(cfg)) == 9  # all but those of the SlowGenerator
     for text in ("no rows", "3", '{"a": 1}', "[1]", '[{"name": "a"}]', '[{"command": ""}]'):
         Path("rows.json").write_text(text)
@@ -296,23 +284,17 @@ def test_a_killed_ablation_goes_on_where_it_was(tmp_path, options, small_world, 
     [
         ({"out": "rows.txt"}, "--out rows.txt: the name must end in .json"),
         ({"weights": ("no", "nor")}, "no/slow_generator.safetensors: no such file"),
+        ({}, "slow_adapter.safetensors: was made for a generator of other shape than {0}/slow_generator.safetensors"),
     ],
 )
-def test_bad_options(changes, words, options, tmp_path, monkeypatch):
+def test_bad_options_and_networks_that_do_not_fit(changes, words, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    nets.save(tmp_path / "slow", slow_adapter=nets.adapter(dim=64))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as error:
         evaluate.main(evaluate.Config(**options | changes))
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words.format(tmp_path / "slow") in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_networks_that_do_not_fit(options, tmp_path):
-    config, path = adapters.AdapterConfig(64, 2, hidden=16), tmp_path / "slow/slow_adapter.safetensors"
-    save_network(path, "SlowAdapter", config, adapters.ResNetAdapter(config).state_dict())
-    wrong = f"{path}: was made for a generator of other shape than {path.with_name('slow_generator.safetensors')}"
-    with pytest.raises(UserError, match=re.escape(wrong)):
-        evaluate.main(evaluate.Config(**options, out=str(tmp_path / "rows.json")))
 
 
 def test_errors_end_in_one_line(options, tmp_path, run):
@@ -321,14 +303,3 @@ def test_errors_end_in_one_line(options, tmp_path, run):
     result = run("toy.evaluate", *flags)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("evaluate.py: ") and "file" in result.stderr
-
-
-def test_the_method_is_what_stage_3_does_by_itself():
-    assert finetune_hybrid.Config.diffusion_scale == evaluate.METHOD and evaluate.METHOD in evaluate.VARIANTS
-
-
-def test_help_describes_every_flag(capsys):
-    with pytest.raises(SystemExit):
-        parse_config(evaluate.Config, ["--help"])
-    text = capsys.readouterr().out
-    assert all(f"    {field.name}: " in text for field in dataclasses.fields(evaluate.Config))

@@ -1,7 +1,6 @@
 """tools/evaluate_folder.py: videos of the real world, with stand-ins for the networks that a user brings."""
 
 import json
-from functools import partial
 
 import imageio.v3 as iio
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.config import UserError, parse_config
+from core.config import UserError
 from core.media import write_image, write_video
 from tools import evaluate_folder
 from tools.evaluate_folder import Config
@@ -37,6 +36,12 @@ class LPIPS(nn.Module):
 def video(folder, name, seed, frames=12):
     pixels = np.random.default_rng(seed).integers(0, 255, (frames, 6, 8, 3)).astype(np.uint8)
     write_video(folder / f"{name}.mp4", pixels.repeat(8, 1).repeat(8, 2), fps=8)
+
+
+def all_masks(side, boxes=([[0, 0, 20, 20], None],) * 2):
+    """Masks of two frames for every video."""
+    for n in range(4):
+        masks(side / "masks", f"v{n}", boxes)
 
 
 def masks(folder, name, boxes):
@@ -82,6 +87,7 @@ def test_distances_are_those_of_a_matrix_square_root(world):
     assert row["lpips"] == pytest.approx(np.mean(lpips), abs=1e-4)
     assert row["fvd"] >= 0 and row["videos"] == 4 and row["mask_iou"] is None
     assert "fid" in (world / "out/benchmark.md").read_text()
+    assert all(f"networks/{file}" in evaluate_folder.__doc__ for file in evaluate_folder.NETWORKS.values())  # --help
 
 
 def test_overlaps_worked_out_by_hand(world):
@@ -115,105 +121,72 @@ FOUND = {  # colours in which a segmentation network paints the two objects
 @pytest.mark.parametrize("kind", FOUND)
 def test_objects_are_matched_whatever_their_colours(kind, world, monkeypatch):
     boxes = [[[0, 0, 20, 20], [30, 10, 50, 30]], [[4, 0, 24, 20], [30, 14, 50, 34]]]
-    for n in range(4):
-        masks(world / "true/masks", f"v{n}", boxes)
+    all_masks(world / "true", boxes)
     monkeypatch.setattr("test_evaluate_folder.COLORS", FOUND[kind])
-    for n in range(4):
-        masks(world / "generated/masks", f"v{n}", [boxes[0], [boxes[1][0], None]])
+    all_masks(world / "generated", [boxes[0], [boxes[1][0], None]])
     (world / "generated/._v9.mp4").write_bytes(b"Mac OS X")
+    (world / "generated/v0.boxes.mp4").write_bytes((world / "generated/v0.mp4").read_bytes())  # as sample.py writes it
     evaluate_folder.main(Config())
+    assert rows(world)[0]["videos"] == 4
     assert rows(world)[0]["mask_iou"] == rows(world)[0]["box_iou"] == 0.75  # the second is lost in frame 1
 
 
 def test_an_object_that_can_be_none_of_the_true_ones_is_refused(world, monkeypatch):
-    two_masks(world, "true/masks")
+    all_masks(world / "true")
     for color, message in (
         ((255, 255, 255), "frame 0: an object lies where none"),
         ((1, 1, 1), "shows objects, but in"),
     ):
         monkeypatch.setattr("test_evaluate_folder.COLORS", [color, color])
-        for n in range(4):
-            masks(world / "generated/masks", f"v{n}", [[[30, 10, 50, 30], None]] * 2)
+        all_masks(world / "generated", [[[30, 10, 50, 30], None]] * 2)
         with pytest.raises(UserError, match=message):
             evaluate_folder.main(Config())
 
 
-def two_masks(world, place):
-    """Masks of two frames for every video."""
-    for n in range(4):
-        masks(world / place, f"v{n}", [[[0, 0, 20, 20], None]] * 2)
-
-
-def both_masks(world):
-    two_masks(world, "true/masks")
-    two_masks(world, "generated/masks")
-
-
-def too_few_masks(world):
-    both_masks(world)
-    (world / "generated/masks/v0/1.png").unlink()
-
-
-def turned_masks(world):
-    both_masks(world)
+def turn(world):
     for place in (world / side / f"masks/v0/{t}.png" for side in ("true", "generated") for t in range(2)):
         write_image(place, iio.imread(place).swapaxes(0, 1))
 
 
-def no_objects(world):
-    both_masks(world)
-    masks(world / "true/masks", "v0", [[None, None]] * 2)
-
-
-def another_network(world):
-    torch.jit.script(torch.nn.ReLU()).save(world / "networks/i3d_torchscript.pt")
-
-
-NETWORKS = {"networks": "networks"}
-BAD = {  # what is wrong -> what makes it so, options, message
-    "no videos": (None, {"generated": "empty"}, "--generated empty: holds no .mp4 files"),
-    "no folder": (None, {"generated": "nowhere"}, "--generated nowhere: holds no .mp4 files"),
-    "no true one": (None, {"true": "empty"}, "--true empty: holds no v0.mp4, which is generated; 4 are missing"),
-    "no video": (lambda world: (world / "true/v0.mp4").write_bytes(b"no video"), {}, "true/v0.mp4: can't be decoded"),
-    "boxes alone": (lambda world: (world / "true/boxes").mkdir(), {}, "true/boxes: is compared with true/masks"),
-    "masks alone": (partial(two_masks, place="generated/masks"), {}, "generated/masks: is compared with true/masks"),
-    "another network": (another_network, NETWORKS, "i3d_torchscript.pt: not a TorchScript file that works as"),
-    "not a network": (lambda world: (world / "networks/lpips.pt").write_text("no network"), NETWORKS,
+NETWORKS, MASKS, TRUE = {"networks": "networks"}, ("true", "generated"), ("true",)
+BAD = {  # what is wrong -> whose masks there are, what makes it so, options, message
+    "no videos": ((), None, {"generated": "empty"}, "--generated empty: holds no .mp4 files"),
+    "no folder": ((), None, {"generated": "nowhere"}, "--generated nowhere: holds no .mp4 files"),
+    "no true one": ((), None, {"true": "empty"},
+                    "--true empty: holds no v0.mp4, which is generated; 4 are missing"),
+    "no video": ((), lambda world: (world / "true/v0.mp4").write_bytes(b"no video"), {},
+                 "true/v0.mp4: can't be decoded"),
+    "boxes alone": ((), lambda world: (world / "true/boxes").mkdir(), {}, "true/boxes: is compared with true/masks"),
+    "masks alone": (("generated",), None, {}, "generated/masks: is compared with true/masks"),
+    "another network": ((), lambda world: torch.jit.script(nn.ReLU()).save(world / "networks/i3d_torchscript.pt"),
+                        NETWORKS, "i3d_torchscript.pt: not a TorchScript file that works as"),
+    "not a network": ((), lambda world: (world / "networks/lpips.pt").write_text("no network"), NETWORKS,
                       "lpips.pt: not a TorchScript file that works as --help says"),
-    "no networks": (None, {"networks": "empty"}, "--networks empty: holds no inception-2015-12-05.pt, i3d_torchscript"),
-    "no masks of a video": (partial(two_masks, place="true/masks"), {},
+    "no networks": ((), None, {"networks": "empty"},
+                    "--networks empty: holds no inception-2015-12-05.pt, i3d_torchscript"),
+    "no masks of a video": (TRUE, None, {},
                             "generated/masks/v0: no such folder or video; every generated video needs one"),
-    "another size": (lambda world: write_video(world / "true/v0.mp4", np.zeros((12, 24, 32, 3), np.uint8), fps=8), {},
-                     r"v0.mp4: \[12, 3, 48, 64\] generated, \[12, 3, 24, 32\] true"),
-    "ending": (None, {"out": "x.txt"}, "--out x.txt: the name must end in .json"),
-    "too few masks": (too_few_masks, {}, "generated/masks/v0: has not as many frames as the true masks"),
-    "turned masks": (turned_masks, {}, r"true/masks/v0: masks \[h, w\] \[64, 48\] of a video \[48, 64\]"),
-    "no objects": (no_objects, {}, "true/masks/v0: frame 0: shows no object"),
+    "another size": ((), lambda world: write_video(world / "true/v0.mp4", np.zeros((12, 24, 32, 3), np.uint8), fps=8),
+                     {}, r"v0.mp4: \[12, 3, 48, 64\] generated, \[12, 3, 24, 32\] true"),
+    "ending": ((), None, {"out": "x.txt"}, "--out x.txt: the name must end in .json"),
+    "too few masks": (MASKS, lambda world: (world / "generated/masks/v0/1.png").unlink(), {},
+                      "generated/masks/v0: has not as many frames as the true masks"),
+    "turned masks": (MASKS, turn, {}, r"true/masks/v0: masks \[h, w\] \[64, 48\] of a video \[48, 64\]"),
+    "no objects": (MASKS, lambda world: masks(world / "true/masks", "v0", [[None, None]] * 2), {},
+                   "true/masks/v0: frame 0: shows no object"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(world, name):
+@pytest.mark.parametrize("sides, make, flags, message", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(sides, make, flags, message, world):
     (world / "empty").mkdir()
-    make, flags, message = BAD[name]
+    for side in sides:
+        all_masks(world / side)
     if make:
         make(world)
     with pytest.raises(UserError, match=message) as caught:
         evaluate_folder.main(Config(**flags))
     assert "\n" not in str(caught.value) and not (world / "out").exists()
-
-
-def test_overlays_beside_the_videos_are_passed_over(world):
-    (world / "generated/v0.boxes.mp4").write_bytes((world / "generated/v0.mp4").read_bytes())
-    evaluate_folder.main(Config())
-    assert rows(world)[0]["videos"] == 4
-
-
-def test_help_says_which_files_to_bring(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_config(Config, ["--help"])
-    page = capsys.readouterr().out
-    assert caught.value.code == 0 and all(f"networks/{file}" in page for file in evaluate_folder.NETWORKS.values())
 
 
 def test_videos_without_a_counterpart_are_told_of(world, capsys):

@@ -78,8 +78,15 @@ def test_guidance_calls_each_velocity_once_and_none_for_nothing():
 def test_loss_is_that_of_the_network_it_was_given():
     x0, noise, sigma = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.tensor([0.2, 0.9])
 
+    level = flow.frame_sigma(sigma, 4)
+
     def loss(off: float | torch.Tensor, on: str = "velocity") -> float:
-        return flow.flow_matching_loss(lambda x, t: noise - x0 + off, x0, noise, sigma, on).item()
+        def velocity(x_t, t):
+            torch.testing.assert_close(t, 1000 * level)
+            torch.testing.assert_close(x_t, flow.add_noise(x0, noise, level))
+            return noise - x0 + off
+
+        return flow.flow_matching_loss(velocity, x0, noise, sigma, on).item()
 
     assert loss(0) == 0 and loss(2) == pytest.approx(4, rel=1e-5)
     assert loss(2, "x0") == pytest.approx((0.2**2 + 0.9**2) / 2 * 4, rel=1e-5)  # sigma times the velocity's error

@@ -11,19 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nets
 import pytest
 from conftest import ROOT, start_in
 
-from adapter import AdapterConfig, ResNetAdapter
 from core import tables
 from core.config import parse_config
-from core.weights import save_network
-from model import DiTConfig, VideoDiT
 from toy.evaluate import VARIANTS
 
 DOCS = [f"docs/{name}.md" for name in ("RESULTS", "SPEED", "WAN", "SCALE", "FORMATS")]
 PAGES = ["README.md", *DOCS, "checkpoints/small/README.md"]
-NETWORKS = [f"{speed}_{kind}" for speed in ("slow", "fast") for kind in ("generator", "adapter")]
 TRAIN = "--steps 2 --batch 2 --sample_every 0"
 SLOW, FAST = (f"{TRAIN} --compile false --generator small/{speed}_generator.safetensors" for speed in ("slow", "fast"))
 # Flags that make a command short, by how it begins; later flags win. In small/ are tiny networks.
@@ -79,12 +76,8 @@ def clone(tmp_path):
     for entry in (*Path(sys.prefix).iterdir(), *Path(sys.prefix, "bin").iterdir()):
         if not (link := environment / entry.relative_to(sys.prefix)).exists():
             link.symlink_to(entry)
-    generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24))
-    adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=24))
-    for name in NETWORKS:
-        network = generator if name.endswith("generator") else adapter
-        label = name.title().replace("_", "")  # as in SlowGenerator
-        save_network(folder / f"small/{name}.safetensors", label, network.config, network.state_dict())
+    kinds = {"generator": nets.generator(), "adapter": nets.adapter()}
+    nets.save(folder / "small", **{f"{speed}_{kind}": net for kind, net in kinds.items() for speed in ("slow", "fast")})
     return folder
 
 

@@ -1,16 +1,13 @@
 """The two baselines: whose gradient each loss gives, what the consistency loss compares, and a run of each."""
 
+import nets
 import pytest
 import torch
 
 import flow
-from adapter import AdapterConfig, ResNetAdapter, read_adapter
+from adapter import read_adapter
 from core import runs
-from core.weights import save_network
-from model import DiTConfig, VideoDiT
 from tools.train_baseline import PATH, SKIP, Config, Pair, consistency_loss, main
-
-SHAPE = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)
 
 
 def lands_on(c):
@@ -64,8 +61,7 @@ def test_the_consistency_loss_moves_the_student_alone():
 
 def test_generator_and_adapter_work_as_one_network():
     torch.manual_seed(0)
-    generator, adapter = VideoDiT(SHAPE), ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=24))
-    torch.nn.init.normal_(generator.head.head.weight, std=0.1)
+    generator, adapter = nets.generator(0.1), nets.adapter()
     torch.nn.init.normal_(adapter.blocks[0].project.weight)
     x, traj = torch.randn(2, 2, 24, 3, 4, 4)
     t, text = torch.full((2, 3), 500.0), torch.randn(2, 32, 64)
@@ -77,12 +73,8 @@ def test_generator_and_adapter_work_as_one_network():
 @pytest.mark.parametrize("loss", ["dmd", "lcm"])
 def test_a_run_trains_the_adapter_and_exports_it(here, loss, monkeypatch):
     torch.manual_seed(0)
-    adapter = ResNetAdapter(AdapterConfig(32, 2, hidden=16, channels=24))
-    for kind in ("slow", "fast"):
-        generator = VideoDiT(SHAPE)
-        torch.nn.init.normal_(generator.head.head.weight, std=0.02)
-        save_network(f"{kind}_generator.safetensors", f"{kind.title()}Generator", SHAPE, generator.state_dict())
-    save_network("slow_adapter.safetensors", "SlowAdapter", adapter.config, adapter.state_dict())
+    adapter = nets.adapter()
+    nets.save(slow_generator=nets.generator(), fast_generator=nets.generator(), slow_adapter=adapter)
     monkeypatch.setattr(runs, "LOG_EVERY", 1)
     options = {
         "weights": ".", "batch": 2, "ratio": 2, "warmup": 1, "lr": 1e-2, "save_every": 2, "sample_every": 4,
