@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import imageio.v3 as iio
+import nets
 import pytest
 import torch
 
@@ -16,18 +17,15 @@ from core import optim
 from core.config import UserError
 from core.parallel import TokenSplit
 from core.weights import save_network, write_safetensors
-from model import PRESETS, DiTConfig, VideoDiT
+from model import PRESETS, VideoDiT
 from toy.codec import ToyCodec
 from toy.muon import muon_and_adamw
 
 
 def networks(kind="resnet"):
     torch.manual_seed(0)
-    generator = VideoDiT(PRESETS["small"])
-    torch.nn.init.normal_(generator.head.head.weight, std=0.02)
-    if kind == "resnet":
-        adapter = adapters.ResNetAdapter(adapters.PRESETS["small"])
-    else:
+    generator, adapter = nets.generator(), nets.adapter(fixed_norm=True, copies=1.5)
+    if kind == "controlnet":
         adapter = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(generator.config)))
         adapter.copy_generator(generator)
     x, traj = torch.randn(2, 2, 24, 3, 4, 4)
@@ -39,21 +37,32 @@ KINDS = pytest.mark.parametrize("kind", ["resnet", "controlnet"])
 
 
 @KINDS
-def test_fresh_adapter_changes_nothing(kind):
+def test_an_adapter_starts_as_nothing_and_a_step_changes_it_alone(kind):
     generator, adapter, x, t, text, traj = networks(kind)
-    with torch.no_grad():
-        residuals = adapter(traj, x, t, text)
-        assert [r.shape for r in residuals[:6]] == [(2, 12, 256)] * 6 and len(residuals) == 6 + (kind == "resnet")
-        assert torch.equal(generator(x, t, text, residuals), generator(x, t, text))
+    generator.requires_grad_(False)
+    residuals = adapter(traj, x, t, text)
+    assert [r.shape for r in residuals[:2]] == [(2, 12, 32)] * 2 and len(residuals) == 2 + (kind == "resnet")
+    assert torch.equal(generator(x, t, text, residuals), generator(x, t, text))
+    frozen = {n: p.clone() for n, p in generator.named_parameters()}
+    before = {n: p.clone() for n, p in adapter.named_parameters()}
+    optimizers = muon_and_adamw(adapter, adapter.blocks)
+    optim.set_lr(optimizers, 1e-2)
+    owned = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    assert owned == {id(p) for p in adapter.parameters()}
+    for _ in range(2):  # the first step moves the zero projections alone, the second what lies behind them
+        loss = flow.flow_matching_loss(
+            lambda x, t: generator(x, t, text, adapter(traj, x, t, text)), x, traj, t[:, 1] / 1000
+        )
+        loss.backward()
+        optim.clip_and_step(adapter, optimizers, 1.0)
+    assert all(p.grad is None and torch.equal(p, frozen[n]) for n, p in generator.named_parameters())
+    assert not any(torch.equal(p, before[n]) for n, p in adapter.named_parameters())
 
 
 def test_the_small_presets_adapter_can_pass_on_what_its_maps_show():
     """With the gate open and a head that gives nothing, later frames are the maps' and frame 0 is the picture."""
-    generator, adapter, codec = (
-        VideoDiT(PRESETS["small"]),
-        adapters.ResNetAdapter(adapters.PRESETS["small"]),
-        ToyCodec(),
-    )
+    generator, codec = VideoDiT(PRESETS["small"]), ToyCodec()
+    adapter = adapters.ResNetAdapter(adapters.PRESETS["small"])
     assert adapter.config.copies == codec.network.config.change
     torch.nn.init.ones_(adapter.gate.bias)
     video, maps = torch.rand(2, 1, 3, 3, 16, 16) * 2 - 1
@@ -109,26 +118,6 @@ def test_gradients_in_bfloat16_are_those_in_float32(frames):
         assert (rough[name] - grad).norm() < 0.03 * grad.norm(), name
 
 
-@KINDS
-def test_one_step_changes_the_adapter_alone(kind):
-    generator, adapter, x, t, text, traj = networks(kind)
-    generator.requires_grad_(False)
-    frozen = {n: p.clone() for n, p in generator.named_parameters()}
-    before = {n: p.clone() for n, p in adapter.named_parameters()}
-    optimizers = muon_and_adamw(adapter, adapter.blocks)
-    optim.set_lr(optimizers, 1e-2)
-    owned = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
-    assert owned == {id(p) for p in adapter.parameters()}
-    for _ in range(2):  # the first step moves the zero projections alone, the second what lies behind them
-        loss = flow.flow_matching_loss(
-            lambda x, t: generator(x, t, text, adapter(traj, x, t, text)), x, traj, t[:, 1] / 1000
-        )
-        loss.backward()
-        optim.clip_and_step(adapter, optimizers, 1.0)
-    assert all(p.grad is None and torch.equal(p, frozen[n]) for n, p in generator.named_parameters())
-    assert not any(torch.equal(p, before[n]) for n, p in adapter.named_parameters())
-
-
 def test_static_adapter_reads_the_trajectory_alone():
     _, adapter, x, t, text, traj = networks()
     for block in adapter.blocks:
@@ -145,7 +134,7 @@ def test_controlnet_sees_the_noisy_latent_as_its_generator_does():
     with torch.no_grad():
         for layer in adapter.project:  # the identity: residuals become the blocks' outputs
             torch.nn.init.eye_(layer.weight)
-        _, wanted = generator(x, t, text, feature_blocks=tuple(range(6)))
+        _, wanted = generator(x, t, text, feature_blocks=(0, 1))
         assert not adapter.static
         for seen in (traj, torch.zeros_like(traj)):  # the trajectory's weights start at zero
             for a, b in zip(adapter(seen, x, t, text), wanted, strict=True):  # zeros too are summed, so not to the bit
@@ -156,35 +145,45 @@ def test_controlnet_sees_the_noisy_latent_as_its_generator_does():
         assert torch.equal(one_by_one, generator(x, t, text, adapter(traj, x, t, text)))
 
 
+def write_adapter(path: Path, adapter: adapters.Adapter, config: dict) -> Path:
+    header = {"network": "SlowAdapter", "config": json.dumps(config)}
+    write_safetensors(path, adapter.state_dict(), header, torch.float32)
+    return path
+
+
 @KINDS
-def test_export_reads_back_as_its_kind(kind, tmp_path):
+def test_export_reads_back_as_its_kind_and_with_its_maps(kind, tmp_path):
     generator, adapter, *_ = networks(kind)
-    path = tmp_path / "adapter.safetensors"
-    save_network(path, "SlowAdapter", adapter.config, adapter.state_dict(), torch.float32)
-    again = adapters.read_adapter(path, "SlowAdapter")
-    assert type(again) is type(adapter)
+    config, path = dataclasses.asdict(adapter.config), tmp_path / "adapter.safetensors"
+    for maps in ("outline", "pixels"):
+        write_adapter(path, adapter, config | {"maps": maps})
+        assert adapters.read_maps(path, "SlowAdapter") == maps
+        again = adapters.read_adapter(path, "SlowAdapter")
+        assert type(again) is type(adapter) and again.config == dataclasses.replace(adapter.config, maps=maps)
+        assert all(torch.equal(p, again.state_dict()[n]) for n, p in adapter.state_dict().items())
     adapters.check_fit(again, path, generator, "g.pt")
-    assert all(torch.equal(p, again.state_dict()[n]) for n, p in adapter.state_dict().items())
     with pytest.raises(UserError, match=r"adapter\.safetensors: was made for a generator of other shape than g\.pt"):
-        adapters.check_fit(again, path, VideoDiT(dataclasses.replace(generator.config, layers=5)), "g.pt")
-    with pytest.raises(UserError, match="holds a SlowAdapter, expected a FastAdapter"):
-        adapters.read_adapter(path, "FastAdapter")
+        adapters.check_fit(again, path, nets.generator(layers=5), "g.pt")
+    for read in (adapters.read_adapter, adapters.read_maps):
+        with pytest.raises(UserError, match="holds a SlowAdapter, expected a FastAdapter"):
+            read(path, "FastAdapter")
+    write_adapter(path, adapter, config | {"maps": "paint"})
+    with pytest.raises(UserError, match="its header has no config of a SlowAdapter"):
+        adapters.read_maps(path, "SlowAdapter")
 
 
 @pytest.mark.parametrize("maps", ["outline", "pixels"])
 def test_stage_1_trains_a_controlnet_and_sample_uses_it(maps, here, monkeypatch):
-    generator = VideoDiT(DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24))
+    generator = nets.generator()
     monkeypatch.setitem(PRESETS, "small", generator.config)  # nothing here hangs on its width
-    torch.nn.init.normal_(generator.head.head.weight, std=0.02)
-    save_network("slow_generator.safetensors", "SlowGenerator", generator.config, generator.state_dict())
+    nets.save(slow_generator=generator)
     options = {"steps": 2, "batch": 2, "compile": False, "generator": "slow_generator.safetensors"}
     train_slow_adapter.main(train_slow_adapter.Config(kind="controlnet", maps=maps, sample_every=0, **options))
     file = "runs/slow_adapter/slow_adapter.safetensors"
     adapter = adapters.read_adapter(file, "SlowAdapter")
     assert isinstance(adapter, adapters.ControlNetAdapter) and adapter.project[0].weight.any()
     assert adapter.config.maps == adapters.read_maps(file, "SlowAdapter") == maps
-    painted, encode = [], ToyCodec.encode_video
-    monkeypatch.setattr(ToyCodec, "encode_video", lambda codec, video: painted.append(video) or encode(codec, video))
+    painted = nets.watch(monkeypatch, ToyCodec, "encode_video", lambda codec, video: video)
     options = {"speed": "slow", "steps": 2, "detail": False, "adapter": file, "weights": ".", "size": "48x48"}
     sample.main(sample.Config(**options))
     assert iio.imread("out/sample.mp4").shape == (9, 48, 48, 3)
@@ -227,49 +226,25 @@ def test_the_fixed_norm_weighs_a_line_the_same_however_large_its_box():
 
 def test_the_statistics_of_the_fixed_norm_are_saved_with_the_weights(tmp_path):
     torch.manual_seed(0)
-    shape = adapters.AdapterConfig(32, 2, hidden=16, channels=16, fixed_norm=True)
-    adapter, path = adapters.ResNetAdapter(shape), tmp_path / "a.safetensors"
+    adapter, path = nets.adapter(channels=16, fixed_norm=True), tmp_path / "a.safetensors"
     ema = optim.EMA(adapter, 0.9)
     adapter.norm.fit([3 + 2 * torch.randn(2, 16, 3, 4, 4)])
     assert ema.weights().keys() == adapter.state_dict().keys() and "norm.mean" in ema.weights()
-    save_network(path, "SlowAdapter", shape, ema.weights(), torch.float32)
+    save_network(path, "SlowAdapter", adapter.config, ema.weights(), torch.float32)
     again = adapters.read_adapter(path, "SlowAdapter", torch.bfloat16)
     assert again.config.fixed_norm and again.norm.mean.dtype == torch.float32
     assert torch.equal(again.norm.mean, adapter.norm.mean) and torch.equal(again.norm.std, adapter.norm.std)
     assert not torch.allclose(again.norm.mean, torch.zeros(1)) and adapters.PRESETS["wan5b"].fixed_norm
 
 
-def write_adapter(path: Path, adapter: adapters.Adapter, config: dict) -> Path:
-    header = {"network": "SlowAdapter", "config": json.dumps(config)}
-    write_safetensors(path, adapter.state_dict(), header, torch.float32)
-    return path
-
-
 def test_files_from_before_the_fixed_norm_are_read(tmp_path):
     """Their header has no such field: the clip's own statistics and outlines, as they were trained."""
-    shape = adapters.AdapterConfig(32, 2, hidden=16, channels=16)
-    adapter = adapters.ResNetAdapter(shape)
-    config = {k: v for k, v in dataclasses.asdict(shape).items() if k not in ("fixed_norm", "maps")}
+    adapter = nets.adapter()
+    config = {k: v for k, v in dataclasses.asdict(adapter.config).items() if k not in ("fixed_norm", "maps")}
     again = adapters.read_adapter(write_adapter(tmp_path / "a.safetensors", adapter, config), "SlowAdapter")
-    assert again.config == shape and isinstance(again.norm, torch.nn.GroupNorm)
-    traj = torch.randn(1, 16, 3, 4, 4)
+    assert again.config == adapter.config and isinstance(again.norm, torch.nn.GroupNorm)
+    traj = torch.randn(1, 24, 3, 4, 4)
     assert all(torch.equal(a, b) for a, b in zip(again(traj), adapter(traj), strict=True))
-
-
-@KINDS
-def test_how_trajectories_are_painted_is_one_of_two_ways(kind, tmp_path):
-    _, adapter, *_ = networks(kind)
-    config, path = dataclasses.asdict(adapter.config), tmp_path / "a.safetensors"
-    for maps in ("outline", "pixels"):
-        write_adapter(path, adapter, config | {"maps": maps})
-        assert adapters.read_maps(path, "SlowAdapter") == maps
-        again = adapters.read_adapter(path, "SlowAdapter")
-        assert type(again) is type(adapter) and again.config == dataclasses.replace(adapter.config, maps=maps)
-    with pytest.raises(UserError, match="holds a SlowAdapter, expected a FastAdapter"):
-        adapters.read_maps(path, "FastAdapter")
-    write_adapter(path, adapter, config | {"maps": "paint"})
-    with pytest.raises(UserError, match="its header has no config of a SlowAdapter"):
-        adapters.read_maps(path, "SlowAdapter")
 
 
 def test_every_frame_has_frame_0_beside_it():
@@ -280,12 +255,6 @@ def test_every_frame_has_frame_0_beside_it():
     changed = after - before
     assert (changed[:, 1] != 0).any()
     torch.testing.assert_close(changed[:, 1], changed[:, 2])
-
-
-def test_a_fresh_controlnet_embeds_what_its_generator_does():
-    generator, adapter, x, t, text, traj = networks("controlnet")
-    own, other = generator.embed(x, t, text)[0], adapter.embed(torch.cat([x, traj], 1), t, text)[0]
-    torch.testing.assert_close(own, other)
 
 
 def test_size_at_wan5b():

@@ -67,30 +67,47 @@ SHOWN = np.ones((9, 2), bool)
 SHOWN[3:5, 1] = False
 
 
-def files(folder):
-    np.save(folder / "plain.npy", POINTS)
-    np.save(folder / "last.npy", np.concatenate([POINTS, SHOWN[..., None]], -1).astype(np.float32))
-    np.savez(folder / "named.npz", tracks=POINTS, visibility=SHOWN)
-    torch.save(torch.tensor(POINTS), folder / "tensor.pt")
-    learned = torch.tensor(POINTS, dtype=torch.bfloat16, requires_grad=True)  # these numbers are exact in it
-    torch.save((learned[None], torch.tensor(SHOWN)[None]), folder / "pair.pt")
-    torch.save({"tracks": torch.tensor(POINTS), "visibility": None}, folder / "none.PT")
-    words = np.where(SHOWN, [[f"{x},{y}" for x, y in frame] for frame in POINTS], "- -")
-    (folder / "lines.txt").write_text("\n".join(map(" ".join, words)) + "\n")
+WORDS = np.where(SHOWN, [[f"{x},{y}" for x, y in frame] for frame in POINTS], "- -")
+TENSOR = torch.tensor(POINTS)
+LEARNED = TENSOR.bfloat16().requires_grad_()  # these numbers are exact in it
+GRID = np.array([[12 + 10 * i, 12 + 10 * j] for j in range(3) for i in range(3)]) + np.arange(9)[:, None, None]
+ALL, BOTH = np.ones((9, 9), bool), np.ones((9, 2), bool)
 
 
-@pytest.mark.parametrize("name, hides", [("plain.npy", False), ("last.npy", True), ("named.npz", True),
-                                         ("tensor.pt", False), ("lines.txt", True),
-                                         ("pair.pt", True), ("none.PT", False)])  # fmt: skip
-def test_point_tracks_of_every_kind(tmp_path, name, hides):
-    files(tmp_path)
-    points, shown = read_points(tmp_path / name)
-    want = SHOWN if hides else np.ones_like(SHOWN)
-    assert (shown == want).all() and np.abs(points - POINTS)[want].max() < 1e-4
+def with_visibility(path, points, shown):
+    """Two files, as Wan-Move writes them."""
+    np.save(path, points)
+    np.save(path.with_name(path.name.replace("tracks", "visibility").replace("track", "visibility")), shown[None])
+
+
+TRACKS = {  # as trackers write them -> their points and which are seen; nine points in nine frames last, told by names
+    "plain.npy": (lambda path: np.save(path, POINTS), POINTS, BOTH),
+    "last.npy": (lambda path: np.save(path, np.dstack([POINTS, SHOWN]).astype(np.float32)), POINTS, SHOWN),
+    "named.npz": (lambda path: np.savez(path, tracks=POINTS, visibility=SHOWN), POINTS, SHOWN),
+    "tensor.pt": (lambda path: torch.save(TENSOR, path), POINTS, BOTH),
+    "pair.pt": (lambda path: torch.save((LEARNED[None], torch.tensor(SHOWN)[None]), path), POINTS, SHOWN),
+    "none.PT": (lambda path: torch.save({"tracks": TENSOR, "visibility": None}, path), POINTS, BOTH),
+    "lines.txt": (lambda path: path.write_text("\n".join(map(" ".join, WORDS)) + "\n"), POINTS, SHOWN),
+    "tracks.npy": (lambda path: with_visibility(path, POINTS, SHOWN), POINTS, SHOWN),
+    "x_track.npy": (lambda path: with_visibility(path, POINTS, SHOWN), POINTS, SHOWN),
+    "cotracker.npz": (lambda path: np.savez(path, pred_tracks=GRID[None], pred_visibility=ALL[None]), GRID, ALL),
+    "tapvid.npz": (lambda path: np.savez(path, target_points=GRID.swapaxes(0, 1), occluded=~ALL), GRID, ALL),
+    "square.txt": (lambda path: path.write_text("\n".join(" ".join(map(str, f.ravel())) for f in GRID)), GRID, ALL),
+    "wan_move_tracks.npy": (lambda path: with_visibility(path, GRID[None], ALL), GRID, ALL),
+}
+
+
+@pytest.mark.parametrize("name", TRACKS)
+def test_point_tracks_of_every_kind(name, tmp_path):
+    write, wanted, seen = TRACKS[name]
+    write(tmp_path / name)
+    points, shown = read_points(tmp_path / name, 9)
+    assert np.array_equal(shown, seen) and np.abs(points - wanted)[seen].max() < 1e-4
 
 
 def test_points_become_boxes_of_one_size_cut_at_the_edge(tmp_path):
-    files(tmp_path)
+    for name in ("named.npz", "plain.npy"):
+        TRACKS[name][0](tmp_path / name)
     convert.main(Config(str(tmp_path / "named.npz"), str(tmp_path / "out.json"), box="10x12", **SMALL))
     got = load_trajectory(tmp_path / "out.json", (48, 48), 9)
     assert got.boxes[0, 0].tolist() == [4, 15, 16, 25] and got.boxes[0, 8].tolist() == [24, 15, 36, 25]
@@ -100,32 +117,6 @@ def test_points_become_boxes_of_one_size_cut_at_the_edge(tmp_path):
     convert.main(Config(str(tmp_path / "plain.npy"), str(tmp_path / "wide.json"), **wide))
     (one,) = load_trajectory(tmp_path / "wide.json", (96, 96), 9).boxes
     assert one[0].tolist() == [60, 6, 96, 26]  # twice as large, and cut at the right edge
-
-
-GRID = (
-    np.array([[12 + 10 * i, 12 + 10 * j] for j in range(3) for i in range(3)]) + np.arange(9)[:, None, None]
-)  # (T, K, 2)
-SQUARE = {  # nine points in nine frames, as trackers write them
-    "cotracker.npz": lambda p: np.savez(p, pred_tracks=GRID[None], pred_visibility=np.ones((1, 9, 9), bool)),
-    "tapvid.npz": lambda p: np.savez(p, target_points=GRID.swapaxes(0, 1), occluded=np.zeros((9, 9), bool)),
-    "lines.txt": lambda p: p.write_text("\n".join(" ".join(map(str, frame.ravel())) for frame in GRID)),
-    "wan_move_tracks.npy": lambda p: (np.save(p, GRID[None]), np.save(p.with_name("wan_move_visibility.npy"),
-                                                                      np.ones((1, 9, 9)))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SQUARE)
-def test_names_tell_the_order_where_there_are_as_many_points_as_frames(name, tmp_path):
-    SQUARE[name](tmp_path / name)
-    points, shown = read_points(tmp_path / name, 9)
-    assert np.array_equal(points, GRID) and shown.all()
-
-
-@pytest.mark.parametrize("name", ["tracks.npy", "x_track.npy"])
-def test_the_visibility_that_wan_move_writes_beside_tracks_is_read(name, tmp_path):
-    np.save(tmp_path / name, POINTS)
-    np.save(tmp_path / name.replace("tracks", "visibility").replace("track", "visibility"), SHOWN[None])
-    assert np.array_equal(read_points(tmp_path / name, 9)[1], SHOWN)
 
 
 class Evil:
@@ -165,43 +156,58 @@ BAD = [
     ("plain.npy", {"size": "big"}, "--size big: takes height x width"),
     ("plain.npy", {"to": "x.gif"}, "--to x.gif: give a .json, an .mp4, or a folder"),
     ("plain.npy", {"image": "words.txt", "to": "x.json"}, "words.txt: not a readable image"),
+    ("boxes.json", {"to": "m.mp4", "size": "45x45"}, "--size 45x45: an mp4 takes an even height and width"),
+    ("plain.npy", {"size": ""}, "plain.npy: .*doesn't say how large its frame is; give --size"),
+    ("boxes.json", {"size": ""}, "boxes.json: .*give --size"),
+    ("empty", {"size": ""}, "empty: .*a folder without PNG files"),
+    ("no.json", {"size": ""}, "no.json: no such file"),
 ]
 
 
-@pytest.mark.parametrize("source, flags, message", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(source, flags, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    files(tmp_path)
-    np.save("flat.npy", POINTS[:, 0])
-    np.save("object.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    torch.save({"tracks": Evil()}, "evil.pth")
-    np.savez("other.npz", points=POINTS)
-    np.savez("short.npz", tracks=POINTS, visibility=SHOWN[1:])
-    np.save("many.npy", np.full((9, 21, 2), 20.0))
-    late = np.concatenate([POINTS, np.ones((9, 2, 1))], -1)
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """A folder with a file for every line of BAD, and some that are fine."""
+    folder = tmp_path_factory.mktemp("bad")
+    late = np.dstack([POINTS, np.ones((9, 2))])
     late[0, 1, 2] = 0
-    np.save("late.npy", late)
-    np.save("depth.npy", np.concatenate([POINTS, np.full((9, 2, 1), 3.5)], -1))
-    np.save("share.npy", np.concatenate([POINTS, np.full((9, 2, 1), 0.7)], -1))
-    np.savez("logits.npz", tracks=POINTS, occlusion=SHOWN * 9.0 - 4)
-    np.savez("doubts.npz", tracks=POINTS, occlusion=SHOWN * 0.8, expected_dist=SHOWN * 0.8)
-    np.save("square.npy", np.full((9, 9, 2), 20.0))
-    torch.save((torch.full((1, 9, 9, 2), 20.0), torch.ones(1, 9, 9)), "pair.pth")
-    np.save("parts.npy", (POINTS - 9) / 30)  # some beyond the picture
-    np.save("nan.npy", POINTS * np.nan)
-    torch.save([torch.tensor(POINTS)], "list.pt")
+    arrays = {
+        "plain": POINTS, "flat": POINTS[:, 0], "object": np.array([{"a": 1}], dtype=object), "late": late,
+        "many": np.full((9, 21, 2), 20.0), "depth": np.dstack([POINTS, np.full((9, 2), 3.5)]), "nan": POINTS * np.nan,
+        "share": np.dstack([POINTS, np.full((9, 2), 0.7)]), "square": np.full((9, 9, 2), 20.0),
+        "parts": (POINTS - 9) / 30,  # some beyond the picture
+    }  # fmt: skip
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    archives = {
+        "other": {"points": POINTS}, "short": {"tracks": POINTS, "visibility": SHOWN[1:]},
+        "logits": {"tracks": POINTS, "occlusion": SHOWN * 9.0 - 4},
+        "doubts": {"tracks": POINTS, "occlusion": SHOWN * 0.8, "expected_dist": SHOWN * 0.8},
+    }  # fmt: skip
+    for name, held in archives.items():
+        np.savez(folder / f"{name}.npz", **held)
+    pair = torch.full((1, 9, 9, 2), 20.0), torch.ones(1, 9, 9)
+    for name, held in {"evil.pth": {"tracks": Evil()}, "pair.pth": pair, "list.pt": [TENSOR]}.items():
+        torch.save(held, folder / name)
     written = {
         "text.npy": b"no array", "words.txt": b"one two\n", "uneven.txt": b"1 2 3 4\n1 2\n", "p.preview.mp4": b"",
         "header.npy": b"\x93NUMPY\x01\x00v\x00" + b"((((".ljust(118),
         "maps.json": (ROOT / "examples/balloons.json").read_bytes(),
     }  # fmt: skip
     for name, content in written.items():
-        (tmp_path / name).write_bytes(content)
-    before = sorted(p.name for p in tmp_path.rglob("*"))
+        (folder / name).write_bytes(content)
+    boxes_json(folder)
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("source, flags, message", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(source, flags, message, bad, monkeypatch, capsys):
+    monkeypatch.chdir(bad)
+    before = sorted(p.name for p in bad.rglob("*"))
     with pytest.raises(UserError, match=message) as caught:
         convert.main(Config(source, **{"to": "out.json", **SMALL, **flags}))
     assert "\n" not in str(caught.value) and "code ran" not in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+    assert sorted(p.name for p in bad.rglob("*")) == before
 
 
 def test_the_script_takes_its_source_first(run, tmp_path):
@@ -212,23 +218,14 @@ def test_the_script_takes_its_source_first(run, tmp_path):
     assert job.returncode == 2 and len(job.stderr.splitlines()) == 1 and "no.json: no such file" in job.stderr
 
 
-def test_without_a_size_maps_have_that_of_the_source(run, tmp_path):
-    truth = load_trajectory(ROOT / "examples/balloons.json", (192, 240), 9)
-    for source, to in ((ROOT / "examples/balloons.json", "maps"), ("maps", "maps.mp4"), ("maps.mp4", "back.json")):
-        job = run("tools.convert", source, "--to", to)
-        assert job.returncode == 0, job.stderr
-    assert iio.imread(tmp_path / "maps/00000.png").shape == iio.imread(tmp_path / "maps.mp4").shape[1:] == (192, 240, 3)
-    top = json.loads((tmp_path / "back.json").read_text())
+def test_without_a_size_maps_have_that_of_the_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = str(ROOT / "examples/balloons.json")
+    for source, to in ((example, "maps"), ("maps", "maps.mp4"), ("maps.mp4", "back.json")):
+        convert.main(Config(source, to))
+    assert iio.imread("maps/00000.png").shape == iio.imread("maps.mp4").shape[1:] == (192, 240, 3)
+    top, truth = json.loads((tmp_path / "back.json").read_text()), load_trajectory(example, (192, 240), 9)
     assert (top["height"], top["width"]) == (192, 240) and len(top["objects"]) == len(truth.names)
-    np.save(tmp_path / "points.npy", POINTS)
-    boxes_json(tmp_path)
-    (tmp_path / "empty").mkdir()
-    refused = {"points.npy": "doesn't say how large its frame is; give --size", "boxes.json": "give --size",
-               "empty": "a folder without PNG files", "no.json": "no such file"}  # fmt: skip
-    for source, message in refused.items():
-        job = run("tools.convert", source, "--to", "other")
-        assert job.returncode == 2 and len(job.stderr.splitlines()) == 1, job.stderr
-        assert source in job.stderr and message in job.stderr and not (tmp_path / "other").exists()
 
 
 def test_points_and_preview_are_cut_as_the_image_is(tmp_path):
@@ -264,9 +261,3 @@ def test_what_is_written_can_be_read_where_an_object_enters_later(late, tmp_path
     want, back = (load_trajectory(tmp_path / name, (48, 48), 9) for name in ("a.json", "b.json"))
     np.testing.assert_allclose(back.boxes, want.boxes, atol=1e-3)
     assert np.array_equal(back.masks, want.masks) and not (tmp_path / "b_mask_1.png").exists()
-
-
-def test_an_odd_size_makes_no_mp4(tmp_path):
-    with pytest.raises(UserError, match="--size 45x45: an mp4 takes an even height and width"):
-        convert.main(Config(str(boxes_json(tmp_path)), str(tmp_path / "m.mp4"), size="45x45"))
-    assert not (tmp_path / "m.mp4").exists()
