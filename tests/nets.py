@@ -12,6 +12,7 @@ from model import DiTConfig, VideoDiT
 
 SHAPE = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)  # for the latents and texts of preset small
 LIGHT = AdapterConfig(32, 2, hidden=16, channels=24)
+VIDEOS = {"size": (32, 32), "frames": 3}  # of the small world, for runs where their size does not matter
 
 
 def generator(std: float = 0.02, **changes) -> VideoDiT:

@@ -13,20 +13,15 @@ from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, 
 from model import PRESETS, VideoDiT
 
 
-def build(**switches):
+def judge(**switches):
+    """A classifier, and features, text and a trajectory of two videos."""
     torch.manual_seed(0)
-    backbone = VideoDiT(PRESETS["small"])
     classifier = Classifier(replace(discriminators.PRESETS["small"], **switches))
     torch.nn.init.normal_(classifier.logit.weight)
     for name, weight in classifier.named_parameters():
         if name.endswith("out_proj.weight"):  # some start at zero, which would hide what their attention sees
             torch.nn.init.normal_(weight, std=0.1)
-    return DiffusionDiscriminator(backbone, classifier)
-
-
-def inputs():
-    x_t, traj = torch.randn(2, 2, 24, 3, 4, 4)
-    return x_t, torch.tensor([[0.0, 400, 400], [0, 900, 900]]), torch.randn(2, 32, 64), traj
+    return classifier, torch.randn(3, 2, 12, 256), torch.randn(2, 32, 64), torch.randn(2, 24, 3, 4, 4)
 
 
 def test_losses_by_hand():
@@ -41,7 +36,9 @@ def test_losses_by_hand():
 
 
 def test_only_the_classifier_learns_and_the_gradient_reaches_the_latent():
-    discriminator, (x_t, t, text, traj) = build(), inputs()
+    classifier, _, text, traj = judge()
+    discriminator = DiffusionDiscriminator(VideoDiT(PRESETS["small"]), classifier)
+    x_t, t = torch.randn(2, 24, 3, 4, 4), torch.tensor([[0.0, 400, 400], [0, 900, 900]])
     frozen = {n: p.clone() for n, p in discriminator.backbone.named_parameters()}
     before = {n: p.clone() for n, p in discriminator.classifier.named_parameters()}
     optimizer = optim.adamw(discriminator.classifier)
@@ -62,9 +59,7 @@ SEES = {"semantic": {"first frame", "text"}, "trajectory": {"trajectory"}, "vide
 
 @pytest.mark.parametrize("alone", SEES)
 def test_each_attention_sees_its_part_and_can_be_switched_off(alone):
-    classifier = build(**{name: name == alone for name in SEES}).classifier
-    _, _, text, traj = inputs()
-    features = torch.randn(3, 2, 12, 256)
+    classifier, features, text, traj = judge(**{name: name == alone for name in SEES})
     first, later = features.clone(), features.clone()
     first[:, :, :4] += torch.randn(256)
     later[:, :, 4:] += torch.randn(256)
@@ -81,8 +76,7 @@ def test_each_attention_sees_its_part_and_can_be_switched_off(alone):
 
 def test_padding_of_the_text_is_not_seen():
     """Wan's prompts are padded to 512 rows of zeros, which would take a quarter of the attention."""
-    classifier, (_, _, text, traj) = build().classifier, inputs()
-    features = torch.randn(3, 2, 12, 256)
+    classifier, features, text, traj = judge()
     text[0, 20:], text[1, 5:] = 0, 0
     padded = classifier(features, text, traj)
     for i, length in enumerate((20, 5)):
@@ -93,8 +87,7 @@ def test_padding_of_the_text_is_not_seen():
 
 
 def test_a_feed_forward_follows_the_attentions():
-    classifier, (_, _, text, traj) = build(feed_forward=96).classifier, inputs()
-    features = torch.randn(3, 2, 12, 256)
+    classifier, features, text, traj = judge(feed_forward=96)
     before = classifier(features, text, traj)
     before.sum().backward()
     assert [layer.weight.grad.abs().max() > 0 for block in classifier.blocks for layer in block.ffn[1::2]] == [True] * 6
@@ -117,9 +110,8 @@ def test_presets_fit_their_networks():
 
 
 def test_export_reads_back(tmp_path):
-    classifier, (_, _, text, traj), path = build().classifier, inputs(), tmp_path / "c.safetensors"
+    (classifier, features, text, traj), path = judge(), tmp_path / "c.safetensors"
     save_network(path, "Classifier", classifier.config, classifier.state_dict(), torch.float32)
-    features = torch.randn(3, 2, 12, 256)
     config, tensors = read_network(path, "Classifier", discriminators.ClassifierConfig)
     again = load(lambda: Classifier(config), tensors, path)
     assert torch.equal(again(features, text, traj), classifier(features, text, traj))

@@ -11,6 +11,7 @@ import distill_fast
 import flow
 from core import optim
 from distill_fast import WAN5B, Config, Draw, fake_score_loss, student_learns, student_loss
+from toy.codec import ToyCodec
 from toy.latents import ToyLatents
 
 SIGMAS = flow.sigma_schedule(4, 3)
@@ -108,6 +109,7 @@ def test_wan5b_has_the_values_of_its_sources():
 @pytest.mark.parametrize("most", [1.0, 0.5])
 def test_a_run_judges_where_its_recipe_says_at_the_rates_it_says(most, here, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(ToyCodec, "learned_on", nets.VIDEOS)
     nets.save(slow_generator=nets.generator(layers=1))
     seen = nets.watch(monkeypatch, distill_fast, "fake_score_loss", lambda fake, student, draw, on: draw)
     clips = nets.watch(monkeypatch, optim, "clip_and_step", lambda network, optimizers, clip: clip)

@@ -54,6 +54,11 @@ def test_true_videos_score_the_ceiling(world):
     assert scores["ground_psnr"] == scores["camera_psnr"] == scores["hole_psnr"] == pytest.approx(100)
     assert scores["seam"] == scores["sharpness"] == 1 and scores["fvd"] == pytest.approx(0, abs=1e-6)
     assert scores["prompt_accuracy"] >= 0.9
+    rate, turning = metrics.spin_rate(world.video, world), world.spin != 0
+    assert rate.isnan().equal(~turning) and turning.sum() >= 6
+    assert ((rate - world.spin)[turning].abs() < 0.06).float().mean() > 0.7
+    backwards = dataclasses.replace(world, **{n: getattr(world, n).flip(2) for n in ("masks", "boxes", "middle")})
+    torch.testing.assert_close(metrics.spin_rate(world.video.flip(2), backwards)[turning], -rate[turning])
     turning = world.spin[~world.says_spin].flatten()
     turning = turning[turning != 0]
     assert scores["clockwise_unprompted"] == pytest.approx((turning > 0).float().mean().item(), abs=0.1)
@@ -62,7 +67,7 @@ def test_true_videos_score_the_ceiling(world):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_errors_are_those_of_things_and_ground_apart():
+def test_errors_are_those_of_things_and_ground_apart_and_split_by_mask_box_and_turning():
     batch = scene(STEPS)
     inside = batch.masks[:, 1:].expand_as(batch.video)
     worse = torch.where(inside, batch.video - 0.2, batch.video)  # a tenth of the range
@@ -76,9 +81,6 @@ def test_errors_are_those_of_things_and_ground_apart():
     panned = dataclasses.replace(batch, used=batch.used | torch.tensor([[True, False]]))  # a camera that stays
     scores = metrics.score(torch.where(inside, batch.video, batch.video + 0.02), panned)
     assert scores["camera_psnr"] == pytest.approx(40, abs=0.01) and math.isnan(scores["ground_psnr"])
-
-
-def test_errors_are_split_by_mask_box_and_turning():
     for changes, name in (({"margin": 2}, "by_box"), ({"spin": 0.1}, "turning"), ({}, "by_mask")):
         batch = scene(STEPS, **changes)
         errors = metrics.thing_errors(batch.video + 0.2, batch)
@@ -160,18 +162,6 @@ def test_blur_is_not_sharp_and_noise_is_too_sharp():
 # --- spin -------------------------------------------------------------------------------------------------------------
 
 
-def test_spin_is_measured_by_its_texture():
-    batch = World("validation").batch(range(24))
-    rate = metrics.spin_rate(batch.video, batch)
-    assert rate.isnan().equal(batch.spin == 0)
-    turning = batch.spin != 0
-    assert turning.sum() >= 6
-    assert ((rate - batch.spin)[turning].abs() < 0.06).float().mean() > 0.7
-    assert (rate.sign() == batch.spin.sign())[turning].float().mean() > 0.85
-    backwards = dataclasses.replace(batch, **{n: getattr(batch, n).flip(2) for n in ("masks", "boxes", "middle")})
-    torch.testing.assert_close(metrics.spin_rate(batch.video.flip(2), backwards)[turning], -rate[turning])
-
-
 def test_spin_of_a_disc_by_hand():
     """Eight frames of a disc of sectors that turns by 10 degrees a frame, or not at all."""
     y, x = (torch.arange(SIZE) + 0.5 - SIZE / 2 for _ in range(2))
@@ -209,7 +199,7 @@ def test_what_is_pasted_follows_the_boxes_and_leaves_no_hole():
     assert still["thing_error"] > 0.01 and still["ground_psnr"] == 100 and still["hole_psnr"] < 20
 
 
-def test_pasting_by_box_takes_ground_along(world):
+def test_pasting_by_box_takes_ground_along_and_a_hole_shows_what_is_around(world):
     world = world.subset(range(20))
     by_mask, by_box = (metrics.score(metrics.pasted(world, kind), world) for kind in ("mask", "box"))
     still = metrics.score(world.video[:, :, :1].expand_as(world.video), world)
@@ -218,9 +208,7 @@ def test_pasting_by_box_takes_ground_along(world):
     assert by_mask["camera_psnr"] > by_box["camera_psnr"] > still["camera_psnr"]
     assert by_mask["thing_error"] < by_box["thing_error"] < 0.3 * still["thing_error"]
     assert by_mask["fvd"] < 0.5 * still["fvd"]
-
-
-def test_a_hole_shows_what_is_around():
+    # A hole shows what is around.
     picture, hole = torch.full((1, 3, 20, 20), 0.25), torch.zeros(1, 1, 20, 20, dtype=torch.bool)
     hole[..., 5:15, 5:15] = True
     torn = picture.masked_fill(hole, -1.0)
@@ -251,9 +239,6 @@ def test_frechet_closed_forms():
     expected = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
     assert frechet_distance(a, b) == pytest.approx(expected.item())
     assert frechet_distance(b, a) == pytest.approx(expected.item())
-
-
-def test_frechet_of_identical_and_of_tiny_sets():
     a = sample(200, 16)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(a[:3], a[:3]) == pytest.approx(0, abs=1e-6)  # singular covariance

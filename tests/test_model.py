@@ -68,24 +68,18 @@ def small(batch: int) -> tuple[VideoDiT, torch.Tensor, torch.Tensor, torch.Tenso
     return model, torch.randn(batch, 48, 2, 4, 4), torch.full((batch, 2), 500.0), torch.randn(batch, 7, 40)
 
 
-def test_every_video_reads_its_own_text():
+@torch.no_grad()
+def test_texts_features_and_residuals():
+    """Every video reads its own text."""
     model, x, t, text = small(2)
-    with torch.no_grad():
-        tokens, _, _, seen, _ = model.embed(x, t, text)
-        assert seen.shape == (2, 7, 128) and tokens.shape == (2, 8, 128)
-        torch.testing.assert_close(model(x[1:], t[1:], text[1:]), model(x, t, text)[1:], rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(model(x, t, text + 1), model(x, t, text))
-
-
-def test_features_and_residuals():
-    model, x, t, text = small(1)
-    with torch.no_grad():
-        plain, features = model(x, t, text, feature_blocks=(0, 2))
-        assert [f.shape for f in features] == [(1, 8, 128)] * 2
-        residuals = [torch.zeros(1, 8, 128) for _ in range(3)]
-        assert torch.equal(model(x, t, text, residuals), plain)
-        residuals[1] += 1
-        moved, after = model(x, t, text, residuals, feature_blocks=(0, 1))
+    plain, features = model(x, t, text, feature_blocks=(0, 2))
+    torch.testing.assert_close(model(x[1:], t[1:], text[1:]), plain[1:], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(x, t, text + 1), plain)
+    assert [f.shape for f in features] == [(2, 8, 128)] * 2
+    residuals = [torch.zeros(2, 8, 128) for _ in range(3)]
+    assert torch.equal(model(x, t, text, residuals), plain)
+    residuals[1] += 1
+    moved, after = model(x, t, text, residuals, feature_blocks=(0, 1))
     assert torch.equal(after[0], features[0])  # block 0 is before the residual
     assert not torch.allclose(moved, plain)
 

@@ -76,7 +76,8 @@ def test_wan5b_learns_by_adamw_with_a_warm_up():
 
 @pytest.fixture
 def stage_1(here, monkeypatch):
-    """stage_1(fixed_norm, **options) -> its optimizers, after a run of a small network on the toy."""
+    """stage_1(**options) -> its optimizers, after a run of a small network on small videos."""
+    monkeypatch.setattr(ToyCodec, "learned_on", nets.VIDEOS)
     network = nets.generator()
     files = nets.save(slow_generator=network)
     monkeypatch.setitem(adapters.PRESETS, "small", nets.adapter(fixed_norm=True).config)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from core.boxes import move
-from core.config import UserError, check_options
-from toy import train_slow_generator, world
+from core.config import UserError
+from toy import world
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
 from toy.pictures import BANK, PHOTOGRAPHS, SPLITS, picture_bank
@@ -43,11 +43,7 @@ def test_splits_share_neither_seeds_nor_pictures(many):
     assert all(a.stop <= b.start for a, b in pairwise(sorted(seeds, key=lambda r: r.start)))
     known = {picture.numpy().tobytes() for picture in picture_bank("train", CPU)}
     assert not known & {picture.numpy().tobytes() for picture in picture_bank("validation", CPU)}
-
-
-def test_photographs_move_too():
-    batch = World("photographs", SIZE).batch([0, 1])
-    assert batch.video.std() > 0.2 and len(picture_bank("photographs", CPU)) == len(PHOTOGRAPHS)
+    assert others[1].std() > 0.2 and len(picture_bank("photographs", CPU)) == len(PHOTOGRAPHS)
 
 
 def test_away_from_things_a_video_shows_its_background(many):
@@ -157,21 +153,15 @@ def test_captions_say_what_is_there_and_half_of_them_the_directions(many):
 
 @pytest.mark.parametrize("style", ["outline", "pixels"])
 @pytest.mark.parametrize("kind", ["box", "mask"])
-def test_maps_are_those_that_a_trajectory_paints(many, style, kind):
-    few = many.subset(range(8))
-    maps = few.maps(style, kind)
-    assert maps.shape == few.video.shape
-    for i in range(8):
-        assert torch.equal(
-            maps[i], few.trajectory(i, kind).maps(kind, few.video[i, :, 0] if style == "pixels" else None)
-        )
-
-
-def test_other_sizes_show_the_same_kind_of_video():
-    batch = World("validation", (40, 72), frames=4).batch([0, 1])
-    assert batch.video.shape == (2, 3, 4, 40, 72)
-    assert batch.masks.any((-1, -2))[:, 1:].any(1).any()
-    assert batch.trajectory(0).maps("box").shape == (3, 4, 40, 72)
+def test_maps_are_those_that_a_trajectory_paints_whatever_the_size(many, style, kind):
+    other = World("validation", (40, 72), frames=4).batch([0, 1])
+    assert other.video.shape == (2, 3, 4, 40, 72) and other.masks.any((-1, -2))[:, 1:].any(1).any()
+    for few in (many.subset(range(8)), other):
+        maps = few.maps(style, kind)
+        assert maps.shape == few.video.shape
+        for i, video in enumerate(few.video):
+            painted = few.trajectory(i, kind).maps(kind, video[:, 0] if style == "pixels" else None)
+            assert torch.equal(maps[i], painted)
 
 
 def test_the_script_writes_what_sampling_reads(tmp_path, capsys):
@@ -229,9 +219,3 @@ def test_training_sees_small_videos_first_and_then_all_shapes_in_turn():
     for _, shape in SHAPES:
         x0, _, traj = ToyLatents(ToyCodec(), "pixels", "validation", **shape).batch([0], "box")
         assert x0.shape == traj.shape and x0.shape[2] == shape.get("frames", 9)
-
-
-@pytest.mark.parametrize("small", [1.5, -0.1])
-def test_a_share_is_a_share(small):
-    with pytest.raises(UserError, match=f"--small {small}: at least 0, at most 1"):
-        check_options(train_slow_generator.Config(small=small))
