@@ -34,6 +34,13 @@ def save(folder: Path = Path(), **networks: torch.nn.Module) -> dict[str, str]:
     return {name: f"{name}.safetensors" for name in networks}
 
 
+def of_stage_3(folder: Path = Path()) -> dict[str, str]:
+    """Files of what stage 3 starts from, by its options. The backbone is as wide as the preset's classifier asks."""
+    backbone = generator(dim=256, layers=6)
+    names = save(folder, fast_generator=generator(), slow_generator=backbone, slow_adapter=adapter()).values()
+    return dict(zip(("generator", "backbone", "adapter"), (str(folder / name) for name in names), strict=True))
+
+
 def watch(monkeypatch, owner: object, name: str, see: Callable = lambda *args, **_: args) -> list:
     """What `see` says of each call from now on, by default its arguments; the function works as before."""
     seen, function = [], getattr(owner, name)

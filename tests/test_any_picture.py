@@ -52,14 +52,10 @@ def test_sizes_are_those_of_wans_rule(area, unit):
         assert size[0] % unit == size[1] % unit == 0 and size[0] * size[1] <= area
 
 
-def test_sizes_of_wan5b_by_hand():
+def test_sizes_of_wan5b_by_hand_and_how_much_of_a_picture_is_kept():
     wanted = {(704, 1280): (704, 1280), (1280, 704): (1280, 704), (1000, 1000): (928, 960), (1080, 1920): (704, 1248)}
     assert {picture: best_size(picture, WanCodec.area, 32) for picture in wanted} == wanted
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_nearly_all_of_a_picture_is_kept(shape):
-    for picture in (shape, tuple(4 * side for side in shape)):
+    for picture in (*SHAPES, *((4 * height, 4 * width) for height, width in SHAPES)):
         size = best_size(picture, WanCodec.area, 32)
         (height, width), _, _ = cover(picture, size)
         assert size[0] * size[1] / (height * width) >= 0.95
@@ -67,8 +63,8 @@ def test_nearly_all_of_a_picture_is_kept(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here):
-    """From the picture to the video with `--size auto`, on preset small."""
+def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here, capsys):
+    """From the picture to the video with `--size auto`, on preset small. Any number of objects is fine."""
     height, width = shape
     side = min(height, width) // 2
     left, top = int(0.6 * width) - side // 2, int(0.45 * height) - side // 2
@@ -76,9 +72,10 @@ def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here):
     pixels[top : top + side, left : left + side] = (220, 40, 40)
     iio.imwrite("x.png", pixels)
     box = [left, top, left + side, top + side]
-    (here / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": box, "8": box}}]}))
+    (here / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": box, "8": box}}] * 12}))
     job = sample.Config(weights="checkpoints/small", image="x.png", traj="b.json", steps=1, detail=False)
     image, trajectory, _ = sample.read_condition(job, ToyCodec())
+    assert len(trajectory.names) == 12 and not capsys.readouterr().err
     size = best_size((height, width), ToyCodec.area, 8)
     assert image.shape == (1, 3, 1, *size) and trajectory.size == size
     red = torch.nonzero(image[0, 0, 0] > image[0, 1, 0] + 0.7)
@@ -86,14 +83,6 @@ def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here):
     assert np.abs(trajectory.boxes[0][0] - [x0, y0, x1, y1]).max() <= 1
     sample.main(job)
     assert iio.imread("out/sample.mp4").shape == (9, *size, 3)
-
-
-def test_any_number_of_objects_is_fine(here, capsys):
-    iio.imwrite("x.png", np.full((64, 64, 3), 60, np.uint8))
-    boxes = [{"boxes": {"0": [16 * k, 4, 16 * k + 12, 20]}} for k in range(4)] * 3
-    (here / "b.json").write_text(json.dumps({"objects": boxes}))
-    _, trajectory, _ = sample.read_condition(sample.Config(image="x.png", traj="b.json"), ToyCodec())
-    assert len(trajectory.names) == 12 and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size, frames, message", [
@@ -116,17 +105,14 @@ def test_a_wrong_size_or_length_is_told_the_nearest(size, frames, message, tmp_p
     with pytest.raises(UserError) as caught:
         codec.video_size(size, frames, (704, 1280))
     assert str(caught.value) == message
-
-
-def test_without_a_picture_auto_is_fine_and_the_length_still_counts(tmp_path):
-    codec = WanCodec(tmp_path, torch.device("cpu"))
+    # Without a picture auto is fine, and the length still counts.
     assert codec.video_size("auto", 121) == (0, 0) and codec.video_size("480x832", 121) == (480, 832)
     with pytest.raises(UserError, match="--frames 120"):
         codec.video_size("auto", 120)
 
 
-def test_a_box_outside_what_is_kept_is_one_line(tmp_path):
-    """A wide video of a tall photo keeps its middle; a box above it has nothing to steer."""
+def test_a_box_outside_what_is_kept_is_one_line_and_one_at_its_edge_is_clipped(tmp_path):
+    """A wide video of a tall photo keeps its middle, rows 221 to 419; a box above it has nothing to steer."""
     boxes = {"0": [10, 300, 60, 350], "4": [10, 20, 60, 70]}
     (tmp_path / "b.json").write_text(json.dumps({"objects": [{"name": "cat\ntwo", "boxes": boxes}]}))
     with pytest.raises(UserError) as caught:
@@ -134,10 +120,6 @@ def test_a_box_outside_what_is_kept_is_one_line(tmp_path):
     (line,) = str(caught.value).splitlines()
     assert 'objects[0].boxes["4"]' in line and "the box of cat two lies outside" in line and "--size 352x640" in line
     load_trajectory(tmp_path / "b.json", (640, 352), 5, (640, 360))  # where all is kept
-
-
-def test_a_box_at_the_edge_of_what_is_kept_is_clipped(tmp_path):
-    """The picture keeps its rows 221 to 419: a box of rows 200 to 300 loses its upper part."""
     (tmp_path / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": [10, 200, 60, 300]}}]}))
     trajectory = load_trajectory(tmp_path / "b.json", (352, 640), 5, (640, 360))
     rows = trajectory.masks[0].any(1).nonzero()[0]

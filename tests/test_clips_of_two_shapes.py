@@ -67,12 +67,9 @@ def test_a_step_is_of_one_shape_and_an_epoch_shows_every_clip(both, batch):
     data = ClipLatents(both, 32, seed=3, batch=batch)
     held_out = {n for n in range(len(KINDS)) if all(n not in clips for clips in data.shapes)}
     assert len(held_out) == 4 and {KINDS[n] for n in held_out} == {"square"}  # the most frequent
-    steps = -(-8 // batch) + -(-8 // batch)  # of the squares that are left, and of the wide ones
-    orders = []
-    for epoch in range(3):
-        picks = [
-            [data.pick(step * batch + i) for i in range(batch)] for step in range(epoch * steps, (epoch + 1) * steps)
-        ]
+    steps, orders = 2 * -(-8 // batch), []  # of the squares that are left, and of the wide ones
+    for first in (0, steps, 2 * steps):  # of three epochs
+        picks = [[data.pick((first + step) * batch + i) for i in range(batch)] for step in range(steps)]
         assert all(len({KINDS[n] for n in step}) == 1 for step in picks)
         assert {n for step in picks for n in step} == set(range(len(KINDS))) - held_out
         assert sum(map(len, picks)) - 16 < 2 * max(batch, 1)  # few come twice
@@ -102,13 +99,10 @@ def test_processes_and_micro_batches_share_a_step_of_one_shape(both):
         assert len(samples) == 8 and len({KINDS[data.pick(n)] for n in samples}) == 1
 
 
-def test_seed_and_number_fix_the_order(both):
+def test_seed_and_number_fix_the_order_and_the_four_held_out_are_of_one_shape(both):
     one, same, other = (ClipLatents(both, 32, seed=seed, batch=4) for seed in (1, 1, 2))
     order = [one.pick(n) for n in range(48)]
     assert order == [same.pick(n) for n in reversed(range(48))][::-1] != [other.pick(n) for n in range(48)]
-
-
-def test_the_four_held_out_are_of_one_shape(both):
     held_out = ClipLatents(both, 32, "validation", batch=3)
     picked = [held_out.pick(n) for n in range(4)]
     assert len(set(picked)) == 4 and {KINDS[n] for n in picked} == {"square"}
@@ -116,15 +110,12 @@ def test_the_four_held_out_are_of_one_shape(both):
     assert not set(picked) & {n for clips in ClipLatents(both, 32).shapes for n in clips}
 
 
-def test_guidance_goes_away_from_the_negative_prompt(both):
-    data = ClipLatents(both, 32)
-    wanted = ToyCodec().encode_text([NEGATIVE]).bfloat16().float()
-    assert torch.equal(data.unconditional(), wanted) and wanted.any()
-
-
 def test_dropped_captions_are_the_empty_prompt_or_the_negative_one(both, monkeypatch):
+    """And guidance goes away from the negative one."""
+    wanted = ToyCodec().encode_text([NEGATIVE]).bfloat16().float()
+    assert torch.equal(ClipLatents(both, 32).unconditional(), wanted) and wanted.any()
     monkeypatch.setattr(ToyCodec, "negative", NEGATIVE)
-    for data in (ClipLatents(both, 32, "validation"), ToyLatents(ToyCodec(), size=(48, 48), frames=9)):
+    for data in (ClipLatents(both, 32, "validation"), ToyLatents(ToyCodec(), **nets.VIDEOS)):
         whole, some, again = (data.batch(list(range(120)), drop_text=share).text for share in (0, 0.5, 0.5))
         negative, empty = (some == data.unconditional()).flatten(1).all(1), ~some.flatten(1).any(1)
         assert 15 < negative.sum() < 45 > empty.sum() > 15 and torch.equal(some, again)
@@ -153,19 +144,12 @@ def test_shards_of_another_preset_and_a_lost_caption_are_one_line(both, tmp_path
         training_data(str(tmp_path / "lost"), ToyCodec(), 0, 2)
 
 
-def test_maps_of_another_style_than_the_adapters_are_one_line(both):
-    """Folder, both styles and the mend; where no maps are read, none of it matters."""
-    wanted = (
-        f"{both}: holds pixels maps, and the adapter reads outline; "
-        "prepare the clips anew with --maps outline, or give an adapter that reads pixels"
-    )
-    with pytest.raises(UserError, match=f"^{re.escape(wanted)}$"):
-        training_data(str(both), ToyCodec(), 0, 2, "outline")
+def test_the_stages_ask_for_their_adapters_maps(both, here):
+    """Where there are others, one line names folder, styles and mend; where none are read, none of it matters."""
     for maps in ("pixels", None):
         assert len(training_data(str(both), ToyCodec(), 0, 2, maps)) == 2
-
-
-def test_the_stages_ask_for_their_adapters_maps(both, here):
+    mend = "prepare the clips anew with --maps outline, or give an adapter that reads pixels"
+    wanted = f"{both}: holds pixels maps, and the adapter reads outline; {mend}"
     generator, adapter = nets.generator(), nets.adapter(maps="outline")
     slow, fast, light = nets.save(slow_generator=generator, fast_generator=generator, slow_adapter=adapter).values()
     for script, given in (
@@ -173,12 +157,12 @@ def test_the_stages_ask_for_their_adapters_maps(both, here):
         (train_slow_adapter, {"generator": slow, "init": light}),
         (finetune_hybrid, {"generator": fast, "backbone": slow, "adapter": light, "diffusion_first": 0}),
     ):
-        with pytest.raises(UserError, match="holds pixels maps, and the adapter reads outline"):
+        with pytest.raises(UserError, match=f"^{re.escape(wanted)}$"):
             script.main(script.Config(data=str(both), steps=100, compile=False, **given))
 
 
 def test_stage_3_trains_on_clips_of_two_shapes(both, here):
     """Every step's fakes have the shape of its clips."""
     options = {"data": str(both), "steps": 4, "ratio": 2, "batch": 2, "diffusion_first": 0, "adapter_start": 0}
-    finetune_hybrid.main(finetune_hybrid.Config(**options, compile=False, sample_every=0))
+    finetune_hybrid.main(finetune_hybrid.Config(**options, **nets.of_stage_3(), compile=False, sample_every=0))
     assert (here / "runs/fast_adapter/fast_adapter.safetensors").exists()

@@ -26,11 +26,8 @@ def stage_3(here, monkeypatch):
     """stage_3(**options): a run with small networks and videos, in which adversarial learning begins at once."""
     torch.manual_seed(0)
     monkeypatch.setattr(ToyCodec, "learned_on", nets.VIDEOS)
-    networks = {"fast_generator": nets.generator(layers=1), "slow_generator": nets.generator(dim=256, layers=6)}
-    files = nets.save(**networks, slow_adapter=nets.adapter(layers=1)).values()
-    options = dict(zip(("generator", "backbone", "adapter"), files, strict=True))
-    options |= {"batch": 1, "compile": False, "dtype": "float32", "sample_every": 0, "save_every": 1000}
-    options |= {"diffusion_first": 0, "adapter_start": 0, "muon": False}
+    options = {"batch": 1, "compile": False, "dtype": "float32", "sample_every": 0, "save_every": 1000}
+    options |= {"diffusion_first": 0, "adapter_start": 0, "muon": False, **nets.of_stage_3()}
     return lambda **own: finetune_hybrid.main(finetune_hybrid.Config(**options | own))
 
 
