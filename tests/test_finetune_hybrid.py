@@ -1,5 +1,6 @@
 """Stage 3: what its losses weigh, whom they move, how the gradient reaches the adapter, and when who learns."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import discriminator as discriminators
 import finetune_hybrid
 import flow
 from adapter import ControlNetAdapter, ControlNetConfig
-from core import optim
+from core import optim, runs
 from core.config import UserError
 from core.noise import draw_integer
 from core.weights import read_safetensors
@@ -162,6 +163,7 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(stage_3, monkeypatch)
     monkeypatch.setattr(finetune_hybrid, "read_adapter", watched_read)
     monkeypatch.setattr(flow, "backward_simulation", watched_sampler)
     monkeypatch.setattr(optim, "clip_and_step", watched_step)
+    monkeypatch.setattr(runs, "LOG_EVERY", 1)
     stage_3(steps=7, ratio=2, diffusion_first=2, adapter_start=1, muon=True)
     kinds = [kind for kind, *_ in updates]
     assert kinds == ["adapter", *["classifier", "classifier", "adapter"] * 2, "classifier"]
@@ -170,6 +172,12 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(stage_3, monkeypatch)
         assert updates[number][0] == "classifier" and torch.equal(seen, updates[number][1])  # the adapter as it is
         kind, before, after = updates[number - 1]
         assert torch.equal(seen, after) and torch.equal(before, after) == (kind == "classifier")
+    # The adapter learns from diffusion, then rests, then from both.
+    log = [json.loads(line) for line in Path("runs/fast_adapter/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "discriminator_loss" in line] == list(range(3, 8))
+    learned = {line["step"]: line for line in log if "diffusion_loss" in line}
+    assert list(learned) == [2, 4, 6] and all(line["diffusion_loss"] > 0 for line in learned.values())
+    assert learned[2]["adversarial_loss"] == 0 < min(learned[4]["adversarial_loss"], learned[6]["adversarial_loss"])
 
 
 def test_fakes_have_the_true_videos_conditions_at_every_step(stage_3, monkeypatch):
