@@ -8,9 +8,9 @@ import torch
 
 from adapter import AdapterConfig, ResNetAdapter
 from core.weights import save_network
-from model import DiTConfig, VideoDiT
+from model import PRESETS, VideoDiT
 
-SHAPE = DiTConfig(32, 64, 2, 2, text_dim=64, text_tokens=32, channels=24)  # for the latents and texts of preset small
+SHAPE = replace(PRESETS["small"], dim=32, ffn_dim=64, heads=2, layers=2)
 LIGHT = AdapterConfig(32, 2, hidden=16, channels=24)
 VIDEOS = {"size": (32, 32), "frames": 3}  # of the small world, for runs where their size does not matter
 
