@@ -41,6 +41,11 @@ def of_stage_3(folder: Path = Path()) -> dict[str, str]:
     return dict(zip(("generator", "backbone", "adapter"), (str(folder / name) for name in names), strict=True))
 
 
+def lands_on(c):
+    """The velocity at which equation (3) of flow.py gives c."""
+    return lambda x, t: (x - c) / (t[:, None, :, None, None] / 1000).clamp_min(1e-9)
+
+
 def watch(monkeypatch, owner: object, name: str, see: Callable = lambda *args, **_: args) -> list:
     """What `see` says of each call from now on, by default its arguments; the function works as before."""
     seen, function = [], getattr(owner, name)

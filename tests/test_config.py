@@ -88,6 +88,7 @@ def test_a_field_may_be_given_without_its_flag_and_hold_many():
     assert parse_config(Many, ["--files", "a", "b"]) == Many(("a", "b"))
     assert parse_config(Options, ["word", "--steps", "3"], positional="name") == Options(name="word", steps=3)
     assert parse_config(Options, ["--steps", "3"], positional="name") == Options(steps=3)
+    assert flags({"files": ("a", "b")}) == "--files a b"
 
 
 FILES = [f for place in (".", "toy", "tools") for f in (ROOT / place).glob("*.py") if "class Config" in f.read_text()]
@@ -151,14 +152,11 @@ def test_help_says_where_each_value_of_wan5b_comes_from(script, capsys):
         assert numbers - ELSEWHERE <= values.keys()
 
 
-def test_what_is_typed_is_what_is_shown():
+def test_what_is_typed_is_what_is_shown_and_what_a_class_inherits_is_no_flag():
     changed = {"lr": 1e-4, "flag": True, "name": "y"}
     assert flags(changed) == "--lr 0.0001 --flag true --name y"
     assert parse_config(Options, flags(changed).split()) == Options(**changed)
-    assert flags({"files": ("a", "b")}) == "--files a b"
 
-
-def test_what_a_class_inherits_is_no_flag():
     @dataclasses.dataclass(frozen=True)
     class Forked(Options):
         my_weight: float = 0.5

@@ -106,7 +106,7 @@ def test_presets_fit_their_networks():
         network = PRESETS[name]
         assert (shape.dim, shape.text_dim, shape.channels) == (network.dim, network.text_dim, network.channels)
         assert shape.patch == network.patch and shape.position_dim == network.dim // network.heads
-        assert max(shape.feature_blocks) == network.layers - 1
+        assert max(shape.feature_blocks) == network.layers - 1 and shape.cautious == (name == "small")
 
 
 def test_export_reads_back(tmp_path):
@@ -154,4 +154,3 @@ def test_a_cautious_classifier_alone_begins_at_zero():
     shapes = {cautious: replace(QUARTER, cautious=cautious) for cautious in (False, True)}
     logits = {cautious: Classifier(shape)(features, text, traj) for cautious, shape in shapes.items()}
     assert not logits[True].any() and logits[False].abs().min() > 1e-3
-    assert [discriminators.PRESETS[preset].cautious for preset in ("small", "wan5b")] == [True, False]

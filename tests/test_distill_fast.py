@@ -38,7 +38,7 @@ def losses(*networks):
     return student_loss(student, real, fake, draw), fake_score_loss(fake, student, draw)
 
 
-def test_each_loss_reads_the_right_networks():
+def test_each_loss_reads_the_right_networks_and_moves_its_own_alone():
     student, fake, real = networks()
     before = losses(student, fake, real)
     moved = {}
@@ -48,10 +48,6 @@ def test_each_loss_reads_the_right_networks():
         moved[name] = [a.item() != b.item() for a, b in zip(losses(student, fake, real), before, strict=True)]
         bias.data -= 0.1
     assert moved == {"student": [True, True], "fake": [True, True], "real": [True, False]}
-
-
-def test_each_loss_moves_its_own_network_alone():
-    student, fake, real = networks()
     for which, learner in enumerate((student, fake)):
         losses(student, fake, real)[which].backward()
         with_gradient = [n for n in (student, fake, real) if any(p.grad is not None for p in n.parameters())]
@@ -66,12 +62,9 @@ def test_gradient_is_the_normalised_difference_of_the_scores():
     """With fake(x_t) = a and real(x_t) = b as clean videos: (a - b) / mean of |x0 - b|, over the number of values."""
     x0 = torch.randn(2, 1, 3, 2, 2, requires_grad=True)
     first, noise = x0[:, :, :1].detach(), torch.zeros(1, 2, 1, 3, 2, 2)
-
-    def lands_on(c):  # the velocity at which equation (3) gives c
-        return lambda x, t: (x - c) / (t[:, None, :, None, None] / 1000).clamp_min(1e-9)
-
     draw = Draw(first, [1.0, 0.0], 0, noise, torch.randn_like(noise[0]), torch.full((2,), 0.5))
-    loss = student_loss(lands_on(x0), real_score=lands_on(0.2), fake_score=lands_on(0.7), draw=draw)
+    scores = {"real_score": nets.lands_on(0.2), "fake_score": nets.lands_on(0.7)}
+    loss = student_loss(nets.lands_on(x0), **scores, draw=draw)
     (gradient,) = torch.autograd.grad(loss, x0)
     scale = (x0[:, :, 1:] - 0.2).abs().mean((1, 2, 3, 4), keepdim=True)
     expected = (0.5 / scale / x0[:, :, 1:].numel()).expand_as(x0[:, :, 1:])

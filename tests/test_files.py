@@ -20,6 +20,9 @@ def test_atomic_leaves_nothing_behind_on_failure(tmp_path):
     assert [p.name for p in tmp_path.glob("*.txt")] == ["x.txt"]
     write_text(tmp_path / "x.txt", "über")
     assert (tmp_path / "x.txt").read_bytes() == b"\xc3\xbcber\n"
+    (tmp_path / "d.mp4").mkdir()
+    with pytest.raises(UserError, match=r"d\.mp4: is a folder; give another name"):
+        output_path(str(tmp_path / "d.mp4"), ".mp4")
 
 
 def test_pictures(tmp_path):
@@ -31,9 +34,3 @@ def test_pictures(tmp_path):
     big = np.zeros((5, 96, 96, 3), np.uint8)
     write_video(tmp_path / "v.mp4", big, fps=8)
     assert iio.imread(tmp_path / "v.mp4").shape == big.shape
-
-
-def test_a_folder_is_no_file(tmp_path):
-    (tmp_path / "d.mp4").mkdir()
-    with pytest.raises(UserError, match=r"d\.mp4: is a folder; give another name"):
-        output_path(str(tmp_path / "d.mp4"), ".mp4")

@@ -64,9 +64,6 @@ def test_true_videos_score_the_ceiling(world):
     assert scores["clockwise_unprompted"] == pytest.approx((turning > 0).float().mean().item(), abs=0.1)
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
 def test_errors_are_those_of_things_and_ground_apart_and_split_by_mask_box_and_turning():
     batch = scene(STEPS)
     inside = batch.masks[:, 1:].expand_as(batch.video)
@@ -118,9 +115,6 @@ def test_the_ground_that_a_camera_moved_counts_where_frame_0_shows_it(world):
     assert pans and not (shown[pans] & beyond).any()
 
 
-# --- seams ------------------------------------------------------------------------------------------------------------
-
-
 def test_a_rectangle_of_ground_that_comes_along_is_a_seam():
     """The thing's box is two pixels wider than the thing; on a ground of a slope, what comes along is a step."""
     batch = scene([8, 12, 16], margin=2)
@@ -141,9 +135,6 @@ def test_a_rectangle_of_ground_that_comes_along_is_a_seam():
     assert not any(pairs.any() for pairs in metrics.box_edges(scene(STEPS)))  # things with masks have no seams
 
 
-# --- sharpness --------------------------------------------------------------------------------------------------------
-
-
 def test_blur_is_not_sharp_and_noise_is_too_sharp():
     batch = scene(STEPS)
     blurred = F.avg_pool3d(batch.video, (1, 3, 3), 1, (0, 1, 1))
@@ -157,9 +148,6 @@ def test_blur_is_not_sharp_and_noise_is_too_sharp():
     assert math.isnan(metrics.sharpness(batch.video, scene(STEPS, spin=0.1)))  # what turns can't be pasted
     flat = torch.where(batch.masks[:, 1:], 0.5, batch.video)
     assert metrics.sharpness(flat, batch) == pytest.approx(0, abs=1e-9)
-
-
-# --- spin -------------------------------------------------------------------------------------------------------------
 
 
 def test_spin_of_a_disc_by_hand():
@@ -187,9 +175,6 @@ def test_prompt_accuracy_by_hand():
         assert math.isnan(metrics.spin_scores(measured, dataclasses.replace(batch, says_spin=every))[name])
 
 
-# --- what a network must beat -----------------------------------------------------------------------------------------
-
-
 def test_what_is_pasted_follows_the_boxes_and_leaves_no_hole():
     batch = scene(STEPS)
     torch.testing.assert_close(metrics.pasted(batch, "mask"), batch.video, atol=1e-4, rtol=0)
@@ -214,9 +199,6 @@ def test_pasting_by_box_takes_ground_along_and_a_hole_shows_what_is_around(world
     torn = picture.masked_fill(hole, -1.0)
     torch.testing.assert_close(metrics.fill(torn, hole), picture)
     assert torch.equal(metrics.fill(torn, hole & False), torn)
-
-
-# --- Frechet distance -------------------------------------------------------------------------------------------------
 
 
 def sample(*shape: int, key: int = 0) -> Tensor:

@@ -13,15 +13,12 @@ def test_randomness_depends_on_its_key_alone():
     u = sample_uniform(list(range(32, 48)), 16, 0)
     assert torch.equal((u * 16).floor(), torch.arange(16.0))  # stratified
     assert torch.equal(u[4:6], sample_uniform([36, 37], 16, 0))
+    steps = step_noise(4, (3, 2), [5, 9], 0, 7)  # every step has noise of its own
+    assert steps.shape == (4, 2, 3, 2) and len(steps.flatten().unique()) == 48
+    assert torch.equal(steps[:, 1:], step_noise(4, (3, 2), [9], 0, 7))
 
 
 def test_a_uniform_number_stays_below_1(monkeypatch):
     greatest = 1 - torch.tensor([2.0**-24])
     monkeypatch.setattr(torch, "rand", lambda *shape, generator: greatest)
     assert (sample_uniform(list(range(16)), 16, 0) < 1).all()
-
-
-def test_every_step_has_noise_of_its_own():
-    steps = step_noise(4, (3, 2), [5, 9], 0, 7)
-    assert steps.shape == (4, 2, 3, 2) and len(steps.flatten().unique()) == 48
-    assert torch.equal(steps[:, 1:], step_noise(4, (3, 2), [9], 0, 7))

@@ -10,11 +10,6 @@ from core import runs
 from tools.train_baseline import PATH, SKIP, Config, Pair, consistency_loss, main
 
 
-def lands_on(c):
-    """The velocity at which equation (3) of flow.py gives c."""
-    return lambda x, t: (x - c) / (t[:, None, :, None, None] / 1000).clamp_min(1e-9)
-
-
 def test_the_consistency_loss_compares_two_ends_of_one_step_of_the_teacher():
     """The student sees level `high`; its average sees where the teacher's Euler step to `low` leads, worked by hand."""
     torch.manual_seed(0)
@@ -22,14 +17,10 @@ def test_the_consistency_loss_compares_two_ends_of_one_step_of_the_teacher():
     high, low = torch.tensor([0.9, 0.5]), torch.tensor([0.7, 0.0])
     seen = {}
 
-    def watched(name, velocity):
-        def call(x, t):
-            seen[name] = x.clone(), t.clone()
-            return velocity(x, t)
+    def watched(name, c):
+        return lambda x, t: seen.update({name: (x.clone(), t.clone())}) or nets.lands_on(c)(x, t)
 
-        return call
-
-    args = watched("student", lands_on(0.3)), watched("averaged", lands_on(0.8)), watched("teacher", lands_on(0.6))
+    args = watched("student", 0.3), watched("averaged", 0.8), watched("teacher", 0.6)
     loss = consistency_loss(*args, x0, noise, high, low)
     for i in range(2):
         x_t = (1 - high[i]) * x0[i, :, 1:] + high[i] * noise[i, :, 1:]
@@ -40,6 +31,10 @@ def test_the_consistency_loss_compares_two_ends_of_one_step_of_the_teacher():
         assert seen["averaged"][1][i, 1].item() == pytest.approx(1000 * low[i].item())
     # At level 0 the average predicts what it is given, which is where the teacher's step leads: 0.6.
     assert loss.item() == pytest.approx((0.5**2 + 0.3**2) / 2, rel=1e-5)
+    # Levels lie on the path: the highest begins at pure noise, the lowest ends at the clean video.
+    path = flow.sigma_schedule(PATH, 1.0)
+    firsts = [int(u * (PATH - SKIP + 1)) for u in (0.0, 0.999999)]
+    assert path[firsts[0]] == 1 and path[firsts[1] + SKIP] == 0
 
 
 def test_the_consistency_loss_moves_the_student_alone():
@@ -90,10 +85,3 @@ def test_a_run_trains_the_adapter_and_exports_it(here, loss, monkeypatch):
     assert all(t.isfinite().all() for t in trained.values())
     lines = (here / "runs/whole/log.jsonl").read_text().splitlines()
     assert len(lines) == 4 and ("fake_loss" if loss == "dmd" else "consistency_loss") in lines[0]
-
-
-def test_levels_that_are_to_agree_lie_on_the_path():
-    """The highest begins at pure noise, the lowest ends at the clean video."""
-    path = flow.sigma_schedule(PATH, 1.0)
-    firsts = [int(u * (PATH - SKIP + 1)) for u in (0.0, 0.999999)]
-    assert path[firsts[0]] == 1 and path[firsts[1] + SKIP] == 0

@@ -177,9 +177,6 @@ def test_the_script_writes_what_sampling_reads(tmp_path, capsys):
     assert (tmp_path / "out/truth.mp4").stat().st_size > 1000
 
 
-# --- what training reads ----------------------------------------------------------------------------------------------
-
-
 def test_training_batches():
     codec, shape = ToyCodec(), {"size": (16, 16), "frames": 3}
     source = ToyLatents(codec, "outline", **shape)
