@@ -183,7 +183,7 @@ def test_shipped_files_are_found_from_any_folder(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shipped("examples/balloons.json") == str(ROOT / "examples/balloons.json")
     assert not list(tmp_path.iterdir())
-    job = run("sample.py", "--steps", 1)
+    job = run("sample.py", "--steps", 1, "--size", "48x64")
     assert job.returncode == 0, job.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sample.boxes.mp4", "sample.mp4"]

@@ -144,7 +144,7 @@ def test_main_writes_rows_and_sheet(tmp_path, options, small_world, capsys):
     assert true["thing_error"] == true["fvd"] == 0 and true["seam"] == true["sharpness"] == 1
     assert coded["thing_error"] < by_mask["thing_error"] < still["thing_error"]
     assert all(row["seconds_per_video"] > 0 and row["fvd"] > 0 for row in made) and true["seconds_per_video"] is None
-    assert len({row["thing_error"] for row in made}) == 5  # five ways
+    assert len({(row["thing_error"], row["fvd"]) for row in made}) == 5  # five ways
     assert rows[0]["command"].startswith(f"python -m toy.evaluate --weights {' '.join(options['weights'])}")
     assert rows[0]["command"].endswith("--videos 6 --steps 2 --compile false")
     assert "threads, torch" in rows[0]["machine"]

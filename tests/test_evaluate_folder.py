@@ -1,6 +1,7 @@
 """tools/evaluate_folder.py: videos of the real world, with stand-ins for the networks that a user brings."""
 
 import json
+import shutil
 
 import imageio.v3 as iio
 import numpy as np
@@ -54,16 +55,23 @@ def masks(folder, name, boxes):
         write_image(folder / name / f"{t}.png", image)
 
 
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
     for n in range(4):
-        video(tmp_path / "generated", f"v{n}", n)
-        video(tmp_path / "true", f"v{n}", 10 + n)
+        video(folder / "generated", f"v{n}", n)
+        video(folder / "true", f"v{n}", 10 + n)
+    (folder / "networks").mkdir()
     for name, network in (("inception-2015-12-05", Inception()), ("i3d_torchscript", I3D()), ("lpips", LPIPS())):
-        (tmp_path / "networks").mkdir(exist_ok=True)
-        torch.jit.script(network).save(f"networks/{name}.pt")
-    return tmp_path
+        torch.jit.script(network).save(folder / f"networks/{name}.pt")
+    return folder
+
+
+@pytest.fixture
+def world(made, tmp_path, monkeypatch):
+    """A copy of it, for a test to spoil."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def rows(folder) -> list[dict]:
