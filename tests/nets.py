@@ -36,8 +36,8 @@ def save(folder: Path = Path(), **networks: torch.nn.Module) -> dict[str, str]:
 
 def of_stage_3(folder: Path = Path()) -> dict[str, str]:
     """Files of what stage 3 starts from, by its options. The backbone is as wide as the preset's classifier asks."""
-    backbone = generator(dim=256, layers=6)
-    names = save(folder, fast_generator=generator(), slow_generator=backbone, slow_adapter=adapter()).values()
+    networks = {"slow_generator": generator(dim=256, layers=6), "slow_adapter": adapter(maps="pixels")}
+    names = save(folder, fast_generator=generator(), **networks).values()
     return dict(zip(("generator", "backbone", "adapter"), (str(folder / name) for name in names), strict=True))
 
 
