@@ -50,7 +50,7 @@ def flags(folder):
     torch.manual_seed(0)
     (folder / "stage.py").write_text(f"VIDEOS = {nets.VIDEOS}\n{STAGE}")
     given = nets.of_stage_3(folder / "given")
-    nets.save(folder / "narrow", slow_generator=nets.generator())
+    nets.save(folder / "narrow", slow_generator=nets.generator(), slow_adapter=nets.adapter(maps="pixels"))
     slow = ("--generator", folder / "narrow/slow_generator.safetensors")
     wide = ("--generator", given["backbone"])  # as a new adapter's preset has it
     return {
