@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
+import discriminator
 from adapter import AdapterConfig, ResNetAdapter
 from core.weights import save_network
 from model import PRESETS, VideoDiT
 
 SHAPE = replace(PRESETS["small"], dim=32, ffn_dim=64, heads=2, layers=2)
 LIGHT = AdapterConfig(32, 2, hidden=16, channels=24)
+JUDGE = replace(discriminator.PRESETS["small"], dim=32, feature_blocks=(0, 1), hidden=32, position_dim=16)  # of SHAPE
 VIDEOS = {"size": (32, 32), "frames": 3}  # of the small world, for runs where their size does not matter
 
 
@@ -35,8 +37,8 @@ def save(folder: Path = Path(), **networks: torch.nn.Module) -> dict[str, str]:
 
 
 def of_stage_3(folder: Path = Path()) -> dict[str, str]:
-    """Files of what stage 3 starts from, by its options. The backbone is as wide as the preset's classifier asks."""
-    networks = {"slow_generator": generator(dim=256, layers=6), "slow_adapter": adapter(maps="pixels")}
+    """Files of what stage 3 starts from, by its options, for a classifier of JUDGE."""
+    networks = {"slow_generator": generator(), "slow_adapter": adapter(maps="pixels")}
     names = save(folder, fast_generator=generator(), **networks).values()
     return dict(zip(("generator", "backbone", "adapter"), (str(folder / name) for name in names), strict=True))
 

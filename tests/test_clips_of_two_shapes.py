@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import discriminator as discriminators
 import finetune_hybrid
 import train_slow_adapter
 from core.config import UserError
@@ -161,8 +162,9 @@ def test_the_stages_ask_for_their_adapters_maps(both, here):
             script.main(script.Config(data=str(both), steps=100, compile=False, **given))
 
 
-def test_stage_3_trains_on_clips_of_two_shapes(both, here):
+def test_stage_3_trains_on_clips_of_two_shapes(both, here, monkeypatch):
     """Every step's fakes have the shape of its clips."""
+    monkeypatch.setitem(discriminators.PRESETS, "small", nets.JUDGE)
     options = {"data": str(both), "steps": 4, "ratio": 2, "batch": 2, "diffusion_first": 0, "adapter_start": 0}
     finetune_hybrid.main(finetune_hybrid.Config(**options, **nets.of_stage_3(), compile=False, sample_every=0))
     assert (here / "runs/fast_adapter/fast_adapter.safetensors").exists()

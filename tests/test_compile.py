@@ -11,7 +11,6 @@ import finetune_hybrid
 import train_slow_adapter
 
 SLOW, FAST, LIGHT = (f"{name}.safetensors" for name in ("slow_generator", "fast_generator", "slow_adapter"))
-JUDGE = discriminators.ClassifierConfig(32, 64, (0, 1), hidden=32, channels=24, position_dim=16)
 
 
 # Of a generator's block: without gradients, with them, and with one for its input. Of the adapter's: without and with.
@@ -29,7 +28,7 @@ STAGES = {
 @pytest.mark.parametrize("script", STAGES)
 def test_a_stage_compiles_with_recomputing_and_never_goes_back_to_eager(script, here, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setitem(discriminators.PRESETS, "small", JUDGE)
+    monkeypatch.setitem(discriminators.PRESETS, "small", nets.JUDGE)
     network, adapter = nets.generator(), nets.adapter()
     nets.save(slow_generator=network, fast_generator=network, slow_adapter=adapter)
     compile = torch.nn.Module.compile

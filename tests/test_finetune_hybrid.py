@@ -27,6 +27,7 @@ def stage_3(here, monkeypatch):
     """stage_3(**options): a run with small networks and videos, in which adversarial learning begins at once."""
     torch.manual_seed(0)
     monkeypatch.setattr(ToyCodec, "learned_on", nets.VIDEOS)
+    monkeypatch.setitem(discriminators.PRESETS, "small", nets.JUDGE)
     options = {"batch": 1, "compile": False, "dtype": "float32", "sample_every": 0, "save_every": 1000}
     options |= {"diffusion_first": 0, "adapter_start": 0, "muon": False, **nets.of_stage_3()}
     return lambda **own: finetune_hybrid.main(finetune_hybrid.Config(**options | own))
@@ -41,9 +42,8 @@ def test_diffusion_weight():
 
 def test_adversarial_gradient_reaches_the_adapter_through_the_noisy_latent_alone():
     torch.manual_seed(0)
-    generator, adapter = nets.generator().requires_grad_(False), nets.adapter()
-    backbone = nets.generator(dim=256, layers=6).requires_grad_(False)
-    classifier = Classifier(discriminators.PRESETS["small"])
+    generator, backbone = (nets.generator().requires_grad_(False) for _ in range(2))
+    adapter, classifier = nets.adapter(), Classifier(nets.JUDGE)
     torch.nn.init.normal_(classifier.logit.weight)
     discriminator = DiffusionDiscriminator(backbone, classifier)
     traj, text, noise = torch.randn(2, 24, 3, 4, 4), torch.randn(2, 32, 64), torch.randn(5, 2, 24, 3, 4, 4)

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from conftest import start_in
 
-import adapter as adapters
+from adapter import ResNetAdapter
 
 SCRIPTS = {
     "toy.train_slow_generator": "slow_generator",
@@ -23,17 +23,22 @@ SCRIPTS = {
 }
 STEPS, SAVED = 5, 3  # cut in the middle of a cycle of stage 3
 SHORT = ("--steps", STEPS, "--batch", 2, "--save_every", SAVED, "--compile", "false", "--dtype", "float32")
-# Runs a stage by its flags, but for these values: a line for every step, small videos, short cycles, and no samples.
-STAGE = """
+NEW = nets.adapter(fixed_norm=True, maps="pixels", copies=1.5).config  # of an adapter that starts as nothing
+# Runs a stage by its flags, but for these values: a line for every step, small videos and networks, short cycles, and
+# no samples.
+STAGE = f"""
 import importlib, sys
 from dataclasses import fields, replace
+import adapter, discriminator
+from adapter import AdapterConfig
 from core import runs
 from core.config import run_script
 from toy.codec import ToyCodec
 
-runs.LOG_EVERY, ToyCodec.learned_on, script = 1, VIDEOS, importlib.import_module(sys.argv.pop(1))
-short = {"warmup": 2, "sparse": 0.5, "ratio": 2, "adapter_start": 1, "sample_every": int(sys.argv.pop(1))}
-short = {field.name: short[field.name] for field in fields(script.Config) if field.name in short}
+runs.LOG_EVERY, ToyCodec.learned_on, script = 1, {nets.VIDEOS}, importlib.import_module(sys.argv.pop(1))
+adapter.PRESETS["small"], discriminator.PRESETS["small"] = {NEW}, discriminator.{nets.JUDGE}
+short = dict(warmup=2, sparse=0.5, ratio=2, adapter_start=1, sample_every=int(sys.argv.pop(1)))
+short = dict((field.name, short[field.name]) for field in fields(script.Config) if field.name in short)
 if __name__ == "__main__":
     run_script(lambda cfg: script.main(replace(cfg, **short)), script.Config)
 """
@@ -48,17 +53,15 @@ def folder(tmp_path_factory):
 def flags(folder):
     """Flags of a short run: all begin with random networks, and are cut in the middle of their cycle."""
     torch.manual_seed(0)
-    (folder / "stage.py").write_text(f"VIDEOS = {nets.VIDEOS}\n{STAGE}")
+    (folder / "stage.py").write_text(STAGE)
     given = nets.of_stage_3(folder / "given")
-    nets.save(folder / "narrow", slow_generator=nets.generator(), slow_adapter=nets.adapter(maps="pixels"))
-    slow = ("--generator", folder / "narrow/slow_generator.safetensors")
-    wide = ("--generator", given["backbone"])  # as a new adapter's preset has it
+    slow = ("--generator", given["backbone"])
     return {
-        "toy.train_slow_generator": (*SHORT, "--init", folder / "narrow", "--small", 1),
+        "toy.train_slow_generator": (*SHORT, "--init", folder / "given", "--small", 1),
         "train_slow_adapter": (*SHORT, *slow, "--init", given["adapter"], "--mask_steps", 3),
         "distill_fast": (*SHORT, *slow),
         "finetune_hybrid": (*SHORT, *(f"--{name}={file}" for name, file in given.items()), "--diffusion_first", 0),
-        "a new adapter": (*SHORT, *wide, "--steps", 4, "--mask_steps", 2, "--batch", 4),
+        "a new adapter": (*SHORT, *slow, "--steps", 4, "--mask_steps", 2, "--batch", 4),
     }
 
 
@@ -154,7 +157,7 @@ def test_two_nodes_of_two_processes_follow_the_curve_of_one(start, folder, flags
     finish(start(*short, "one"))
     finish(start(*short, "nodes", processes=2, nodes=2))
     one, nodes = (outcome(folder, name, "slow_adapter") for name in ("one", "nodes"))
-    assert adapters.ResNetAdapter(adapters.PRESETS["small"]).state_dict().keys() == one[1].keys()
+    assert ResNetAdapter(NEW).state_dict().keys() == one[1].keys()
     same_curve(one, nodes)
 
 
