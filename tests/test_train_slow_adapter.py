@@ -39,7 +39,7 @@ def test_the_loss_moves_the_adapter_alone_and_its_weight_counts_videos():
         value.backward()
         return torch.cat([value[None].detach(), *(p.grad.flatten() for p in adapter.parameters())])
 
-    plain = flow.flow_matching_loss(lambda x_t, t: generator(x_t, t, text), x0, noise, sigma)
+    plain = flow.flow_matching_loss(lambda x_t, t: generator(x_t, t, text), x0, noise, sigma, "x0")  # as it predicts
     assert loss(traj).item() == pytest.approx(plain.item(), rel=1e-6)  # a fresh adapter adds nothing
     for block in adapter.blocks:
         torch.nn.init.normal_(block.project.weight, std=0.1)
