@@ -22,10 +22,11 @@ from train_slow_adapter import WAN5B, Config, adapter_loss
 TOLD = {"rtol": 1e-4, "atol": 1e-6}
 
 
-def test_the_loss_moves_the_adapter_alone_and_its_weight_counts_videos():
+@pytest.mark.parametrize("predicts", ["velocity", "x0"])
+def test_the_loss_moves_the_adapter_alone_and_its_weight_counts_videos(predicts):
     torch.manual_seed(0)
-    codec = {"text_dim": 16, "text_tokens": 8, "channels": 16}
-    generator, adapter = nets.generator(0.1, **codec).requires_grad_(False), nets.adapter(channels=16)
+    shape = {"text_dim": 16, "text_tokens": 8, "channels": 16, "predicts": predicts}
+    generator, adapter = nets.generator(0.1, **shape).requires_grad_(False), nets.adapter(channels=16)
     x0, noise, traj = torch.randn(3, 2, 16, 3, 4, 4)
     text, sigma = torch.randn(2, 8, 16), torch.tensor([0.3, 0.8])
 
@@ -39,7 +40,7 @@ def test_the_loss_moves_the_adapter_alone_and_its_weight_counts_videos():
         value.backward()
         return torch.cat([value[None].detach(), *(p.grad.flatten() for p in adapter.parameters())])
 
-    plain = flow.flow_matching_loss(lambda x_t, t: generator(x_t, t, text), x0, noise, sigma, "x0")  # as it predicts
+    plain = flow.flow_matching_loss(lambda x_t, t: generator(x_t, t, text), x0, noise, sigma, predicts)
     assert loss(traj).item() == pytest.approx(plain.item(), rel=1e-6)  # a fresh adapter adds nothing
     for block in adapter.blocks:
         torch.nn.init.normal_(block.project.weight, std=0.1)
