@@ -4,6 +4,7 @@ import json
 import random
 
 import imageio.v3 as iio
+import nets
 import numpy as np
 import pytest
 import torch
@@ -73,7 +74,8 @@ def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here, caps
     iio.imwrite("x.png", pixels)
     box = [left, top, left + side, top + side]
     (here / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": box, "8": box}}] * 12}))
-    job = sample.Config(weights="checkpoints/small", image="x.png", traj="b.json", steps=1, detail=False)
+    nets.save(fast_generator=nets.generator(layers=1), fast_adapter=nets.adapter(layers=1, maps="pixels"))
+    job = sample.Config(weights=".", image="x.png", traj="b.json", steps=1, detail=False)
     image, trajectory, _ = sample.read_condition(job, ToyCodec())
     assert len(trajectory.names) == 12 and not capsys.readouterr().err
     size = best_size((height, width), ToyCodec.area, 8)
