@@ -86,12 +86,12 @@ def test_the_adversarial_loss_teaches_a_controlnet_at_every_step_of_the_generato
 
     monkeypatch.setattr(finetune_hybrid, "make_draw", watched_draw)
     monkeypatch.setattr(optim, "clip_and_step", watched_step)
-    stage_3(ratio=1, use_diffusion=False, steps=16, exit_step="random")
+    stage_3(ratio=1, use_diffusion=False, steps=40, exit_step="random")
     assert sorted(norms) == [0, 1, 2, 3] and all(min(values) > 0 for values in norms.values())
-    assert sum(map(len, norms.values())) == 16
+    assert sum(map(len, norms.values())) == 40
     # The step follows from seed and turn alone, so it is the same on every rank.
     steps = {turn: draw.exit_step for turn, draw in draws}
-    assert steps == {turn: draw_integer(4, 0, turn, flow.EXIT_STEP) for turn in range(32)}
+    assert steps == {turn: draw_integer(4, 0, turn, flow.EXIT_STEP) for turn in range(80)}
     assert all(draw.level[:, 1:].min() >= 0.02 and draw.level.max() <= 0.98 for _, draw in draws)
 
 
