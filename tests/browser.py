@@ -27,6 +27,34 @@ def browser() -> Iterator:
         chromium.close()
 
 
+@pytest.fixture(scope="module")
+def opened(browser) -> Iterator:
+    """A window for all tests of a file, which leave it as they like."""
+    found = Hands(browser)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def hands(opened) -> Iterator:
+    """The window, with nothing in it."""
+    opened.renew()
+    yield opened
+    assert not opened.errors, opened.errors
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    return picture(tmp_path / "my photo.png", 96, 64)
+
+
+@pytest.fixture
+def one_box(hands, photo) -> None:
+    """The photo is open, with one object in it."""
+    hands.open(photo)
+    hands.drag((10, 10), (30, 30))
+
+
 class Hands:
     """A person before the page: what they do are input events, what they see is read from the page."""
 
@@ -45,6 +73,20 @@ class Hands:
         page.evaluate("ready")
         self.page = page
         return page
+
+    def renew(self) -> None:
+        """One tab, in which nothing has ever been drawn."""
+        for other in self.context.pages[1:]:
+            other.close()
+        (self.page,) = self.context.pages or [self.new_page()]
+        self.page.set_viewport_size({"width": 1200, "height": 800})
+        self.see("""(async () => {
+          clearTimeout(page.due); page.due = 0; await page.saving;
+          await stored("readwrite", kept => kept.clear()); sessionStorage.clear();
+        })()""")
+        self.errors, self.asked = [], []
+        self.page.reload()
+        self.see("ready")
 
     def close(self) -> None:
         self.context.close()
@@ -76,6 +118,13 @@ class Hands:
         return self.see("[...document.querySelectorAll('.says')].map(place => place.textContent).join('')")
 
     @property
+    def state(self) -> str:
+        return self.see("JSON.stringify([page.drawing, page.past, page.future])")
+
+    def boxes(self, k: int = 0) -> dict[str, list]:
+        return self.objects[k]["boxes"]
+
+    @property
     def objects(self) -> list[dict]:
         return self.see("page.drawing.objects")
 
@@ -88,12 +137,25 @@ class Hands:
 
     def save(self, folder: Path, button: str = "#save") -> Path:
         """Save the zip by its button, unpack it in the folder, and return where it lies."""
-        with self.page.expect_download() as download:
-            self.page.click(button)
-        with zipfile.ZipFile(download.value.path()) as file:
+        with zipfile.ZipFile(self.download(button)) as file:
             assert file.testzip() is None
             file.extractall(folder)
             return folder / Path(file.namelist()[0]).parent
+
+    def download(self, by: str) -> Path:
+        """What a #button or a key saves."""
+        with self.page.expect_download() as found:
+            self.page.click(by) if by.startswith("#") else self.press(by)
+        return found.value.path()
+
+    def example(self) -> None:
+        self.page.click("#exampleFirst")
+        self.wait("page.drawing.objects.length === 2")
+
+    def make(self, number: int = 1) -> None:
+        """Generate, until so many videos are there."""
+        self.page.click("#generate")
+        self.wait(f"!page.job && page.videos.length === {number}", 120)
 
     def fill(self, name: str, text: str) -> None:
         """Type into a field and leave it."""
@@ -117,12 +179,14 @@ class Hands:
 
     def touch(self, points: list[tuple[float, float]], pause: int = 40) -> None:
         """A finger on the screen, through these points. In no time it would be a fling, which swallows the next tap."""
-        finger = self.context.new_cdp_session(self.page)
-        for number, (x, y) in enumerate(points):
-            kind = "touchMove" if number else "touchStart"
-            finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
+        for number, point in enumerate(points):
+            self.finger("touchMove" if number else "touchStart", point)
             self.page.wait_for_timeout(pause)
-        finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        self.finger("touchEnd")
+
+    def finger(self, kind: str, *points: tuple[float, float]) -> None:
+        named = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(points)]
+        self.context.new_cdp_session(self.page).send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": named})
 
     def go(self, frame: int) -> None:
         """To a frame, by a click on the ruler."""

@@ -104,6 +104,15 @@ def send(server, body: str, length: int | None = None) -> socket.socket:
     return line
 
 
+def read(line: socket.socket, text: bytes) -> None:
+    """Until the server has said it."""
+    data = b""
+    while text not in data:
+        part = line.recv(65536)
+        assert part, data[-300:]
+        data += part
+
+
 def until(condition, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -218,13 +227,6 @@ def test_one_at_a_time_the_next_waits_with_its_place_and_who_leaves_is_passed_ov
     def begin(name: str, steps: int) -> socket.socket:
         return send(server, json.dumps({"name": name, "steps": steps}))
 
-    def read(line: socket.socket, text: bytes) -> None:
-        data = b""
-        while text not in data:
-            part = line.recv(65536)
-            assert part, data[-300:]
-            data += part
-
     first = begin("first", 3)
     read(first, b'{"step": 1, "of": 3}')
     second = begin("second", 1)
@@ -281,6 +283,22 @@ class Served:
         """SIGTERM, and its exit status."""
         self.job.forks[0].terminate()
         return self.job.wait().returncode
+
+
+@pytest.fixture
+def drawn(browser, served, tmp_path):
+    """drawn(size) -> the page of sample.py, with a small picture and a box."""
+    hands = []
+
+    def draw(screen: tuple[int, int] = (1200, 800), end: tuple[int, int] = (30, 30)) -> Hands:
+        hands.append(Hands(browser, served.address, size=screen))
+        hands[0].open(picture(tmp_path / "small.png", 96, 64))
+        hands[0].page.select_option("#size", "48x64")
+        hands[0].drag((10, 10), end)
+        return hands[0]
+
+    yield draw
+    hands[0].close()
 
 
 @pytest.fixture(scope="module")
@@ -408,26 +426,18 @@ def test_killed_while_generating_and_ended_while_generating(tmp_path):
         assert not line.is_alive()
 
 
-def read_until(line: socket.socket, text: bytes) -> None:
-    data = b""
-    while text not in data:
-        part = line.recv(65536)
-        assert part, data[-300:]
-        data += part
-
-
 def test_240_frames_end_within_2_seconds_wherever_they_are(served):
     for size, text in (("128x176", b"Encode image"), ("128x176", b"Denoise"), ("48x64", b"share"), ("16x16", b"Decode"),
                        ("16x16", b"Write")):  # fmt: skip
         body = request(frames=240, boxes=of_length(240), size=size, steps=1)
         with send(served, json.dumps(body)) as line:
-            read_until(line, text)
+            read(line, text)
         began = time.monotonic()
         with send(served, json.dumps(request(steps=1, size="16x16"))) as line:
-            read_until(line, b"Encode prompt")  # its turn has come
+            read(line, b"Encode prompt")  # its turn has come
             print(text, time.monotonic() - began)
             assert time.monotonic() - began < 2, text
-            read_until(line, b"files")
+            read(line, b"files")
     until(lambda: not folders())
 
 
@@ -482,6 +492,7 @@ def test_the_walk(browser, served, tmp_path):
     hands.drag((120, 180), (230, 180))
     hands.page.click("#paint")
     hands.press("Alt+ArrowDown", "Control+z")
+    hands.page.select_option("#size", "48x64")
     hands.page.fill("#prompt", "a yellow blob")
     drawn = hands.see("JSON.stringify(exportBoxes())")
     hands.reload()  # the token stays with the tab
@@ -490,12 +501,10 @@ def test_the_walk(browser, served, tmp_path):
     hands.wait("page.playing && page.now > 1")
     hands.press("Space")
     assert hands.see("problem()") == ""
-    hands.page.click("#generate")
-    hands.wait("!page.job && page.videos.length === 1", 120)
+    hands.make()
     assert hands.note.startswith("Done in "), hands.note
     hands.page.fill("#seed", "5")
-    hands.page.click("#generate")
-    hands.wait("!page.job && page.videos.length === 2", 120)
+    hands.make(2)
     hands.wait("document.querySelector('#screens video').currentTime > 0.1")
     assert hands.see("document.querySelector('#screens video').videoWidth") > 0
     plain = hands.page.get_attribute("#screens video", "src")
@@ -504,8 +513,7 @@ def test_the_walk(browser, served, tmp_path):
     hands.page.click("#pinResult")
     hands.page.click("#history button:last-child")
     titles = hands.page.locator("#screens figcaption").all_text_contents()
-    size = "144 x 192"
-    assert titles == [f"Video {n}: portrait.jpg, seed {seed}, 4 steps, {size}" for n, seed in ((2, 5), (1, 0))]
+    assert titles == [f"Video {n}: portrait.jpg, seed {seed}, 4 steps, 64 x 48" for n, seed in ((2, 5), (1, 0))]
     folder = hands.save(tmp_path, "#zipResult")
     names = "image.jpg boxes.json mask_0.png prompt.txt settings.json command.txt video.mp4 video.boxes.mp4"
     assert {path.name for path in folder.iterdir()} == set(names.split())
@@ -522,15 +530,14 @@ def test_the_walk(browser, served, tmp_path):
 @needs_chromium
 def test_two_tabs_wait_for_one_another_and_cancel_or_close(browser, served):
     hands = Hands(browser, served.address)
-    hands.page.click("#exampleFirst")
-    hands.wait("page.drawing.objects.length === 2")
+    hands.example()
     hands.fill("#frames", "240")
     first = hands.page
     hands.page.click("#generate")
     hands.wait("$('note').textContent.startsWith('Denoise')", 60)
     second = hands.new_page()
-    hands.page.click("#exampleFirst")
-    hands.wait("page.drawing.objects.length === 2")
+    hands.example()
+    hands.page.select_option("#size", "48x64")
     hands.page.click("#generate")
     hands.wait("$('note').textContent.startsWith('Another video is made first')")
     first.click("#cancel")  # amid a step: the other's turn
@@ -542,8 +549,7 @@ def test_two_tabs_wait_for_one_another_and_cancel_or_close(browser, served):
     hands.wait("$('note').textContent.startsWith('Denoise')", 60)
     first.close()  # a closed tab cancels
     hands.page = second
-    hands.page.click("#generate")
-    hands.wait("!page.job && page.videos.length === 2", 60)
+    hands.make(2)
     hands.page.evaluate("page.token = 'of another run'")
     hands.page.click("#generate")
     hands.wait("!page.job && $('note').textContent.startsWith('this page is of another run')")
@@ -556,10 +562,8 @@ def test_a_server_started_anew_and_what_is_wrong_is_told_as_it_is(browser, serve
     facts = {"preset": "small", "size": "auto", "frames": 9, "fps": 8, "steps": 4, "most_steps": 4, "options": ""}
     server.about = lambda asked: {} if asked else facts
     hands = Hands(browser, f"http://{server.hosts[0]}/#{server.token}")
-    hands.page.click("#exampleFirst")
-    hands.wait("page.drawing.objects.length === 2")
-    hands.page.click("#generate")
-    hands.wait("!page.job && page.videos.length === 1")
+    hands.example()
+    hands.make()
     server.shutdown()
     server.server_close()
     hands.page.click("#generate")
@@ -570,8 +574,7 @@ def test_a_server_started_anew_and_what_is_wrong_is_told_as_it_is(browser, serve
     hands.wait("$('note').textContent.startsWith('this page is of another run')")
     hands.page.goto(f"http://{server.hosts[0]}/#{server.token}")
     hands.wait("$('note').textContent === ''")
-    hands.page.click("#generate")
-    hands.wait("!page.job && page.videos.length === 2")
+    hands.make(2)
     hands.see("void (exportBoxes = () => null.x)")
     hands.page.click("#generate")
     hands.wait("$('note').textContent.startsWith('A fault of this page: TypeError')")
@@ -579,18 +582,15 @@ def test_a_server_started_anew_and_what_is_wrong_is_told_as_it_is(browser, serve
 
 
 @needs_chromium
-def test_videos_are_told_of_kept_exported_and_removed(browser, served, tmp_path):
-    hands = Hands(browser, served.address)
-    hands.open(picture(tmp_path / "small.png", 96, 64))
-    hands.page.select_option("#size", "48x64")
-    hands.drag((60, 10), (120, 40))  # across the edge
+def test_videos_are_told_of_kept_exported_and_removed(drawn, tmp_path):
+    hands = drawn(end=(120, 40))  # across the edge
     hands.see("void (page.live = false)")
+    hands.fill("#steps", "1")
     hands.wait("/^9 frames of 84 x 64, made at 64 x 48, about .* s, 0.. GB$/.test($('comes').textContent)")
     for number in range(1, 11):
         if number == 10:
             hands.page.check("#random")
-        hands.page.click("#generate")
-        hands.wait(f"!page.job && page.videos.length === {number}", 60)
+        hands.make(number)
     assert "boxes cross the video's edge and are cut there: object 0 in frame 0" in hands.page.text_content("#warns")
     assert "/" not in hands.page.text_content("#warns")
     seed = hands.see("page.drawing.seed")
@@ -598,12 +598,10 @@ def test_videos_are_told_of_kept_exported_and_removed(browser, served, tmp_path)
     hands.see("page.saving")
     hands.reload()
     assert hands.page.locator("#history button").count() == 10
-    assert hands.page.text_content("#screens figcaption") == f"Video 10: small.png, seed {seed}, 4 steps, 64 x 48"
+    assert hands.page.text_content("#screens figcaption") == f"Video 10: small.png, seed {seed}, 1 step, 64 x 48"
     hands.wait("document.querySelector('#screens video').videoWidth === 84")
     for button, name in (("#gifResult", "it.gif"), ("#pngResult", "it.zip"), ("#zipResult", "all.zip")):
-        with hands.page.expect_download() as download:
-            hands.page.click(button)
-        download.value.save_as(tmp_path / name)
+        hands.download(button).rename(tmp_path / name)
     with Image.open(tmp_path / "it.gif") as gif:
         assert (gif.n_frames, gif.size) == (9, (84, 64))
     for name in ("it.zip", "all.zip"):
@@ -618,18 +616,13 @@ def test_videos_are_told_of_kept_exported_and_removed(browser, served, tmp_path)
     hands.settle()
     hands.reload()
     assert hands.page.locator("#history button").count() == 9
-    hands.close()
 
 
 @needs_chromium
-def test_live_makes_the_newest_drawing_by_itself(browser, served, tmp_path):
-    hands = Hands(browser, served.address)
-    hands.open(picture(tmp_path / "small.png", 96, 64))
-    hands.page.select_option("#size", "48x64")
-    hands.drag((10, 10), (30, 30))
+def test_live_makes_the_newest_drawing_by_itself(drawn):
+    hands = drawn()
     assert not hands.page.is_checked("#live")
-    hands.page.click("#generate")
-    hands.wait("!page.job && page.videos.length === 1", 60)
+    hands.make()
     hands.see("void (page.took = 2.9, show())")  # as on a quiet machine
     assert hands.page.is_checked("#live")
     hands.page.click("#live")
@@ -649,18 +642,13 @@ def test_live_makes_the_newest_drawing_by_itself(browser, served, tmp_path):
     hands.drag((45, 20), (40, 20))
     hands.page.wait_for_timeout(500)
     assert not hands.see("page.job")
-    hands.close()
 
 
 @needs_chromium
 @pytest.mark.parametrize("screen", [(390, 844), (720, 450)])  # a phone; 1440x900 at 200%
-def test_generate_its_progress_and_the_video_are_seen_together(browser, served, tmp_path, screen):
-    hands = Hands(browser, served.address, size=screen)
-    hands.open(picture(tmp_path / "small.png", 96, 64))
-    hands.page.select_option("#size", "48x64")
-    hands.drag((10, 10), (30, 30))
-    hands.page.click("#generate")
-    hands.wait("!page.job && page.videos.length === 1", 60)
+def test_generate_its_progress_and_the_video_are_seen_together(drawn, screen):
+    hands = drawn(screen)
+    hands.make()
     hands.page.wait_for_timeout(300)
     for name in ("#generate", "#progress", "#note", "#screens video", "#screens input"):
         box = hands.page.locator(name).bounding_box()
@@ -673,4 +661,3 @@ def test_generate_its_progress_and_the_video_are_seen_together(browser, served, 
     assert hands.see("document.documentElement.scrollWidth <= innerWidth")
     hands.page.click("#screens button")
     assert hands.see("document.querySelector('#screens video').paused")
-    hands.close()
