@@ -61,6 +61,7 @@ class Hands:
     def __init__(self, browser, address: str = "", size: tuple[int, int] = (1200, 800), **options):
         self.context = browser.new_context(viewport=dict(zip(("width", "height"), size, strict=True)), **options)
         self.address, self.errors, self.asked = address or (ROOT / "tools/draw.html").as_uri(), [], []
+        self.glass = {}  # page -> what takes its touches
         self.page = self.new_page()
 
     def new_page(self):
@@ -186,7 +187,9 @@ class Hands:
 
     def finger(self, kind: str, *points: tuple[float, float]) -> None:
         named = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(points)]
-        self.context.new_cdp_session(self.page).send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": named})
+        if self.page not in self.glass:
+            self.glass[self.page] = self.context.new_cdp_session(self.page)
+        self.glass[self.page].send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": named})
 
     def go(self, frame: int) -> None:
         """To a frame, by a click on the ruler."""

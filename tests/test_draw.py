@@ -106,9 +106,9 @@ def test_small_boxes_and_handles_of_the_chosen_object_can_be_held(hands, tmp_pat
 
 def test_a_fast_stroke_leaves_no_gap_and_masks_have_the_colours_of_their_objects(hands, photo):
     hands.open(photo)
-    hands.page.locator("#brush").fill("20")
     for k, (y0, y1) in enumerate(((5, 28), (36, 60))):
         hands.drag((5, y0), (90, y1))
+        hands.page.locator("#brush").fill("20")
         hands.press("b")
         hands.drag((10, y0 + 10), (85, y0 + 10), steps=1)
         hands.press("b")
