@@ -287,18 +287,17 @@ class Served:
 
 @pytest.fixture
 def drawn(browser, served, tmp_path):
-    """drawn(size) -> the page of sample.py, with a small picture and a box."""
-    hands = []
+    """drawn(end) -> the page of sample.py, with a small picture and a box from (10, 10)."""
+    hands = Hands(browser, served.address)
 
-    def draw(screen: tuple[int, int] = (1200, 800), end: tuple[int, int] = (30, 30)) -> Hands:
-        hands.append(Hands(browser, served.address, size=screen))
-        hands[0].open(picture(tmp_path / "small.png", 96, 64))
-        hands[0].page.select_option("#size", "48x64")
-        hands[0].drag((10, 10), end)
-        return hands[0]
+    def draw(end: tuple[int, int] = (30, 30)) -> Hands:
+        hands.open(picture(tmp_path / "small.png", 96, 64))
+        hands.page.select_option("#size", "48x64")
+        hands.drag((10, 10), end)
+        return hands
 
     yield draw
-    hands[0].close()
+    hands.close()
 
 
 @pytest.fixture(scope="module")
@@ -583,7 +582,7 @@ def test_a_server_started_anew_and_what_is_wrong_is_told_as_it_is(browser, serve
 
 @needs_chromium
 def test_videos_are_told_of_kept_exported_and_removed(drawn, tmp_path):
-    hands = drawn(end=(120, 40))  # across the edge
+    hands = drawn((120, 40))  # across the edge
     hands.see("void (page.live = false)")
     hands.fill("#steps", "1")
     hands.wait("/^9 frames of 84 x 64, made at 64 x 48, about .* s, 0.. GB$/.test($('comes').textContent)")
@@ -645,19 +644,20 @@ def test_live_makes_the_newest_drawing_by_itself(drawn):
 
 
 @needs_chromium
-@pytest.mark.parametrize("screen", [(390, 844), (720, 450)])  # a phone; 1440x900 at 200%
-def test_generate_its_progress_and_the_video_are_seen_together(drawn, screen):
-    hands = drawn(screen)
-    hands.make()
-    hands.page.wait_for_timeout(300)
-    for name in ("#generate", "#progress", "#note", "#screens video", "#screens input"):
-        box = hands.page.locator(name).bounding_box()
-        assert box["y"] >= 0 and box["y"] + box["height"] <= screen[1] and box["height"] > 4, (name, box)
-    video = hands.page.locator("#screens video").bounding_box()
-    assert video["height"] > 120
-    for share in (0.05, 0.5, 0.95):  # nothing lies over it
-        x, y = video["x"] + video["width"] / 2, video["y"] + share * video["height"]
-        assert hands.see(f"document.elementFromPoint({x}, {y}).tagName") == "VIDEO"
-    assert hands.see("document.documentElement.scrollWidth <= innerWidth")
-    hands.page.click("#screens button")
-    assert hands.see("document.querySelector('#screens video').paused")
+def test_generate_its_progress_and_the_video_are_seen_together(drawn):
+    hands = drawn()
+    for number, (width, height) in enumerate([(390, 844), (720, 450)], 1):  # a phone; 1440x900 at 200%
+        hands.page.set_viewport_size({"width": width, "height": height})
+        hands.make(number)
+        hands.page.wait_for_timeout(300)
+        for name in ("#generate", "#progress", "#note", "#screens video", "#screens input"):
+            box = hands.page.locator(name).bounding_box()
+            assert box["y"] >= 0 and box["y"] + box["height"] <= height and box["height"] > 4, (name, box)
+        video = hands.page.locator("#screens video").bounding_box()
+        assert video["height"] > 120
+        for share in (0.05, 0.5, 0.95):  # nothing lies over it
+            x, y = video["x"] + video["width"] / 2, video["y"] + share * video["height"]
+            assert hands.see(f"document.elementFromPoint({x}, {y}).tagName") == "VIDEO"
+        assert hands.see("document.documentElement.scrollWidth <= innerWidth")
+        hands.page.click("#screens button")
+        assert hands.see("document.querySelector('#screens video').paused")
