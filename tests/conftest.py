@@ -40,6 +40,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def refused(message: str, call, *given, **options) -> None:
+    """This call raises a UserError of one line, which matches."""
+    from core.config import UserError
+
+    with pytest.raises(UserError, match=message) as caught:
+        call(*given, **options)
+    assert "\n" not in str(caught.value)
+
+
 def make_trajectory(boxes: list, size: tuple[int, int], masks=None):
     """Of each object's boxes, one per frame or None, and the masks in frame 0: the first boxes, if none are given."""
     from core.boxes import fill_box

@@ -12,9 +12,10 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from safetensors import safe_open
 
-from core.config import UserError
+import train_slow_adapter
 from core.media import to_uint8, write_video
 from core.weights import read_safetensors
 from data import ClipLatents
@@ -120,7 +121,7 @@ def test_shards_hold_the_clips_and_a_report_of_those_rejected(magic, prepared, w
         assert file.get_tensor("empty").shape == (0, 64)
 
 
-def test_killed_or_shared_out_it_makes_the_same_shards(magic, prepared, run, tmp_path):
+def test_killed_or_shared_out_it_makes_the_same_shards(magic, prepared, run, tmp_path, capsys):
     flags = ("--source", magic / "MagicData.csv", "--size", "48x48", "--maps", "outline", "--out")
     job = run("tools.prepare_clips", *flags, tmp_path / "killed", wait=False)
     while not (tmp_path / "killed/latents-00000.safetensors").exists():
@@ -132,19 +133,18 @@ def test_killed_or_shared_out_it_makes_the_same_shards(magic, prepared, run, tmp
         pass
     left = f".tmp{ended.pid}-{zlib.crc32(b'latents-00001.safetensors'):08x}.safetensors"  # as a kill leaves it
     (tmp_path / "killed" / left).write_text("half-written")
-    for folder, processes in (("killed", 1), ("shared", 2)):
-        job = run("tools.prepare_clips", *flags, tmp_path / folder, processes=processes)
-        assert job.returncode == 0, job.stderr
-        assert "20 clips in 2 shards; 4 rejected" in job.stdout
-        assert shards(tmp_path / folder) == shards(prepared)
-
-
-def test_stage_1_trains_on_them(prepared, run):
-    flags = "--steps 3 --mask_steps 1 --batch 2 --compile false --maps outline --sample_every 0"
-    job = run("train_slow_adapter.py", "--data", prepared, *flags.split())
+    prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(tmp_path / "killed"), **LIKE_MAGIC))
+    job = run("tools.prepare_clips", *flags, tmp_path / "shared", processes=2)
     assert job.returncode == 0, job.stderr
-    job = run("train_slow_adapter.py", "--data", prepared.parent, "--steps", 3)
-    assert job.returncode == 2 and "holds no finished shards" in job.stderr
+    for folder, said in (("killed", capsys.readouterr().out), ("shared", job.stdout)):
+        assert "20 clips in 2 shards; 4 rejected" in said and shards(tmp_path / folder) == shards(prepared)
+
+
+def test_stage_1_trains_on_them(prepared, here):
+    options = {"steps": 3, "mask_steps": 1, "batch": 2, "compile": False, "maps": "outline", "sample_every": 0}
+    train_slow_adapter.main(train_slow_adapter.Config(data=str(prepared), **options))
+    other = train_slow_adapter.Config(data=str(prepared.parent), steps=3)
+    refused("holds no finished shards", train_slow_adapter.main, other)
 
 
 def test_training_reads_every_clip_once_an_epoch(prepared):
@@ -172,10 +172,8 @@ def test_the_authors_own_columns_name_maps_and_their_frames(tmp_path, world):
     parts = read(good)
     assert (parts["video"] - world.video[0]).abs().mean() < 0.1  # three black frames are passed over
     assert torch.equal(parts["mask"], trajectory.maps("mask"))
-    with pytest.raises(UserError, match="painted maps, which hold no pixels of the clip"):
-        read(good, "pixels")
-    with pytest.raises(UserError, match="8 frames of 9"):
-        read(short)
+    refused("painted maps, which hold no pixels of the clip", read, good, "pixels")
+    refused("8 frames of 9", read, short)
 
 
 def write_plain(folder, name, boxes, video=None, caption="a square", **top):
@@ -200,12 +198,10 @@ def test_a_plain_folder_of_videos_captions_and_boxes(tmp_path, world):
     painted, video = (read(first, "pixels")[kind] for kind in ("box", "video"))
     assert torch.equal(painted, load_trajectory(first.boxes, (48, 48), 9).maps("box", video[:, 0]))
     assert torch.allclose(painted[:, 4, 8:20, 12:24], video[:, 0, 8:20, 4:16].clamp(min=-0.9), atol=1e-4)
-    for clip, reason in ((second, "b.json: objects"), (third, "no caption")):
-        with pytest.raises(UserError, match=reason):
-            read(clip)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="no caption, or none in UTF-8"):
-        read(prepare_clips.find_clips(tmp_path)[0])
+    for clip, reason in ((second, "b.json: objects"), (third, "no caption"),
+                         (prepare_clips.find_clips(tmp_path)[0], "no caption, or none in UTF-8")):  # fmt: skip
+        refused(reason, read, clip)
 
 
 def test_boxes_for_a_whole_video_are_cut_as_it_is(tmp_path):
@@ -215,8 +211,7 @@ def test_boxes_for_a_whole_video_are_cut_as_it_is(tmp_path):
     box = read(clip)["box"]
     assert box.shape[1] == 9 and (box[:, 8] > -1).any(0).any(0).nonzero()[0].item() == 4 + 2 * 8
     write_plain(tmp_path, "a", {"0": [4, 4, 16, 16]}, video, num_frames=5)
-    with pytest.raises(UserError, match="num_frames is 5 but the video has 9 frames"):
-        read(clip)
+    refused("num_frames is 5 but the video has 9 frames", read, clip)
 
 
 def test_shards_go_on_with_the_same_clips_and_maps_alone(tmp_path):
@@ -228,18 +223,13 @@ def test_shards_go_on_with_the_same_clips_and_maps_alone(tmp_path):
     prepare_clips.main(cfg)
     assert (tmp_path / "out/rejected.csv").read_text() == "path,reason\n"
     assert json.loads((tmp_path / "out/config.json").read_text())["maps"] == "pixels"
-    with pytest.raises(UserError, match=r"shards of other clips lie here \(maps pixels\); give another --out"):
-        prepare_clips.main(replace(cfg, maps="outline"))
+    other = replace(cfg, maps="outline")
+    refused(r"shards of other clips lie here \(maps pixels\); give another --out", prepare_clips.main, other)
     for suffix in (".mp4", ".txt", ".json"):
         (tmp_path / f"c{suffix}").rename(tmp_path / f"a{suffix}")
-    with pytest.raises(UserError, match=r"/a\.mp4, its caption, boxes or maps are not those .*; delete that file"):
-        prepare_clips.main(cfg)
-
-
-def test_a_torn_config_is_named(tmp_path, magic):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: not JSON"):
-        prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(tmp_path)))
+    refused(r"/a\.mp4, its caption, boxes or maps are not those .*; delete that file", prepare_clips.main, cfg)
+    (tmp_path / "out/config.json").write_text("{")
+    refused(r"config\.json: not JSON", prepare_clips.main, cfg)
 
 
 def test_a_share_of_the_clips_loses_boxes_in_some_frames():
@@ -279,11 +269,8 @@ class Shrinking(WanCodec):
     """Has Wan's sizes and none of its networks: latents are shrunken frames."""
 
     def encode_video(self, video):
-        return (
-            torch.nn.functional.avg_pool2d(video[0, :, ::4].transpose(0, 1), 16)
-            .transpose(0, 1)
-            .repeat(16, 1, 1, 1)[None]
-        )
+        small = torch.nn.functional.avg_pool2d(video[0, :, ::4].transpose(0, 1), 16)
+        return small.transpose(0, 1).repeat(16, 1, 1, 1)[None]
 
     def text_encoder(self):
         return lambda captions: torch.ones(len(captions), 2, 4)
@@ -304,9 +291,7 @@ def test_wan5b_has_two_sizes_and_enlarges_small_clips(tmp_path, monkeypatch, cap
     stored = read_safetensors(tmp_path / "out/latents-00000.safetensors")[1]
     assert [stored[f"{n}.video"].shape for n in range(5)] == [WIDE, WIDE, WIDE, WIDE, TALL]
     assert [stored[f"{n}.box"].shape for n in range(5)] == [WIDE, WIDE, WIDE, WIDE, TALL]
-    lit = (
-        stored["3.box"].read()[0, 0] > -0.99
-    ).nonzero()  # 720 columns become 1280, and 480 rows 853, of which 704 stay
+    lit = (stored["3.box"].read()[0, 0] > -0.99).nonzero()  # 720 columns become 1280, of 853 rows 704 stay
     assert lit.amin(0).tolist() == [(200 * 16 // 9 - 74) // 16, 200 * 16 // 9 // 16]
     first, auto = prepare_clips.find_clips(tmp_path / "clips")[0], replace(cfg, size="auto")
     codec = WanCodec(tmp_path, torch.device("cpu"))
@@ -314,23 +299,24 @@ def test_wan5b_has_two_sizes_and_enlarges_small_clips(tmp_path, monkeypatch, cap
 
 
 def test_bad_input_is_one_line(tmp_path, prepared, magic):
-    def refused(message, **options):
-        with pytest.raises(UserError, match=message) as caught:
-            prepare_clips.main(Config(out=str(tmp_path / "out"), **options))
-        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    def wrong(message, **options):
+        refused(message, prepare_clips.main, Config(out=str(tmp_path / "out"), **options))
+        assert not (tmp_path / "out").exists()
 
-    refused("--source: missing")
-    refused(r"/no\.csv: no such file; correct the path", source=str(tmp_path / "no.csv"))
-    refused("holds no clips", source=str(tmp_path))
+    wrong("--source: missing")
+    wrong(r"/no\.csv: no such file; correct the path", source=str(tmp_path / "no.csv"))
+    wrong("holds no clips", source=str(tmp_path))
     for text, message in (
         ("path,text\na.mp4,b\n", "has no column num_frames"),
         ("path,num_frames,text\na.mp4,many,b\n", "line 2: a frame number is not a whole number"),
         ("path,num_frames,text,mask_start_index\na.mp4,9,b,-1\n", r"x\.csv: line 2: mask_start_index is negative"),
+        ("path,num_frames,text\na.mp4,9,red, blue\n", "row 1 has more cells than columns"),
+        ("path,num_frames,text\na.mp4,9,red\nb.mp4,9,a, b, c\n", "row 2 has more cells than columns"),
+        ('path,num_frames,text\na.mp4,9,"red, blue",green\n', "row 1 has more cells than columns"),
     ):
         (tmp_path / "x.csv").write_text(text)
-        refused(message, source=str(tmp_path / "x.csv"))
-    refused("--size 48x50", source=str(magic / "MagicData.csv"), size="48x50")
-    copy = tmp_path / "copy"
-    shutil.copytree(prepared, copy)
-    with pytest.raises(UserError, match=r"shards of other clips lie here \(sparse 0.15\)"):
-        prepare_clips.main(Config(source=str(magic / "MagicData.csv"), out=str(copy), sparse=0.5, **LIKE_MAGIC))
+        wrong(message, source=str(tmp_path / "x.csv"))
+    wrong("--size 48x50", source=str(magic / "MagicData.csv"), size="48x50")
+    shutil.copytree(prepared, tmp_path / "copy")
+    other = Config(source=str(magic / "MagicData.csv"), out=str(tmp_path / "copy"), sparse=0.5, **LIKE_MAGIC)
+    refused(r"shards of other clips lie here \(sparse 0.15\)", prepare_clips.main, other)

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 from test_prepare_clips import write_plain
 from test_runs import ALONE, Options, part, save
 
 from core import media
-from core.config import MachineError, UserError
+from core.config import MachineError
 from core.media import read_video, write_video
 from core.record import READ, checksum, lock
 from core.runs import Run
@@ -33,7 +33,7 @@ from toy.codec import ToyCodec
 # --- checksums
 
 
-def test_a_checksum_sees_what_name_size_and_date_do_not(tmp_path):
+def test_a_checksum_sees_what_name_size_and_date_do_not(tmp_path, monkeypatch):
     """A large file's last byte, a mask that a boxes.json names, a file in a folder, two that are swapped."""
     big, mask, boxes = tmp_path / "big.bin", tmp_path / "m/é.png", tmp_path / "boxes.json"
     mask.parent.mkdir()
@@ -48,14 +48,10 @@ def test_a_checksum_sees_what_name_size_and_date_do_not(tmp_path):
         os.utime(file, ns=(dates.st_atime_ns, dates.st_mtime_ns))
         assert file.stat().st_size == dates.st_size and checksum(seen) != before
     assert checksum(big, mask) != checksum(mask, big) and checksum(tmp_path / "none") != checksum(mask)
-
-
-def test_a_file_that_the_machine_can_not_read_is_no_missing_file(tmp_path, monkeypatch):
-    (tmp_path / "x").write_text("x")
-    for number in (errno.EIO, errno.EACCES, errno.ESTALE):
+    for number in (errno.EIO, errno.EACCES, errno.ESTALE):  # one that the machine can't read is no missing file
         monkeypatch.setattr(Path, "open", lambda *_, number=number: (_ for _ in ()).throw(OSError(number, "no")))
         with pytest.raises(OSError):
-            checksum(tmp_path / "x")
+            checksum(boxes)
 
 
 def test_ffmpeg_is_looked_for_anew_once_a_trial_of_it_was_killed(monkeypatch):
@@ -80,8 +76,7 @@ def test_a_folder_is_one_process_s_until_it_is_gone(tmp_path):
         stdout=subprocess.PIPE,
     )
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(UserError, match=rf"a: process {holder.pid} on {os.uname().nodename} is at work here; wait"):
-        lock(tmp_path / "a")
+    refused(rf"a: process {holder.pid} on {os.uname().nodename} is at work here; wait", lock, tmp_path / "a")
     lock(tmp_path / "b")  # another folder is free
     holder.kill()
     holder.wait()
@@ -92,19 +87,16 @@ def test_a_folder_is_one_process_s_until_it_is_gone(tmp_path):
     assert f"process {os.getpid()} on" in job.stderr
 
 
-def test_a_folder_that_can_not_be_locked_is_used_all_the_same(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_can_not_be_locked_is_used_all_the_same_and_a_full_disk_is_named(tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/.lock").symlink_to("/dev/full")
+    refused(r"/\.lock: can't be written \(.+\); mend that, and run", lock, tmp_path / "full")
     monkeypatch.setattr("fcntl.flock", flock)
     lock(tmp_path)
     assert "can't be locked (No locks available)" in capsys.readouterr().err
-
-
-def test_a_lock_that_can_not_be_written_is_named(tmp_path):
-    (tmp_path / ".lock").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"/\.lock: can't be written \(.+\); mend that, and run"):
-        lock(tmp_path)
 
 
 # --- runs
@@ -125,29 +117,19 @@ def test_a_run_goes_on_with_the_files_that_it_began_with_alone(tmp_path):
     run.resume()
     save(run, 2)
     assert begin(tmp_path, generator=None, codec=None).resume() == 2
+    other = r"ckpt/step_00000002/config\.json: the run began with another .*safetensors"
     for files in ({"generator": 3, "codec": 2}, {"generator": 1, "codec": 3}, {"generator": 2, "codec": 1},
                   {"generator": 1}, {"generator": 1, "codec": 2, "init": 1}):  # fmt: skip
-        with pytest.raises(
-            UserError, match=r"ckpt/step_00000002/config\.json: the run began with another .*safetensors"
-        ):
-            begin(tmp_path, **files).resume()
-    with pytest.raises(UserError, match=r"began with another .*/codec\.safetensors; bring that back, or give the run"):
-        begin(tmp_path, generator=1, codec=7).resume()
+        refused(other, begin(tmp_path, **files).resume)
+    codec = r"began with another .*/codec\.safetensors; bring that back, or give the run"
+    refused(codec, begin(tmp_path, generator=1, codec=7).resume)
     assert begin(tmp_path, moved=1, codec=2).resume() == 2  # known by content
-
-
-def test_a_checkpoint_of_another_run_is_refused_whatever_lies_beside_it(tmp_path):
-    run = begin(tmp_path, generator=1)
-    run.resume()
-    save(run, 2)
-    (tmp_path / "run").rename(tmp_path / "other")
+    (tmp_path / "run").rename(tmp_path / "other")  # a checkpoint of another run, whatever lies beside it
     begin(tmp_path, generator=2).resume()
     shutil.copytree(tmp_path / "other/ckpt", tmp_path / "run/ckpt")
-    with pytest.raises(UserError, match="began with another"):
-        begin(tmp_path, generator=2).resume()
+    refused("began with another", begin(tmp_path, generator=2).resume)
     (tmp_path / "run/config.json").unlink()
-    with pytest.raises(UserError, match="began with another"):
-        begin(tmp_path, generator=2).resume()
+    refused("began with another", begin(tmp_path, generator=2).resume)
 
 
 # --- shards
@@ -185,55 +167,48 @@ def test_training_refuses_shards_that_do_not_belong_together(five):
     latents, text = out / "latents-00000.safetensors", out / "text-00000.safetensors"
     kept = latents.read_bytes()
     shutil.copy(latents, out / "latents-00001.safetensors")
-    with pytest.raises(UserError, match=r"latents-00001.safetensors: isn't the file that was prepared"):
-        ClipLatents(out, 32)
+    refused(r"latents-00001.safetensors: isn't the file that was prepared", ClipLatents, out, 32)
     (out / "latents-00001.safetensors").unlink()
     boxes = json.loads((five / "c2.json").read_text())
     boxes["objects"][0]["boxes"]["0"] = [20, 20, 40, 40]
     (five / "c2.json").write_text(json.dumps(boxes))
     prepare(five, out=str(five / "out2"))
     shutil.copy(five / "out2/latents-00000.safetensors", latents)
-    with pytest.raises(UserError, match=r"latents-00000.safetensors: isn't"):
-        ClipLatents(out, 32)
+    refused(r"latents-00000.safetensors: isn't", ClipLatents, out, 32)
     latents.write_bytes(kept)
     data = ClipLatents(out, 32)
     latents.write_bytes(kept[:-2] + b"\x7f\x7f")
-    with pytest.raises(UserError, match=r"isn't what was written there"):
-        [data.latents[name].read() for name in data.latents]
+    refused("isn't what was written there", lambda: [data.latents[name].read() for name in data.latents])
     text.unlink()
-    with pytest.raises(UserError, match=r"(latents|text)-00000.safetensors: isn't"):
-        ClipLatents(out, 32)
+    refused(r"(latents|text)-00000.safetensors: isn't", ClipLatents, out, 32)
 
 
-@pytest.mark.parametrize("change", ["boxes", "video", "caption"])
-def test_what_a_clip_is_made_of_is_compared_by_content(change, five):
-    dates = (five / "c1.json").stat()
-    if change == "boxes":  # as long as before, and as old
+def test_what_a_clip_is_made_of_is_compared_by_content(five, tmp_path):
+    def redraw():  # as long as before, and as old
+        dates = (five / "c1.json").stat()
         (five / "c1.json").write_text((five / "c1.json").read_text().replace("[4, 4,", "[9, 4,"))
         os.utime(five / "c1.json", ns=(dates.st_atime_ns, dates.st_mtime_ns))
-    elif change == "video":
+
+    def film():
         write_video(five / "c1.mp4", np.full((9, 48, 48, 3), 41, np.uint8), 8)
-    else:
-        (five / "c1.txt").write_text("square 7")
-    with pytest.raises(UserError, match=r"c1\.mp4, its caption, boxes or maps are not those that .*00000.* delete"):
+
+    for change in (redraw, film, lambda: (five / "c1.txt").write_text("square 7")):
+        change()
+        refused(r"c1\.mp4, its caption, boxes or maps are not those that .*00000.* delete", prepare, five)
+        refused("no finished shards", ClipLatents, five / "out", 32)
+        (five / SHARD).unlink()
         prepare(five)
-    with pytest.raises(UserError, match="no finished shards"):
-        ClipLatents(five / "out", 32)
-    (five / "out/latents-00000.safetensors").unlink()
-    prepare(five)
-    assert len(ClipLatents(five / "out", 32).latents) == 10
+        assert len(ClipLatents(five / "out", 32).latents) == 10
 
 
 def test_shards_of_another_codec_are_refused(five, tmp_path, monkeypatch):
-    tensors = safetensors.torch.load_file(ToyCodec.weights)
+    tensors, path = safetensors.torch.load_file(ToyCodec.weights), tmp_path / "codec.safetensors"
     header = read_safetensors(ToyCodec.weights)[0]
-    safetensors.torch.save_file({name: t * 1.01 for name, t in tensors.items()}, tmp_path / "codec.safetensors", header)
-    other = ToyCodec(tmp_path / "codec.safetensors")
-    with pytest.raises(UserError, match=r"was prepared with another codec\.safetensors; bring that back"):
-        training_data(str(five / "out"), other, 0, 2)
-    monkeypatch.setattr(prepare_clips, "open_codec", lambda *_: other)
-    with pytest.raises(UserError, match=r"shards of other clips lie here \(codec "):
-        prepare(five)
+    safetensors.torch.save_file({name: t * 1.01 for name, t in tensors.items()}, path, header)
+    again = r"was prepared with another codec\.safetensors; bring that back"
+    refused(again, training_data, str(five / "out"), ToyCodec(path), 0, 2)
+    monkeypatch.setattr(prepare_clips, "open_codec", lambda *_: ToyCodec(path))
+    refused(r"shards of other clips lie here \(codec ", prepare, five)
 
 
 def test_a_moved_set_is_the_same_set_and_two_of_one_name_are_refused(five, tmp_path):
@@ -241,15 +216,14 @@ def test_a_moved_set_is_the_same_set_and_two_of_one_name_are_refused(five, tmp_p
     five = tmp_path / "elsewhere"
     prepare(five)
     shutil.copy(five / "c1.mp4", five / "c1.mov")
-    with pytest.raises(UserError, match=r"two videos are called .*c1, and would share what goes with them"):
-        prepare(five)
-    (five / "x.csv").write_text("path,num_frames,text\nv/a.mp4,9,b\nv/a.webm,9,c\n")
-    with pytest.raises(UserError, match="two videos are called v/a"):
-        prepare(five, source=str(five / "x.csv"))
+    refused(r"two videos are called .*c1, and would share what goes with them", prepare, five)
+    table = five / "x.csv"
+    table.write_text("path,num_frames,text\nv/a.mp4,9,b\nv/a.webm,9,c\n")
+    refused("two videos are called v/a", prepare, five, source=str(table))
     (five / "masks/cats/a").mkdir(parents=True)
-    (five / "x.csv").write_text("path,num_frames,text\nv/cats/a.mp4,9,b\nv/dogs/a.mp4,9,c\nv/b.mp4,9,d\n")
-    cat, dog, other = (clip.masks.relative_to(five) for clip in prepare_clips.find_clips(five / "x.csv"))
-    assert [str(cat), str(dog), str(other)] == ["masks/cats/a", "masks/dogs/a", "masks/b"]
+    table.write_text("path,num_frames,text\nv/cats/a.mp4,9,b\nv/dogs/a.mp4,9,c\nv/b.mp4,9,d\n")
+    names = [str(clip.masks.relative_to(five)) for clip in prepare_clips.find_clips(table)]
+    assert names == ["masks/cats/a", "masks/dogs/a", "masks/b"]
 
 
 # --- the machine's failures
@@ -262,6 +236,9 @@ def wrap(tmp_path, monkeypatch, text):
     script.chmod(0o755)
     monkeypatch.setattr(media.imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(script))
     media.ffmpeg_version.cache_clear()
+
+
+SHARD = "out/latents-00000.safetensors"
 
 
 AS_EVER = ';; *) exec $true "$@";; esac'
@@ -277,40 +254,38 @@ FAILS = {
 }
 
 
-@pytest.mark.parametrize("kind", FAILS)
-def test_a_machine_that_fails_rejects_no_clip(kind, five, tmp_path, monkeypatch):
-    (five / "out/latents-00000.safetensors").unlink()
-    with monkeypatch.context() as patch:
-        wrap(tmp_path, patch, FAILS[kind][0])
-        with pytest.raises(MachineError, match=FAILS[kind][1]) as caught:
-            prepare(five)
-        assert "\n" not in str(caught.value) and "ffmpeg" in str(caught.value)
-        assert not (five / "out/latents-00000.safetensors").exists()
-    media.ffmpeg_version.cache_clear()
-    prepare(five)
-    assert rejected(five) == {}
-
-
-def test_an_error_of_the_disk_rejects_no_clip(five, monkeypatch):
-    (five / "out/latents-00000.safetensors").unlink()
-    true = Path.open
+def test_a_machine_that_fails_rejects_no_clip(five, tmp_path, monkeypatch):
+    true, shard = Path.open, five / "out/latents-00000.safetensors"
 
     def fail(path, *more, **options):
         if path.name in ("c3.mp4", "c3.txt"):
             raise OSError(errno.EIO, "Input/output error", str(path))
         return true(path, *more, **options)
 
-    monkeypatch.setattr(Path, "open", fail)
-    with pytest.raises(OSError, match=r"Input/output error.*c3\.txt"):
-        prepare(five)
-    monkeypatch.undo()
+    shard.unlink()
+    for says, why in FAILS.values():
+        with monkeypatch.context() as patch:
+            wrap(tmp_path, patch, says)
+            with pytest.raises(MachineError, match=why) as caught:
+                prepare(five)
+            assert "\n" not in str(caught.value) and "ffmpeg" in str(caught.value) and not shard.exists()
+    media.ffmpeg_version.cache_clear()
+    with monkeypatch.context() as patch:  # a disk that fails
+        patch.setattr(Path, "open", fail)
+        with pytest.raises(OSError, match=r"Input/output error.*c3\.txt"):
+            prepare(five)
+    prepare(five)
+    assert rejected(five) == {}
 
 
 def test_a_rejected_clip_is_read_again_when_its_file_or_the_program_has_changed(five, monkeypatch):
+    def tensors():
+        return {name: stored.read() for name, stored in read_safetensors(five / SHARD)[1].items()}
+
     whole = (five / "c3.mp4").read_bytes()
     (five / "c3.mp4").write_bytes(whole[:-400])
     (five / "c4.txt").unlink()
-    (five / "out/latents-00000.safetensors").unlink()
+    (five / SHARD).unlink()
     prepare(five)
     assert rejected(five)["c4.mp4"] == "no caption, or none in UTF-8"
     assert "decoded: " in rejected(five)["c3.mp4"] and len(rejected(five)["c3.mp4"]) > 40  # ffmpeg's own words
@@ -321,16 +296,12 @@ def test_a_rejected_clip_is_read_again_when_its_file_or_the_program_has_changed(
     monkeypatch.setattr(prepare_clips, "this_program", lambda: "newer")
     prepare(five)
     assert reads == ["c3.mp4", "c4.mp4"] and len(rejected(five)) == 2
-    before = {
-        name: stored.read() for name, stored in read_safetensors(five / "out/latents-00000.safetensors")[1].items()
-    }
+    before = tensors()
     (five / "c3.mp4").write_bytes(whole)
     (five / "c4.txt").write_text("mended")
     prepare(five)
     assert rejected(five) == {} and reads[2:] == ["c3.mp4", "c4.mp4"]
-    after = {
-        name: stored.read() for name, stored in read_safetensors(five / "out/latents-00000.safetensors")[1].items()
-    }
+    after = tensors()
     assert len(before) == 6 and len(after) == 10 and all(torch.equal(after[name], t) for name, t in before.items())
     text = ClipLatents(five / "out", 32).text("4")
     assert torch.equal(text, ToyCodec().encode_text(["mended"])[0].bfloat16().float())
