@@ -3,8 +3,8 @@
 import pytest
 import safetensors.torch
 import torch
+from conftest import refused
 
-from core.config import UserError
 from toy.codec import ToyCodec
 from toy.metrics import score
 from toy.world import World, WorldBatch
@@ -72,5 +72,4 @@ def test_weights_of_another_network_are_refused(tmp_path):
     wrong = tmp_path / "wrong.safetensors"
     tensors = safetensors.torch.load_file(ToyCodec.weights)
     safetensors.torch.save_file(tensors, wrong, {"network": "SlowAdapter", "config": "{}"})
-    with pytest.raises(UserError, match=r"wrong\.safetensors: holds a SlowAdapter, expected a ToyAutoencoder"):
-        ToyCodec(wrong)
+    refused(r"wrong\.safetensors: holds a SlowAdapter, expected a ToyAutoencoder", ToyCodec, wrong)

@@ -1,4 +1,4 @@
-"""Preset wan5b from end to end, in small: a quarter of the width and two blocks, the published files around them.
+"""Preset wan5b from end to end, in small: a twelfth of the width and two blocks, the published files around them.
 
 What a user does with real weights: prepare clips of two shapes, train all three stages on them with the preset's own
 options, and sample with what they export.
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from test_prepare_clips import write_plain
 
 import adapter as adapters
 import discriminator as discriminators
@@ -23,7 +24,6 @@ import flow
 import model
 import sample
 import train_slow_adapter
-from core.media import write_video
 from core.runs import Run
 from core.weights import read_network, read_safetensors, save_network
 from data import ClipLatents
@@ -31,13 +31,14 @@ from model import VideoDiT
 from tools import prepare_clips, train_baseline
 from wan.codec import NEGATIVE_PROMPT, WanCodec
 from wan.tiny_decoder import TinyDecoder
+from wan.vae import WanVAE
 
 test_wan_codec = pytest.importorskip("test_wan_codec")  # needs what the real model needs
 
-DIT = replace(model.PRESETS["wan5b"], dim=768, ffn_dim=3584, heads=6, layers=2, text_dim=32, text_tokens=32)
-ADAPTER = adapters.AdapterConfig(768, 2, hidden=32, fixed_norm=True)
+DIT = replace(model.PRESETS["wan5b"], dim=256, ffn_dim=1024, heads=2, layers=2, text_dim=32, text_tokens=32)
+ADAPTER = adapters.AdapterConfig(256, 2, hidden=32, fixed_norm=True)
 CLASSIFIER = replace(
-    discriminators.PRESETS["wan5b"], dim=768, text_dim=32, feature_blocks=(0, 1), hidden=256, heads=4
+    discriminators.PRESETS["wan5b"], dim=256, text_dim=32, feature_blocks=(0, 1), hidden=256, heads=4
 )  # fmt: skip
 PROMPT = "a red square"
 
@@ -113,38 +114,48 @@ def test_guidance_goes_away_from_the_negative_prompt_with_the_adapter_in_both_br
         assert torch.equal(negative, text[1]) and torch.equal(prompt, text[0])
         assert len(added) == len(added_too) == 2 and added[0].any()
         assert all(torch.equal(a, b) for a, b in zip(added, added_too, strict=True))
+    assert [level for *_, level in calls[::2]] == slow_levels(5.0) == [level for *_, level in calls[1::2]]
     assert iio.imread("o.mp4").shape == (5, 32, 64, 3)
 
 
-@pytest.mark.parametrize("shift", [0.0, 2.0])
-@pytest.mark.parametrize("speed", ["slow", "fast"])
-def test_shift_warps_the_noise_levels(speed, shift, small, calls):
-    sample.main(job(small, speed=speed, guidance=1.0, shift=shift))
+def slow_levels(shift: float) -> list[float]:
+    """As in Wan's own program: below 1, and whole timesteps."""
+    return [int(1000 * level) / 1000 for level in flow.unipc_schedule(2, shift)[:2]]
+
+
+@pytest.mark.parametrize("speed, shift, memory", [("slow", 2.0, "high"), ("fast", 2.0, "low"), ("fast", 0.0, "high")])
+def test_shift_warps_the_noise_levels(speed, shift, memory, small, calls):
+    """And a video is made in little memory, too."""
+    sample.main(job(small, speed=speed, guidance=1.0, shift=shift, memory=memory))
     levels = [level for *_, level in calls]
-    if speed == "slow":  # as Wan's own program: below 1, and whole timesteps
-        assert levels == [int(1000 * level) / 1000 for level in flow.unipc_schedule(2, shift or 5.0)[:2]]
+    if speed == "slow":
+        assert levels == slow_levels(shift)
     else:
         assert levels == pytest.approx(flow.sigma_schedule(2, shift or 5.0)[:2], rel=1e-4)
+    assert iio.imread("o.mp4").shape == (5, 32, 64, 3) and Path("o.boxes.mp4").exists()
 
 
-@pytest.mark.parametrize("prompt", ["", "  ", PROMPT])
-def test_an_empty_prompt_is_one_warning(prompt, small, capsys):
-    sample.main(job(small, prompt=prompt, steps=1))
-    err = [line for line in capsys.readouterr().err.splitlines() if "prompt" in line]
-    assert err == ([] if prompt == PROMPT else ["--prompt is empty: say what the video shows, or it will be poor"])
+@pytest.fixture
+def no_networks(small, monkeypatch):
+    """Everything of a job but the work of networks."""
+    for name in ("load_networks", "make_video"):
+        monkeypatch.setattr(sample, name, lambda *_, **__: None)
+    monkeypatch.setattr(sample, "embed_prompts", lambda codec, prompts: dict.fromkeys(prompts))
+    monkeypatch.setattr(sample, "read_maps", lambda *_: "outline")
 
 
-def test_empty_prompts_of_a_table_are_counted(small, capsys):
+def test_an_empty_prompt_is_one_warning(no_networks, small, capsys):
+    empty = "--prompt is empty: say what the video shows, or it will be poor"
+    for prompt, said in (("", [empty]), ("  ", [empty]), (PROMPT, [])):
+        sample.main(job(small, prompt=prompt))
+        assert [line for line in capsys.readouterr().err.splitlines() if "prompt" in line] == said
     Path("jobs.csv").write_text("image,traj,prompt\nx.png,boxes.json,\nx.png,boxes.json,a disc\n")
-    sample.main(job(small, batch="jobs.csv", steps=1))
+    sample.main(job(small, batch="jobs.csv"))
     assert "--prompt is empty in 1 of 2 rows: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("maps", ["outline", "pixels"])
-def test_a_first_frame_without_a_mask_is_told_once(maps, small, monkeypatch, capsys):
-    for name in ("load_networks", "make_video"):
-        monkeypatch.setattr(sample, name, lambda *_, **__: None)
-    monkeypatch.setattr(sample, "embed_prompts", lambda codec, prompts: dict.fromkeys(prompts))
+def test_a_first_frame_without_a_mask_is_told_once(maps, no_networks, small, monkeypatch, capsys):
     monkeypatch.setattr(sample, "read_maps", lambda *_: maps)
     iio.imwrite("mask.png", np.eye(64, 128, dtype=np.uint8) * 255)
     masked = json.loads(Path("boxes.json").read_text())
@@ -159,29 +170,15 @@ def test_a_first_frame_without_a_mask_is_told_once(maps, small, monkeypatch, cap
     assert (shown in capsys.readouterr().err) == (maps == "outline")
 
 
-def test_one_network_of_a_checkpoint_makes_the_video(small):
-    """`--generator FILE:key`; where none is given, the best key."""
-    weights = VideoDiT.from_pretrained(small, "SlowGenerator").state_dict()
-    torch.save({"generator": weights, "generator_ema": {n: 0 * p for n, p in weights.items()}}, "several.pt")
-
-    def video(generator):
-        sample.main(job(small, generator=generator, steps=1, seed=3))
-        return iio.imread("o.mp4")
-
-    assert np.array_equal(video("several.pt:generator"), wanted := video(str(small)))
-    assert not np.array_equal(video("several.pt"), wanted)
-
-
 def test_a_small_decoder_makes_the_pieces(small, monkeypatch):
     torch.manual_seed(0)
     weights = {name: torch.randn_like(p) * 0.03 for name, p in TinyDecoder().state_dict().items()}
     torch.save(weights, "taew2_2.pth")
-    monkeypatch.setattr(WanCodec, "decode_video", lambda *_: pytest.fail("the VAE decodes nothing"))
+    monkeypatch.setattr(WanVAE, "frames", lambda *_: pytest.fail("the VAE decodes nothing"))
     codec = WanCodec(small, torch.device("cpu"), decoder="taew2_2.pth")
     latents = torch.randn(1, 48, 2, 2, 4)
     wanted = list(TinyDecoder.from_pretrained("taew2_2.pth").frames(latents))
     assert all(torch.equal(a, b) for a, b in zip(codec.pieces(latents), wanted, strict=True))
-    monkeypatch.setattr(type(codec.vae), "frames", lambda *_: pytest.fail("the VAE decodes nothing"))
     sample.main(job(small, decoder="taew2_2.pth", steps=1))
     assert iio.imread("o.mp4").shape == (5, 32, 64, 3)
 
@@ -196,10 +193,8 @@ def write_clips(folder: Path) -> None:
         frames = np.full((5, 32, 64, 3) if number % 3 else (5, 64, 32, 3), 20 * number, np.uint8)
         for t in range(5):
             frames[t, 6:18, 4 + 4 * t : 16 + 4 * t] = (200, 40, 40)
-        write_video(folder / f"{number}.mp4", frames, fps=8)
-        (folder / f"{number}.txt").write_text(f"a red square, {'abcdefghi'[number]}")
         boxes = {"0": [4, 6, 16, 18], "4": [20, 6, 32, 18]}
-        (folder / f"{number}.json").write_text(json.dumps({"objects": [{"boxes": boxes}]}))
+        write_plain(folder, number, boxes, frames, f"a red square, {'abcdefghi'[number]}")
 
 
 def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):

@@ -2,25 +2,16 @@
 
 import gc
 import html
-import json
 import re
 import sys
 import weakref
 from types import SimpleNamespace
 
-import imageio.v3 as iio
-import numpy as np
 import pytest
 import torch
-from test_model import diffusers_model
+from conftest import refused
 from test_vae import SMALL, pair
 
-import adapter as adapters
-import model
-import sample
-from core.config import UserError
-from core.weights import save_network
-from model import DiTConfig
 from wan import umt5 as umt5_module
 from wan.codec import NEGATIVE_PROMPT, WanCodec
 from wan.umt5 import UMT5_XXL, TextEncoder, clean_prompt, read_text_encoder
@@ -100,9 +91,9 @@ def write_folder(folder):
     return folder
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return write_folder(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("wan"))
 
 
 def test_prompts_become_padded_embeddings(folder):
@@ -133,10 +124,23 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("kind", PROMPTS)
-def test_prompts_are_cleaned_as_wan_cleans_them(kind):
-    typed, meant = PROMPTS[kind]
-    assert clean_prompt(typed) == meant == reference_cleaning(typed)
+def test_prompts_are_cleaned_as_wan_cleans_them_and_so_are_token_ids(tmp_path, monkeypatch):
+    """Of the negative prompt too: ftfy makes plain signs of its 27 full-width ones."""
+    for typed, meant in PROMPTS.values():
+        assert clean_prompt(typed) == meant == reference_cleaning(typed)
+    write_tokenizer(tmp_path, extra=sorted({*NEGATIVE_PROMPT, *",<>'\"é—"}))
+    monkeypatch.setattr(umt5_module, "read_text_encoder", lambda path, dtype: TokenIds())
+    encoder = TextEncoder(tmp_path, tmp_path / "none", torch.device("cpu"), 512, torch.bfloat16)
+    prompts = [NEGATIVE_PROMPT, PROMPT, *(typed for typed, _ in PROMPTS.values())]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = encoder(prompts)
+    assert text.shape == (len(prompts), 512, 1)
+    for row, mask, prompt in zip(encoder.network.ids, encoder.network.mask, prompts, strict=True):
+        assert row[mask.bool()].tolist() == tokenizer(reference_cleaning(prompt)).input_ids
+    changed = sum(a != b for a, b in zip(NEGATIVE_PROMPT, reference_cleaning(NEGATIVE_PROMPT), strict=True))
+    assert (len(NEGATIVE_PROMPT), changed) == (137, 27)
+    raw = tokenizer(NEGATIVE_PROMPT).input_ids
+    assert tokenizer.unk_token_id not in raw and raw != tokenizer(clean_prompt(NEGATIVE_PROMPT)).input_ids
 
 
 def reference_cleaning(prompt: str) -> str:
@@ -153,28 +157,23 @@ class TokenIds(torch.nn.Module):
         return SimpleNamespace(last_hidden_state=input_ids[..., None].bfloat16())
 
 
-def test_token_ids_are_those_of_wans_cleaning(tmp_path, monkeypatch):
-    """Of the negative prompt too: ftfy makes plain signs of its 27 full-width ones."""
-    write_tokenizer(tmp_path, extra=sorted({*NEGATIVE_PROMPT, *",<>'\"é—"}))
-    monkeypatch.setattr(umt5_module, "read_text_encoder", lambda path, dtype: TokenIds())
-    encoder = TextEncoder(tmp_path, tmp_path / "none", torch.device("cpu"), 512, torch.bfloat16)
-    prompts = [NEGATIVE_PROMPT, PROMPT, *(typed for typed, _ in PROMPTS.values())]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = encoder(prompts)
-    assert text.shape == (len(prompts), 512, 1)
-    for row, mask, prompt in zip(encoder.network.ids, encoder.network.mask, prompts, strict=True):
-        assert row[mask.bool()].tolist() == tokenizer(reference_cleaning(prompt)).input_ids
-    changed = sum(a != b for a, b in zip(NEGATIVE_PROMPT, reference_cleaning(NEGATIVE_PROMPT), strict=True))
-    assert (len(NEGATIVE_PROMPT), changed) == (137, 27)
-    raw = tokenizer(NEGATIVE_PROMPT).input_ids
-    assert tokenizer.unk_token_id not in raw and raw != tokenizer(clean_prompt(NEGATIVE_PROMPT)).input_ids
-
-
-def test_missing_ftfy_is_named_before_anything_large_is_read(folder, monkeypatch):
+def test_missing_ftfy_is_named_before_anything_large_is_read_and_so_is_an_incomplete_folder(tmp_path, monkeypatch):
+    write_tokenizer(tmp_path / "tokenizer")
+    codec = WanCodec(tmp_path, torch.device("cpu"))
+    nothing = r"holds no Wan2.2_VAE.pth or vae; give"
+    refused(nothing, codec.encode_video, torch.zeros(1, 3, 1, 32, 32))
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder/config.json").write_text("{}")
+    refused(r"model.safetensors: no such file", codec.text_encoder)
     monkeypatch.setitem(sys.modules, "ftfy", None)  # an import of it fails
     monkeypatch.setattr(umt5_module, "read_text_encoder", lambda path, dtype: pytest.fail("read for nothing"))
-    with pytest.raises(UserError, match=r"^ftfy: not installed; pip install -r requirements-wan\.txt$"):
-        WanCodec(folder, torch.device("cpu")).text_encoder()
+    refused(r"^ftfy: not installed; pip install -r requirements-wan\.txt$", codec.text_encoder)
+
+
+def test_the_published_text_encoder_has_its_size():
+    with torch.device("meta"):
+        network = transformers.UMT5EncoderModel(transformers.UMT5Config(**UMT5_XXL)).encoder
+    assert sum(p.numel() for p in network.parameters()) == 5_680_910_336
 
 
 def test_a_text_encoder_that_is_dropped_leaves_its_memory_at_once(folder):
@@ -199,36 +198,3 @@ def test_videos_pass_through_the_vae(folder):
     assert torch.equal(tiled, decoded)  # it is no larger than a tile
     assert decoded.shape == video.shape and decoded.dtype == torch.float32
     assert 0 < (decoded - wanted).norm() / wanted.norm() < 0.05  # bfloat16
-
-
-def test_sample_makes_a_video_from_a_published_folder(folder, tmp_path, monkeypatch):
-    """The whole way of preset wan5b in small."""
-    small = DiTConfig(128, 128, 1, 2, text_dim=32, text_tokens=512)
-    monkeypatch.setitem(model.PRESETS, "wan5b", small)
-    diffusers_model(small).save_pretrained(folder / "transformer")
-    shape = adapters.AdapterConfig(128, 2, hidden=16)
-    save_network(folder / "fast_adapter.safetensors", "FastAdapter", shape, adapters.ResNetAdapter(shape).state_dict())
-    iio.imwrite(tmp_path / "x.png", np.full((200, 100, 3), 90, np.uint8))
-    boxes = {"objects": [{"boxes": {"0": [10, 80, 40, 110], "4": [50, 80, 80, 110]}}]}
-    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
-
-    files = {"image": "x.png", "traj": "boxes.json", "out": "o.mp4", "weights": "", "generator": "transformer"}
-    files = {name: str(tmp_path / file) for name, file in files.items()}
-    options = {"preset": "wan5b", "prompt": PROMPT, "size": "64x96", "frames": 5, "detail": False, "memory": "low"}
-    sample.main(sample.Config(**files, **options))
-    assert iio.imread(tmp_path / "o.mp4").shape == (5, 64, 96, 3) and (tmp_path / "o.boxes.mp4").exists()
-
-
-def test_an_incomplete_folder_is_named(folder):
-    with pytest.raises(UserError, match=r"holds no Wan2.2_VAE.pth or vae; give"):
-        WanCodec(folder / "tokenizer", torch.device("cpu")).encode_video(torch.zeros(1, 3, 1, 32, 32))
-    codec = WanCodec(folder, torch.device("cpu"))
-    (folder / "text_encoder/model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model.safetensors: no such file"):
-        codec.text_encoder()
-
-
-def test_the_published_text_encoder_has_its_size():
-    with torch.device("meta"):
-        network = transformers.UMT5EncoderModel(transformers.UMT5Config(**UMT5_XXL)).encoder
-    assert sum(p.numel() for p in network.parameters()) == 5_680_910_336
