@@ -1,44 +1,54 @@
 """Many devices: shares of a batch, recomputed activations, sequences split among processes, nodes."""
 
-import re
+import itertools
 import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, partialmethod
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import warm
+from conftest import refused
+from test_machine import TORCHRUN
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from core import parallel
+import adapter as adapters
+import flow
+import sample
+import train_slow_adapter
+from core import optim, parallel
 from core.config import UserError
+from discriminator import Classifier, ClassifierConfig, DiffusionDiscriminator, adversarial_loss
 from model import DiTConfig, VideoDiT
 from tools import bench
+from wan.codec import WanCodec
+from wan.vae import VAEConfig, WanVAE
 
 ALONE = parallel.Processes(0, 1, torch.device("cpu"), None)
 
 
 def test_a_global_batch_is_shared_whole():
-    everyone = [replace(ALONE, rank=r, world=4).share(16, 2, 3) for r in range(4)]
+    def shares(world, batch, accumulate, step, **more):
+        return [replace(ALONE, rank=r, world=world, **more).share(batch, accumulate, step) for r in range(world)]
+
+    everyone = shares(4, 16, 2, 3)
     assert sorted(s for parts in everyone for part in parts for s in part) == list(range(48, 64))
     assert all(len(part) == 2 for parts in everyone for part in parts)
     for world, videos in ((1, 16), (16, 1)):  # one in each micro-batch, whatever the number of processes
-        assert [len(part) for part in replace(ALONE, world=world).share(16, 0, 0)] == [1] * videos
-    with pytest.raises(UserError, match="--batch 6 does not divide into 4 processes x 1"):
-        replace(ALONE, world=4).share(6, 1, 0)
-
-
-def test_processes_that_share_a_video_get_the_same_samples():
-    everyone = [replace(ALONE, rank=r, world=8, sequence=2).share(16, 1, 0) for r in range(8)]
+        assert [len(part) for part in shares(world, 16, 0, 0)[0]] == [1] * videos
+    everyone = shares(8, 16, 1, 0, sequence=2)  # those that share a video get the same samples
     assert everyone[::2] == everyone[1::2]
     assert sorted(s for parts in everyone[::2] for part in parts for s in part) == list(range(16))
-    with pytest.raises(UserError, match="--batch 6 does not divide into 4 x 2 processes"):
-        replace(ALONE, world=8, sequence=2).share(6, 1, 0)
+    for world, sequence, message in ((4, 1, "4 processes x 1"), (8, 2, "4 x 2 processes")):
+        refused(f"--batch 6 does not divide into {message}", shares, world, 6, 1, 0, sequence=sequence)
 
 
 @contextmanager
@@ -74,78 +84,57 @@ def gradients(how: parallel.Recompute, compile: bool = False) -> tuple[list[torc
     return [p.grad for p in model.parameters()], counter.get_total_flops(), sum(kept.values())
 
 
-def test_recomputing_gives_the_same_gradient_and_costs_what_it_says():
+def test_recomputing_gives_the_same_gradient_and_costs_what_it_says_and_so_do_compiled_blocks(monkeypatch):
     (none, work, most), (full, more, least) = map(gradients, ("none", "full"))
     for a, b in zip(none, full, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert least < 0.15 * most
     assert 1.25 * work < more < 1.35 * work  # a forward pass again, of three
-
-
-def test_recomputing_compiled_blocks_gives_the_same_gradient(monkeypatch):
     # What the compiler is handed counts here. Code for it would take it a minute.
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     compiled, *_ = gradients("full", compile=True)
     assert counters["frames"] == {"total": 1, "ok": 1} and counters["stats"]["unique_graphs"] == 1
-    for a, b in zip(gradients("none")[0], compiled, strict=True):
+    for a, b in zip(none, compiled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
-
-SCRIPT = """
-from dataclasses import dataclass
-import torch, torch.distributed as dist
-import adapter as adapters, flow
-from core import optim, parallel
-from core.config import run_script
-from discriminator import Classifier, ClassifierConfig
-from model import DiTConfig, VideoDiT
 
 SHAPE = DiTConfig(64, 128, 4, 2, text_dim=16, text_tokens=8, channels=16)
 LIGHT, JUDGE = adapters.AdapterConfig(64, 2, 32, 16), ClassifierConfig(64, 16, (0, 1), channels=16)
 
-@dataclass(frozen=True)
-class Config:
-    pass
 
 def draw(network):
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.05)
     return network
 
+
 def agree(wanted, got, most, *what):
     for a, b in zip(wanted, got, strict=True):
         assert (a - b).norm() < most * a.norm(), (*what, a.shape, (a - b).norm() / a.norm())
 
-{main}
-run_script(main, Config)
-"""
+
+def whole(main, *given) -> None:
+    main(*given)
+    dist.destroy_process_group()
 
 
-@pytest.fixture
-def two(run, tmp_path):
-    """two(main) -> what a script with this `main` prints, on two processes, or on more."""
-
-    def start(main: str, processes: int = 2) -> str:
-        script = tmp_path / "script.py"
-        script.write_text(SCRIPT.format(main=main))
-        job = run(str(script), processes=processes)
-        assert job.returncode == 0, job.stderr[-3000:]
-        return job.stdout
-
-    return start
+def together(main, *given, processes: int = 2) -> None:
+    """Call `main` in each of so many processes, which torchrun has started as it were."""
+    job = warm.Job(whole, (main, *given), Path.cwd(), processes, 1).wait()
+    assert job.returncode == 0, job.stderr[-3000:]
 
 
-ULYSSES = """
-def main(cfg):
-    procs = parallel.init_processes(sequence=0)
+def ulysses(sizes, compiled_sizes):
+    procs, shape = parallel.init_processes(sequence=0), replace(SHAPE, layers=2)
     torch.manual_seed(0)
-    for adapter in (adapters.ResNetAdapter(LIGHT), adapters.ControlNetAdapter(SHAPE)):
-        model, kind = VideoDiT(SHAPE), type(adapter).__name__
+    for size, kind in itertools.product(sizes, ("ResNet", "ControlNet")):
+        model, light = VideoDiT(shape), kind == "ResNet"
+        adapter = adapters.ResNetAdapter(LIGHT) if light else adapters.ControlNetAdapter(shape)
         torch.nn.init.normal_(model.head.head.weight, std=0.1)
         draw(adapter)
-        x, traj = torch.randn(2, 2, 16, 3, *{size})
+        x, traj = torch.randn(2, 2, 16, 3, *size)
         t, text = torch.tensor([[0.0, 700.0, 700.0]]).expand(2, 3), torch.randn(2, 8, 16)
         networks = torch.nn.ModuleList([model, adapter])
 
@@ -155,12 +144,14 @@ def main(cfg):
             v, (feature,) = model(noisy, t, text, adapter(traj, noisy, t, text), feature_blocks=(1,))
             again = model(flow.add_noise(v, x, t / 1000), t, text)  # a gradient through one network into another
             (again.square().mean() + feature.square().mean()).backward()
-            return [v.detach(), feature.detach(), again.detach()], [p.grad.clone() for p in networks.parameters()
-                                                                    if p.grad is not None] + [noisy.grad]
+            return [v.detach(), feature.detach(), again.detach()], [
+                p.grad.clone() for p in networks.parameters() if p.grad is not None
+            ] + [noisy.grad]
 
         outputs, grads = outcome()
         model.split = adapter.split = procs.split
-        for compiled in (False, True):
+        torch._dynamo.reset()
+        for compiled in (False, True) if size in compiled_sizes else (False,):
             if compiled:
                 for block in (*model.blocks, *adapter.blocks):
                     block.compile(backend="eager")  # what is captured counts, not what the compiler makes of it
@@ -172,23 +163,20 @@ def main(cfg):
         with torch.no_grad():
             lazy = model(x, t, text, adapter.residuals(traj, x, t, text))  # each when its block asks for it
         agree(outputs[:1], [lazy], 1e-5, kind)
-    print("all agree")
-"""
 
 
-@pytest.mark.parametrize(("processes", "size"), [(2, (8, 12)), (2, (6, 10)), (4, (2, 10))])
-def test_processes_that_share_a_video_equal_one(two, processes, size):
+@pytest.mark.parametrize("processes, sizes, compiled", [
+    (2, [(8, 12), (6, 10), (2, 2)], [(8, 12), (2, 2)]), (4, [(2, 10)], []),
+])  # fmt: skip
+def test_processes_that_share_a_video_equal_one(processes, sizes, compiled):
     """Outputs, features and gradients, with either adapter, eager and compiled.
 
-    A frame has 24, 15 or 5 tokens: the second doesn't divide, and of the third one process of four gets none.
+    A frame has 24, 15, 1 or 5 tokens: most don't divide, and of the last two one process gets none.
     """
-    assert two(ULYSSES.replace("{size}", str(size)), processes).count("all agree") == processes
+    together(ulysses, sizes, compiled, processes=processes)
 
 
-BOTH_LOSSES = """
-from discriminator import DiffusionDiscriminator, adversarial_loss
-
-def main(cfg):
+def both_losses():
     procs = parallel.init_processes()
     torch.manual_seed(1)
     x0, traj = torch.randn(2, 2, 16, 3, 4, 4)
@@ -221,21 +209,14 @@ def main(cfg):
     for recompute in ("none", "full"):
         own = gradients(slice(procs.rank, procs.rank + 1), lambda n: parallel.prepare(n, procs, False, recompute))
         agree(whole, own, 1e-4, recompute)
-    print("all agree")
-"""
 
 
-def test_a_sharded_controlnet_that_runs_five_times_before_a_backward_pass_has_the_gradient_of_one(two):
+def test_a_sharded_controlnet_that_runs_five_times_before_a_backward_pass_has_the_gradient_of_one():
     """Stage 3's losses: twice the adapter runs with a gradient, three times without."""
-    assert two(BOTH_LOSSES).count("all agree") == 2
+    together(both_losses)
 
 
-RELAY = """
-import sample
-from wan.codec import WanCodec
-from wan.vae import VAEConfig, WanVAE
-
-def main(cfg):
+def relay():
     procs = parallel.init_processes()
     torch.manual_seed(0)
     codec, latents = WanCodec("", procs.device), torch.randn(1, 48, 6, 2, 3)
@@ -247,14 +228,12 @@ def main(cfg):
             assert torch.equal(a, b)
     alone = sample.decode(codec, latents, parallel.Processes(0, 1, procs.device, None))
     assert alone.shape == (21, 32, 48, 3) and (sample.decode(codec, latents, procs) == alone).all()
-    print("all agree\\n", end="", flush=True)
-"""
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_that_take_turns_decode_what_one_does(two, processes):
+def test_processes_that_take_turns_decode_what_one_does(processes):
     """To the bit, though each hands on what its layers remember while the next is at work already."""
-    assert two(RELAY, processes).count("all agree") == processes
+    together(relay, processes=processes)
 
 
 def test_auto_takes_the_type_in_which_this_machine_is_faster(monkeypatch):
@@ -283,26 +262,27 @@ def test_a_missing_compiler_is_named(monkeypatch):
         parallel.prepare(torch.nn.Linear(2, 2), ALONE, True)
 
 
-def test_what_does_not_divide_is_refused(run):
-    flags = ("--steps", 1, "--batch", 3, "--compile", "false", "--generator", "none")  # before anything is read
-    for processes, sequence, message in (
-        (2, 1, "--batch 3 does not divide into 2 processes x 1 micro-batches"),
-        (2, 3, "--sequence 3: must divide the number of processes, 2"),
-        (3, 3, "4 attention heads do not divide among 3 processes; start fewer"),
-    ):
-        job = run("train_slow_adapter.py", *flags, "--sequence", sequence, processes=processes)
-        assert job.returncode != 0 and message in job.stderr
+def test_what_does_not_divide_is_refused(run, monkeypatch):
+    options = {"steps": 1, "batch": 3, "compile": False, "generator": "none"}  # before anything is read
+    job = run("train_slow_adapter.py", *(f"--{n}={str(v).lower()}" for n, v in options.items()), processes=2)
+    assert job.returncode != 0 and "--batch 3 does not divide into 2 processes x 1 micro-batches" in job.stderr
+    for world, message in ((2, "--sequence 3: must divide the number of processes, 2"),
+                           (3, "4 attention heads do not divide among 3 processes; start fewer")):  # fmt: skip
+        for name, value in (TORCHRUN | {"WORLD_SIZE": str(world)}).items():
+            monkeypatch.setenv(name, value)
+        refused(message, train_slow_adapter.main, train_slow_adapter.Config(sequence=3, **options))
 
 
-PRECISION = """
-def main(cfg):
-    procs, precision = parallel.init_processes(), parallel.precision
-    parallel.precision = lambda device, dtype: precision(torch.device("cuda"), dtype)
+def precision():
+    procs, given = parallel.init_processes(), parallel.precision
+    parallel.precision = lambda device, dtype: given(torch.device("cuda"), dtype)
     torch.manual_seed(0)
     for name in ("group_norm", "layer_norm"):  # on GPUs autocast computes these in float32
         norm = getattr(torch.nn.functional, name)
+
         def in_float32(x, n, *rest, norm=norm):
             return norm(x.float(), n, *(r.float() if torch.is_tensor(r) else r for r in rest))
+
         setattr(torch.nn.functional, name, in_float32)
     networks = VideoDiT(SHAPE), adapters.ResNetAdapter(LIGHT), adapters.ControlNetAdapter(SHAPE), Classifier(JUDGE)
     networks = [draw(network) for network in networks]
@@ -332,22 +312,16 @@ def main(cfg):
             own = parallel.full(sharded[n])
             assert own.dtype == torch.float32, (name, n)
             assert (grad - own).norm() < 0.05 * grad.norm() + 1e-9, (name, n, (grad - own).norm() / grad.norm())
-    print("all agree")
-"""
 
 
-def test_shards_gathered_as_on_gpus_change_no_more_than_autocast_does(two):
-    """Timesteps and rotary tables reach the blocks unrounded; gradients come back in float32."""
-    assert two(PRECISION).count("all agree") == 2
-
-
-def test_float32_is_gathered_as_it_is():
+def test_shards_gathered_as_on_gpus_change_no_more_than_autocast_does():
+    """Timesteps and rotary tables reach the blocks unrounded; gradients come back in float32. float32 stays itself."""
+    together(precision)
     assert parallel.precision(torch.device("cuda"), "float32").param_dtype is None
     assert parallel.precision(torch.device("cuda"), "auto").param_dtype == torch.bfloat16
 
 
-STATE = r"""
-def main(cfg):
+def state():
     procs = parallel.init_processes()
     torch.manual_seed(0)
     model = truth = VideoDiT(SHAPE)
@@ -363,17 +337,14 @@ def main(cfg):
     held = [*model.parameters(), *(p.grad for p in model.parameters()), *ema.average.values()]
     held += [v for state in optimizer.state.values() for v in state.values() if v.ndim]
     here = sum(t.to_local().nbytes for t in held)
-    held = procs.world * here / sum(p.numel() for p in model.parameters())
-    print(f"bytes {held}\n", end="", flush=True)  # in one write: two processes share the stream
-"""
+    assert procs.world * here / sum(p.numel() for p in model.parameters()) == pytest.approx(20, rel=0.02)
 
 
-def test_what_training_holds_of_a_parameter(two):
+def test_what_training_holds_of_a_parameter():
     """20 bytes over all processes, as docs/SCALE.md reckons: weight, gradient, two moments and average. And only rank 0
     need have held the weights before.
     """
-    found = [float(number) for number in re.findall(r"bytes ([\d.]+)", two(STATE))]
-    assert found == [pytest.approx(20, rel=0.02)] * 2
+    together(state)
 
 
 def test_what_recomputing_keeps_of_an_activation():

@@ -5,8 +5,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, refused
+import warm
+from conftest import refused
 from test_prepare_clips import write_plain
 from test_runs import ALONE, Options, part, save
 
@@ -67,24 +66,25 @@ def test_ffmpeg_is_looked_for_anew_once_a_trial_of_it_was_killed(monkeypatch):
 
 # --- locks
 
-HOLD = "import sys, time; sys.path.insert(0, sys.argv[1]); from core.record import lock; lock(sys.argv[2])\n"
+
+def hold(folder: Path, seconds: float) -> warm.Job:
+    work = f"lock({str(folder)!r}); print('held', flush=True); time.sleep({seconds})"
+    return warm.Job(exec, [f"import time; from core.record import lock; {work}"], folder.parent, 1, 1)
 
 
 def test_a_folder_is_one_process_s_until_it_is_gone(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD + "print('held', flush=True); time.sleep(60)", ROOT, tmp_path / "a"],
-        stdout=subprocess.PIPE,
-    )
-    assert holder.stdout.readline() == b"held\n"
-    refused(rf"a: process {holder.pid} on {os.uname().nodename} is at work here; wait", lock, tmp_path / "a")
+    holder = hold(tmp_path / "a", 60)
+    while "held" not in holder.read("out"):
+        assert holder.poll() is None
+        time.sleep(0.02)
+    said = rf"a: process {holder.forks[0].pid} on {os.uname().nodename} is at work here; wait"
+    refused(said, lock, tmp_path / "a")
     lock(tmp_path / "b")  # another folder is free
     holder.kill()
-    holder.wait()
     lock(tmp_path / "a")
     lock(tmp_path / "a")  # as often as one likes
     assert (tmp_path / "a/.lock").read_text().startswith(f"process {os.getpid()} on ")
-    job = subprocess.run([sys.executable, "-c", HOLD, ROOT, tmp_path / "a"], capture_output=True, text=True)
-    assert f"process {os.getpid()} on" in job.stderr
+    assert f"process {os.getpid()} on" in hold(tmp_path / "a", 0).wait().stderr
 
 
 def test_a_folder_that_can_not_be_locked_is_used_all_the_same_and_a_full_disk_is_named(tmp_path, monkeypatch, capsys):
@@ -279,9 +279,6 @@ def test_a_machine_that_fails_rejects_no_clip(five, tmp_path, monkeypatch):
 
 
 def test_a_rejected_clip_is_read_again_when_its_file_or_the_program_has_changed(five, monkeypatch):
-    def tensors():
-        return {name: stored.read() for name, stored in read_safetensors(five / SHARD)[1].items()}
-
     whole = (five / "c3.mp4").read_bytes()
     (five / "c3.mp4").write_bytes(whole[:-400])
     (five / "c4.txt").unlink()
@@ -296,12 +293,12 @@ def test_a_rejected_clip_is_read_again_when_its_file_or_the_program_has_changed(
     monkeypatch.setattr(prepare_clips, "this_program", lambda: "newer")
     prepare(five)
     assert reads == ["c3.mp4", "c4.mp4"] and len(rejected(five)) == 2
-    before = tensors()
+    before = safetensors.torch.load_file(five / SHARD)
     (five / "c3.mp4").write_bytes(whole)
     (five / "c4.txt").write_text("mended")
     prepare(five)
     assert rejected(five) == {} and reads[2:] == ["c3.mp4", "c4.mp4"]
-    after = tensors()
+    after = safetensors.torch.load_file(five / SHARD)
     assert len(before) == 6 and len(after) == 10 and all(torch.equal(after[name], t) for name, t in before.items())
     text = ClipLatents(five / "out", 32).text("4")
     assert torch.equal(text, ToyCodec().encode_text(["mended"])[0].bfloat16().float())

@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,8 +28,8 @@ FORKS.set_forkserver_preload(
 LIMIT = 300  # seconds that a job may take
 
 
-def work(script: str, flags: list[str], folder: str, environment: dict[str, str], output: str) -> None:
-    """What a forked process does: run the script as if it had been started in this folder."""
+def work(script: str | Callable, flags: Sequence, folder: str, environment: dict[str, str], output: str) -> None:
+    """What a forked process does: run the script as if it had been started in this folder; or call a function."""
     for number, name in ((1, "out"), (2, "err")):
         with open(f"{output}.{name}", "w") as file:
             os.dup2(file.fileno(), number)
@@ -37,6 +38,8 @@ def work(script: str, flags: list[str], folder: str, environment: dict[str, str]
     os.chdir(folder)
     os.environ.update(environment)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    if callable(script):
+        return script(*flags)
     sys.argv = [script, *flags]
     if script.endswith(".py"):
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -46,9 +49,9 @@ def work(script: str, flags: list[str], folder: str, environment: dict[str, str]
 
 
 class Job:
-    """A script at work in one process or many."""
+    """A script, or a function, at work in one process or many."""
 
-    def __init__(self, script: str, flags: list[str], folder: Path, processes: int, nodes: int):
+    def __init__(self, script: str | Callable, flags: Sequence, folder: Path, processes: int, nodes: int):
         self.outputs, world = Path(tempfile.mkdtemp()), processes * nodes
         with socket.create_server(("127.0.0.1", 0)) as server:
             meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
