@@ -1,4 +1,5 @@
-"""The wan5b commands on GPUs that are not there, for the tests; and the table of what they need of memory:
+"""The wan5b commands on GPUs that are not there, for the tests; and the table of what they need of memory, beside what
+two small runs take:
 
     python -m tests.rehearse --out results/rehearsed.json
 
@@ -10,12 +11,16 @@ What meets a tensor of another device stops it, and so does anything that would 
 import contextlib
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, product
+from multiprocessing import get_context
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -36,7 +41,7 @@ from core import parallel, runs
 from core.codec import Batch
 from core.config import run_script
 from core.files import output_path
-from core.memory import use_int8
+from core.memory import peak_memory, reset_peak, use_int8
 from core.tables import markdown, provenance, write_rows
 from model import PRESETS, VideoDiT, rotary_table
 from wan import umt5
@@ -391,7 +396,7 @@ def extrapolate(peaks: Callable[[int], dict[str, float]], layers: tuple[int, int
     return {part: few[part] + steps * (more[part] - few[part]) for part in few}
 
 
-def table(layers: tuple[int, int] = (5, 6), cases: list = CASES) -> Iterator[dict]:
+def rehearsed(layers: tuple[int, int] = (5, 6), cases: list = CASES) -> Iterator[dict]:
     """Rows of the memory table: a stage's highest peak, and that of each part of making a video."""
     for case in cases:
         peaks = extrapolate(partial(rehearse_stage, *case), layers)
@@ -405,20 +410,65 @@ def table(layers: tuple[int, int] = (5, 6), cases: list = CASES) -> Iterator[dic
             yield about | {"GPUs": 1, "sequence": 1, "GB": round(most, 1), "peak_at": part, "measured_GB": None}
 
 
+class Resident:
+    """In the place of torch's tracker, where tensors are real: the memory of this process since now.
+
+    It answers to what `rehearse_stage` asks of that one, whose `_peak_mem` is cleared between parts.
+    """
+
+    def __init__(self):
+        self.before = int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        self._peak_mem = self
+
+    def track_external(self, *_: object) -> None:
+        reset_peak(torch.device("cpu"))
+
+    clear = __enter__ = __exit__ = track_external
+
+    def get_tracker_snapshot(self, _: str) -> dict:
+        return {GPU: {"Total": peak_memory(torch.device("cpu")) * 2**30 - self.before}}
+
+
+# What two processes of a machine with 24 GB can run, with two blocks: stage, adapter, grid.
+SMALL = (("1", "controlnet", (4, 16, 32)), ("2", "none", (2, 16, 16)))
+
+
+def resident(stage: str, kind: str, grid: tuple[int, int, int], port: int, rank: int) -> float:
+    """GB that a stage's step takes in this process, one of two on a CPU."""
+    places = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    try:
+        return rehearse_stage(stage, kind, 2, 1, 2, grid, Resident(), dtype="float32", sample_every=0)["step"]
+    finally:
+        dist.destroy_process_group()
+
+
+def measured() -> Iterator[dict]:
+    """Rows of steps that two processes of this machine really take, with true widths and two blocks."""
+    for stage, kind, grid in SMALL:
+        counted = rehearse_stage(stage, kind, 2, 1, 2, grid, dtype="float32", sample_every=0)["step"]
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        # What is freed goes back to the system at once, and so counts no more.
+        environment = {"MALLOC_MMAP_THRESHOLD_": "4194304", "OMP_NUM_THREADS": "1"}
+        with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(2, get_context("spawn")) as pool:
+            held = list(pool.map(partial(resident, stage, kind, grid, port), range(2)))
+        about = {"stage": f"{stage}, two blocks on CPUs", "adapter": kind, "GPUs": 0, "sequence": 1}
+        yield about | {"GB": round(counted, 2), "peak_at": "step", "measured_GB": round(max(held), 2)}
+
+
 @dataclass(frozen=True)
 class Config:
     out: str = "out/rehearsed.json"  # rows; the table goes beside it
 
 
 def main(cfg: Config) -> None:
-    from tests import resident
-
-    out, rows = output_path(cfg.out, ".json"), []
-    for row in chain(table(), resident.rows()):
+    out, table = output_path(cfg.out, ".json"), []
+    for row in chain(rehearsed(), measured()):
         print(row, file=sys.stderr, flush=True)
-        rows.append(row | provenance("-m tests.rehearse", cfg, torch.device("cpu")))
-        write_rows(out, rows)
-    print(markdown(rows))
+        table.append(row | provenance("-m tests.rehearse", cfg, torch.device("cpu")))
+        write_rows(out, table)
+    print(markdown(table))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from conftest import ROOT
 from core import parallel
 from model import DiTConfig
 from tests import rehearse
-from tests.resident import Resident
+from tests.rehearse import Resident
 
 TABLE = json.loads((ROOT / "results/rehearsed.json").read_text())
 WHERE = ("stage", "adapter", "GPUs", "sequence")
@@ -40,13 +40,13 @@ def test_the_first_cycle_of_a_stage_meets_no_other_device_and_waits_for_no_numbe
 
 def test_the_table_is_what_is_rehearsed():
     """Reckoned from two and three blocks here, and there from five and six."""
-    again = next(rehearse.table((2, 3), [("1", "resnet", 1, 1)]))
+    again = next(rehearse.rehearsed((2, 3), [("1", "resnet", 1, 1)]))
     (row,) = (row for row in TABLE if [row[n] for n in WHERE] == ["1", "resnet", 1, 1])
     assert again["GB"] == pytest.approx(row["GB"], rel=0.03) and again["peak_at"] == row["peak_at"]
 
 
 def test_the_same_cycle_runs_on_real_tensors_and_is_measured(monkeypatch):
-    """Of a small network here, in this process alone; tests.resident does so at true widths in two."""
+    """Of a small network here, in this process alone; `measured` does so at true widths in two."""
     monkeypatch.setitem(rehearse.PRESETS, "wan5b", DiTConfig(64, 128, 2, 2, text_dim=4096, text_tokens=512))
     run = partial(rehearse.rehearse_stage, "1", "controlnet", 1, 1, 2, (2, 4, 4), dtype="float32", sample_every=0)
     assert list(run(resident=Resident())) == list(run()) == ["step", "checkpoint", "export"]
