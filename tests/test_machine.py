@@ -52,9 +52,6 @@ def test_work_goes_on_though_nobody_can_read_what_it_says(what, tmp_path):
         assert (tmp_path / "log").read_text().splitlines()[7] == "a line of the log, \\u732b \\udce9 7"
 
 
-# --- file systems
-
-
 @pytest.mark.parametrize("call, number, fine, room", [
     ("chmod", errno.EPERM, True, False), ("chmod", errno.ENOTSUP, True, False), ("fsync", errno.EINVAL, True, False),
     ("fsync", errno.ENOSYS, True, False), ("fsync", errno.ENOSPC, False, True), ("fsync", errno.EDQUOT, False, True),
@@ -123,8 +120,6 @@ def test_a_run_overwrites_no_config_of_others(held, tmp_path):
     assert (tmp_path / "config.json").read_text() == held and not (tmp_path / "log.jsonl").exists()
 
 
-# --- launchers
-
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 TORCHRUN |= {"MASTER_ADDR": "x", "MASTER_PORT": "1"}
 
@@ -140,8 +135,6 @@ def test_ranks_of_other_launchers_are_one_line_and_without_a_rank_the_rest_says_
     monkeypatch.delenv("RANK")
     assert parallel.init_processes(heads=2).world == 1
 
-
-# --- memory
 
 GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.65 GiB of which 1.20 GiB is "
 

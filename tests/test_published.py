@@ -193,8 +193,6 @@ def test_what_is_not_read_says_what_is(weights, tmp_path):
     refused(r"it holds no patch_embedding\.weight", answer, tmp_path / "other.safetensors")
 
 
-# --- LoRA -------------------------------------------------------------------------------------------------------------
-
 LAYERS = ("blocks.0.self_attn.q", "blocks.0.self_attn.o", "blocks.1.cross_attn.k", "blocks.1.ffn.0", "blocks.1.ffn.2")
 DIFFUSERS = {
     "blocks.0.self_attn.q": "blocks.0.attn1.to_q", "blocks.0.self_attn.o": "blocks.0.attn1.to_out.0",
@@ -336,9 +334,6 @@ Q = "blocks.0.self_attn.q"
 ])  # fmt: skip
 def test_a_lora_that_does_not_match_is_refused(names, shapes, message, weights, tmp_path):
     refused(message, merged_with, {name: torch.ones(shapes) for name in names.split()}, weights, tmp_path)
-
-
-# --- the small decoder ------------------------------------------------------------------------------------------------
 
 
 def decode_by_description(tensors: dict[str, Tensor], latents: Tensor) -> Tensor:

@@ -29,8 +29,6 @@ from tools import prepare_clips
 from tools.prepare_clips import Config
 from toy.codec import ToyCodec
 
-# --- checksums
-
 
 def test_a_checksum_sees_what_name_size_and_date_do_not(tmp_path, monkeypatch):
     """A large file's last byte, a mask that a boxes.json names, a file in a folder, two that are swapped."""
@@ -62,9 +60,6 @@ def test_ffmpeg_is_looked_for_anew_once_a_trial_of_it_was_killed(monkeypatch):
         with pytest.raises(MachineError, match="ffmpeg: can't be run"):
             media.start_ffmpeg("-version")
     assert b"ffmpeg version" in media.start_ffmpeg("-version").communicate()[0]
-
-
-# --- locks
 
 
 def hold(folder: Path, seconds: float) -> warm.Job:
@@ -99,9 +94,6 @@ def test_a_folder_that_can_not_be_locked_is_used_all_the_same_and_a_full_disk_is
     assert "can't be locked (No locks available)" in capsys.readouterr().err
 
 
-# --- runs
-
-
 def begin(folder, **files):
     """A run that has opened these files, as they are now."""
     READ.clear()
@@ -130,9 +122,6 @@ def test_a_run_goes_on_with_the_files_that_it_began_with_alone(tmp_path):
     refused("began with another", begin(tmp_path, generator=2).resume)
     (tmp_path / "run/config.json").unlink()
     refused("began with another", begin(tmp_path, generator=2).resume)
-
-
-# --- shards
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +213,6 @@ def test_a_moved_set_is_the_same_set_and_two_of_one_name_are_refused(five, tmp_p
     table.write_text("path,num_frames,text\nv/cats/a.mp4,9,b\nv/dogs/a.mp4,9,c\nv/b.mp4,9,d\n")
     names = [str(clip.masks.relative_to(five)) for clip in prepare_clips.find_clips(table)]
     assert names == ["masks/cats/a", "masks/dogs/a", "masks/b"]
-
-
-# --- the machine's failures
 
 
 def wrap(tmp_path, monkeypatch, text):

@@ -65,9 +65,6 @@ def test_maps_pixel_by_pixel():
         full.maps("boxes")
 
 
-# --- maps of the first frame's own pixels -----------------------------------------------------------------------------
-
-
 def picture(height: int = 20, width: int = 24) -> torch.Tensor:
     """Every pixel another colour, [3, height, width], none near black."""
     red, green = torch.linspace(-0.8, 1, width).expand(height, -1), torch.linspace(-0.8, 1, height)[:, None]

@@ -46,8 +46,6 @@ def pictures_in(path: Path) -> int:
     return sum(not line.startswith(b"#") for line in lines)
 
 
-# --- a disk that fills
-
 NOISE = np.random.default_rng(0).integers(0, 256, (9, 96, 96, 3), dtype=np.uint8)
 BIG = {"x": torch.randn(40_000)}
 WRITERS = {
@@ -116,8 +114,6 @@ def test_what_a_killed_run_left_is_removed_when_the_file_is_made_again(tmp_path)
     assert (tmp_path / "a.mp4").read_bytes() == b"newer"
 
 
-# --- videos
-
 SOURCE = "testsrc=s=96x64:r=30:d=3"
 PLAIN = ("-f", "lavfi", "-i", SOURCE)
 STAMPED = ("-fps_mode", "passthrough", "-enc_time_base", "1/90000", "-video_track_timescale", "90000")
@@ -184,9 +180,6 @@ def test_colours_are_read_by_their_tag_or_as_players_take_them(height, taken, tm
         made = f"format=gbrp,scale=out_color_matrix={matrix},format=yuv420p,setparams=colorspace={tag}"
         path = encode(tmp_path / "x.mp4", "-f", "lavfi", "-i", source, "-vf", made, "-crf", "1")
         assert np.abs(next(read_video(path)).astype(int) - (40, 160, 60)).max() <= 4
-
-
-# --- pictures and masks
 
 
 @pytest.mark.parametrize("suffix, values", [
@@ -301,9 +294,6 @@ def test_masks_as_programs_write_them(kind, tmp_path):
         assert (got & disc).sum() / (got | disc).sum() > 0.95
 
 
-# --- numbers that are none
-
-
 def test_weights_that_are_no_numbers_are_refused(tmp_path):
     for value in (float("nan"), float("inf"), -float("inf")):
         weights = {"weight": torch.tensor([[1.0, value]]), "bias": torch.zeros(1)}
@@ -313,9 +303,6 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
                               (tmp_path / "w.pt", read_checkpoint(tmp_path / "w.pt"))):  # fmt: skip
             with pytest.raises(UserError, match=rf"{path.name}: weight holds values that are no finite numbers"):
                 load(lambda: torch.nn.Linear(2, 1), tensors, path)
-
-
-# --- tables, captions, folders
 
 
 def test_a_byte_order_mark_is_no_letter(tmp_path):
@@ -408,8 +395,6 @@ def test_the_rate_of_a_video_is_in_whole_frames_a_second_and_mixed_ones_are_told
     assert capsys.readouterr().err == ""
 
 
-# --- tracks
-
 T, K = 9, 2
 PATH = np.stack([np.linspace(10, 38, T), np.full(T, 20.0)], -1)[:, None] + np.array([[0, 0], [0, 12]])  # (T, K, 2)
 SEEN = np.ones((T, K), bool)
@@ -461,9 +446,6 @@ def test_arrays_of_unknown_names_and_tracks_in_parts_of_the_picture_are_refused(
         assert convert.read_points(tmp_path / "t.npy")[0].min() > 10
 
 
-# --- boxes
-
-
 @pytest.mark.parametrize("box", [[-10, 4, 10, 20], [40, 30, 60, 70], [4, -3.5, 20, 12]])
 def test_a_box_that_crosses_the_edge_is_cut_there_with_a_note(box, tmp_path, capsys):
     item = {"name": "cat", "boxes": {"0": [4, 4, 20, 20], "8": box}}
@@ -513,9 +495,6 @@ def test_a_picture_that_is_turned_and_an_animation_say_so(tmp_path, capsys):
         first.save(path, **({"save_all": True, "append_images": rest} if moves else {}))
         assert load_image(str(path)).max() < 9  # the first
         assert capsys.readouterr().err == (f"{path}: holds 3 pictures; the first is taken\n" if moves else "")
-
-
-# --- names, animations, gaps
 
 
 @pytest.mark.parametrize("names, gap", [

@@ -102,9 +102,6 @@ def calls(monkeypatch):
     return found
 
 
-# --- slow sampling ----------------------------------------------------------------------------------------------------
-
-
 def test_guidance_goes_away_from_the_negative_prompt_with_the_adapter_in_both_branches(small, calls):
     sample.main(job(small, speed="slow", generator=""))
     text = WanCodec(small, torch.device("cpu")).text_encoder()([PROMPT, NEGATIVE_PROMPT]).split(1)
@@ -181,9 +178,6 @@ def test_a_small_decoder_makes_the_pieces(small, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(codec.pieces(latents), wanted, strict=True))
     sample.main(job(small, decoder="taew2_2.pth", steps=1))
     assert iio.imread("o.mp4").shape == (5, 32, 64, 3)
-
-
-# --- from clips to a video --------------------------------------------------------------------------------------------
 
 
 def write_clips(folder: Path) -> None:

@@ -169,9 +169,6 @@ def test_both_layouts_of_the_vae_give_the_reference_output(tmp_path):
     refused("wrong shape: conv1", WanVAE.from_pretrained, file, config=VAEConfig(channels=16))
 
 
-# --- 8 bits
-
-
 def test_a_layer_of_8_bits_is_within_half_a_step_of_its_weights():
     torch.manual_seed(0)
     linear, x = nn.Linear(300, 200), torch.randn(50, 300)
