@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -60,10 +61,7 @@ def test_work_goes_on_though_nobody_can_read_what_it_says(what, tmp_path):
 def test_a_file_system_that_lacks_a_call_is_written_to_and_room_is_asked_for_where_it_lacks(
     call, number, fine, room, tmp_path, monkeypatch
 ):
-    def fail(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, call, fail)
+    monkeypatch.setattr(os, call, Mock(side_effect=OSError(number, os.strerror(number))))
     if not fine:
         with pytest.raises(UserError, match=os.strerror(number)) as caught:
             write_text(tmp_path / "x", "x")
@@ -136,18 +134,14 @@ def test_ranks_of_other_launchers_are_one_line_and_without_a_rank_the_rest_says_
     assert parallel.init_processes(heads=2).world == 1
 
 
-GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.65 GiB of which 1.20 GiB is "
-
-
-def no_gpu_memory():
-    raise torch.OutOfMemoryError(f"{GPU}free.")
+GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 8.00 GiB of which 1.20 GiB is free"
 
 
 @pytest.mark.parametrize("allocate, asked", [
     (lambda: torch.empty(1 << 50), f"{1 << 52} bytes asked for, and this process may have"),
     (lambda: np.empty(1 << 50), r"8\.00 PiB asked for, and this process may have"),
     (lambda: bytes(1 << 60), "more asked for, and this process may have"),
-    (no_gpu_memory, r"2\.50 GiB asked for, and 1\.20 GiB of the GPU are free"),
+    (Mock(side_effect=torch.OutOfMemoryError(GPU)), r"2\.50 GiB asked for, and 1\.20 GiB of the GPU are free"),
 ])  # fmt: skip
 def test_memory_that_ends_is_one_line_with_the_options_that_help(allocate, asked, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x.py"])
@@ -164,9 +158,6 @@ def test_memory_that_ends_is_one_line_with_the_options_that_help(allocate, asked
 
 
 def test_a_peak_that_can_not_be_reset_is_that_since_the_start(monkeypatch):
-    def forbidden(*args, **options):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr("pathlib.Path.write_text", forbidden)
+    monkeypatch.setattr("pathlib.Path.write_text", Mock(side_effect=PermissionError("read-only")))
     memory.reset_peak(torch.device("cpu"))
     assert memory.peak_memory(torch.device("cpu")) > 0

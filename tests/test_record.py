@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import imageio_ffmpeg
 import numpy as np
@@ -46,7 +47,7 @@ def test_a_checksum_sees_what_name_size_and_date_do_not(tmp_path, monkeypatch):
         assert file.stat().st_size == dates.st_size and checksum(seen) != before
     assert checksum(big, mask) != checksum(mask, big) and checksum(tmp_path / "none") != checksum(mask)
     for number in (errno.EIO, errno.EACCES, errno.ESTALE):  # one that the machine can't read is no missing file
-        monkeypatch.setattr(Path, "open", lambda *_, number=number: (_ for _ in ()).throw(OSError(number, "no")))
+        monkeypatch.setattr(Path, "open", Mock(side_effect=OSError(number, "no")))
         with pytest.raises(OSError):
             checksum(boxes)
 
@@ -83,13 +84,10 @@ def test_a_folder_is_one_process_s_until_it_is_gone(tmp_path):
 
 
 def test_a_folder_that_can_not_be_locked_is_used_all_the_same_and_a_full_disk_is_named(tmp_path, monkeypatch, capsys):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
     (tmp_path / "full").mkdir()
     (tmp_path / "full/.lock").symlink_to("/dev/full")
     refused(r"/\.lock: can't be written \(.+\); mend that, and run", lock, tmp_path / "full")
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     lock(tmp_path)
     assert "can't be locked (No locks available)" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 import weakref
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import imageio.v3 as iio
 import pytest
@@ -102,11 +103,8 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path):
 
 
 def test_a_write_that_fails_is_not_passed_over(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
     run = new(tmp_path)
-    monkeypatch.setattr("pathlib.Path.rename", fail)
+    monkeypatch.setattr("pathlib.Path.rename", Mock(side_effect=OSError("disk full")))
     run.save(1)
     refused(r"can't be written \(disk full\)", run.save, 2)
     assert run.checkpoints() == []
@@ -183,13 +181,9 @@ def test_rank_0_alone_makes_samples_while_no_other_waits_in_a_collective(tmp_pat
 
 def test_a_checkpoint_is_saved_before_samples_are_made(tmp_path):
     """Else a run that has no memory for them would never get past their step."""
-
-    def fail(*_):
-        raise MemoryError
-
     for saved in (3, 6, 9):
         with pytest.raises(MemoryError):
-            train(tmp_path, {}, make=fail, save_every=3, sample_every=3)
+            train(tmp_path, {}, make=Mock(side_effect=MemoryError), save_every=3, sample_every=3)
         assert saved_steps(tmp_path)[-1] == saved
 
 
@@ -326,14 +320,9 @@ def test_a_full_disk_is_reported_at_once_and_leaves_nothing_half_written(limit, 
 def test_weights_and_biases_gets_the_numbers_of_the_log_or_says_in_one_line_why_not(tmp_path, monkeypatch):
     """A stand-in for the package: what it is asked for, call by call."""
     calls = []
-
-    def refuse(**_):
-        raise package.Error("no API key\nlog in")
-
-    logger = SimpleNamespace(
-        log=lambda numbers, step: calls.append(("log", step, numbers)), finish=lambda: calls.append("finish")
-    )
-    package = SimpleNamespace(init=lambda **more: calls.append(more) or logger, Error=type("Error", (Exception,), {}))
+    log, finish = lambda numbers, step: calls.append(("log", step, numbers)), lambda: calls.append("finish")
+    logger, error = SimpleNamespace(log=log, finish=finish), type("Error", (Exception,), {})
+    package = SimpleNamespace(init=lambda **more: calls.append(more) or logger, Error=error)
     monkeypatch.setitem(sys.modules, "wandb", package)
     train(tmp_path / "without", {})
     assert calls == []
@@ -343,7 +332,7 @@ def test_weights_and_biases_gets_the_numbers_of_the_log_or_says_in_one_line_why_
     assert begin == {"project": "flash", "name": "a/b", "config": config, "dir": tmp_path / "with"} and end == "finish"
     lines = map(json.loads, (tmp_path / "with/log.jsonl").read_text().splitlines())
     assert logged == [("log", line.pop("step"), line) for line in lines] and len(logged) == 9
-    package.init = refuse
+    package.init = Mock(side_effect=package.Error("no API key\nlog in"))
     for why in (r"^--wandb flash: no API key$", r"^--wandb: the package is missing; pip install wandb$"):
         refused(why, train, tmp_path, {}, wandb="flash")
         monkeypatch.setitem(sys.modules, "wandb", None)
