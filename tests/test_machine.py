@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused
+from conftest import ROOT, TORCHRUN, refused
 from test_runs import ALONE, Options, part
 
 from core import memory, parallel
@@ -116,10 +116,6 @@ def test_a_run_overwrites_no_config_of_others(held, tmp_path):
     (tmp_path / "config.json").write_text(held)
     refused(r"/config\.json: (exists, and was not made here|not JSON)", Run(tmp_path, Options(), ALONE, part(4)).resume)
     assert (tmp_path / "config.json").read_text() == held and not (tmp_path / "log.jsonl").exists()
-
-
-TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-TORCHRUN |= {"MASTER_ADDR": "x", "MASTER_PORT": "1"}
 
 
 def test_ranks_of_other_launchers_are_one_line_and_without_a_rank_the_rest_says_nothing(monkeypatch):

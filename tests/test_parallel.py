@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import warm
-from conftest import refused
-from test_machine import TORCHRUN
+from conftest import TORCHRUN, refused
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -116,6 +115,7 @@ def agree(wanted, got, most, *what):
 
 
 def whole(main, *given) -> None:
+    torch.set_num_threads(1)  # of two, which conftest would give each
     main(*given)
     dist.destroy_process_group()
 
