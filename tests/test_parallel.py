@@ -129,8 +129,11 @@ def together(main, *given, processes: int = 2) -> None:
 def ulysses(sizes, compiled_sizes):
     procs, shape = parallel.init_processes(sequence=0), replace(SHAPE, layers=2)
     torch.manual_seed(0)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for size, kind in itertools.product(sizes, ("ResNet", "ControlNet")):
         model, light = VideoDiT(shape), kind == "ResNet"
+        if light:
+            torch._dynamo.reset()  # what is captured for one size serves both adapters
         adapter = adapters.ResNetAdapter(LIGHT) if light else adapters.ControlNetAdapter(shape)
         torch.nn.init.normal_(model.head.head.weight, std=0.1)
         draw(adapter)
@@ -150,7 +153,6 @@ def ulysses(sizes, compiled_sizes):
 
         outputs, grads = outcome()
         model.split = adapter.split = procs.split
-        torch._dynamo.reset()
         for compiled in (False, True) if size in compiled_sizes else (False,):
             if compiled:
                 for block in (*model.blocks, *adapter.blocks):
