@@ -179,8 +179,9 @@ def test_missing_ftfy_is_named_before_anything_large_is_read_and_so_is_an_incomp
     refused(r"^ftfy: not installed; pip install -r requirements-wan\.txt$", codec.text_encoder)
 
 
-def test_sample_makes_a_video_from_a_published_folder(folder, tmp_path, monkeypatch):
+def test_sample_makes_a_video_from_a_published_folder(tmp_path, monkeypatch):
     """The whole way of preset wan5b in small."""
+    folder = write_folder(tmp_path)
     small = DiTConfig(128, 128, 1, 2, text_dim=32, text_tokens=512)
     monkeypatch.setitem(model.PRESETS, "wan5b", small)
     diffusers_model(small).save_pretrained(folder / "transformer")
