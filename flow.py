@@ -147,17 +147,15 @@ def unipc_step(x: Tensor, seen: Sequence[Tensor], levels: Sequence[float], end: 
     """x at the last but one of `levels` -> at the last. seen: x0 predicted at all but the last, `end` at that too."""
     ages = [math.log((1 - sigma) / sigma) for sigma in levels]  # half the log of the signal-to-noise ratio
     h, x0 = ages[-1] - ages[-2], seen[-1]
-    phi, change = math.expm1(-h), 0.0
+    phi, change = math.expm1(-h), 0.0 if end is None else (end - x0) / 2
     if len(seen) > 1:
         rate = (ages[-3] - ages[-2]) / h
         slope = (seen[-2] - x0) / rate
         change = slope / 2
-    if end is not None and len(seen) == 1:
-        change = (end - x0) / 2
-    elif end is not None:  # exact for polynomials of degree 2
-        total, moment = -1 / h - 1 / phi, (2 * (1 + phi / h) / h - 1) / phi
-        share = (total - moment) / (1 - rate)
-        change = share * slope + (total - share) * (end - x0)
+        if end is not None:  # exact for polynomials of degree 2
+            total, moment = -1 / h - 1 / phi, (2 * (1 + phi / h) / h - 1) / phi
+            share = (total - moment) / (1 - rate)
+            change = share * slope + (total - share) * (end - x0)
     return levels[-1] / levels[-2] * x - (1 - levels[-1]) * phi * (x0 + change)
 
 
