@@ -214,6 +214,6 @@ def load(
         tensor = tensor.to(torch.float32 if exact else dtype, copy=True)
         if isinstance(module, Int8Linear) and leaf == "weight":
             module.fill(tensor)
-        else:  # not strict, because it gets one tensor at a time
+        else:  # one tensor at a time: that none is missing was checked above
             module.load_state_dict({leaf: tensor}, strict=False, assign=True)
     return network

@@ -42,13 +42,14 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(message: str, call, *given, **options) -> None:
-    """This call raises a UserError of one line, which matches."""
+def refused(message: str, call, *given, **options) -> str:
+    """This call raises a UserError of one line, which matches, and is returned."""
     from core.config import UserError
 
     with pytest.raises(UserError, match=message) as caught:
         call(*given, **options)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def make_trajectory(boxes: list, size: tuple[int, int], masks=None):

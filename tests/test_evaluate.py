@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import imageio.v3 as iio
 import nets
 import pytest
 import torch
+from conftest import refused
 
 import finetune_hybrid
 from adapter import ResNetAdapter
@@ -264,8 +266,6 @@ def test_networks_that_do_not_fit_are_one_line_and_leave_nothing(options, tmp_pa
     monkeypatch.chdir(tmp_path)
     nets.save(tmp_path / "slow", slow_adapter=nets.adapter(dim=64))
     before, folder = sorted(tmp_path.rglob("*")), tmp_path / "slow"
-    with pytest.raises(UserError) as error:
-        evaluate.main(evaluate.Config(**options))
     wanted = f"{folder}/slow_adapter.safetensors: was made for a generator of other shape than {folder}/slow_generator"
-    assert str(error.value).startswith(wanted) and "\n" not in str(error.value)
+    refused(f"^{re.escape(wanted)}", evaluate.main, evaluate.Config(**options))
     assert sorted(tmp_path.rglob("*")) == before

@@ -6,9 +6,8 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refused
 
-from core.config import UserError
 from tools.batch import read_jobs
 
 SMALL = ("--size", "48x64")
@@ -122,9 +121,7 @@ def test_tables_that_can_not_be_used(tmp_path, text, message):
     path = tmp_path / "jobs.csv"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=message) as caught:
-        read_jobs(path)
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert refused(message, read_jobs, path).startswith(str(path))
 
 
 def test_a_video_of_another_recipe_is_not_taken_for_the_row_s(run, table):
