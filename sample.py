@@ -15,10 +15,12 @@ For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, with the networks 
 """
 
 import gc
+import io
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
@@ -35,15 +37,14 @@ from adapter import Adapter, check_fit, read_adapter, read_maps
 from core import memory, parallel
 from core.attention import BACKENDS
 from core.codec import Codec
-from core.config import UserError, check_options, reason, require, run_script, shipped, warn
+from core.config import UserError, check_options, require, run_script, shipped, warn
 from core.files import no_pointer, output_path
 from core.media import MOST_VIDEO, cover_frames, ffmpeg_version, load_image, read_record, to_uint8, write_video
 from core.noise import sample_noise, step_noise
-from core.record import READ, checksum
 from core.weights import split_key
 from data import open_codec
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
-from tools.batch import made_of, overlay_path, read_jobs, share, unlike
+from tools.batch import make_table, overlay_path
 from tools.serve import serve_page
 from toy.detail import add_detail, enlarge, full_size, written_size
 from trajectory import Maps, Trajectory, draw_overlay, load_trajectory
@@ -139,8 +140,11 @@ class Condition(NamedTuple):
     full: tuple[np.ndarray, Trajectory] | None  # with --detail: both at the size that is written, uint8 [H,W,3]
 
 
-def read_condition(job: Config, codec: Codec) -> Condition:
-    """Read and check what a video is made from, and where it goes. UserError if it can't be made."""
+def read_condition(job: Config, codec: Codec, maps: Maps) -> Condition:
+    """Read and check what a video is made from, and where it goes. UserError if it can't be made.
+
+    Says on stderr what it will be poor by. `maps`: how the trajectory will be painted.
+    """
     check(job)
     ffmpeg_version()  # before any work
     for name in ("image", "traj"):
@@ -152,36 +156,17 @@ def read_condition(job: Config, codec: Codec) -> Condition:
     size = codec.video_size(job.size, job.frames, pixels.shape[:2])
     image = cover_frames(pixels[None], size)[None] / 127.5 - 1
     trajectory = load_trajectory(job.traj, size, job.frames, pixels.shape[:2])
+    if job.preset == "wan5b" and not job.prompt.strip():
+        warn("--prompt is empty: say what the video shows, or it will be poor")
+    if job.preset == "wan5b" and maps == "outline" and (names := trajectory.unmasked):
+        shown = f"frame 0 shows {', '.join(names)} by filled boxes"
+        warn(f"{job.traj}: {shown}, which the paper's training never saw; give masks")
     if not job.detail:
         return Condition(image, trajectory, None)
     picture = full_size(pixels, size)
     if (total := math.prod(picture.shape[:2]) * job.frames) > MOST_VIDEO:
         raise UserError(f"--frames {job.frames}: {total} pixels; {MOST_VIDEO} is the most; add --detail false")
     return Condition(image, trajectory, (picture, enlarge(trajectory, job.traj, picture.shape[:2])))
-
-
-def warn_of_blanks(jobs: list[Config]) -> None:
-    """Say on stderr if prompts are missing that networks need."""
-    if blank := sum(job.preset == "wan5b" and not job.prompt.strip() for job in jobs):
-        where = f" in {blank} of {len(jobs)} rows" if jobs[0].batch else ""
-        warn(f"--prompt is empty{where}: say what the video shows, or it will be poor")
-
-
-def warn_of_boxes(job: Config, condition: Condition, maps: Maps) -> bool:
-    """Say on stderr, and return, whether frame 0 shows boxes where the paper's training has always had masks."""
-    names = condition.trajectory.unmasked if job.preset == "wan5b" and maps == "outline" else []
-    if names:
-        shown = f"frame 0 shows {', '.join(names)} by filled boxes"
-        warn(f"{job.traj}: {shown}, which the paper's training never saw; give masks")
-    return bool(names)
-
-
-def read_served(job: Config, codec: Codec, maps: Maps) -> Condition:
-    """What the page asks for, with all that is said on stderr of it."""
-    warn_of_blanks([job])
-    condition = read_condition(job, codec)
-    warn_of_boxes(job, condition, maps)
-    return condition
 
 
 def load_networks(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:
@@ -273,7 +258,6 @@ def make_video(
 def main(cfg: Config) -> None:
     check(cfg)
     procs = parallel.init_processes(1 if cfg.batch else 0, PRESETS[cfg.preset].heads)  # a video each, or one for all
-    team = replace(procs, rank=0, world=1, mesh=None) if cfg.batch else procs  # those who share a video
     if cfg.compile:
         parallel.start_compiler(procs.device)
     options = {"dtype": frozen_dtype(cfg.preset, cfg.dtype), "low": cfg.memory == "low", "decoder": cfg.decoder}
@@ -284,45 +268,24 @@ def main(cfg: Config) -> None:
     if cfg.batch or cfg.serve:
         networks = cache(networks)  # kept from one video to the next
     maps = read_maps(files[1], f"{cfg.speed.title()}Adapter")
-    make = partial(make_video, codec=codec, networks=networks, maps=maps, procs=team)
+    read, embed = partial(read_condition, codec=codec, maps=maps), partial(embed_prompts, codec)
+    make = partial(make_video, codec=codec, networks=networks, maps=maps)
     if cfg.serve:
         usual = vars(WAN5B if cfg.preset == "wan5b" else Config())
         sizes = written_size if cfg.detail else lambda picture, size: size
-        return serve_page(cfg, usual, sampling(cfg), codec, networks(), partial(read_served, maps=maps), make, sizes)
-
-    clock, failed = memory.Clock(procs.device), []
-    jobs = [replace(cfg, **row) for row in read_jobs(Path(cfg.batch))] if cfg.batch else [cfg]
-    left, done = share(jobs, procs) if cfg.batch else (jobs, [])
-    with clock("read inputs"):
-        early = None if cfg.batch else read_condition(cfg, codec)  # before anything large is read
-    if procs.rank == 0:
-        warn_of_blanks(jobs)
-    with clock("encode prompt"):
-        text = embed_prompts(codec, [*(job.prompt for job in left), codec.negative])
+        return serve_page(cfg, usual, sampling(cfg), codec, networks(), read, partial(make, procs=procs), sizes)
+    clock = memory.Clock(procs.device)
     if cfg.batch:
-        with clock("read networks"):
-            networks()
-        weights = checksum(*codec.files()[:1], *READ)
-        failed += filter(None, (unlike(job, weights) for job in done))
-    told = procs.rank > 0
-    for number, job in enumerate(left, start=1):
-        try:
-            record = made_of(job, weights) if cfg.batch else None
-            condition = early or read_condition(job, codec)
-            told = told or warn_of_boxes(job, condition, maps)
-            make(job, condition, text[job.prompt], text[codec.negative], clock, made_of=record)
-        except Exception as error:  # whatever it is: a video that can't be made does not stop the rest
-            if not cfg.batch:
-                raise
-            failed.append(f"{job.out}: {memory.shortage(error) or reason(error)}")
-            continue
-        if team.rank == 0:
-            progress = f" ({number} of {len(left)})" if cfg.batch else ""
-            print(f"{sampling(cfg).steps} steps on {procs.device}: {job.out} and {overlay_path(job.out)}{progress}")
-    if team.rank == 0:
-        print(clock)
-    if failed := procs.gather(failed):
-        raise UserError(f"{cfg.batch}: {len(failed)} of {len(jobs)} videos could not be made: {'; '.join(failed)}")
+        alone = replace(procs, rank=0, world=1, mesh=None)
+        return make_table(cfg, codec, networks, read, embed, partial(make, procs=alone), clock, procs)
+
+    with clock("read inputs"), redirect_stderr(sys.stderr if procs.rank == 0 else io.StringIO()):
+        condition = read(cfg)  # before anything large is read
+    with clock("encode prompt"):
+        text = embed([cfg.prompt, codec.negative])
+    make(cfg, condition, text[cfg.prompt], text[codec.negative], clock, procs=procs)
+    if procs.rank == 0:
+        print(f"{sampling(cfg).steps} steps on {procs.device}: {cfg.out} and {overlay_path(cfg.out)}", clock, sep="\n")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from core.files import output_path
 from core.memory import peak_memory, reset_peak, use_int8
 from core.tables import markdown, provenance, write_rows
 from model import PRESETS, VideoDiT, rotary_table
+from tools import batch
 from wan import umt5
 from wan.codec import WanCodec
 from wan.vae import WanVAE
@@ -356,7 +357,7 @@ def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[
         whole = torch.ones(len(prompts), 512, dtype=torch.long)  # as long as can be
         return BatchEncoding({"input_ids": whole, "attention_mask": whole})
 
-    def condition(*_: object) -> sample.Condition:
+    def condition(*_: object, **__: object) -> sample.Condition:
         video = torch.empty(3, 9, 704, 1280)  # the VAE's later pieces take no more, either way
         return sample.Condition(video[None, :, :1], mock.Mock(maps=lambda *_: video, unmasked=[]), None)
 
@@ -367,7 +368,7 @@ def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[
     patches = [
         (sample, "find_networks", lambda _: ("", "")), (sample, "read_maps", lambda *_: "outline"),
         (sample, "read_condition", condition), (sample, "check_preset", Quiet), (sample, "check_fit", Quiet),
-        (sample, "read_jobs", lambda _: [{"out": f"{n}.mp4"} for n in range(videos)]),
+        (batch, "read_jobs", lambda _: [{"out": f"{n}.mp4"} for n in range(videos)]),
         *reading(kind, layers, sample), (sample, "write_video", Quiet), (sample, "draw_overlay", Quiet),
         (umt5, "read_text_encoder", text_encoder), (AutoTokenizer, "from_pretrained", lambda _: tokenize),
         (WanCodec, "encode_video", encode_video), (sample.memory, "Clock", lambda _: clock),

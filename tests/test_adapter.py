@@ -188,7 +188,7 @@ def test_stage_1_trains_a_controlnet_and_sample_uses_it(maps, here, monkeypatch)
     options = {"speed": "slow", "steps": 2, "detail": False, "adapter": file, "weights": ".", "size": "48x48"}
     sample.main(sample.Config(**options))
     assert iio.imread("out/sample.mp4").shape == (9, 48, 48, 3)
-    image, trajectory, _ = sample.read_condition(sample.Config(**options), ToyCodec())
+    image, trajectory, _ = sample.read_condition(sample.Config(**options), ToyCodec(), maps)
     wanted = trajectory.maps("box", image[0, :, 0] if maps == "pixels" else None)
     assert torch.equal(painted[-1][0], wanted)
 

@@ -76,7 +76,7 @@ def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here, caps
     (here / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": box, "8": box}}] * 12}))
     nets.save(fast_generator=nets.generator(layers=1), fast_adapter=nets.adapter(layers=1, maps="pixels"))
     job = sample.Config(weights=".", image="x.png", traj="b.json", steps=1, detail=False)
-    image, trajectory, _ = sample.read_condition(job, ToyCodec())
+    image, trajectory, _ = sample.read_condition(job, ToyCodec(), "pixels")
     assert len(trajectory.names) == 12 and not capsys.readouterr().err
     size = best_size((height, width), ToyCodec.area, 8)
     assert image.shape == (1, 3, 1, *size) and trajectory.size == size

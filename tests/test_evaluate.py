@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -68,7 +69,9 @@ def test_generate_hands_each_video_its_own_inputs(world, style, monkeypatch):
 
 
 def sample(batch, generator, adapter, steps=2, seed=0, slow=True, style="pixels"):
-    return evaluate.generate(evaluate.sampler(generator, adapter, steps, seed, slow), batch, CPU, "run", style)
+    return evaluate.generate(
+        partial(evaluate.sample_videos, generator, adapter, steps, seed, slow), batch, CPU, "run", style
+    )
 
 
 @pytest.mark.parametrize("slow", [True, False])

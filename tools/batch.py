@@ -1,15 +1,21 @@
 """Tables that users give: CSV files, and among them that of `sample.py --batch`, with a video in each row."""
 
 import csv
+import io
 import os
 import re
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from core.config import UserError, reason, require
+from core.codec import Codec
+from core.config import UserError, reason, require, warn
 from core.media import read_record
+from core.memory import Clock, shortage
 from core.parallel import Processes
-from core.record import checksum
+from core.record import READ, checksum
 from core.weights import file_errors
 
 MOST_ROWS = 100_000
@@ -20,6 +26,38 @@ COLUMNS = {name: name for name in ("image", "traj", "prompt", "out", "seed")} | 
     "validation_images": "image", "validation_trajectory_maps": "traj", "validation_prompt": "prompt",
     "output_path": "out", "controlnet_weights": "",
 }  # fmt: skip
+
+
+def make_table(
+    cfg, codec: Codec, networks: Callable, read_condition: Callable, embed: Callable, make_video: Callable,
+    clock: Clock, procs: Processes,
+) -> None:  # fmt: skip
+    """Make the videos of `--batch` that aren't there yet, each by one process. UserError, at the end, if some can't be.
+
+    `cfg`: sample.py's options. The functions are sample.py's, with all that is the same for every row filled in.
+    """
+    jobs = [replace(cfg, **row) for row in read_jobs(Path(cfg.batch))]
+    left, done = share(jobs, procs)
+    with clock("encode prompt"):
+        text = embed([*(job.prompt for job in left), codec.negative])
+    with clock("read networks"):
+        networks()
+    weights, said = checksum(*codec.files()[:1], *READ), set()
+    failed = [problem for job in done if (problem := unlike(job, weights))]
+    for number, job in enumerate(left, start=1):
+        try:
+            with redirect_stderr(io.StringIO()) as warnings:
+                condition = read_condition(job)
+            if new := set(warnings.getvalue().splitlines()) - said:
+                warn(f"{job.out}: {'; '.join(sorted(new))}")  # each once in a table
+                said |= new
+            make_video(job, condition, text[job.prompt], text[codec.negative], clock, made_of=made_of(job, weights))
+            print(f"{job.out} and {overlay_path(job.out)} ({number} of {len(left)})")
+        except Exception as error:  # whatever it is: a video that can't be made does not stop the rest
+            failed.append(f"{job.out}: {shortage(error) or reason(error)}")
+    print(clock)
+    if failed := procs.gather(failed):
+        raise UserError(f"{cfg.batch}: {len(failed)} of {len(jobs)} videos could not be made: {'; '.join(failed)}")
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

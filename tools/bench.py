@@ -29,7 +29,7 @@ import train_slow_adapter
 from adapter import AdapterConfig, ResNetAdapter
 from core import parallel
 from core.codec import Batch
-from core.config import UserError, require, run_script, warn
+from core.config import require, run_script, warn
 from core.memory import peak_memory, reset_peak, seconds
 from core.tables import markdown, provenance, table_path, three_digits, write_rows
 from core.weights import Stored, load, rename
@@ -80,7 +80,6 @@ def measure(case: Case, repeats: int, device: torch.device) -> Iterator[dict]:
         error = ((ours - theirs).norm() / theirs.norm()).item()
         if not error < (1e-4 if case.dtype == torch.float32 else 0.05):  # NaN is no agreement
             raise RuntimeError(f"{case.name}: ours and the reference differ by {error:.1e}; their times mean nothing")
-        del ours, theirs
     del outputs
 
     def peak(call: Callable) -> float:
@@ -158,8 +157,7 @@ def transformer(shape: Shape, device: torch.device) -> Iterator[Case]:
 
 
 def forward_pass(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) -> Iterator[Case]:
-    config, (frames, height, width) = shape.transformer, shape.grid
-    tokens = frames * height * width // 4
+    config, frames, tokens = shape.transformer, shape.grid[0], math.prod(shape.grid) // 4
     torch.manual_seed(0)
     with torch.device(device):
         theirs, x = diffusers_transformer(config), torch.randn(1, config.channels, *shape.grid)
@@ -185,7 +183,6 @@ def forward_pass(shape: Shape, device: torch.device, dtype: torch.dtype, compile
 
 def codec(shape: Shape, device: torch.device) -> Iterator[Case]:
     """Decoding and encoding beside diffusers', at the true widths."""
-    frames, height, width = shape.video
     with torch.device(device):
         ours, theirs = vae.WanVAE(shape.vae), diffusers_vae(shape.vae)
     ours.load_state_dict(rename(theirs.state_dict(), vae_names(shape.vae.blocks)))
@@ -193,7 +190,7 @@ def codec(shape: Shape, device: torch.device) -> Iterator[Case]:
     video = torch.rand(1, 3, *shape.video, device=device, dtype=torch.bfloat16) * 2 - 1
     latents = ours.encode(video)
     mean, std = vae.statistics(latents)  # diffusers' latents are not normalised
-    case = partial(Case, shape=f"{frames} frames of {height}x{width}", dtype=torch.bfloat16, memory=True)
+    case = partial(Case, shape="{} frames of {}x{}".format(*shape.video), dtype=torch.bfloat16, memory=True)
     yield case("VAE decode", partial(ours.decode, latents), lambda: theirs.decode(latents * std + mean).sample)
     yield case("VAE encode", partial(ours.encode, video), lambda: (theirs.encode(video)[0].mode() - mean) / std)
 
@@ -252,8 +249,8 @@ def alone(shape: Shape, device: torch.device) -> Iterator[Case]:
     traj, z = (torch.randn(1, n, *grid, device=device) for n in (config.channels, shape.vae.channels))
     network = random(lambda: vae.WanVAE(shape.vae), torch.bfloat16, device)
     small = random(lambda: TinyDecoder(shape.vae.channels), torch.bfloat16, device)
-    about = f"{frames} frames of {height}x{width}"
-    case = partial(Case, reference=None, shape=about, dtype=torch.bfloat16, memory=True)
+    size = f"{frames} frames of {height}x{width}"
+    case = partial(Case, reference=None, shape=size, dtype=torch.bfloat16, memory=True)
     yield case("VAE decode", partial(network.decode, z))
     yield case("VAE encode", partial(network.encode, torch.rand(1, 3, frames, height, width)))
     yield case("VAE decode, --memory low", partial(network.decode, z, tile=32))
@@ -282,8 +279,7 @@ class Config:
 @torch.no_grad()
 def main(cfg: Config) -> None:
     parts = cfg.parts.split(",")
-    if unknown := set(parts) - PARTS.keys():
-        raise UserError(f"--parts {cfg.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+    require(PARTS.keys() >= set(parts), f"--parts {cfg.parts}: give some of {', '.join(PARTS)}, separated by commas")
     out = table_path(cfg.out)
     require(find_spec("diffusers"), "diffusers: not installed; pip install -r requirements-dev.txt")
     device = parallel.init_processes().device

@@ -66,7 +66,7 @@ def serve_page(
         job = replace(cfg, **unpack(request, folder, sampling.steps, pace.most_steps))
         try:
             with contextlib.redirect_stderr(io.StringIO()) as said:
-                condition = read_condition(job, codec)
+                condition = read_condition(job)
             size = condition.image.shape[-2:]
             shape = size, condition.full[0].shape[:2] if condition.full else size, job.frames
             pace.check(*shape)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import flow
 from adapter import Adapter, check_fit, read_adapter
 from core import parallel
-from core.config import UserError, require, run_script, shipped
+from core.config import require, run_script, shipped
 from core.media import contact_sheet, read_record, to_uint8, write_image
 from core.memory import seconds
 from core.noise import sample_noise, step_noise
@@ -95,11 +95,9 @@ def find_ways(cfg: Config) -> list[Way]:
             Way("FastGenerator + FastAdapter", FEW, fast, fast_adapter),
         ]
     runs = {variant: sorted(RUNS.glob(f"{variant}_*/fast_adapter.safetensors")) for variant in VARIANTS}
+    require(runs[METHOD], f"{RUNS / METHOD}_0/fast_adapter.safetensors: no such run; run `make ablation`")
     for variant in (variant for variant, files in runs.items() if not files):
-        absent = f"{RUNS / variant}_0/fast_adapter.safetensors: no such run;"
-        if variant == METHOD:
-            raise UserError(f"{absent} run `make ablation`")
-        print(f"{absent} the table leaves out: {VARIANTS[variant]}")
+        print(f"{RUNS / variant}_0/fast_adapter.safetensors: no such run; the table leaves out: {VARIANTS[variant]}")
     ways = [Way("SlowGenerator + SlowAdapter", steps, slow, slow_adapter) for steps in (cfg.steps, FEW)]
     for steps in (FEW, 2, 1):
         ways.append(Way("FastGenerator + SlowAdapter", steps, fast, slow_adapter))
@@ -109,21 +107,19 @@ def find_ways(cfg: Config) -> list[Way]:
     return ways
 
 
-def sampler(generator: VideoDiT, adapter: Adapter | None, steps: int, seed: int, slow: bool = False) -> Callable:
-    """Euler steps from one noise if slow, else the few steps that stages 2 and 3 train for, or fewer.
+def sample_videos(
+    generator: VideoDiT, adapter: Adapter | None, steps: int, seed: int, slow: bool,
+    first: Tensor, text: Tensor, traj: Tensor, samples: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Latents: Euler steps from one noise if slow, else the few steps that stages 2 and 3 train for, or fewer.
 
-    -> a function of first-frame latents [B,C,1,H,W], text, the maps' latents [B,C,F,H,W] and sample numbers.
+    `first`: latents of first frames [B,C,1,H,W]. `traj`: those of maps [B,C,F,H,W]. `samples`: the videos' numbers.
     """
-
-    def sample(first: Tensor, text: Tensor, traj: Tensor, samples: Sequence[int]) -> Tensor:
-        velocity = partial(generator, text=text, residuals=adapter(traj) if adapter else None)
-        if slow:
-            noise = sample_noise(traj.shape[1:], samples, seed).to(first.device)
-            return flow.sample_multistep(velocity, first, noise, flow.sigma_schedule(steps, flow.SLOW["small"].shift))
-        noise = step_noise(steps, traj.shape[1:], samples, seed).to(first.device)
-        return flow.sample_fewstep(velocity, first, noise, flow.sigma_schedule(steps, flow.FAST["small"].shift))
-
-    return sample
+    velocity = partial(generator, text=text, residuals=adapter(traj) if adapter else None)
+    sigmas = flow.sigma_schedule(steps, (flow.SLOW if slow else flow.FAST)["small"].shift)
+    if slow:
+        return flow.sample_multistep(velocity, first, sample_noise(traj.shape[1:], samples, seed).to(first), sigmas)
+    return flow.sample_fewstep(velocity, first, step_noise(steps, traj.shape[1:], samples, seed).to(first), sigmas)
 
 
 def conditions(batch: WorldBatch, codec: ToyCodec, style: Maps, device: torch.device) -> list[Tensor]:
@@ -171,8 +167,7 @@ def earlier_rows(out: Path, command: str) -> dict[tuple, dict]:
     """The rows of `out` that this command made, by name, steps, run and weights."""
     try:
         rows = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
-        keys = itemgetter("name", "steps", "run", "weights")
-        return {keys(row): row for row in rows if row["command"] == command}
+        return {itemgetter("name", "steps", "run", "weights")(row): row for row in rows if row["command"] == command}
     except (ValueError, TypeError, KeyError):
         return {}  # rows of another kind
 
@@ -183,25 +178,22 @@ def main(cfg: Config) -> None:
         read_record(sheet)  # only what was made here is made anew
     procs = parallel.init_processes()
     about = provenance("-m toy.evaluate", cfg, procs.device)
-    ways, networks = find_ways(cfg), {None: None}
+    ways, networks, samplers = find_ways(cfg), {None: None}, []
     for way in ways:
         for file, read in ((way.generator, VideoDiT.from_pretrained), (way.adapter, read_adapter)):
             if file not in networks:
                 kind = file.stem.title().replace("_", "")  # fast_adapter.safetensors holds a FastAdapter
                 networks[file] = parallel.prepare(read(str(file), kind), procs, cfg.compile)
-        if way.adapter:
-            check_fit(networks[way.adapter], way.adapter, networks[way.generator], way.generator)
-    samplers = [
-        sampler(networks[way.generator], networks[way.adapter], way.steps, cfg.seed, "slow" in way.generator.stem)
-        for way in ways
-    ]
+        generator, adapter = networks[way.generator], networks[way.adapter]
+        if adapter:
+            check_fit(adapter, way.adapter, generator, way.generator)
+        slow = "slow" in way.generator.stem
+        samplers.append(partial(sample_videos, generator, adapter, way.steps, cfg.seed, slow))
     batch = World(cfg.split).batch(range(cfg.videos))  # which takes longer than finding out that a file is wrong
-    rows, done, videos, times = [], {}, {}, [math.nan] * len(ways)
-    if cfg.ablation:
-        done = earlier_rows(out, about["command"])
-    else:
-        times, known = seconds_per_video(samplers, batch, procs.device), metrics.baselines(batch, ToyCodec())
-        rows = [measure(name, 0, video, batch) | about for name, video in known.items()]
+    done, times, known = earlier_rows(out, about["command"]), [math.nan] * len(ways), {}
+    if not cfg.ablation:
+        done, times, known = {}, seconds_per_video(samplers, batch, procs.device), metrics.baselines(batch, ToyCodec())
+    rows, videos = [measure(name, 0, video, batch) | about for name, video in known.items()], {}
     for way, sample, taken in zip(ways, samplers, times, strict=True):
         files = ToyCodec.weights, way.generator, way.adapter
         made_by = {"run": way.run, "weights": checksum(*files)} if cfg.ablation else {}
@@ -221,7 +213,6 @@ def main(cfg: Config) -> None:
     write_rows(out, rows, table=shown)
     if any(video is None for video in videos.values()):
         return print(f"{sheet}: not written; it needs videos that an earlier call made")
-    style = next(networks[way.adapter].config.maps for way in ways if way.adapter)
     write_image(sheet, comparison([batch.video, *videos.values()], batch, style))
 
 
