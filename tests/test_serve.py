@@ -457,6 +457,10 @@ def test_long_work_goes_in_parts_with_the_same_result(monkeypatch):
     want = attention.attend(q, k, v)
     monkeypatch.setattr(attention, "LONG", 7 * 50)
     assert (attention.attend(q, k, v) - want).abs().max() < 1e-5
+    for name, value in (("AMX", False), ("torch.compiler.is_compiling", lambda: True)):  # then bfloat16 goes in chunks
+        monkeypatch.setattr(f"core.attention.{name}", value)
+    chunks = attention.attend(*(x.bfloat16() for x in (q, k, v)))
+    assert chunks.dtype == torch.bfloat16 and 0 < (chunks - want).abs().max() < 0.03
     codec = ToyCodec()
     latents = torch.randn(1, codec.channels, 9, 4, 6)
     parts = list(codec.pieces(latents, length=4))
