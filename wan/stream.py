@@ -16,8 +16,6 @@ class Stream:
     That process starts on its own chunk, a layer behind, before this one is done. The pixels are those of one process.
     """
 
-    first: bool  # whether this is the video's first chunk, before which nothing is remembered
-
     def __init__(self, procs: Processes | None = None):
         self.rank, self.world = (procs.rank, procs.world) if procs else (0, 1)
         self.frames: dict[nn.Module, Tensor] = {}
@@ -30,7 +28,7 @@ class Stream:
     def chunks(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """This process's chunks of a video."""
         for number in range(self.rank, len(parts), self.world):
-            self.first, self.last = number == 0, number == len(parts) - 1
+            self.first, self.last = number == 0, number == len(parts) - 1  # before the first nothing is remembered
             yield parts[number]
             while self.sending:
                 self.sending.pop()[0].wait()

@@ -1,8 +1,7 @@
 """The Wan2.2 VAE: videos to latents with 48 channels, 16 times smaller in space and 4 times in time, and back.
 
-It is causal: frame 0 becomes one latent frame, and so do every four frames after it (4 n + 1 frames make n + 1 latent
-frames). So a video streams through, a latent frame at a time, and layers keep what they need of the past in a `Stream`.
-Parameter names are those of `Wan2.2_VAE.pth`.
+It is causal: frame 0 becomes one latent frame, and so do every four frames after it. So a video streams through, a
+latent frame at a time, and layers keep what they need of the past in a `Stream`. Names are those of `Wan2.2_VAE.pth`.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,25 +14,21 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from core.config import UserError
+from core.config import require
 from core.parallel import Processes
 from core.weights import load, read_checkpoint, read_config, read_folder, rename
 from wan.published import vae_names
 from wan.stream import Stream
 
 # Statistics of the latents, per channel, as published: the DiT works on (z - MEAN) / STD.
-MEAN = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.1570,
-    -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322,
-    0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520,
-    0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-)  # fmt: skip
-STD = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165,
-    0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917,
-    0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600,
-    0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
-)  # fmt: skip
+MEAN = (-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.1570,
+        -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322,
+        0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520,
+        0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667)  # fmt: skip
+STD = (0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165,
+       0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917,
+       0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600,
+       0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,9 @@ class Layers(nn.Sequential):
     """Layers one after the other; those with a memory get the stream."""
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        streamed = (Layers, CausalConv3d, ResidualBlock, Downsample, Upsample, DownBlock, UpBlock)
         for layer in self:
-            x = layer(x, stream) if isinstance(layer, STREAMED) else layer(x)
+            x = layer(x, stream) if isinstance(layer, streamed) else layer(x)
         return x
 
 
@@ -84,12 +80,10 @@ def conv_pairs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     d0, d1, d2, d3 = (x[:, :, n : n + length - 1 : 2] for n in range(4))
     first, middle, last = weight.unbind(2)
     outer, middle = (first + last) / 2, middle / 2
-
-    def conv(frames: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-        return by_frame(lambda y: F.conv2d(y, kernel, bias, padding=1), frames)
-
-    a, b = conv(d0 - d2, first), conv(d1 + d2, outer + middle, bias)
-    c, d = conv(d2 - d1, outer - middle), conv(d1 - d3, last)
+    a = by_frame(F.conv2d, d0 - d2, first, padding=1)
+    b = by_frame(F.conv2d, d1 + d2, outer + middle, bias, padding=1)
+    c = by_frame(F.conv2d, d2 - d1, outer - middle, padding=1)
+    d = by_frame(F.conv2d, d1 - d3, last, padding=1)
     shape = (len(x), len(weight), length, *x.shape[3:])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     out[:, :, ::2] = a.add_(b).add_(c)
@@ -104,12 +98,11 @@ def doubling_kernel(weight: Tensor) -> Tensor:
     return torch.einsum("aru,bsv,ocuv->abocrs", sums, sums, weight).flatten(0, 2)
 
 
-def double_and_conv(frames: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+def double_and_conv(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution: [n,C,h,w] -> [n,O,2h,2w]."""
-    (n, _, h, w), width = frames.shape, len(bias)
-    parts = F.conv2d(frames, kernel, bias.repeat(4), padding=1).split(width, dim=1)  # (n, O, h + 1, w + 1) each
-    shape = (n, width, 2 * h, 2 * w)
-    out = torch.empty(shape, dtype=frames.dtype, device=frames.device, memory_format=torch.channels_last)
+    (n, _, h, w), width = x.shape, len(bias)
+    parts = F.conv2d(x, kernel, bias.repeat(4), padding=1).split(width, dim=1)  # (n, O, h + 1, w + 1) each
+    out = torch.empty(n, width, 2 * h, 2 * w, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     for (a, b), part in zip(product(range(2), repeat=2), parts, strict=True):
         out[:, :, a::2, b::2] = part[:, :, a : a + h, b : b + w]
     return out
@@ -198,7 +191,7 @@ class Upsample(nn.Module):
         conv = self.resample[1]
         if self not in stream.kernels:
             stream.kernels[self] = doubling_kernel(conv.weight)
-        return by_frame(lambda frames: double_and_conv(frames, stream.kernels[self], conv.bias), x)
+        return by_frame(double_and_conv, x, stream.kernels[self], conv.bias)
 
 
 class DownBlock(nn.Module):
@@ -235,12 +228,10 @@ class UpBlock(nn.Module):
         return out + skip[:, :, skip.shape[2] - out.shape[2] :]  # frame 0 became one frame, not `time`
 
 
-STREAMED = (Layers, CausalConv3d, ResidualBlock, Downsample, Upsample, DownBlock, UpBlock)
-
-
-def by_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a function of images [n, C, h, w] to every frame of a video."""
-    return rearrange(function(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=len(x))
+def by_frame(function: Callable[..., Tensor], x: Tensor, *more: Tensor, **options: int) -> Tensor:
+    """Apply a function of images [n, C, h, w], which takes more than these, to every frame of a video."""
+    frames = function(rearrange(x, "b c t h w -> (b t) c h w"), *more, **options)
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=len(x))
 
 
 class Encoder(Layers):
@@ -297,13 +288,11 @@ class WanVAE(nn.Module):
             return load(lambda: cls(config), read_checkpoint(path), path)
         file, statistics = path / "config.json", {"latents_mean": list(MEAN), "latents_std": list(STD)}
         theirs = statistics | read_config(file)
+        mend = "give the vae folder of Wan2.2-TI2V-5B-Diffusers"
         for name, ours in {"_class_name": "AutoencoderKLWan", "is_residual": True, **statistics}.items():
-            if theirs.get(name) != ours:
-                mend = "give the vae folder of Wan2.2-TI2V-5B-Diffusers"
-                raise UserError(f"{file}: {name} is not that of Wan2.2; {mend}")
-        names = (  # in VAEConfig's order
-            "base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "patch_size"
-        )  # fmt: skip
+            require(theirs.get(name) == ours, f"{file}: {name} is not that of Wan2.2; {mend}")
+        names = ("base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample",
+                 "patch_size")  # in VAEConfig's order  # fmt: skip
         values = map(read_config(file, *names).get, names)
         config = VAEConfig(*(tuple(value) if isinstance(value, list) else value for value in values))
         tensors = rename(read_folder(path, "diffusion_pytorch_model"), vae_names(config.blocks))
@@ -313,15 +302,13 @@ class WanVAE(nn.Module):
     def encode(self, video: Tensor) -> Tensor:
         """Normalised latents, without sampling: [B,3,T,h,w] in [-1, 1] -> [B,C,F,h/16,w/16]."""
         stream, latents, side = Stream(), [], self.config.patch
-        cuts = list(range(1, video.shape[2], self.temporal))
-        for part in stream.chunks(video.tensor_split(cuts, dim=2)):
+        for part in stream.chunks(video.tensor_split(list(range(1, video.shape[2], self.temporal)), dim=2)):
             part = part.to(self.conv1.weight)  # the whole may be too large for the device
             part = rearrange(part, "b c t (h q) (w r) -> b (c r q) t h w", q=side, r=side)
             z = self.conv1(self.encoder(part.contiguous(memory_format=torch.channels_last_3d), stream))
             latents.append(z[:, : self.config.channels].to(video.dtype))
-        z = torch.cat(latents, dim=2)
-        mean, std = statistics(z)
-        return (z - mean) / std
+        mean, std = statistics(latents[0])
+        return (torch.cat(latents, dim=2) - mean) / std
 
     @torch.no_grad()
     def frames(self, latents: Tensor, procs: Processes | None = None) -> Iterator[Tensor]:
@@ -343,8 +330,7 @@ class WanVAE(nn.Module):
         """
         n, _, length, height, width = latents.shape
         scale = self.spatial
-        shape = (n, 3, self.temporal * (length - 1) + 1, scale * height, scale * width)
-        video = latents.new_zeros(shape, device="cpu")
+        video = latents.new_zeros(n, 3, self.temporal * (length - 1) + 1, scale * height, scale * width, device="cpu")
         for (y, fade_y), (x, fade_x) in product(tiles(height, tile, scale), tiles(width, tile, scale)):
             fade, start = (fade_y[:, None] * fade_x).to(video), 0
             target = video[..., scale * y.start : scale * y.stop, scale * x.start : scale * x.stop]
@@ -366,6 +352,4 @@ def tiles(length: int, tile: int, scale: int) -> list[tuple[slice, Tensor]]:
     distances = [torch.minimum(pixels - scale * n, scale * (n + tile) - pixels) for n in starts]
     weights = torch.stack(distances).clamp(0, scale * tile // 4)
     weights /= weights.sum(0)
-    return [
-        (slice(n, n + tile), weight[scale * n : scale * (n + tile)]) for n, weight in zip(starts, weights, strict=True)
-    ]
+    return [(slice(n, n + tile), w[scale * n : scale * (n + tile)]) for n, w in zip(starts, weights, strict=True)]
