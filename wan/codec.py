@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from core.codec import Codec
-from core.config import UserError
+from core.config import require
 from core.files import no_pointer
 from core.parallel import Processes
 from wan.tiny_decoder import TinyDecoder
@@ -34,9 +34,8 @@ class WanCodec(Codec):
     text_dim, text_tokens, negative = 4096, 512, NEGATIVE_PROMPT
 
     def __init__(
-        self, folder: Path | str, device: torch.device, dtype: torch.dtype = torch.float32, low: bool = False,
-        decoder: str = "",
-    ):  # fmt: skip
+        self, folder: Path | str, device: torch.device, dtype=torch.float32, low: bool = False, decoder: str = ""
+    ):
         self.folder, self.device, self.dtype, self.low = Path(folder), device, dtype, low
         self.small = TinyDecoder.from_pretrained(decoder, dtype).to(device) if decoder else None
 
@@ -54,15 +53,13 @@ class WanCodec(Codec):
 
     def free(self) -> None:
         vars(self).pop("vae", None)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
     def _part(self, *names: str) -> Path:
         """The first of these files that the folder has: one per layout."""
-        for path in (self.folder / name for name in names):
-            if no_pointer(path).exists():
-                return path
-        raise UserError(f"{self.folder}: holds no {' or '.join(names)}; give Wan2.2-TI2V-5B as published")
+        found = next((path for name in names if no_pointer(path := self.folder / name).exists()), None)
+        require(found, f"{self.folder}: holds no {' or '.join(names)}; give Wan2.2-TI2V-5B as published")
+        return found
 
     def encode_video(self, video: Tensor) -> Tensor:
         """[B, 3, T, height, width] in [-1, 1], T = 4 n + 1 -> [B, 48, n + 1, height / 16, width / 16]."""
@@ -86,6 +83,5 @@ class WanCodec(Codec):
     def text_encoder(self) -> Callable[[list[str]], Tensor]:
         """A TextEncoder, which holds the whole network: drop it when done."""
         tokenizer = self._part("google/umt5-xxl", "tokenizer")
-        weights = self._part("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
-        dtype = torch.int8 if self.low else torch.bfloat16
-        return TextEncoder(tokenizer, weights, self.device, self.text_tokens, dtype)
+        path = self._part("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
+        return TextEncoder(tokenizer, path, self.device, self.text_tokens, torch.int8 if self.low else torch.bfloat16)

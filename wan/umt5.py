@@ -23,11 +23,8 @@ UMT5_NAMES = (
     (r"^blocks\.(\d+)\.ffn\.fc1", r"block.\1.layer.1.DenseReluDense.wi_1"),
     (r"^blocks\.(\d+)\.ffn\.fc2", r"block.\1.layer.1.DenseReluDense.wo"),
 )
-# Wan's layout has no config for the text encoder, so here is UMT5-XXL's.
-UMT5_XXL = {
-    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
+# Wan's layout has no config for the text encoder, so here is UMT5-XXL's, as far as transformers has other defaults.
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
 
 def read_text_encoder(path: Path, dtype: torch.dtype, shapes: dict = UMT5_XXL) -> nn.Module:
