@@ -10,11 +10,9 @@ else a file or config says would change the result too, so it is refused by name
 
 import json
 import re
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from core.config import UserError, require, warn
@@ -22,11 +20,7 @@ from core.files import no_pointer
 from core.weights import Stored, brief, file_errors, read_config, read_safetensors, rename, split_key
 from wan.published import DIFFUSERS_NAMES, NOT_WAN
 
-PART = re.compile(
-    r"^(.+)\.(lora_A|lora_down|lora_B|lora_up|diff_b|diff_m|diff|[wb]_norm|alpha)"
-    r"(?:\.(?!weight|bias)\w+)?(?:\.(weight|bias))?$"
-)
-NUMBER = r"-?\d*\.?\d+"
+PART = r"(.+)\.(lora_(?:A|down|B|up)|diff(?:_[bm])?|[wb]_norm|alpha)(?:\.(?!weight|bias)\w+)?(?:\.(weight|bias))?$"
 KINDS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "w_norm": "diff", "b_norm": "diff_b"}
 TARGETS = {"up": "weight", "diff": "weight", "up_bias": "bias", "diff_b": "bias", "diff_m": "modulation"}
 FLAT = r"^(lora_unet|lora_transformer|lycoris)_+"  # before layers' names with underscores
@@ -48,7 +42,7 @@ def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
     """
     path, strength = split_key(text)
     require(not path.is_dir(), f"--lora {text}: is a folder; give the .safetensors in it")
-    if not no_pointer(path).is_file() or not re.fullmatch(NUMBER, strength or "1"):
+    if not no_pointer(path).is_file() or not re.fullmatch(r"-?\d*\.?\d+", strength or "1"):
         raise UserError(f"--lora {text}: no such file; give FILE or FILE:strength")
     header, parts = read_safetensors(path)
     layers = {name.rpartition(".")[0] for name in tensors}
@@ -56,24 +50,22 @@ def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
     changes: dict[str, dict[str, Stored]] = {}  # layer's name in the file -> what changes it, by kind
     foreign = []
     for name, stored in parts.items():
-        found = PART.match(name)
+        found = re.match(PART, name)
         kind = KINDS.get(found[2], found[2]) + "_bias" * (found[3] == "bias") if found else ""
         if kind not in (*TARGETS, "down", "alpha") or own_name(found[1], flat) not in places:
             foreign.append(name)
         elif changes.setdefault(found[1], {}).setdefault(kind, stored) is not stored:
             raise UserError(f"{path}: {name}: a second LoRA in one file; give a file for each")
-    for name in (name for name in foreign if not PART.match(name)):
+    for name in (name for name in foreign if not re.match(PART, name)):
         if any(own_name(name[: dot.start()], flat) in layers for dot in re.finditer(r"\.", name)):
             other = next((f" ({kind})" for part, kind in OTHERS.items() if part in name), "")
             raise UserError(f"{path}: {name}{other}: {NOT_READ}")
-    if foreign or not changes:
-        which = brief(foreign) or "like its own"
-        raise UserError(f"{path}: a LoRA of another network; no layer here is called {which}")
+    which = brief(foreign) or "like its own"
+    require(changes and not foreign, f"{path}: a LoRA of another network; no layer here is called {which}")
     config, merged = read_adapter_config(path, header, parts), dict(tensors)
     for name, own in changes.items():
         layer, down, alpha, scale = own_name(name, flat), own.pop("down", None), own.pop("alpha", None), 1.0
-        if not own or bool(down) != ("up" in own):
-            raise UserError(f"{path}: {name} has half of a LoRA; get the file again")
+        require(own and bool(down) == ("up" in own), f"{path}: {name} has half of a LoRA; get the file again")
         if down:
             rank, own["up"] = down.shape[0], product(own["up"], down)
             scale = alpha.read().float().item() / rank if alpha else scaling(path, config, name, rank)
@@ -88,15 +80,14 @@ def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
 
 def own_name(layer: str, flat: dict[str, str]) -> str:
     """A layer's name as Wan's files have it. `flat`: those names by what they are with underscores."""
-    if re.match(FLAT, layer):
-        layer = re.sub(FLAT, "", layer)
-        return flat.get(layer) or flat.get(next(iter(rename({f"{layer}_": None}, FLAT_NAMES))).removesuffix("_"), layer)
+    if (bare := re.sub(FLAT, "", layer)) != layer:
+        return flat.get(bare) or flat.get(next(iter(rename({f"{bare}_": None}, FLAT_NAMES))).removesuffix("_"), bare)
     return next(iter(rename({f"{layer}.": None}, (*NOT_WAN, *DIFFUSERS_NAMES)))).removesuffix(".")
 
 
-def read_adapter_config(path: Path, header: dict[str, str], names: Iterable[str]) -> dict[str, object]:
+def read_adapter_config(path: Path, header: dict[str, str], parts: dict[str, Stored]) -> dict[str, object]:
     """PEFT's config: from the header, as diffusers writes it, or from beside the file; else alpha from the header."""
-    place, peft = path.with_name("adapter_config.json"), any(name.startswith("base_model.") for name in names)
+    place, peft = path.with_name("adapter_config.json"), any(name.startswith("base_model.") for name in parts)
     if said := header.get("lora_adapter_metadata"):
         with file_errors(path, "a file whose lora_adapter_metadata is JSON"):
             config = {name.removeprefix("transformer."): value for name, value in json.loads(said).items()}
@@ -104,7 +95,7 @@ def read_adapter_config(path: Path, header: dict[str, str], names: Iterable[str]
         config = read_config(place)
     else:
         config = {"lora_alpha": header[name] for name in sorted(header) if name.endswith("alpha")}  # noqa: B035
-        if peft and not config and not any(name.endswith("alpha") for name in names):
+        if peft and not config and not any(name.endswith("alpha") for name in parts):
             warn(f"{path}: tells no alpha, nor does a file {place.name} beside it; alpha / rank is 1")
     fields = [f"{name}={value}" for name, value in config.items() if value]
     if changed := [field for field in fields if not re.fullmatch(PLAIN, field, re.DOTALL)]:
@@ -131,4 +122,4 @@ def product(up: Stored, down: Stored) -> Stored:
 
 
 def add(target: Stored, change: Stored, factor: float) -> Tensor:
-    return target.read().to(torch.float32) + factor * change.read().float()
+    return target.read().float() + factor * change.read().float()

@@ -62,8 +62,7 @@ def read_generator(path: Path, key: str = "") -> tuple[dict[str, object], dict[s
     tensors = unscale(path, header, rename(tensors, NOT_WAN))
     if any(name.startswith("condition_embedder.") for name in tensors):
         tensors = rename(tensors, DIFFUSERS_NAMES)
-    layers = ("patch_embedding", "blocks.0.ffn.0", "text_embedding.0", "time_embedding.0")
-    wanted = [f"{layer}.weight" for layer in layers]
+    wanted = ["patch_embedding.weight", "blocks.0.ffn.0.weight", "text_embedding.0.weight", "time_embedding.0.weight"]
     if missing := [name for name in wanted if name not in tensors]:
         raise UserError(f"{path}: no transformer of Wan2.2: it holds no {missing[0]}; give another file")
     (dim, channels, *patch), (ffn_dim, _), (_, text_dim), (_, freq_dim) = (tensors[name].shape for name in wanted)
@@ -80,8 +79,7 @@ def unscale(path: Path, header: dict[str, str], tensors: dict[str, Stored]) -> d
     """
 
     def multiply(weight: Stored, scale: Stored) -> Tensor:
-        factor = scale.read().float()
-        factor = factor[:, None] if factor.ndim == 1 else factor
+        factor = scale.read().float().reshape(*scale.shape[:2], 1)
         return (weight.read().float().reshape(*factor.shape[:-1], -1) * factor).reshape(weight.shape)
 
     out = {name: stored for name, stored in tensors.items() if not re.search(NO_PARAMETER, name)}
@@ -135,7 +133,6 @@ def find_generator(folder: Path, speed: str) -> Path:
     named = [folder / name for name in (own.name, "generator.pt", "model.pt", "model.safetensors")]
     named = [file for file in named if no_pointer(file).exists()]
     others = [file for file in sorted(folder.glob("*.safetensors")) if not re.match(NO_GENERATOR, file.name)]
-    if len(others) > 1 and not named:
-        names = ", ".join(file.name for file in others)
-        raise UserError(f"{folder}: which is the generator, of {names}? give --generator")
+    names = ", ".join(file.name for file in others)
+    require(named or len(others) < 2, f"{folder}: which is the generator, of {names}? give --generator")
     return next(iter(named + others), own)
