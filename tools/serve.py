@@ -1,7 +1,4 @@
-"""The page behind `sample.py --serve`, tools/draw.html: videos that it asks for, and what they will take.
-
-tools/server.py is the server.
-"""
+"""The page behind `sample.py --serve`, tools/draw.html: videos that it asks for, and what they will take."""
 
 import base64
 import contextlib
@@ -19,15 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from core.codec import Codec
-from core.config import ROOT, UserError, flags, warn
+from core.config import ROOT, UserError, flags, require, warn
 from core.media import MOST_VIDEO_SIDE, Size, complaint, start_ffmpeg
 from core.memory import free_memory, seconds
 from flow import FAST, Sampling
 from model import PRESETS
 from tools.server import serve
 
-# The options that the page sets, and their types.
-ASKED = {"prompt": str, "seed": int, "steps": int, "size": str, "frames": int}
+ASKED = {"prompt": str, "seed": int, "steps": int, "size": str, "frames": int}  # the options that the page sets
 MOST_SLOW_STEPS = 200
 # What the page exports a video to, and ffmpeg's options for that.
 EXPORTS = {"gif": ("-vf", "split[a][b];[a]palettegen[p];[b][p]paletteuse", "video.gif"), "png": ("frame_%04d.png",)}
@@ -96,12 +92,9 @@ def serve_page(
 
     # The rest of the command is the page's. Its steps, if it gives any, come after these.
     pages = {*ASKED, "image", "traj", "out", "serve"} - {"steps"}
-    others = {name: value for name, value in vars(cfg).items() if value != usual[name] and name not in pages}
-    facts = {
-        "preset": cfg.preset, "size": cfg.size, "frames": cfg.frames, "fps": codec.fps, "steps": sampling.steps,
-        "most_steps": pace.most_steps,
-        "options": flags({name: shlex.quote(str(value)) for name, value in others.items()}),
-    }  # fmt: skip
+    others = {name: shlex.quote(str(v)) for name, v in vars(cfg).items() if v != usual[name] and name not in pages}
+    facts = {"preset": cfg.preset, "size": cfg.size, "frames": cfg.frames, "fps": codec.fps, "steps": sampling.steps,
+             "most_steps": pace.most_steps, "options": flags(others)}  # fmt: skip
     serve(ROOT / "tools/draw.html", about, answer=answer)
 
 
@@ -140,9 +133,8 @@ class Pace:
     def check(self, size: Size, written: Size, frames: int) -> None:
         """UserError if the memory does not suffice."""
         need, free = self.memory(size, written, frames), free_memory(self.device)
-        if need > free:
-            mend = "give fewer frames or a smaller size"
-            raise UserError(f"--frames {frames}: takes about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; {mend}")
+        problem = f"takes about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        require(need <= free, f"--frames {frames}: {problem}; give fewer frames or a smaller size")
 
 
 def export(kind: str, video: object, folder: Path) -> list[Path]:

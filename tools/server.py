@@ -27,11 +27,9 @@ from core.files import alive
 PORT = 7860  # or any free one where it is taken
 MOST_BYTES, MOST_WAITING = 64 << 20, 16  # of a request; jobs in line
 PATIENCE = 20  # seconds for a client to send its headers, or to go on with what it sends or reads
-SAFE = {
-    "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "frame-ancestors 'none'", "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}  # fmt: skip
+SAFE = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
+        "Content-Security-Policy": "frame-ancestors 'none'", "Cross-Origin-Resource-Policy": "same-origin",
+        "Cache-Control": "no-store"}  # fmt: skip
 # answer(request, folder, tell): does what the request says in an empty folder, and returns the files to send back.
 # tell(share=0.5) sends the page a line. Wherever it is, it ends with Gone if the page has closed or cancelled.
 Answer = Callable[[dict, Path, Callable[..., None]], list[Path]]
