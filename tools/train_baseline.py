@@ -9,7 +9,6 @@ to adapter", "LCM applied to adapter") and gives no details: what their sources 
 result, `runs/<name>/fast_adapter.safetensors`, is used as stage 3's. To resume, run the same command again.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -117,7 +116,7 @@ def consistency_loss(
 
 def consistency_step(
     step: int, cfg: Config, student: Pair, teacher: Pair, negative: Tensor, ema: optim.EMA,
-    optimizers: Sequence[Optimizer], data: Source, procs: Processes,
+    optimizers: list[Optimizer], data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the adapter by the consistency loss."""
     path, losses = flow.sigma_schedule(PATH, flow.FAST[cfg.preset].shift), []
@@ -129,11 +128,7 @@ def consistency_step(
         high, low = (send(torch.tensor([path[i + k] for i in first]), procs.device) for k in (0, SKIP))
         velocity, truth = (partial(network, text=text, traj=traj) for network in (student, teacher))
         truth = flow.guided(truth, partial(truth, text=negative.expand_as(text)), cfg.guidance)
-
-        def averaged(x: Tensor, t: Tensor, velocity: Velocity = velocity) -> Tensor:
-            with ema.applied():
-                return velocity(x, t)
-
+        averaged = ema.applied()(velocity)  # a decorator, too: in every call the student has the averaged weights
         with parallel.autocast(procs.device, cfg.dtype):
             loss = consistency_loss(velocity, averaged, truth, x0, noise, high, low)
         (loss / len(shares)).backward()
@@ -184,8 +179,7 @@ def main(cfg: Config) -> None:
             values = consistency_step(step, cfg, student, teacher, negative, ema, optimizers, data, procs)
             ema.update(step)
         else:
-            rate = optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps, cfg.schedule)
-            optim.set_lr(fake_optimizers, rate)
+            optim.set_lr(fake_optimizers, optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps, cfg.schedule))
             networks = Networks(student, fake_score, teacher, negative)
             values = matching_step(step, "fake", cfg, networks, fake_optimizers, data, procs, "box")
             if student_learns(step, cfg.ratio):
