@@ -74,9 +74,8 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
         fine = np.isin(shown[np.isfinite(shown)], (0, 1)).all()
         check(fine, "", "the third number of a point is visibility, 0 or 1; leave it out if it is depth or a share")
     check(np.isfinite(points).any(), "", "no point has a place in any frame; give other tracks")
-    mend = "if they are parts of the picture, multiply by its size"
     middle = np.nanmedian(np.abs(points), axis=(0, 1)).max()  # some points may lie beyond the picture
-    check(middle > 1, "", f"most coordinates lie within 1 pixel; {mend}")
+    check(middle > 1, "", "most coordinates lie within 1 pixel; if they are parts of the picture, multiply by its size")
     shape = points.shape[:2]
     shown = np.ones(shape) if shown is None else shown
     alike = [n for n in shown.shape if n > 1] == [n for n in shape if n > 1]
@@ -175,9 +174,8 @@ def write_boxes(path: Path, trajectory: Trajectory) -> None:
     height, width = trajectory.size
     cut = trajectory.boxes.clip(0, (width, height) * 2).round(3)  # NaN stays
     drawn = (cut[..., 2:] > cut[..., :2]).all(-1)  # (K, T)
-    if not drawn.any(1).all():
-        name = trajectory.names[drawn.any(1).argmin()]
-        raise UserError(f"--to {path}: {name} has no box inside the video in any frame; change --size")
+    lost = trajectory.names[drawn.any(1).argmin()]
+    require(drawn.any(1).all(), f"--to {path}: {lost} has no box inside the video in any frame; change --size")
     objects = []
     for k, (name, mask) in enumerate(zip(trajectory.names, trajectory.first_masks, strict=True)):
         at, kind = np.flatnonzero(drawn[k]).tolist(), "linear" if drawn[k].all() else "none"

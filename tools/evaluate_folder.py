@@ -39,6 +39,9 @@ from core.tables import markdown, table_path, write_rows
 from core.weights import file_errors
 from trajectory import MOST_OBJECTS, check_input, load_trajectory
 
+NETWORKS = {"fid": "inception-2015-12-05.pt", "fvd": "i3d_torchscript.pt", "lpips": "lpips.pt"}
+SCRIPT = "a TorchScript file that works as --help says"
+
 
 @dataclass(frozen=True)
 class Config:
@@ -66,10 +69,6 @@ def score(measure: str, network: Callable, *videos: Tensor) -> list[Tensor] | Te
         return network(*(video / 127.5 - 1 for video in videos)).mean()
     clips = (F.interpolate(v.float(), (224, 224), mode="bilinear", align_corners=False) / 127.5 - 1 for v in videos)
     return [network(clip.transpose(0, 1)[None], rescale=False, resize=False, return_features=True) for clip in clips]
-
-
-NETWORKS = {"fid": "inception-2015-12-05.pt", "fvd": "i3d_torchscript.pt", "lpips": "lpips.pt"}
-SCRIPT = "a TorchScript file that works as --help says"
 
 
 def videos(folder: str) -> dict[str, Path]:
@@ -130,9 +129,8 @@ def overlaps(cfg: Config, name: str, size: Size) -> dict[str, float]:
     true, found, count = np.stack(true), np.stack(found), len(colors)
     which = match(true[0], found[0], np.linalg.norm(colors[:, None] - found_colors, axis=-1) < NEAR)
     shown = set(np.unique(found)) - {-1}
-    if set(which) - shown and shown - set(which):
-        problem = "an object lies where none of the true ones does, and has a colour of its own"
-        raise UserError(f"{path}: frame 0: {problem}; use the true masks' colours")
+    problem = "an object lies where none of the true ones does, and has a colour of its own"
+    require(set(which) <= shown or shown <= set(which), f"{path}: frame 0: {problem}; use the true masks' colours")
     names = np.full(len(found_colors) + 1, -1)  # the last is for pixels of no object
     names[which[which >= 0]] = np.flatnonzero(which >= 0)
     found = names[found]

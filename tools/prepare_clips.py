@@ -97,9 +97,8 @@ def find_clips(source: Path, out: Path | None = None) -> list[Clip]:
 
 def read_caption(file: Path) -> str:
     """A text file's content; empty if there is no such file, or no text in it."""
-    no_pointer(file)
     try:
-        return file.read_text(encoding="utf-8-sig").strip()
+        return no_pointer(file).read_text(encoding="utf-8-sig").strip()
     except (FileNotFoundError, UnicodeDecodeError):
         return ""
 
@@ -121,15 +120,13 @@ def read_row(source: Path, line: int, row: dict[str, str], names: Counter[str]) 
         places = [folder / kind / Path(*parts[i:], video.stem) for i in range(len(parts) + (names[video.stem] == 1))]
         return folder / row[column] if row.get(column) else next(filter(Path.exists, places), places[-1])
 
-    masks, boxes = maps("trajectory_maps_path", "masks"), maps("box_path", "boxs")
-    return Clip(video, row["text"].strip(), boxes, masks, start, end)
+    return Clip(video, row["text"].strip(), maps("box_path", "boxs"), maps("trajectory_maps_path", "masks"), start, end)
 
 
 def read_clip(clip: Clip, cfg: Config, codec: Codec) -> tuple[dict[str, Tensor], float, int]:
     """Video and maps, [3, T, height, width] in [-1, 1] each: "video", "box", and "mask" if every frame has masks.
 
-    And how many times as large as in the file they are, and at how many frames a second it is shown. UserError with
-    the reason if a clip can't be used.
+    And how many times as large they are as in the file, and its frames a second. UserError if a clip can't be used.
     """
     kinds = sorted(media.VIDEO_SUFFIXES)
     require(clip.video.suffix.lower() in kinds, f"no video; read are {', '.join(kinds)}")
