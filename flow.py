@@ -44,9 +44,7 @@ def shift_sigma(u: Tensor | float, shift: float) -> Tensor | float:
 
 def frame_sigma(sigma: Tensor, frames: int) -> Tensor:
     """Noise level of every latent frame in image-to-video: [B] -> [B, F], frame 0 clean."""
-    per_frame = sigma[:, None].repeat(1, frames)
-    per_frame[:, 0] = 0
-    return per_frame
+    return sigma[:, None] * (torch.arange(frames, device=sigma.device) > 0)
 
 
 def timestep(sigma: Tensor) -> Tensor:
@@ -159,9 +157,7 @@ def unipc_step(x: Tensor, seen: Sequence[Tensor], levels: Sequence[float], end: 
     return levels[-1] / levels[-2] * x - (1 - levels[-1]) * phi * (x0 + change)
 
 
-def backward_simulation(
-    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float], last: int
-) -> Tensor:
+def backward_simulation(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float], last: int) -> Tensor:
     """The few-step sampler from its start to step `last`, whose prediction of x0 is returned and alone has a gradient.
 
     first [B,C,1,H,W]; noise [steps,B,C,F,H,W], fresh for every step; returns x0 [B,C,F,H,W] in float32. In training
@@ -179,9 +175,7 @@ def backward_simulation(
 
 
 @torch.no_grad()
-def sample_fewstep(
-    velocity: Velocity, first: Tensor, noise: Sequence[Tensor] | Tensor, sigmas: Sequence[float]
-) -> Tensor:
+def sample_fewstep(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Predict x0, noise it again to the next level, repeat: the sampler of distilled generators (DMD, consistency).
 
     `sigmas` as `sigma_schedule` makes them, 0 at the end. Shapes as in `backward_simulation`.
