@@ -50,23 +50,19 @@ class ClassifierBlock(nn.Module):
         width = config.hidden
         used = [name for name in ("semantic", "trajectory", "video") if getattr(config, name)]
         self.query = nn.Parameter(torch.empty(1, 1, width))
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(width) for name in used})
-        self.attentions = nn.ModuleDict(
-            {name: nn.MultiheadAttention(width, config.heads, batch_first=True) for name in used}
-        )
+        self.norms = nn.ModuleDict({n: nn.LayerNorm(width) for n in used})
+        self.attentions = nn.ModuleDict({n: nn.MultiheadAttention(width, config.heads, batch_first=True) for n in used})
         self.ffn = None
-        if wide := config.feed_forward:
-            layers = nn.LayerNorm(width), nn.Linear(width, wide), nn.GELU("tanh"), nn.Linear(wide, width)
-            self.ffn = nn.Sequential(*layers)
+        if ffn := config.feed_forward:
+            self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, ffn), nn.GELU("tanh"), nn.Linear(ffn, width))
 
     def forward(self, video: Tensor, text: Tensor, padding: Tensor, traj: Tensor, per_frame: int) -> Tensor:
         """video and traj [B,N,hidden], text [B,L,hidden], padding [B,L]; tokens of a frame -> [B,hidden]."""
         query = self.query.expand(len(video), -1, -1)
         for name, attention in self.attentions.items():
-            y, hidden = self.norms[name](query), None
+            y = self.norms[name](query)
             seen = {"semantic": torch.cat([y, video[:, :per_frame], text], 1), "trajectory": traj, "video": video}[name]
-            if name == "semantic":
-                hidden = F.pad(padding, (1 + per_frame, 0))
+            hidden = F.pad(padding, (1 + per_frame, 0)) if name == "semantic" else None
             query = query + attention(y, seen, seen, hidden, need_weights=False)[0]
         return (query if self.ffn is None else query + self.ffn(query))[:, 0]
 
@@ -77,14 +73,12 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.config = config
-        width, count = config.hidden, len(config.feature_blocks)
+        dim, width, count = config.dim, config.hidden, len(config.feature_blocks)
         self.patch_embedding = PatchEmbedding(config.channels, config.patch, width)
         self.text = nn.Linear(config.text_dim, width)
         self.position = nn.Linear(config.position_dim, width)
         self.tokens = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(config.dim), nn.Linear(config.dim, 2 * width), nn.GELU("tanh"), nn.Linear(2 * width, width)
-            )
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * width), nn.GELU("tanh"), nn.Linear(2 * width, width))
             for _ in range(count)
         )
         self.blocks = nn.ModuleList(ClassifierBlock(config) for _ in range(count))
