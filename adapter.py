@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from core.config import UserError
+from core.config import require
 from core.parallel import TokenSplit
 from core.weights import load, read_network
 from flow import Velocity
@@ -112,8 +112,7 @@ class ResNetAdapter(nn.Module):
         for block in () if self.patch_embedding.weight.is_meta else self.blocks:  # there, weights are about to be read
             for layer in (block.space, block.time):
                 nn.init.kaiming_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
-            for parameter in block.project.parameters():
+            for parameter in (block.space.bias, block.time.bias, *block.project.parameters()):
                 nn.init.zeros_(parameter)
         if config.copies:
             self.register_buffer("black", torch.zeros(c, 1, 1, 1))  # latents of a black map
@@ -212,9 +211,8 @@ def with_adapter(generator: VideoDiT, adapter: Adapter, text: Tensor, traj: Tens
 
 def check_fit(adapter: Adapter, path: Path | str, generator: VideoDiT, generator_path: Path | str) -> None:
     """UserError unless the adapter's output has the generator's shape, and its input is of the same codec."""
-    for name in ("dim", "layers", "channels", "patch"):
-        if getattr(adapter.config, name) != getattr(generator.config, name):
-            raise UserError(f"{path}: was made for a generator of other shape than {generator_path}; {OTHER_FILE}")
+    own, wanted = ([getattr(n.config, k) for k in ("dim", "layers", "channels", "patch")] for n in (adapter, generator))
+    require(own == wanted, f"{path}: was made for a generator of other shape than {generator_path}; {OTHER_FILE}")
 
 
 def read_adapter(

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.attention import attend
-from core.config import UserError
+from core.config import UserError, require
 from core.parallel import TokenSplit
 from core.weights import Stored, load, read_network, read_safetensors, split_key
 from wan.published import read_generator
@@ -62,12 +62,9 @@ def frozen_dtype(preset: str, dtype: str) -> torch.dtype:
 def rotary_table(frames: int, height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of 3D rotary position embedding, theta 10000, float32, [N, head_dim / 2] each."""
     per_axis = (head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6)  # of 64 pairs 22, 21, 21, as in Wan
-    grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (frames, height, width)), indexing="ij")
-    angles = [
-        position.flatten()[:, None] * 10000.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
-        for position, pairs in zip(grid, per_axis, strict=True)
-    ]
-    angle = torch.cat(angles, dim=1)  # (N, head_dim / 2)
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in (frames, height, width)))  # (N, 3)
+    rates = (10000.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs) for pairs in per_axis)
+    angle = torch.cat([place.outer(rate) for place, rate in zip(places.T, rates, strict=True)], 1)  # (N, head_dim / 2)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
@@ -241,8 +238,7 @@ class VideoDiT(nn.Module):
         """
         path, key = split_key(path)
         if path.suffix == ".safetensors" and "network" in read_safetensors(path)[0]:
-            if key:
-                raise UserError(f"{path}:{key}: this file holds one network; leave out :{key}")
+            require(not key, f"{path}:{key}: this file holds one network; leave out :{key}")
             config, tensors = read_network(path, network, DiTConfig)
         else:
             shapes, tensors = read_generator(path, key)
