@@ -50,16 +50,12 @@ class ClipLatents:
             rest = f"no shape has over {HELD_OUT} clips, of which {HELD_OUT} are held out"
             raise UserError(f"{folder}: {rest}; prepare more clips")
         self.texts = read_folder(self.folder, "text")
-        held = most[:HELD_OUT]
-        del most[:HELD_OUT]
+        held = [most.pop(0) for _ in range(HELD_OUT)]
         self.channels = next(iter(shapes))[0]
         self.shapes = tuple(map(tuple, shapes.values() if split == "train" else [held]))
 
     def batch(self, samples: list[int], kind: str | None = None, sparse: float = 0, drop_text: float = 0) -> Batch:
-        """x0 [B,C,F,H,W], text [B,L,Dt], traj [B,C,F,H,W] (None if `kind` is None, else "mask" or "box" maps).
-
-        `sparse` is ignored: tools.prepare_clips has chosen the clips that have frames without boxes.
-        """
+        """As ToyLatents.batch. `sparse` is ignored: tools.prepare_clips has chosen clips with frames without boxes."""
         clips = [self.pick(sample) for sample in samples]
         u = [np.random.default_rng([self.seed, sample, 1]).random() for sample in samples]
         names = [drop_caption(drop_text, *each, "empty", "negative") for each in zip(u, map(str, clips), strict=True)]
@@ -67,11 +63,8 @@ class ClipLatents:
         if kind and (absent := [n for n in clips if f"{n}.{kind}" not in self.latents]):
             mend = "pass --mask_steps 0" if kind == "mask" else "prepare it anew"
             raise UserError(f"{self.folder}: clip {absent[0]} has no {kind} maps; {mend}")
-        x0, traj = (
-            torch.stack([self.latents[f"{n}.{part}"].read().float() for n in clips]) if part else None
-            for part in ("video", kind)
-        )
-        return Batch(x0, text, traj)
+        x0, *maps = ([self.latents[f"{n}.{part}"].read().float() for n in clips] for part in ("video", kind) if part)
+        return Batch(torch.stack(x0), text, torch.stack(maps[0]) if maps else None)
 
     def text(self, name: str) -> Tensor:
         """Embeddings [L, text_dim] of a clip's caption, or of the "empty" or "negative" prompt."""
