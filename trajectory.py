@@ -125,8 +125,7 @@ def draw_overlay(frames: np.ndarray, trajectory: Trajectory) -> np.ndarray:
     full brightness. Raises ValueError if the trajectory is of another shape or length.
     """
     scale = frames.shape[1] // trajectory.size[0]
-    size = tuple(scale * n for n in trajectory.size)
-    if (trajectory.num_frames, *size) != frames.shape[:3] or not scale:
+    if frames.shape[:3] != (trajectory.num_frames, *np.multiply(trajectory.size, scale)) or not scale:
         raise ValueError(f"a trajectory of {trajectory.num_frames} x {trajectory.size} on a video {frames.shape}")
     overlay, centers = frames.copy(), (trajectory.boxes[..., :2] + trajectory.boxes[..., 2:]) / 2
     canvas = overlay.transpose(3, 0, 1, 2)  # a view
@@ -162,9 +161,8 @@ def load_trajectory(
 
     top, length = read_boxes_json(path), num_frames
     num_frames = top.get("num_frames", length)
-    mend = f"change it or pass --frames {num_frames}"
-    fine = num_frames == length or (cut and num_frames > length)
-    check(fine, "", f"num_frames is {num_frames} but the video has {length} frames; {mend}")
+    problem = f"num_frames is {num_frames} but the video has {length} frames; change it or pass --frames {num_frames}"
+    check(num_frames == length or (cut and num_frames > length), "", problem)
     size = (top["height"], top["width"]) if "width" in top else tuple(source_size or image_size)
     check_shape("width", size)
     objects = top.get("objects")
@@ -203,16 +201,14 @@ def load_trajectory(
         outside = (keys < 0).any(1) | (keys[:, 2:] > image_size[::-1]).any(1)
         if at := [str(t) for t in frames[outside & visible[frames]]]:
             crossing.append(f"{names[k]} in frame {', '.join(at[:4])}{' and more' if len(at) > 4 else ''}")
-        if not visible[0]:  # it enters later: frame 0 shows what is there
-            masks.append(np.zeros(image_size, dtype=bool))
-        elif "mask" in item:
+        boxes.append(np.where(visible[:, None], track, np.nan))
+        if visible[0] and "mask" in item:
             sizes = {size, tuple(source_size or size)}  # the boxes' frame, or the user's image where that is another
             masks.append(_read_mask(check, f"{where}.mask", path.parent / item["mask"], sizes, image_size))
-        else:
-            fine = not np.isnan(track[0]).any()
+        else:  # if it enters later, frame 0 has no box, and its mask is empty
+            fine = not (visible[0] and np.isnan(track[0]).any())
             check(fine, f"{where}.boxes", 'frame 0 has neither box nor mask; add a box "0" or a mask')
-            masks.append(drawing.fill_box(track[0], image_size))
-        boxes.append(np.where(visible[:, None], track, np.nan))
+            masks.append(drawing.fill_box(boxes[k][0], image_size))
     if crossing:
         warn(f"{path}: boxes cross the video's edge and are cut there: {'; '.join(crossing)}")
     return Trajectory(np.stack(boxes)[:, :length], np.stack(masks), np.array(colors, dtype=np.uint8), names)
@@ -288,9 +284,7 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read_keyframes(
-    check: Check, field: str, boxes: object, num_frames: int, size: Size
-) -> tuple[np.ndarray, np.ndarray]:
+def _read_keyframes(check: Check, field: str, boxes: object, num_frames: int, size: Size) -> tuple[np.ndarray, ...]:
     """The `boxes` field -> frames [n], in order of time, and boxes [n, 4] in the source's pixels."""
     form = '{"0": [x0, y0, x1, y1], ...}'
     check(isinstance(boxes, dict | list) and boxes, field, f"missing, empty or no boxes; give {form}")
@@ -310,8 +304,7 @@ def _read_keyframes(
         fine = box[0] < box[2] and box[1] < box[3]
         check(fine, where, f"{_show(box)} has no area; x1 must be greater than x0, and y1 than y0")
         fine = max(map(abs, box)) <= MOST_SIDE and box[0] < size[1] and box[1] < size[0] and min(box[2:]) > 0
-        mend = f"use 0 to {size[1]} for x and 0 to {size[0]} for y"
-        check(fine, where, f"{_show(box)} lies outside the image; {mend}")
+        check(fine, where, f"{_show(box)} lies outside the image; use 0 to {size[1]} for x and 0 to {size[0]} for y")
         keys[int(key)] = box
     frames = sorted(keys)
     sides = np.array([keys[t] for t in frames], dtype=float)
@@ -328,8 +321,7 @@ def _read_mask(check: Check, field: str, file: Path, sizes: set[Size], image_siz
         mask = read_mask(file)
     except BROKEN:
         check(False, field, f"{file} is not an image; save the mask as PNG")
-    height, width = mask.shape
-    check((height, width) in sizes, field, f"{file} is {width}x{height} but the image is {wanted}; resize it")
+    check(mask.shape in sizes, field, f"{file} is {mask.shape[1]}x{mask.shape[0]} but the image is {wanted}; resize it")
     check(mask.any(), field, f"{file} is empty; paint the object in any colour but black")
     mask = cover_nearest(mask, image_size)
     check(mask.any(), field, f"{file} vanishes at {image_size[1]}x{image_size[0]}; paint a larger object")
