@@ -113,9 +113,8 @@ def student_loss(student: Velocity, real_score: Velocity, fake_score: Velocity, 
         # 2. They are noised again, and both scores predict the clean video.
         level = flow.frame_sigma(draw.sigma, x0.shape[2])
         x_t, t = flow.add_noise(x0, draw.renoise, level), flow.timestep(level)
-        x_fake, x_real = (
-            flow.velocity_to_x0(x_t, score(x_t, t).float(), level)[:, :, 1:] for score in (fake_score, real_score)
-        )
+        velocities = fake_score(x_t, t), real_score(x_t, t)
+        x_fake, x_real = (flow.velocity_to_x0(x_t, v.float(), level)[:, :, 1:] for v in velocities)
         # 3. The video should move from the fake score's prediction towards the real score's.
         scale = (x0[:, :, 1:] - x_real).abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-6)
         target = x0[:, :, 1:] - (x_fake - x_real) / scale

@@ -185,10 +185,8 @@ def discriminator_step(
                     away = R1_NOISE * sample_noise(x0.shape[1:], samples, cfg.seed, turn, NEAR)
                     videos.append(torch.cat([x0[:, :, :1], (x0 + send(away, procs.device))[:, :, 1:]], 2))
                 # One after the other: one batch would take twice the memory, and a compiled block of its own.
-                seen = [
-                    discriminator.features(flow.add_noise(video, renoise, level), flow.timestep(level), text)
-                    for video in videos
-                ]
+                noisy = (flow.add_noise(video, renoise, level) for video in videos)
+                seen = [discriminator.features(x_t, flow.timestep(level), text) for x_t in noisy]
                 features, count = [torch.cat(parts) for parts in zip(*seen, strict=True)], len(videos)
             logits = discriminator.classifier(features, torch.cat([text] * count), torch.cat([traj] * count))
             real, fake, *near = logits.chunk(count)
@@ -231,9 +229,8 @@ def adapter_step(
         losses.append(torch.stack([adversarial.detach(), diffusion.detach()]))
     discriminator.zero_grad()  # the gradient passed through it; its own comes from discriminator_step
     norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
-    adversarial, diffusion = torch.stack(losses).mean(0)
-    values = {"adversarial_loss": adversarial, "diffusion_loss": diffusion, "adapter_grad_norm": norm}
-    return values | {"exit_step": float(exit_step)}
+    means = dict(zip(("adversarial_loss", "diffusion_loss"), torch.stack(losses).mean(0), strict=True))
+    return means | {"adapter_grad_norm": norm, "exit_step": float(exit_step)}
 
 
 def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adapter: Adapter) -> list[Tensor]:
@@ -270,10 +267,9 @@ def main(cfg: Config) -> None:
     check_fit(adapter, cfg.adapter, generator, cfg.generator)
     shape = discriminators.PRESETS[cfg.preset]
     classifier = Classifier(replace(shape, **{cfg.without: False}) if cfg.without else shape)
-    generator, backbone, adapter, classifier = (
-        parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype)
-        for network in (generator.requires_grad_(False), backbone.requires_grad_(False), adapter, classifier)
-    )
+    networks = generator.requires_grad_(False), backbone.requires_grad_(False), adapter, classifier
+    networks = [parallel.prepare(n, procs, cfg.compile, cfg.recompute, cfg.dtype) for n in networks]
+    generator, backbone, adapter, classifier = networks
     discriminator = DiffusionDiscriminator(backbone, classifier)
     optimizers, classifier_optimizers = ([optim.adamw(n, cfg.momentum)] for n in (adapter, classifier))
     if cfg.muon:  # for the matrices that read tokens
