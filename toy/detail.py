@@ -41,8 +41,7 @@ def full_size(picture: np.ndarray, size: Size) -> np.ndarray:
     left, top, right, bottom = crop_box(picture.shape[:2], size)
     height, width = written_size(picture.shape[:2], size)
     if height <= bottom - top <= LONGEST and width <= right - left <= LONGEST:
-        # Between whole pixels, so that they stay as they are.
-        y, x = round((top + bottom - height) / 2), round((left + right - width) / 2)
+        y, x = round((top + bottom - height) / 2), round((left + right - width) / 2)  # so that pixels stay as they are
         return picture[y : y + height, x : x + width]
     return np.asarray(Image.fromarray(picture).resize((width, height), SMALLER, (left, top, right, bottom)))
 
@@ -56,12 +55,10 @@ def enlarge(trajectory: Trajectory, path: str | Path, size: Size) -> Trajectory:
     boxes = trajectory.boxes * (np.array(size[::-1] * 2) / (trajectory.size[::-1] * 2))
     masks = np.stack([resize_mask(mask) for mask in trajectory.masks])
     for k, item in enumerate(read_boxes_json(Path(path))["objects"] if trajectory.maps_given is None else []):
-        if not trajectory.masks[k].any():
-            continue  # it enters later
-        if "mask" in item:
+        if "mask" in item and trajectory.masks[k].any():
             painted = read_mask(Path(path).parent / item["mask"])
             masks[k] = resize_mask(painted, crop_box(painted.shape, trajectory.size))
-        else:
+        else:  # if it enters later, it has no box in frame 0, and nothing is filled
             masks[k] = fill_box(boxes[k, 0], size)
     return replace(trajectory, boxes=boxes, masks=masks, maps_given=None)
 
@@ -77,8 +74,7 @@ def add_detail(video: np.ndarray, picture: np.ndarray, trajectory: Trajectory) -
     known = values(picture)
     known_small = resize(known, *shrink)
     boxes, masks = trajectory.boxes, torch.from_numpy(trajectory.masks).float()
-    out = np.empty((len(video), *picture.shape), np.uint8)
-    out[0] = picture
+    out = np.repeat(picture[None], len(video), 0)
     for t in range(1, len(video)):
         made, guess, low = values(video[t]), known.clone(), known_small  # low: the guess, shrunk
         for first, now, mask in zip(boxes[:, 0], boxes[:, t], masks, strict=True):
@@ -98,8 +94,7 @@ def add_detail(video: np.ndarray, picture: np.ndarray, trajectory: Trajectory) -
             low = low + resize(change, *inner)
         low = low.clamp(0, 1)  # Lanczos's filter overshoots
         detail = (guess - resize(low, *grow)) * resize(agreement(low, made), *soften)
-        frame = (resize(made, *grow) + detail).clamp(0, 1)
-        out[t] = (frame * 255).round().byte().permute(1, 2, 0).numpy()
+        out[t] = ((resize(made, *grow) + detail).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     return out
 
 
