@@ -45,11 +45,9 @@ def thing_errors(video: Tensor, batch: WorldBatch) -> dict[str, float]:
     """
     error, given, by_box, still = squared_error(video, batch), batch.shown[..., 0], batch.by_box, batch.spin == 0
     kinds = {"": given, "_by_mask": ~by_box & still, "_by_box": by_box & still, "_turning": ~still}
-
-    def inside(kind: Tensor) -> Tensor:
-        return (batch.masks & (given & kind)[..., None, None, None])[:, 1:, 1:].any(1)  # slot 0 is the camera
-
-    return {f"thing_error{name}": float(error[inside(kind)].mean()) for name, kind in kinds.items()}
+    masks = batch.masks[:, 1:, 1:]  # slot 0 is the camera
+    inside = {name: (masks & (given & kind)[:, 1:, None, None, None]).any(1) for name, kind in kinds.items()}
+    return {f"thing_error{name}": float(error[pixels].mean()) for name, pixels in inside.items()}
 
 
 def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
@@ -79,8 +77,7 @@ def box_edges(batch: WorldBatch) -> tuple[Tensor, Tensor]:
     """
     boxes, free = batch.boxes[:, :, 1:], ~batch.masks[:, 1:, 1:].any(1)
     inside = inside_box(boxes, batch.video.shape[-2:]) & (batch.by_box & batch.shown[..., 0])[..., None, None, None]
-    beside, above = (inside.diff(dim=dim).any(1) & free.unfold(dim, 2, 1).all(-1) for dim in (-1, -2))
-    return beside, above
+    return tuple(inside.diff(dim=dim).any(1) & free.unfold(dim, 2, 1).all(-1) for dim in (-1, -2))
 
 
 def seam(video: Tensor, batch: WorldBatch) -> float:
@@ -135,8 +132,7 @@ def spin_rate(video: Tensor, batch: WorldBatch) -> Tensor:
         rings, shown = F.grid_sample(seen, grid, align_corners=False).split([3, 1], 1)  # (T, 3, R, A), (T, 1, R, A)
         mean = (rings * shown).sum(-1, keepdim=True) / shown.sum(-1, keepdim=True).clamp(min=1)
         rings = (rings - mean) * shown
-        correlation = [float((rings[:-1] * rings[1:].roll(-turn, -1)).sum()) for turn in TURNS]
-        out[b, k] = math.radians(2 * TURNS[correlation.index(max(correlation))])
+        out[b, k] = math.radians(2 * max(TURNS, key=lambda turn: (rings[:-1] * rings[1:].roll(-turn, -1)).sum()))
     return out
 
 
@@ -144,10 +140,8 @@ def spin_scores(rotation: Tensor, batch: WorldBatch) -> dict[str, float]:
     """Of measured rotations [B,K]: how many are as the caption says, and clockwise where it doesn't; NaN if none."""
     says, right = batch.says_spin[:, None], rotation.sign() == batch.spin.sign()
     prompted, unprompted = says & ~rotation.isnan(), ~says & (rotation.abs() > 0)
-    return {
-        "prompt_accuracy": float(right[prompted].float().mean()),
-        "clockwise_unprompted": float((rotation > 0)[unprompted].float().mean()),
-    }
+    shares = {"prompt_accuracy": right[prompted], "clockwise_unprompted": (rotation > 0)[unprompted]}
+    return {name: float(counted.float().mean()) for name, counted in shares.items()}
 
 
 def video_features(video: Tensor) -> Tensor:
