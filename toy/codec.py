@@ -105,8 +105,7 @@ class ToyCodec(Codec):
     def __init__(self, weights: Path | str = ""):
         self.weights = Path(weights or self.weights)
         config, tensors = read_network(self.weights, "ToyAutoencoder", AutoencoderConfig)
-        network = load(lambda: ToyAutoencoder(config), tensors, self.weights)
-        self.network = network.eval().requires_grad_(False)
+        self.network = load(lambda: ToyAutoencoder(config), tensors, self.weights).eval().requires_grad_(False)
         self.channels, self.spatial = config.channels, config.spatial
 
     def files(self) -> list[Path]:
@@ -144,13 +143,12 @@ class ToyCodec(Codec):
         """Prompts -> [B, L, text_dim], zeros after the last word. Words past `text_tokens` are dropped."""
         out = torch.zeros(len(prompts), self.text_tokens, self.text_dim)
         for row, prompt in zip(out, prompts, strict=True):
-            tokens = []
+            slots = iter(row)
             for number, clause in enumerate(prompt.lower().split(",")):
                 words = [word_vector(word, self.text_dim // 2) for word in clause.split()]
                 place = word_vector(f"clause {number}", self.text_dim // 2)
-                tokens += [torch.cat([word, torch.stack(words).mean(0) * len(words) ** 0.5 + place]) for word in words]
-            if tokens:
-                row[: len(tokens)] = torch.stack(tokens)[: self.text_tokens]
+                for word, slot in zip(words, slots, strict=False):
+                    slot[:] = torch.cat([word, torch.stack(words).mean(0) * len(words) ** 0.5 + place])
         return out
 
 

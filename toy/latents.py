@@ -44,8 +44,7 @@ class ToyLatents:
         if self.maps is None:
             raise ValueError("maps are asked for, and nothing says how they are painted")
         black = torch.from_numpy(np.stack([random_blackout(u[1:], sparse) for u in chance]))  # [B, T]
-        maps = batch.maps(self.maps, kind)
-        maps = maps.masked_fill(black[:, None, :, None, None].to(maps.device), -1)
+        maps = batch.maps(self.maps, kind).masked_fill(black[:, None, :, None, None].to(batch.video.device), -1)
         return Batch(x0, text, self.codec.encode_video(maps))
 
     def unconditional(self) -> Tensor:
