@@ -54,10 +54,8 @@ def dead_leaves(seed: int) -> np.ndarray:
     # Radii by a power law, or as many at every scale. Mostly the large ones lie behind.
     count, least, most = draw.integers(40, 220), draw.choice([3.0, 6.0, 12.0]), CANVAS * draw.uniform(0.25, 0.7)
     u = draw.random(count)
-    if draw.random() < 0.6:
-        radii = (least**-2 + u * (most**-2 - least**-2)) ** -0.5
-    else:
-        radii = least * (most / least) ** u
+    power_law = (least**-2 + u * (most**-2 - least**-2)) ** -0.5
+    radii = power_law if draw.random() < 0.6 else least * (most / least) ** u
     if draw.random() < 0.7:
         radii = np.sort(radii)[::-1]
     radii[0] = 2 * CANVAS  # nothing stays bare

@@ -248,11 +248,9 @@ class World:
 
 def look_up(pictures: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Colours of pictures, uint8 [N, 3, S, S], at pixels x and y, which broadcast to [N, T, H, W]: [N, 3, T, H, W]."""
-    grid = torch.stack(torch.broadcast_tensors(x, y), -1)
-    found = F.grid_sample(
-        pictures.float() / 255, grid.flatten(1, 2) * (2 / pictures.shape[-1]) - 1,
-        padding_mode="reflection", align_corners=False,
-    )  # fmt: skip
+    grid = torch.stack(torch.broadcast_tensors(x, y), -1)  # (N, T, H, W, 2)
+    at = grid.flatten(1, 2) * (2 / pictures.shape[-1]) - 1
+    found = F.grid_sample(pictures.float() / 255, at, padding_mode="reflection", align_corners=False)
     return found.unflatten(2, grid.shape[1:3])
 
 
