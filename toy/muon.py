@@ -27,8 +27,7 @@ class Muon(Optimizer):
         for p in (p for p in group["params"] if p.grad is not None):
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-            momentum = self.state[p]["momentum"]
-            momentum.lerp_(p.grad, 1 - group["momentum"])
+            momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
             shapes[p.shape].append((p, full(p.grad.lerp(momentum, group["momentum"]))))  # Nesterov
         for pairs in shapes.values():
             updates = torch.stack([update for _, update in pairs])
@@ -53,11 +52,9 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def muon_and_adamw(
-    model: nn.Module, blocks: nn.Module, weight_decay: float = 0.01, rest: float = 0.4
-) -> list[Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW at `rest` times its rate for embeddings, head, biases, norms."""
-    layers = [m for m in blocks.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
+def muon_and_adamw(model: nn.Module, part: nn.Module, weight_decay: float = 0.01, rest: float = 0.4) -> list[Optimizer]:
+    """Muon for the matrices in this part of the model, its blocks, and AdamW at `rest` times its rate for all else."""
+    layers = [m for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
     inside = [layer.weight for layer in layers if layer.weight.requires_grad]
     outside = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in inside)]
     adamw = AdamW([{"params": outside, "lr_scale": rest}], betas=(0.9, 0.99), weight_decay=weight_decay)
