@@ -56,14 +56,13 @@ class Config(Recipe):
     wandb: str = ""  # project on Weights & Biases to which the log goes too
 
 
-def frames_of(world: World, samples: list[int], number: int, seed: int) -> Tensor:
+def frames_of(world: World, samples: Sequence[int], number: int, seed: int) -> Tensor:
     """`number` frames of each video, a quarter of them replaced by frames of its maps: [B * number, 3, S, S]."""
     batch, draw, frames = world.batch(samples), rng(seed, samples[0]), []
     painted = [batch.maps(style, "box") for style in ("pixels", "outline")]
     for i, video in enumerate(batch.video):
-        maps = painted[i % 2][i]
         for t in torch.randint(world.frames, (number,), generator=draw).tolist():
-            frames.append((maps if torch.rand((), generator=draw) < 0.25 else video)[:, t])
+            frames.append((painted[i % 2][i] if torch.rand((), generator=draw) < 0.25 else video)[:, t])
     return torch.stack(frames)
 
 
@@ -76,8 +75,7 @@ def decoder_loss(out: Tensor, frames: Tensor, detail: float, energy: float) -> T
 
 def training_step(step: int, cfg: Config, model: ToyAutoencoder, optimizers: Sequence[Optimizer], world: World) -> dict:
     """One update of the decoder."""
-    samples = list(range(step * cfg.batch, (step + 1) * cfg.batch))
-    frames = frames_of(world, samples, cfg.frames, cfg.seed)
+    frames = frames_of(world, range(step * cfg.batch, (step + 1) * cfg.batch), cfg.frames, cfg.seed)
     latents = model.encode(frames)
     draw = rng(cfg.seed, step, 1)
     level = cfg.noise * torch.rand(len(latents), 1, 1, 1, generator=draw)
@@ -90,12 +88,11 @@ def training_step(step: int, cfg: Config, model: ToyAutoencoder, optimizers: Seq
 @torch.no_grad()
 def write_samples(step: int, run: Run, model: ToyAutoencoder, world: World) -> None:
     """Held-out videos and maps, with the reconstruction below each."""
-    batch = world.batch(list(range(3)))
+    batch = world.batch(range(3))
     videos = torch.stack([batch.video, batch.maps("pixels", "box")], 1).flatten(0, 1)  # (6, 3, T, S, S)
     back = torch.stack([model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos])
     run.samples(step, torch.stack([videos, back], 1).flatten(0, 1))
-    error = (back - videos).square().mean()
-    print(f"step {step}: mean squared error of held-out videos and maps {error:.6f}", flush=True)
+    print(f"step {step}: mean squared error of held-out videos and maps {F.mse_loss(back, videos):.6f}", flush=True)
 
 
 def main(cfg: Config) -> None:
@@ -106,13 +103,12 @@ def main(cfg: Config) -> None:
         model = ToyCodec(cfg.init).network.train()
     else:
         model = ToyAutoencoder(AutoencoderConfig(channels=PRESETS["small"].channels))
-        model.fit_linear(world.batch(list(range(cfg.fit))).video.transpose(1, 2).flatten(0, 1))
+        model.fit_linear(world.batch(range(cfg.fit)).video.transpose(1, 2).flatten(0, 1))
     decoder = model.requires_grad_(False).detail.requires_grad_(True)
     optimizers = muon_and_adamw(decoder, decoder)
     run = Run(f"runs/{cfg.name}", cfg, procs, {"codec": (model, optimizers, None)})
-    start = run.resume()
 
-    for step in range(start, cfg.steps):
+    for step in range(run.resume(), cfg.steps):
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps))
         run.log(step + 1, **training_step(step, cfg, model, optimizers, world))
         if due(step + 1, cfg.save_every, cfg.steps):

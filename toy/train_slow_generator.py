@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-import adapter as adapters
+import adapter
 import flow
-from adapter import ResNetAdapter, with_adapter
 from core import optim, parallel
 from core.codec import Batch
 from core.config import run_script
 from core.noise import sample_noise, sample_uniform
-from core.parallel import Processes
 from core.runs import Run, due, start_processes
 from model import PRESETS, VideoDiT
 from toy.codec import ToyCodec
@@ -80,8 +78,8 @@ def shape_number(step: int, steps: int, small: float, shapes: int) -> int:
 
 
 def training_step(
-    step: int, cfg: Config, model: VideoDiT, guide: ResNetAdapter, optimizers: Sequence[Optimizer],
-    guide_optimizers: Sequence[Optimizer], batch: int, data: ToyLatents, procs: Processes,
+    step: int, cfg: Config, model: VideoDiT, guide: adapter.ResNetAdapter, optimizers: Sequence[Optimizer],
+    guide_optimizers: Sequence[Optimizer], batch: int, data: ToyLatents, procs: parallel.Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the generator and of its guide, on `batch` videos."""
     (samples,) = procs.share(batch, 1, step)
@@ -101,11 +99,11 @@ def training_step(
     return {"loss": loss.detach(), "grad_norm": optim.clip_and_step(model, optimizers)}
 
 
-def make_videos(batch: Batch, number: int, cfg: Config, model: VideoDiT, guide: ResNetAdapter) -> list[Tensor]:
+def make_videos(batch: Batch, number: int, cfg: Config, model: VideoDiT, guide: adapter.ResNetAdapter) -> list[Tensor]:
     """Latents of two videos from a held-out clip's first frame and text: the generator's alone, and guided."""
     noise = sample_noise(batch.x0.shape[1:], [number], cfg.seed).to(batch.x0.device)
     sigmas = flow.sigma_schedule(20, cfg.shift)
-    velocities = partial(model, text=batch.text), with_adapter(model, guide, batch.text, batch.traj)
+    velocities = partial(model, text=batch.text), adapter.with_adapter(model, guide, batch.text, batch.traj)
     return [flow.sample_multistep(velocity, batch.x0[:, :, :1], noise, sigmas) for velocity in velocities]
 
 
@@ -114,24 +112,21 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     if cfg.init:
         model = VideoDiT.from_pretrained(Path(cfg.init, "slow_generator.safetensors"), "SlowGenerator")
-        guide = adapters.read_adapter(Path(cfg.init, "slow_adapter.safetensors"), "SlowAdapter")
+        guide = adapter.read_adapter(Path(cfg.init, "slow_adapter.safetensors"), "SlowAdapter")
     else:
         model = VideoDiT(PRESETS["small"])
-        guide = ResNetAdapter(replace(adapters.PRESETS["small"], maps=cfg.maps))
+        guide = adapter.ResNetAdapter(replace(adapter.PRESETS["small"], maps=cfg.maps))
     model, guide = (parallel.prepare(network, procs, cfg.compile, dtype=cfg.dtype) for network in (model, guide))
     optimizers = muon_and_adamw(model, model.blocks, weight_decay=0.05)
     guide_optimizers = muon_and_adamw(guide, guide.blocks, weight_decay=0.05)
     ema, guide_ema = optim.EMA(model, cfg.ema), optim.EMA(guide, cfg.ema)
     codec = ToyCodec()
     codec.network.to(procs.device)
-    maps = guide.config.maps
-    sources = [
-        (max(1, cfg.batch // divisor), ToyLatents(codec, maps, seed=cfg.seed, device=procs.device, **shape))
-        for divisor, shape in SHAPES
-    ]
+    worlds = [ToyLatents(codec, guide.config.maps, seed=cfg.seed, device=procs.device, **shape) for _, shape in SHAPES]
+    sources = [(max(1, cfg.batch // divisor), data) for (divisor, _), data in zip(SHAPES, worlds, strict=True)]
     for batch, _ in sources[: 1 if cfg.small == 1 else None]:
         procs.share(batch, 1, 0)  # a batch that doesn't divide is refused before anything is trained
-    held_out = ToyLatents(codec, maps, "validation")
+    held_out = ToyLatents(codec, guide.config.maps, "validation")
     parts = {"generator": (model, optimizers, ema), "guide": (guide, guide_optimizers, guide_ema)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
     start = run.resume()
