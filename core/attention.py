@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-# Products of queries and keys that are computed at once on a CPU: parts of a second, after each of which a job of the
-# page can be cancelled.
+# Products of queries and keys computed at once on a CPU: parts of a second, after which the page can cancel a job.
 LONG = 2**24
 AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 # For `sdpa_kernel` on GPUs, likely the fastest first; every GPU has the last. On a CPU they change nothing.
@@ -18,8 +17,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scale = q.shape[-1] ** -0.5
     # On a CPU fused attention's backward pass is slow: on small grids the plain formula is three times as fast.
     if q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= 1024**2:
-        weights = (q * scale @ k.transpose(-1, -2)).float().softmax(-1)
-        return weights.to(v.dtype) @ v
+        return (q * scale @ k.transpose(-1, -2)).float().softmax(-1).to(v.dtype) @ v
     # On a CPU without AMX fused attention in bfloat16 has 40% of the speed of matrix products. Compiled, in chunks of a
     # few hundred queries whose weights fit into the cache, it has 70%. With AMX the fused one is twice as fast.
     slow = q.device.type == "cpu" and not AMX and q.dtype == torch.bfloat16

@@ -27,10 +27,9 @@ def interpolate(frames: np.ndarray, keys: np.ndarray, num_frames: int, kind: str
     harmonic mean of the two secants, 0 where their signs differ (Fritsch & Butland 1984), and at both ends the secant.
     A side thus stays between its two keyframes, and two keyframes alone make a straight line.
     """
-    track = np.full((num_frames, 4), np.nan)
-    if kind != "none":
-        at = np.arange(num_frames)
-        track = np.stack([np.interp(at, frames, side) for side in keys.T], axis=1)
+    track = np.stack([np.interp(np.arange(num_frames), frames, side) for side in keys.T], axis=1)
+    if kind == "none":
+        track[:] = np.nan
     if kind == "smooth" and len(frames) > 2:
         h = np.diff(frames)[:, None].astype(float)  # (n - 1, 1)
         secant = np.diff(keys, axis=0) / h  # (n - 1, 4)
@@ -82,14 +81,9 @@ def fill_box(box: np.ndarray, size: Size) -> np.ndarray:
     return mask
 
 
-def line_width(size: Size) -> int:
-    """Of outlines, in pixels."""
-    return max(1, min(size) // 100)
-
-
 def half_line(size: Size) -> int:
     """How far a line reaches to either side of a box's edge, in pixels: OpenCV draws 2 * half + 1 of them."""
-    width = line_width(size)
+    width = min(size) // 100
     return (width + 1) // 2 if width > 1 else 0
 
 
@@ -99,23 +93,21 @@ def draw_outlines(video: np.ndarray, boxes: np.ndarray, color: np.ndarray) -> No
     The line is centred on the edges (x1 and y1 count as corners, too), its outer corners are round. Nothing is drawn
     along the picture's border where that cuts a box. NaN draws nothing.
     """
-    height, width = video.shape[2:]
-    half = half_line((height, width))
+    half = half_line(video.shape[2:])
     for t in np.flatnonzero(~np.isnan(boxes[:, 0])):
         x0, y0, x1, y1 = np.floor(boxes[t] + 0.5).astype(int)
         for row in range(-half, half + 1):
             reach = math.isqrt(half**2 - row**2)
             for y in (y0 + row, y1 + row):
-                if 0 <= y < height:
-                    video[:, t, y, max(0, x0 - reach) : max(0, x1 + reach + 1)] = color[..., 0]
+                video[:, t, max(0, y) : max(0, y + 1), max(0, x0 - reach) : max(0, x1 + reach + 1)] = color
         for x in (x0, x1):
             video[:, t, max(0, y0) : max(0, y1 + 1), max(0, x - half) : max(0, x + half + 1)] = color
 
 
 def draw_dots(video: np.ndarray, points: np.ndarray, color: np.ndarray) -> None:
-    """Draw a square dot at each of n points [n, 2] into all frames of a video [3, T, H, W]."""
+    """Draw a square dot as wide as a line at each of n points [n, 2] into all frames of a video [3, T, H, W]."""
     size = video.shape[2:]
-    half = np.array([-1, -1, 1, 1]) * line_width(size) / 2
+    half = np.array([-1, -1, 1, 1]) * max(1, min(size) // 100) / 2
     for x0, y0, x1, y1 in whole_pixels(np.concatenate([points, points], axis=-1) + half, size):
         video[..., y0:y1, x0:x1] = color[..., None]
 

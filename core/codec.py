@@ -48,15 +48,13 @@ class Codec:
         UserError if the networks can't make such a video, or if it can't be written.
         """
         unit = self.spatial * self.patch
-        if frames < 2 or (frames - 1) % self.temporal:
-            near = self.temporal * max(1, math.ceil((frames - 1) / self.temporal - 0.5)) + 1
-            raise UserError(f"--frames {frames}: must be {self.temporal} n + 1, at least 2; {near} is")
+        near = self.temporal * max(1, math.ceil((frames - 1) / self.temporal - 0.5)) + 1
+        require(frames == near, f"--frames {frames}: must be {self.temporal} n + 1, at least 2; {near} is")
         if size == "auto":
             height, width = best_size(picture, self.area, unit) if picture else (0, 0)
         else:
             form = f"--size {size}: takes auto, or height x width, both multiples of {unit}"
-            if not (sides := re.fullmatch(r"(\d+)x(\d+)", size)):
-                raise UserError(f"{form}, as {4 * unit}x{6 * unit}")
+            require(sides := re.fullmatch(r"(\d+)x(\d+)", size), f"{form}, as {4 * unit}x{6 * unit}")
             height, width = map(int, sides.groups())
             near = [max(unit, round(n / unit) * unit) for n in (height, width)]
             require(near == [height, width], f"{form}; the nearest is {near[0]}x{near[1]}")
