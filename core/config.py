@@ -106,9 +106,8 @@ def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, 
         print(help_page(config_class, presets))
         sys.exit(0)
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    names, types = inspect.get_annotations(config_class), typing.get_type_hints(config_class)
-    for name in names:
-        kind = types[name]
+    kinds = inspect.get_annotations(config_class)
+    for name, kind in kinds.items():
         if kind is bool:
             takes = {"type": _switch, "nargs": "?", "const": True}
         elif typing.get_origin(kind) is typing.Literal:
@@ -122,7 +121,7 @@ def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, 
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(word, [f"--{name}" for name in names], n=1)
+        near = difflib.get_close_matches(word, [f"--{name}" for name in kinds], n=1)
         raise UserError(f"unknown flag {word}; {f'did you mean {near[0]}? ' if near else ''}--help lists them all")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items()}
     return replace(presets.get(values.get("preset"), config_class()), **values)
@@ -195,8 +194,6 @@ def run_script(main: Callable, config_class: type, presets: Mapping[str, object]
         if message:
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         if parallel:  # Gloo's threads outlive their group, and can abort an interpreter that shuts down: so skip that
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(status)
         if status:
             sys.exit(status)

@@ -91,13 +91,10 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 def alive(name: str) -> bool:
     """Is the process that wrote this temporary file still running?"""
-    if os.name == "posix":  # elsewhere the signal would end it
-        try:
-            os.kill(int(re.match(r"\.tmp(\d+)-", name)[1]), 0)
-        except (ProcessLookupError, OverflowError):
-            return False
-        except PermissionError:
-            return True  # another user's
+    try:
+        os.kill(int(re.match(r"\.tmp(\d+)-", name)[1]), 0)
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # another user's
     return True
 
 

@@ -46,12 +46,10 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to host memory. Calling what is returned waits for the copy alone, and gives it.
-
-    To read the GPU's own tensor later is to wait for all the work that the GPU was given in between.
-    """
+    """Begin to copy a tensor to host memory. Calling what is returned waits for the copy alone, and gives it."""
     if tensor.device.type != "cuda":
         return lambda: tensor
+    # To read the GPU's own tensor later is to wait for all the work that the GPU was given in between.
     copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
     (arrived := torch.cuda.Event()).record()
 
@@ -75,8 +73,7 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
 
 
