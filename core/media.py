@@ -40,9 +40,8 @@ NO_FILES_FAULT = "|".join([  # what ffmpeg says where the machine, or ffmpeg its
     "Unrecognized option.*", "Option .*not found", "No such filter.*", ".*shared librar.*", ".*received signal.*",
 ])  # fmt: skip
 # What readers raise on broken files, and on small files that decompress to gigantic pictures.
-BROKEN = (
-    OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError
-)  # fmt: skip
+BROKEN = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, struct.error,
+          Image.DecompressionBombError)  # fmt: skip
 Image.MAX_IMAGE_PIXELS = MOST_PICTURE // 2  # Pillow warns above this, and refuses twice as much
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -121,10 +120,7 @@ def load_image(path: Path | str) -> np.ndarray:
 
 
 def read_mask(path: Path | str) -> np.ndarray:
-    """A picture as a mask, bool [height, width]: what is at least half as bright as the brightest, or as opaque.
-
-    Raises one of BROKEN.
-    """
+    """Bool [height, width]: what is at least half as bright as the brightest, or as opaque. Raises one of BROKEN."""
     image = open_upright(path)
     if image.mode in DEEP:
         strength = grey(image)
@@ -210,10 +206,9 @@ def frame_rate(about: str) -> int:
 
 
 def read_video(path: Path, maps: bool = False, told: tuple[str, str, str] | None = None) -> Iterator[np.ndarray]:
-    """The pictures [height, width, 3] uint8 that a video file holds, in their order.
+    """The pictures [height, width, 3] uint8 that a video file holds, turned and stretched as players show them.
 
-    They are turned and stretched as players show them. `maps`: what is transparent is black. `told`: what `describe`
-    says, if that is known. Raises one of BROKEN, or MachineError if it is not the file that is broken.
+    `maps`: what is transparent is black. `told`: what `describe` says, if known. Raises one of BROKEN, or MachineError.
     """
     about, said, problem = told or describe(path)
     size = re.search(r"[ ,](\d+)x(\d+)[ ,\[]", about)
@@ -242,8 +237,7 @@ def read_video(path: Path, maps: bool = False, told: tuple[str, str, str] | None
         try:
             while len(head := b"".join(job.stdout.readline() for _ in range(3)).split()) == 4:  # P6, the sides, 255
                 width, height = map(int, head[1:3])
-                pixels = job.stdout.read(3 * width * height)
-                if len(pixels) < 3 * width * height:
+                if len(pixels := job.stdout.read(3 * width * height)) < 3 * width * height:
                     break
                 yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
             status = job.wait()
@@ -288,16 +282,12 @@ def to_uint8(video: Tensor, scale: int = 1) -> np.ndarray:
 
 def contact_sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
     """One row per video [T, H, W, 3], its frames from left to right."""
-    border = ((0, 0), (0, gap), (0, gap), (0, 0))
-    padded = [np.pad(video, border, constant_values=255) for video in rows]
-    return np.concatenate([rearrange(video, "t h w c -> h (t w) c") for video in padded])
+    padded = np.pad(rows, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    return rearrange(padded, "n t h w c -> (n h) (t w) c")
 
 
 def write_video(path: Path | str, frames: np.ndarray, fps: int, made_of: dict[str, str] | None = None) -> None:
-    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel.
-
-    `made_of`: what `read_record` will give.
-    """
+    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel."""
     count, height, width = frames.shape[:3]
     with atomic(path) as temporary:
         encoder = start_ffmpeg(
@@ -312,8 +302,7 @@ def write_video(path: Path | str, frames: np.ndarray, fps: int, made_of: dict[st
         if encoder.returncode:
             raise OSError(complaint(path, encoder.returncode, said))
         lister = start_ffmpeg("-nostdin", "-v", "error", "-i", f"file:{temporary}", "-c", "copy", "-f", "framecrc", "-")
-        listed = lister.communicate()[0].splitlines()
-        whole = sum(not line.startswith(b"#") for line in listed)  # a line for each picture in the file
+        whole = sum(not line.startswith(b"#") for line in lister.communicate()[0].splitlines())  # a line a picture
         if whole != count:
             raise OSError(f"{whole} of {count} pictures arrived")
 
