@@ -87,16 +87,12 @@ class Processes:
     split: TokenSplit = TokenSplit()  # how they do
 
     def share(self, batch: int, accumulate: int, step: int) -> list[list[int]]:
-        """This rank's sample numbers at a step, by micro-batch. The whole batch is the same for any number of ranks.
-
-        `accumulate`: how many micro-batches; 0 is one for each sample.
-        """
+        """This rank's sample numbers at a step, by micro-batch. The whole batch is the same for any number of ranks."""
         teams, team = self.world // self.sequence, self.rank // self.sequence
-        accumulate = accumulate or max(1, batch // teams)
+        accumulate = accumulate or max(1, batch // teams)  # 0: a micro-batch for each sample
         size, rest = divmod(batch, teams * accumulate)
-        if rest:
-            among = f"{teams} processes" if self.sequence == 1 else f"{teams} x {self.sequence} processes"
-            raise UserError(f"--batch {batch} does not divide into {among} x {accumulate} micro-batches")
+        among = f"{teams} processes" if self.sequence == 1 else f"{teams} x {self.sequence} processes"
+        require(not rest, f"--batch {batch} does not divide into {among} x {accumulate} micro-batches")
         first = step * batch + team * accumulate * size
         return [list(range(first + i * size, first + (i + 1) * size)) for i in range(accumulate)]
 
@@ -109,10 +105,9 @@ class Processes:
 
     def gather(self, own: list) -> list:
         """The lists of all ranks, joined."""
-        if self.mesh is None:
-            return own
-        lists = [None] * self.world
-        dist.all_gather_object(lists, own)
+        lists = [own] * self.world
+        if self.mesh is not None:
+            dist.all_gather_object(lists, own)
         return [item for items in lists for item in items]
 
     def barrier(self) -> None:
@@ -127,25 +122,20 @@ class Processes:
 
 
 def init_processes(sequence: int = 1, heads: int = 0) -> Processes:
-    """Start torchrun's processes: nccl on GPUs, gloo on CPUs. `sequence` ranks share a video and its attention's heads.
-
-    `sequence` 0: all ranks. UserError if ranks or `heads` don't divide.
-    """
+    """Start torchrun's processes. `sequence` of them share a video and its heads; UserError if they don't divide."""
     torch.backends.cudnn.allow_tf32 = False  # so that float32 means float32 on GPUs too
     names, meet = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
-    if "RANK" in os.environ:  # others set a part of these, and WORLD_SIZE alone says nothing
-        wrong = [n for n in names if not os.environ.get(n, "").isdigit()] + [n for n in meet if n not in os.environ]
-        if wrong:
-            raise UserError(f"RANK is set, and {wrong[0]} is not, or is no number; start with torchrun, or unset RANK")
-        rank, world, local, local_world = (int(os.environ[name]) for name in names)
-    else:
-        rank, world, local, local_world = 0, 1, 0, 1
-    sequence = sequence or world
+    launched = "RANK" in os.environ  # others set a part of these, and WORLD_SIZE alone says nothing
+    wrong = [n for n in names if not os.environ.get(n, "").isdigit()] + [n for n in meet if n not in os.environ]
+    if launched and wrong:
+        raise UserError(f"RANK is set, and {wrong[0]} is not, or is no number; start with torchrun, or unset RANK")
+    rank, world, local, local_world = (int(os.environ[name]) for name in names) if launched else (0, 1, 0, 1)
+    sequence = sequence or world  # 0: all of them
     fine = sequence > 0 and world % sequence == 0
     require(fine, f"--sequence {sequence}: must divide the number of processes, {world}")
     require(heads % sequence == 0, f"{heads} attention heads do not divide among {sequence} processes; start fewer")
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if "RANK" not in os.environ:
+    if not launched:
         return Processes(0, 1, device, None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -168,9 +158,7 @@ def start_compiler(device: torch.device) -> None:
     torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
 
 
-def prepare(
-    model: nn.Module, procs: Processes, compile: bool, recompute: Recompute = "none", dtype: str = "auto"
-) -> nn.Module:
+def prepare(model: nn.Module, procs: Processes, compile: bool, recompute: str = "none", dtype="auto") -> nn.Module:
     """Move a network to the device, split its videos' tokens, and recompute, compile and shard it block by block.
 
     Of several processes, rank 0 has the weights; of the other ranks' networks only the shapes count.
@@ -234,17 +222,15 @@ def recompute_forward(block: nn.Module) -> Callable:
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 multiplies faster than float32. From CPU features, not timing, so that all ranks agree."""
     can = torch.cpu.get_capabilities()
-    if device.type == "cuda" or can.get("amx_bf16"):
-        return True
     # Measured without AMX: Intel's bfloat16 takes 1.7 times as long as float32, AMD's a half to a quarter.
-    return bool(can.get("avx512_bf16")) and "Intel" not in can.get("cpu_name", "")
+    fast = can.get("amx_bf16") or (can.get("avx512_bf16") and "Intel" not in can.get("cpu_name", ""))
+    return device.type == "cuda" or bool(fast)
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
     """`dtype` is "bfloat16", "float32", or "auto": the faster one."""
-    if dtype == "auto":
-        dtype = "bfloat16" if fast_bfloat16(device) else "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    fast = fast_bfloat16(device) if dtype == "auto" else dtype == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def full(tensor: Tensor) -> Tensor:
