@@ -1,7 +1,4 @@
-"""A training run on disk: `runs/<name>/` holds config.json, log.jsonl, samples/ and ckpt/.
-
-Checkpoints are written in the background and renamed once all is on disk: a kill leaves only whole ones.
-"""
+"""A training run on disk: `runs/<name>/` holds config.json, log.jsonl, samples/ and ckpt/."""
 
 import dataclasses
 import json
@@ -25,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from core import parallel
-from core.codec import Batch, Codec
-from core.config import ROOT, UserError, reason, warn
+from core.codec import Codec
+from core.config import ROOT, UserError, reason, require, warn
 from core.files import NOT_OURS, atomic, write_text
 from core.media import contact_sheet, ffmpeg_version, to_uint8, write_image, write_video
 from core.memory import fetch, peak_memory
@@ -73,9 +70,8 @@ class Run:
 
     def __init__(self, folder: Path | str, config, procs: Processes, parts: dict[str, Part]):
         self.folder, self.procs, self.parts = Path(folder), procs, parts
-        if {"", ".", ".."} & set(config.name.split("/")):
-            fix = "is a folder under runs/; give a name, or several with / between them"
-            raise UserError(f"--name {config.name}: {fix}")
+        fix = "is a folder under runs/; give a name, or several with / between them"
+        require(not {"", ".", ".."} & set(config.name.split("/")), f"--name {config.name}: {fix}")
         self.config = {  # files that come with the project have one name, wherever the command is run
             name: value.removeprefix(f"{ROOT}{os.sep}") if isinstance(value, str) else value
             for name, value in dataclasses.asdict(config).items()
@@ -130,7 +126,7 @@ class Run:
             written.result()  # on rank 0 this waits for all ranks
             if self.procs.rank == 0:
                 write_text(temporary / "config.json", json.dumps(self.config | {"made_of": self.made_of}, indent=1))
-                temporary.rename(temporary.parent / temporary.stem[1:])
+                temporary.rename(temporary.parent / temporary.stem[1:])  # only now, so that a kill leaves no half one
                 for old in self.checkpoints()[:-KEEP]:
                     shutil.rmtree(old)
         except (UserError, OSError, RuntimeError, CheckpointException) as error:
@@ -170,8 +166,7 @@ class Run:
             write_text(options, json.dumps(self.config, indent=1))
             lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
             whole = (line for line in lines if line.endswith(b"\n"))  # a kill may have cut the last one
-            logged = re.compile(rb'{"step": (\d+)')
-            kept = [line for line in whole if not (at := logged.match(line)) or int(at[1]) <= step]
+            kept = [line for line in whole if not (at := re.match(rb'{"step": (\d+)', line)) or int(at[1]) <= step]
             with atomic(log) as temporary:
                 temporary.write_bytes(b"".join(kept))
             if self.config.get("wandb"):
@@ -185,12 +180,11 @@ class Run:
         try:
             if not (checkpoint / ".metadata").exists():
                 raise ValueError("torch would log a traceback")
-            dcp.load(state, checkpoint_id=checkpoint, no_dist=not self.procs.mesh)
+            dcp.load(state, checkpoint_id=checkpoint, no_dist=not self.procs.mesh)  # averages are loaded in place
         except (ValueError, RuntimeError, CheckpointException):  # wrong shapes, missing names or files
             fix = "delete it, or give the run another --name"
             raise UserError(f"{checkpoint}: damaged, or of networks of other shapes; {fix}") from None
-        for name, (model, optimizers, _) in self.parts.items():  # averages are loaded in place
-            part = state[name]
+        for part, (model, optimizers, _) in zip(state.values(), self.parts.values(), strict=True):
             set_state_dict(model, optimizers, model_state_dict=part["weights"], optim_state_dict=part["optimizers"])
 
     def samples(self, step: int, videos: Iterable[Tensor]) -> None:
@@ -203,10 +197,8 @@ class Run:
             write_video(path.with_suffix(".mp4"), np.concatenate(frames, axis=2), fps=8)
         self.procs.wait_for_first(f"{self.folder}: samples of step {step}")
 
-    def write_samples(
-        self, step: int, codec: Codec, source, make: Callable[[Batch, int], list[Tensor]], kind: str | None = None
-    ) -> None:
-        """Four held-out clips of `source`: the truth, and the latents that `make(batch, number)` gives, in turn."""
+    def write_samples(self, step: int, codec: Codec, source, make: Callable, kind: str | None = None) -> None:
+        """Four held-out clips of `source`: the truth, and the latents that `make(batch, number)` lists, in turn."""
         self.check_finite(all_steps=True)
         self.finish_saving()  # whatever goes wrong with samples, no training is lost
         latents = []
@@ -225,11 +217,8 @@ class Run:
             save_network(self.folder / f"{name}.safetensors", name.title().replace("_", ""), network.config, weights)
 
     def check_finite(self, all_steps: bool) -> None:
-        """UserError if a step gave a loss or gradient that is not finite; nothing of it has been saved.
-
-        Without `all_steps` the last step is left out: a GPU may still be at work on it.
-        """
-        while len(self.unchecked) > (not all_steps):
+        """UserError if a step gave a loss or gradient that is not finite; nothing of it has been saved."""
+        while len(self.unchecked) > (not all_steps):  # a GPU may still be at work on the last one
             step, values = self.unchecked.pop(0)
             if wrong := [name for name, read in values.items() if not read().isfinite().all()]:
                 self.finish_saving()
