@@ -23,10 +23,9 @@ HELD: dict[Path, IO] = {}  # open locks, kept until the process ends
 def checksum(*parts: object) -> str:
     """16 digits of SHA-256: of all bytes of what a Path names, and of how anything else is written in Python.
 
-    Nothing is guessed from sizes or dates. A folder counts with the files in it and their names, a .json also with the
-    files that it names (masks, shards), and what isn't there as empty. Shards, which may hold terabytes, count by the
-    checksums of their tensors in their headers; the tensors are compared with these when they are read. OSError if a
-    file can't be read.
+    A folder counts with the files in it and their names, a .json also with the files that it names (masks, shards), and
+    what isn't there as empty. Shards, which may hold terabytes, count by the checksums of their tensors in their
+    headers; the tensors are compared with these when they are read. OSError if a file can't be read.
     """
     return hashlib.sha256(repr([content(p) if isinstance(p, Path) else p for p in parts]).encode()).hexdigest()[:16]
 
@@ -80,7 +79,6 @@ def lock(folder: Path | str) -> None:
     HELD[path] = file
     try:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     except OSError as error:  # of a full disk, which names no file
         raise UserError(f"{path}: can't be written ({error.strerror}); mend that, and run it again") from None

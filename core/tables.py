@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from core.config import UserError, flags
+from core.config import flags, require
 from core.files import NOT_OURS, output_path, write_text
 
 
@@ -60,8 +60,7 @@ def table_path(text: str) -> Path:
     """`--out` of rows and a table. UserError if there lies what does not begin as `write_rows` begins them."""
     out = output_path(text, ".json")
     for path, start in ((out, b'[\n {\n  "name": "'), (out.with_suffix(".md"), b"| name |")):
-        if path.exists() and not path.read_bytes().startswith(start):
-            raise UserError(f"--out {out}: {path}: {NOT_OURS}")
+        require(not path.exists() or path.read_bytes().startswith(start), f"--out {out}: {path}: {NOT_OURS}")
     return out
 
 

@@ -14,10 +14,10 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import safetensors
 import safetensors.torch
@@ -31,17 +31,14 @@ from core.parallel import fast_bfloat16
 from core.record import READ
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor on disk."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
 
-def write_safetensors(
-    path: Path, tensors: dict[str, Tensor], header: dict[str, str], dtype=torch.bfloat16, sums: bool = False
-) -> None:
+def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict, dtype=torch.bfloat16, sums=False) -> None:
     """Write tensors, all in one dtype, and a header. `sums`: it gets their checksums, as core/record.py says."""
     tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     if sums:
@@ -104,9 +101,8 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored
     def read(name: str) -> Tensor:  # opens the file again: an open one keeps in memory what was read from it
         with safetensors.safe_open(path, "pt") as file:
             tensor = file.get_tensor(name)
-        if name in sums and crc(tensor) != sums[name]:
-            mend = "delete this file, and run the command that made it again"
-            raise UserError(f"{path}: {name} isn't what was written there; {mend}")
+        mend = "delete this file, and run the command that made it again"
+        require(name not in sums or crc(tensor) == sums[name], f"{path}: {name} isn't what was written there; {mend}")
         return tensor
 
     with file_errors(path, "a readable safetensors file"), safetensors.safe_open(path, "pt") as file:
@@ -180,9 +176,8 @@ def brief(names: Iterable[str]) -> str:
 
 
 def load(
-    build: Callable[[], nn.Module], tensors: dict[str, Stored], path: Path | str, dtype: torch.dtype = torch.float32,
-    shapes_only: bool = False,
-) -> nn.Module:  # fmt: skip
+    build: Callable[[], nn.Module], tensors: dict[str, Stored], path: Path | str, dtype=torch.float32, shapes_only=False
+) -> nn.Module:
     """Build a network on the meta device and fill it tensor by tensor. UserError if a name or shape doesn't match.
 
     Parameters get `dtype`, but those that match the network's regex `float32` stay in float32. With int8, linear layers
@@ -191,11 +186,8 @@ def load(
     with torch.device("meta"):
         network = build()
     own = network.state_dict()
-    wrong = [
-        f"{name} is {list(stored.shape)}, expected {list(own[name].shape)}"
-        for name, stored in tensors.items()
-        if name in own and stored.shape != tuple(own[name].shape)
-    ]
+    shapes = ((name, list(tensors[name].shape), list(own[name].shape)) for name in own.keys() & tensors.keys())
+    wrong = [f"{name} is {shape}, expected {expected}" for name, shape, expected in shapes if shape != expected]
     problems = {"missing": own.keys() - tensors.keys(), "unexpected": tensors.keys() - own.keys(), "wrong shape": wrong}
     if found := "; ".join(f"{problem}: {brief(names)}" for problem, names in problems.items() if names):
         raise UserError(f"{path}: {found}")
