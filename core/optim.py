@@ -69,9 +69,6 @@ class EMA:
 
     def weights(self, keep: bool = True) -> dict[str, Tensor]:
         """The averages, gathered one by one on the host, and the buffers; {} without `keep`. Every rank must call."""
-        whole = {}
-        for name, average in self.average.items():
-            gathered = full(average)
-            if keep:
-                whole[name] = gathered.cpu()
+        gathered = ((name, full(average)) for name, average in self.average.items())
+        whole = {name: average.cpu() for name, average in gathered if keep}
         return whole | dict(self.model.named_buffers()) if keep else {}
