@@ -60,12 +60,10 @@ class EMA:
         """In this context the network has the averaged weights."""
         saved = {n: p.detach().clone() for n, p in self.source.items()}
         try:
-            for name, p in self.source.items():
-                p.detach().copy_(self.average[name])
+            self.model.load_state_dict(self.average, strict=False)
             yield
         finally:
-            for name, p in self.source.items():
-                p.detach().copy_(saved[name])
+            self.model.load_state_dict(saved, strict=False)
 
     def weights(self, keep: bool = True) -> dict[str, Tensor]:
         """The averages, gathered one by one on the host, and the buffers; {} without `keep`. Every rank must call."""
