@@ -44,10 +44,10 @@ class TinyDecoder(nn.Module):
         super().__init__()
         layers = [nn.Identity(), nn.Conv2d(channels, WIDTHS[0], 3, padding=1), nn.ReLU()]  # numbered as published
         for (wider, width), times in zip(pairwise(WIDTHS), (1, 2, 2), strict=True):
+            layers += [*(MemoryBlock(wider) for _ in range(3)), nn.Upsample(scale_factor=2)]
             conv = nn.Conv2d(wider, wider * times, 1, bias=False)  # every frame becomes `times` frames
             grow = OrderedDict(conv=conv, split=Rearrange("n (t c) h w -> (n t) c h w", t=times))
-            layers += [*(MemoryBlock(wider) for _ in range(3)), nn.Upsample(scale_factor=2), nn.Sequential(grow)]
-            layers += [nn.Conv2d(wider, width, 3, padding=1, bias=False)]
+            layers += [nn.Sequential(grow), nn.Conv2d(wider, width, 3, padding=1, bias=False)]
         self.decoder = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(WIDTHS[-1], 3 * PATCH**2, 3, padding=1))
 
     @classmethod
