@@ -145,6 +145,7 @@ BAD = [  # and what is no file of tracks at all is in test_malformed.py
     ("plain.npy", {"box": "0x5"}, "--box 0x5: takes height x width"),
     ("plain.npy", {"size": "big"}, "--size big: takes height x width"),
     ("plain.npy", {"to": "x.gif"}, "--to x.gif: give a .json, an .mp4, or a folder"),
+    ("plain.npy", {"to": ""}, "--to .: give a .json, an .mp4, or a folder"),
     ("plain.npy", {"image": "words.txt", "to": "x.json"}, "words.txt: not a readable image"),
     ("boxes.json", {"to": "m.mp4", "size": "45x45"}, "--size 45x45: an mp4 takes an even height and width"),
     ("plain.npy", {"size": ""}, "plain.npy: .*doesn't say how large its frame is; give --size"),

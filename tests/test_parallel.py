@@ -334,17 +334,24 @@ def state():
     model = parallel.prepare(model, procs, False)
     assert all(torch.equal(parallel.full(p), before[name]) for name, p in model.state_dict().items())
     optimizer, ema = optim.adamw(model), optim.EMA(model, 0.9)
-    model(torch.randn(1, 16, 3, 8, 8), torch.zeros(1, 3), torch.randn(1, 8, 16)).sum().backward()
+    given = torch.randn(1, 16, 3, 8, 8), torch.zeros(1, 3), torch.randn(1, 8, 16)
+    model(*given).sum().backward()
     optimizer.step()
     held = [*model.parameters(), *(p.grad for p in model.parameters()), *ema.average.values()]
     held += [v for state in optimizer.state.values() for v in state.values() if v.ndim]
     here = sum(t.to_local().nbytes for t in held)
     assert procs.world * here / sum(p.numel() for p in model.parameters()) == pytest.approx(20, rel=0.02)
+    with torch.no_grad():  # FSDP keeps what it has gathered: after the averages it must gather the network's own again
+        with ema.applied():
+            averaged = model(*given)
+        own = model(*given)
+        model.reshard()
+        assert torch.equal(model(*given), own) and not torch.equal(averaged, own)
 
 
 def test_what_training_holds_of_a_parameter():
     """20 bytes over all processes, as docs/SCALE.md reckons: weight, gradient, two moments and average. And only rank 0
-    need have held the weights before.
+    need have held the weights before; and averages that are lent leave no trace.
     """
     together(state)
 

@@ -214,7 +214,9 @@ def test_speed_is_the_committed_one_and_ahead_everywhere():
     assert table(rows) == text("results/bench-cpu.md").strip()
     beside = [row for row in rows if row["name"].startswith(("DiT", "VAE")) and row["reference"]]
     assert len(beside) == 11 and table(beside) in text("docs/SPEED.md")
-    assert all(row["ratio"] < 1 for row in beside)
+    amx = results("bench-amx")
+    assert table(amx) == text("results/bench-amx.md").strip() and table(amx) in text("docs/SPEED.md")
+    assert all(row["ratio"] < 1 for row in (*beside, *amx))
     ratio = {(row["name"], row["dtype"], row["compiled"]): row["ratio"] for row in rows}
     for fused in ("", ", reference fused"):
         assert ratio[f"DiT forward{fused}", "float32", False] <= 0.93

@@ -192,10 +192,10 @@ def write_boxes(path: Path, trajectory: Trajectory) -> None:
 
 def main(cfg: Config) -> None:
     out = Path(cfg.to)
+    require(out.name and out.suffix in (".json", ".mp4", ""), f"--to {out}: give a .json, an .mp4, or a folder")
     source_size = read_size("source_size", cfg.source_size) if cfg.source_size else None
     size = read_size("size", cfg.size) if cfg.size else source_size or own_size(Path(cfg.source))
     source_size, preview = source_size or size, out.with_suffix(".preview.mp4")
-    require(out.suffix in (".json", ".mp4", ""), f"--to {out}: give a .json, an .mp4, or a folder")
     if not out.suffix and out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"--to {out}: exists and is no empty folder; give another")
     for path in (out, preview) if cfg.image else (out,):
