@@ -143,7 +143,7 @@ class Condition(NamedTuple):
 def read_condition(job: Config, codec: Codec, maps: Maps) -> Condition:
     """Read and check what a video is made from, and where it goes. UserError if it can't be made.
 
-    Says on stderr what it will be poor by. `maps`: how the trajectory will be painted.
+    Warns on stderr of what would make the video poor. `maps`: how the trajectory will be painted.
     """
     check(job)
     ffmpeg_version()  # before any work

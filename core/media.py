@@ -287,7 +287,10 @@ def contact_sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
 
 
 def write_video(path: Path | str, frames: np.ndarray, fps: int, made_of: dict[str, str] | None = None) -> None:
-    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel."""
+    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel.
+
+    `made_of`: what `read_record` will give.
+    """
     count, height, width = frames.shape[:3]
     with atomic(path) as temporary:
         encoder = start_ffmpeg(

@@ -59,7 +59,7 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """In this context the network has the averaged weights."""
         saved = {n: p.detach().clone() for n, p in self.source.items()}
-        try:
+        try:  # not strict: buffers and frozen parameters stay. FSDP gathers anew after load_state_dict alone
             self.model.load_state_dict(self.average, strict=False)
             yield
         finally:

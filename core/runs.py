@@ -218,7 +218,7 @@ class Run:
 
     def check_finite(self, all_steps: bool) -> None:
         """UserError if a step gave a loss or gradient that is not finite; nothing of it has been saved."""
-        while len(self.unchecked) > (not all_steps):  # a GPU may still be at work on the last one
+        while len(self.unchecked) > (not all_steps):  # else without the last one, on which a GPU may still be at work
             step, values = self.unchecked.pop(0)
             if wrong := [name for name, read in values.items() if not read().isfinite().all()]:
                 self.finish_saving()

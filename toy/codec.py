@@ -147,7 +147,7 @@ class ToyCodec(Codec):
             for number, clause in enumerate(prompt.lower().split(",")):
                 words = [word_vector(word, self.text_dim // 2) for word in clause.split()]
                 place = word_vector(f"clause {number}", self.text_dim // 2)
-                for word, slot in zip(words, slots, strict=False):
+                for word, slot in zip(words, slots, strict=False):  # the slots may end first
                     slot[:] = torch.cat([word, torch.stack(words).mean(0) * len(words) ** 0.5 + place])
         return out
 
