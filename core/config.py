@@ -161,9 +161,6 @@ class _Steady:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         return len(text)
 
-    def flush(self) -> None:
-        """Nothing is left to."""
-
 
 def run_script(main: Callable, config_class: type, presets: Mapping[str, object] = {}, positional: str = "") -> None:
     """Parse the command line and call `main(cfg)`. A UserError becomes one line on stderr and exit status 2."""
