@@ -9,9 +9,9 @@ import re
 import signal
 import struct
 import subprocess
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -228,28 +228,23 @@ def read_video(path: Path, maps: bool = False, told: tuple[str, str, str] | None
     if maps and (alpha := "alpha_mode" in said or re.search("yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16|pal8", about)):
         filters.append("format=gbrap,premultiply=inplace=1")
         decoder = ["-c:v", "libvpx-vp9" if "vp9" in about else "libvpx"] if alpha is True else []
-    pixels, errors = None, []
+    pixels = None
     with start_ffmpeg("-nostdin", "-v", "error", *decoder, "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode",
                       "passthrough", "-vf", ",".join([*filters, "null"]),
                       "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-") as job:  # fmt: skip
-        listener = threading.Thread(target=lambda: errors.append(job.stderr.read()))  # a full pipe would stop ffmpeg
-        listener.start()
+        errors = ThreadPoolExecutor().submit(job.stderr.read)  # meanwhile: a full pipe would stop ffmpeg
         try:
             while len(head := b"".join(job.stdout.readline() for _ in range(3)).split()) == 4:  # P6, the sides, 255
                 width, height = map(int, head[1:3])
                 if len(pixels := job.stdout.read(3 * width * height)) < 3 * width * height:
                     break
                 yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
-            status = job.wait()
-            listener.join()
-            if status or head:
-                raise RuntimeError(complaint(path, status, errors[0]) if status else "ends amid a picture")
+            if (status := job.wait()) or head:
+                raise RuntimeError(complaint(path, status, errors.result()) if status else "ends amid a picture")
             if pixels is None:
                 raise ValueError("holds no picture that can be decoded")
         finally:
             job.kill()  # the caller may have read enough
-            job.stdout.close()
-            listener.join()
 
 
 def read_frames(path: Path, check: Callable[[bool, str, str], None], maps: bool = True) -> Iterator[np.ndarray]:
