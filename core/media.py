@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -133,8 +132,7 @@ def read_mask(path: Path | str) -> np.ndarray:
 
 def open_upright(path: Path | str) -> Image.Image:
     """A picture, turned as its EXIF says."""
-    no_pointer(path)
-    image = Image.open(path)
+    image = Image.open(no_pointer(path))
     image.load()
     with contextlib.suppress(Exception):  # a garbled EXIF block can raise anything; the picture is fine
         ImageOps.exif_transpose(image, in_place=True)
@@ -191,9 +189,8 @@ def visible(folder: Path) -> list[Path]:
 
 def describe(path: Path) -> tuple[str, str, str]:
     """What ffmpeg says of a file's video stream, "" if it has none; all that it says; and what it complains of."""
-    no_pointer(path)
     ffmpeg_version()
-    probe = start_ffmpeg("-nostdin", "-i", f"file:{path}")
+    probe = start_ffmpeg("-nostdin", "-i", f"file:{no_pointer(path)}")
     said = (told := probe.communicate()[1]).decode(errors="replace")
     problem = "" if probe.returncode == 1 and "Input #0" in said else complaint(path, probe.returncode, told)
     stream = re.search(r"Stream #\S+ .*?Video: (.*)", said)
@@ -211,8 +208,7 @@ def read_video(path: Path, maps: bool = False, told: tuple[str, str, str] | None
     `maps`: what is transparent is black. `told`: what `describe` says, if known. Raises one of BROKEN, or MachineError.
     """
     about, said, problem = told or describe(path)
-    size = re.search(r"[ ,](\d+)x(\d+)[ ,\[]", about)
-    if not size:
+    if not (size := re.search(r"[ ,](\d+)x(\d+)[ ,\[]", about)):
         raise ValueError(problem or f"holds no {'picture that can be decoded' if about else 'video'}")
     pixel = re.search(r"SAR ([1-9]\d*):([1-9]\d*)", about)
     across, down = map(int, pixel.groups()) if pixel else (1, 1)
@@ -255,7 +251,7 @@ def read_frames(path: Path, check: Callable[[bool, str, str], None], maps: bool 
             check(len(files) > 0, "", "a folder without PNG files; put one PNG map per frame in it")
             files.sort(key=lambda file: [int(s) if s.isdigit() else s for s in re.split("([0-9]+)", file.name)])
             numbers = [int(found[-1]) for file in files if (found := re.findall("[0-9]+", file.stem))]
-            if len(numbers) == len(files) and len({after - before for before, after in pairwise(numbers)}) > 1:
+            if len(numbers) == len(files) and len(set(np.diff(numbers))) > 1:
                 gap = min(set(range(numbers[0], numbers[-1])) - set(numbers), default=numbers[0])
                 check(False, "", f"a file is missing: number {gap}; frames are numbered without gaps")
             frames = (read_picture(file, "black") for file in files)
@@ -282,10 +278,7 @@ def contact_sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
 
 
 def write_video(path: Path | str, frames: np.ndarray, fps: int, made_of: dict[str, str] | None = None) -> None:
-    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel.
-
-    `made_of`: what `read_record` will give.
-    """
+    """[T, H, W, 3] uint8 -> an H.264 mp4 that plays anywhere, tagged as BT.709. Odd sides gain a black pixel."""
     count, height, width = frames.shape[:3]
     with atomic(path) as temporary:
         encoder = start_ffmpeg(
