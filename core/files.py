@@ -33,13 +33,11 @@ def output_path(text: str, suffix: str, flag: str = "out", **read: Path | str) -
 
 def no_pointer(path: Path | str) -> Path:
     """The path. UserError if a clone without git-lfs or git-annex left only a pointer in place of a file."""
-    start = b""
-    with contextlib.suppress(OSError, ValueError):
-        if os.path.islink(path) and not os.path.exists(path):
-            start = os.fsencode(os.readlink(path))
-        else:
-            with open(path, "rb") as file:
-                start = file.read(256)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(256)
+    except (OSError, ValueError):
+        start = os.fsencode(os.readlink(path)) if os.path.islink(path) and not os.path.exists(path) else b""
     for tool, known, get in POINTERS:
         if re.match(known, start):
             raise UserError(f"{path}: is a pointer of {tool}, not the file itself; run {get} in its folder")
