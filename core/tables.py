@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import platform
-import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -18,9 +17,7 @@ from core.files import NOT_OURS, output_path, write_text
 def provenance(script: str, config, device: torch.device) -> dict[str, str]:
     """The command that reproduces a result, and the machine that made it."""
     changed = {f.name: v for f in dataclasses.fields(config) if (v := getattr(config, f.name)) != f.default}
-    info = Path("/proc/cpuinfo")  # Linux only
-    found = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
-    cpu = found[1] if found else platform.machine()
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return {"command": f"python {script} {flags(changed)}".strip(), "machine": machine}
