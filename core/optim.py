@@ -64,9 +64,3 @@ class EMA:
             yield
         finally:
             self.model.load_state_dict(saved, strict=False)
-
-    def weights(self, keep: bool = True) -> dict[str, Tensor]:
-        """The averages, gathered one by one on the host, and the buffers; {} without `keep`. Every rank must call."""
-        gathered = ((name, full(average)) for name, average in self.average.items())
-        whole = {name: average.cpu() for name, average in gathered if keep}
-        return whole | dict(self.model.named_buffers()) if keep else {}

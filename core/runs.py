@@ -211,10 +211,11 @@ class Run:
 
     def export(self, name: str, network: nn.Module, ema: EMA | None) -> None:
         """Write a network's weights, averaged if there is an average, as runs/<name>/slow_adapter.safetensors."""
-        first = self.procs.rank == 0
-        weights = ema.weights(keep=first) if ema else {n: full(p) for n, p in network.named_parameters()}
-        if first:
-            save_network(self.folder / f"{name}.safetensors", name.title().replace("_", ""), network.config, weights)
+        weights = ema.average if ema else dict(network.named_parameters())
+        gathered = ((n, full(tensor)) for n, tensor in weights.items())  # one by one: rank 0 alone keeps them
+        whole = {n: tensor.cpu() for n, tensor in gathered if self.procs.rank == 0} | dict(network.named_buffers())
+        if self.procs.rank == 0:
+            save_network(self.folder / f"{name}.safetensors", name.title().replace("_", ""), network.config, whole)
 
     def check_finite(self, all_steps: bool) -> None:
         """UserError if a step gave a loss or gradient that is not finite; nothing of it has been saved."""

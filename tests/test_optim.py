@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from test_runs import ALONE, Options
 
 from core import optim
+from core.runs import Run
+from core.weights import read_safetensors
 from toy import muon
 
 
@@ -48,7 +51,7 @@ def test_learning_rate():
     assert optim.learning_rate(0, 2.0, 0, 110, "constant") == 2.0
 
 
-def test_ema_follows_and_lends_its_weights_and_exports_buffers_as_they_are():
+def test_ema_follows_and_lends_its_weights_and_exports_buffers_as_they_are(tmp_path):
     model = torch.nn.Linear(1, 1, bias=False)
     model.register_buffer("mean", torch.zeros(2))
     torch.nn.init.zeros_(model.weight)
@@ -62,7 +65,11 @@ def test_ema_follows_and_lends_its_weights_and_exports_buffers_as_they_are():
         assert model.weight.item() == pytest.approx(0.75)
     assert model.weight.item() == 1
     model.mean.copy_(torch.tensor([3.0, 4.0]))
-    assert ema.weights()["mean"].tolist() == [3, 4] and set(ema.weights()) == {"weight", "mean"}
+    model.config = Options()
+    Run(tmp_path, Options(), ALONE, {}).export("net", model, ema)
+    tensors = {name: stored.read() for name, stored in read_safetensors(tmp_path / "net.safetensors")[1].items()}
+    assert tensors["mean"].tolist() == [3, 4] and set(tensors) == {"weight", "mean"}
+    assert tensors["weight"].item() == pytest.approx(0.75)
 
 
 def test_optimizers_hold_every_parameter_once():
