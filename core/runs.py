@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from core import parallel
@@ -89,7 +88,7 @@ class Run:
         self.wandb = None
         # Checkpoint writers communicate from a thread of their own, at the same time as the training's collectives.
         self.writers = dist.new_group(backend="gloo") if procs.mesh else None
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist asks
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
 
     def state(self) -> dict:
         """All that a run needs to go on."""
@@ -110,8 +109,7 @@ class Run:
         if self.procs.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         self.procs.barrier()
-        place = {"checkpoint_id": temporary, "process_group": self.writers, "no_dist": not self.procs.mesh}
-        self.saving = dcp.async_save(self.state(), **place), temporary
+        self.saving = dcp.async_save(self.state(), checkpoint_id=temporary, process_group=self.writers), temporary
         if step == self.config["steps"]:
             self.finish_saving()
             if self.wandb:
@@ -129,7 +127,7 @@ class Run:
                 temporary.rename(temporary.parent / temporary.stem[1:])  # only now, so that a kill leaves no half one
                 for old in self.checkpoints()[:-KEEP]:
                     shutil.rmtree(old)
-        except (UserError, OSError, RuntimeError, CheckpointException) as error:
+        except (UserError, OSError, RuntimeError, dcp.CheckpointException) as error:
             if self.procs.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             cause = next((first for first, _ in getattr(error, "failures", {}).values()), error)
@@ -180,8 +178,8 @@ class Run:
         try:
             if not (checkpoint / ".metadata").exists():
                 raise ValueError("torch would log a traceback")
-            dcp.load(state, checkpoint_id=checkpoint, no_dist=not self.procs.mesh)  # averages are loaded in place
-        except (ValueError, RuntimeError, CheckpointException):  # wrong shapes, missing names or files
+            dcp.load(state, checkpoint_id=checkpoint)  # averages are loaded in place
+        except (ValueError, RuntimeError, dcp.CheckpointException):  # wrong shapes, missing names or files
             fix = "delete it, or give the run another --name"
             raise UserError(f"{checkpoint}: damaged, or of networks of other shapes; {fix}") from None
         for part, (model, optimizers, _) in zip(state.values(), self.parts.values(), strict=True):
