@@ -162,9 +162,8 @@ class Run:
             raise UserError(f"{options}: {NOT_OURS}")
         if self.procs.rank == 0:
             write_text(options, json.dumps(self.config, indent=1))
-            lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-            whole = (line for line in lines if line.endswith(b"\n"))  # a kill may have cut the last one
-            kept = [line for line in whole if not (at := re.match(rb'{"step": (\d+)', line)) or int(at[1]) <= step]
+            lines = re.findall(rb".*\n", log.read_bytes()) if log.exists() else []  # a kill may have cut the last one
+            kept = [line for line in lines if not (at := re.match(rb'{"step": (\d+)', line)) or int(at[1]) <= step]
             with atomic(log) as temporary:
                 temporary.write_bytes(b"".join(kept))
             if self.config.get("wandb"):
