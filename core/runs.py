@@ -50,11 +50,10 @@ def start_processes(config, heads: int = 0) -> Processes:
 def unreached(config: dict) -> list[str]:
     """What a run of so few steps can't come to, a line for each."""
     begin, steps = config.get("diffusion_first", 0) + config.get("adapter_start", 0), config["steps"]
-    ratio = config.get("ratio", 1)
     never = (
         ("mask_steps", "sees no boxes", config.get("mask_steps", 0) >= steps),
         ("warmup", "never has its full learning rate", config.get("warmup", 0) >= steps - begin),
-        ("ratio", "ends before it has taught anything", steps // ratio * ratio <= begin),
+        ("ratio", "ends before it has taught anything", steps - steps % config.get("ratio", 1) <= begin),
     )
     return [f"--steps {steps}: with {n} {config[n]} this run {what}" for n, what, so in never if so and n in config]
 
