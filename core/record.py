@@ -10,14 +10,13 @@ import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 from core.config import UserError, warn
 from core.files import writable
 
 PIECE = 16 << 20  # bytes that are hashed at once
 READ: dict[Path, None] = {}  # the files of weights that this command has opened, in their order
-HELD: dict[Path, IO] = {}  # open locks, kept until the process ends
+HELD = {}  # open locks by their paths, kept until the process ends
 
 
 def checksum(*parts: object) -> str:

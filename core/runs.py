@@ -9,7 +9,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 
@@ -81,7 +80,7 @@ class Run:
         # Checksums of the weights and data that were opened for it; rank 0 opens all.
         made_of = [(str(file).removeprefix(f"{ROOT}{os.sep}"), checksum(file)) for file in READ if procs.rank == 0]
         self.made_of = dict(procs.gather(made_of))
-        self.saving: tuple[Future, Path] | None = None  # a checkpoint that is being written, and its temporary folder
+        self.saving = None  # the Future of a checkpoint that is being written, and its temporary folder
         self.unchecked: list[tuple[int, dict[str, Callable[[], Tensor]]]] = []  # values of the last steps
         self.printed = time.perf_counter(), 0  # when the last line was, and of which step
         self.wandb = None
