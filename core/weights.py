@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
