@@ -173,8 +173,8 @@ def prepare(model: nn.Module, procs: Processes, compile: bool, recompute: str = 
             block.compile()
     if procs.mesh is None:
         return model.to(procs.device)
-    from torch.distributed.fsdp import fully_shard  # takes seconds
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # take seconds
+    from torch.distributed.fsdp import fully_shard
 
     whole = model.state_dict()
     model.to("meta")
@@ -186,13 +186,8 @@ def prepare(model: nn.Module, procs: Processes, compile: bool, recompute: str = 
             fully_shard(child, mesh=procs.mesh, mp_policy=precision(procs.device, "float32"))
     fully_shard(model, mesh=procs.mesh, mp_policy=policy)
     model.to_empty(device=procs.device)
-    for name, own in model.state_dict().items():  # one by one: only rank 0's host holds the whole
-        kind = {"dtype": own.dtype, "device": procs.device}
-        value = whole[name].to(**kind) if procs.rank == 0 else torch.empty(own.shape, **kind)
-        dist.broadcast(value, 0)
-        if hasattr(own, "full_tensor"):
-            value = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
-        own.copy_(value)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)  # one by one: only rank 0 holds all
+    set_model_state_dict(model, whole if procs.rank == 0 else {}, options=options)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place operations; we have none
     return model
 

@@ -195,6 +195,7 @@ def pretend_gpus(world: int = 1) -> Iterator[None]:
         (FSDPParamGroup, "_validate_no_meta_params", Quiet), (nn.Module, "_apply", apply),
         (dist, "init_process_group", lambda *_, **__: init("fake", store=FakeStore(), rank=0, world_size=world)),
         (dist, "new_group", lambda *_, **__: new_group(backend="fake")),
+        (dist.distributed_c10d, "_get_pg_default_device", lambda: torch.device("cuda", 0)),
         (torch.nn.functional, "scaled_dot_product_attention", flash), (parallel, "init_processes", init_processes),
         (parallel.Processes, "wait_for_first", Quiet), (parallel.Processes, "mean", lambda *_: 0.5),
         (parallel.Processes, "gather", lambda _, own: own),
