@@ -178,13 +178,10 @@ def prepare(model: nn.Module, procs: Processes, compile: bool, recompute: str = 
 
     whole = model.state_dict()
     model.to("meta")
-    policy = precision(procs.device, dtype)
-    for block in model.blocks:
-        fully_shard(block, mesh=procs.mesh, mp_policy=policy)
-    for name, child in model.named_children():
-        if re.search(getattr(model, "float32", "$^"), name):  # parts that the network wants in float32
-            fully_shard(child, mesh=procs.mesh, mp_policy=precision(procs.device, "float32"))
-    fully_shard(model, mesh=procs.mesh, mp_policy=policy)
+    exact = [child for name, child in model.named_children() if re.search(getattr(model, "float32", "$^"), name)]
+    for part in (*model.blocks, *exact, model):  # `exact` are those that the network wants in float32
+        policy = precision(procs.device, "float32" if part in exact else dtype)
+        fully_shard(part, mesh=procs.mesh, mp_policy=policy)
     model.to_empty(device=procs.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)  # one by one: only rank 0 holds all
     set_model_state_dict(model, whole if procs.rank == 0 else {}, options=options)
