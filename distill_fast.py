@@ -24,7 +24,7 @@ from core.codec import Batch
 from core.config import run_script, shipped
 from core.memory import send
 from core.noise import draw_integer, sample_uniform, step_noise
-from core.parallel import Processes, Recompute
+from core.parallel import Processes
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
 from flow import Velocity
@@ -59,7 +59,7 @@ class Config(Recipe):
     lr: float = 1e-4  # peak learning rate of the student
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
-    recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
+    recompute: Literal["none", "full"] = "none"  # activations that the backward pass computes again, to save memory
     sequence: int = 1  # neighbouring processes that share one video
     seed: int = 0  # of data order and noise
     save_every: int = 250  # steps

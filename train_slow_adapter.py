@@ -26,7 +26,7 @@ from core.codec import Batch
 from core.config import run_script, shipped
 from core.memory import send
 from core.noise import sample_noise, sample_uniform
-from core.parallel import Processes, Recompute
+from core.parallel import Processes
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
@@ -63,7 +63,7 @@ class Config(Recipe):
     lr: float = 6e-3  # peak learning rate
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
     compile: bool = True  # torch.compile each block
-    recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
+    recompute: Literal["none", "full"] = "none"  # activations that the backward pass computes again, to save memory
     sequence: int = 1  # neighbouring processes that share one video
     seed: int = 1  # of weights, data order and noise
     save_every: int = 500  # steps

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from core.config import UserError, require
 
-Recompute = Literal["none", "full"]
 PATIENCE = timedelta(hours=6)  # for which processes wait for one another: their work ends at very different times
 
 

@@ -65,7 +65,7 @@ def kept_for_backward(model: VideoDiT) -> Iterator[dict[int, int]]:
         yield kept
 
 
-def gradients(how: parallel.Recompute, compile: bool = False) -> tuple[list[torch.Tensor], int, int]:
+def gradients(how: str, compile: bool = False) -> tuple[list[torch.Tensor], int, int]:
     """Of a small transformer's parameters; what they cost in FLOP; how many bytes the forward pass kept for them.
 
     Compiled, nothing is counted: where something is, torch compiles nothing.

@@ -25,7 +25,7 @@ from core import optim, parallel
 from core.config import run_script, shipped
 from core.memory import send
 from core.noise import sample_uniform, step_noise
-from core.parallel import Processes, Recompute
+from core.parallel import Processes
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
 from distill_fast import Networks, matching_step, student_learns
@@ -42,7 +42,7 @@ class Recipe(distill_fast.Recipe):
 
     batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
-    recompute: Recompute = "none"  # which activations the backward pass computes again instead of keeping them
+    recompute: Literal["none", "full"] = "none"  # activations that the backward pass computes again, to save memory
     sequence: int = 1  # neighbouring processes that share one video
     lr: float = 6e-4  # peak learning rate of the adapter
     fake_lr: float = 4e-4  # dmd: peak learning rate of the fake score
