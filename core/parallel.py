@@ -16,7 +16,6 @@ import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from core.config import UserError, require
@@ -80,7 +79,7 @@ class Processes:
     rank: int
     world: int
     device: torch.device
-    mesh: DeviceMesh | None  # None for a single process
+    mesh: dist.DeviceMesh | None  # None for a single process
     sequence: int = 1  # how many neighbouring ranks share a video
     split: TokenSplit = TokenSplit()  # how they do
 
@@ -129,8 +128,7 @@ def init_processes(sequence: int = 1, heads: int = 0) -> Processes:
         raise UserError(f"RANK is set, and {wrong[0]} is not, or is no number; start with torchrun, or unset RANK")
     rank, world, local, local_world = (int(os.environ[name]) for name in names) if launched else (0, 1, 0, 1)
     sequence = sequence or world  # 0: all of them
-    fine = sequence > 0 and world % sequence == 0
-    require(fine, f"--sequence {sequence}: must divide the number of processes, {world}")
+    require(world % sequence == 0, f"--sequence {sequence}: must divide the number of processes, {world}")
     require(heads % sequence == 0, f"{heads} attention heads do not divide among {sequence} processes; start fewer")
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if not launched:
@@ -140,7 +138,7 @@ def init_processes(sequence: int = 1, heads: int = 0) -> Processes:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     # Shard within a node, replicate over nodes (HSDP).
     shape = {"replicate": world // local_world, "shard": local_world} if world > local_world else {"shard": world}
-    mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+    mesh = dist.init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
     split = TokenSplit(dist.new_subgroups(sequence, timeout=PATIENCE)[0] if sequence > 1 else None)
     return Processes(rank, world, device, mesh, sequence, split)
 
@@ -148,7 +146,7 @@ def init_processes(sequence: int = 1, heads: int = 0) -> Processes:
 def start_compiler(device: torch.device) -> None:
     """Before torch.compile: UserError if it lacks a C++ compiler; and too many variants of a block become an error."""
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if device.type == "cpu" and sys.platform != "win32" and not shutil.which(name):
+    if device.type == "cpu" and not shutil.which(name):
         raise UserError(f"torch.compile: no C++ compiler {name}; install it, or pass --compile false")
     import torch._dynamo  # takes seconds
 
