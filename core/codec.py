@@ -2,7 +2,6 @@
 
 import math
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ class Batch(NamedTuple):
 
 
 class Codec:
-    """The base of all presets' codecs. Each adds how it encodes videos and prompts, and decodes latents."""
+    """Base of all codecs. Each adds how it encodes videos and prompts, decodes latents, and where its `files` lie."""
 
     channels: int  # of the latent
     spatial: int  # pixels per latent position, in height and width
@@ -34,10 +33,6 @@ class Codec:
     fps: int  # of the videos that the networks learned from
     negative = ""  # the prompt that guidance goes away from
     area: int  # most pixels of a picture that `--size auto` asks for
-
-    def files(self) -> list[Path]:
-        """Where its networks lie, as far as they are there: first what encodes videos."""
-        return []
 
     def free(self) -> None:
         """Release networks that can be read again."""

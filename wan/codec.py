@@ -48,7 +48,7 @@ class WanCodec(Codec):
         return vae
 
     def files(self) -> list[Path]:
-        parts = ("Wan2.2_VAE.pth", "vae", "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
+        parts = ("Wan2.2_VAE.pth", "vae", "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")  # first what makes latents
         return [self.folder / name for name in parts if (self.folder / name).exists()]
 
     def free(self) -> None:
