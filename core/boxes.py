@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from core.media import Size, cover
@@ -106,9 +107,8 @@ def draw_outlines(video: np.ndarray, boxes: np.ndarray, color: np.ndarray) -> No
 
 def draw_dots(video: np.ndarray, points: np.ndarray, color: np.ndarray) -> None:
     """Draw a square dot as wide as a line at each of n points [n, 2] into all frames of a video [3, T, H, W]."""
-    size = video.shape[2:]
-    half = np.array([-1, -1, 1, 1]) * max(1, min(size) // 100) / 2
-    for x0, y0, x1, y1 in whole_pixels(np.concatenate([points, points], axis=-1) + half, size):
+    half = np.array([-1, -1, 1, 1]) * max(1, min(video.shape[2:]) // 100) / 2
+    for x0, y0, x1, y1 in whole_pixels(np.tile(points, 2) + half, video.shape[2:]):
         video[..., y0:y1, x0:x1] = color[..., None]
 
 
@@ -163,12 +163,8 @@ def label_pixels(frame: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 def extents(label: np.ndarray, count: int) -> np.ndarray:
     """The box around each label's pixels, [count, 4]; NaN for a label that has none."""
-    boxes = np.full((count, 4), np.nan)
-    for k in range(count):
-        y, x = np.nonzero(label == k)
-        if len(x):
-            boxes[k] = x.min(), y.min(), x.max() + 1, y.max() + 1
-    return boxes
+    boxes = [Image.fromarray(label == k).getbbox() or [np.nan] * 4 for k in range(count)]
+    return np.array(boxes, dtype=float).reshape(count, 4)
 
 
 def edges_of_outlines(label: np.ndarray, count: int) -> np.ndarray:
