@@ -36,8 +36,7 @@ def step_noise(steps: int, shape: Sequence[int], samples: Sequence[int], *key: i
 
 def sample_uniform(samples: Sequence[int], batch: int, *key: int) -> Tensor:
     """One number in [0, 1) per sample, stratified: the i-th in a batch of n falls in [i/n, (i+1)/n)."""
-    u = torch.cat([torch.rand(1, generator=rng(*key, sample, LEVEL)) for sample in samples])
-    u = (torch.tensor([sample % batch for sample in samples]) + u) / batch
+    u = torch.cat([sample % batch + torch.rand(1, generator=rng(*key, sample, LEVEL)) for sample in samples]) / batch
     return u.clamp(max=1 - 2**-24)  # in float32 the sum can round up to `batch`
 
 
