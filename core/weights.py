@@ -113,11 +113,9 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Stored
 
 def read_folder(folder: Path, stem: str) -> dict[str, Stored]:
     """The tensors in `stem.safetensors`, in the shards listed by `stem.safetensors.index.json`, or in all shards."""
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.exists():
+    shards = sorted(folder.glob(f"{stem}-*.safetensors")) or [folder / f"{stem}.safetensors"]
+    if (index := folder / f"{stem}.safetensors.index.json").exists():
         shards = sorted({folder / name for name in read_config(index, "weight_map")["weight_map"].values()})
-    else:
-        shards = sorted(folder.glob(f"{stem}-*.safetensors")) or [folder / f"{stem}.safetensors"]
     return {name: tensor for shard in shards for name, tensor in read_safetensors(shard)[1].items()}
 
 
