@@ -1,6 +1,5 @@
 """Many devices: torchrun's processes, FSDP2 and HSDP, recomputed activations, sequence parallelism."""
 
-import contextlib
 import os
 import re
 import shutil
@@ -215,7 +214,7 @@ def fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or bool(fast)
 
 
-def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """`dtype` is "bfloat16", "float32", or "auto": the faster one."""
     fast = fast_bfloat16(device) if dtype == "auto" else dtype == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)

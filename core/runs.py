@@ -1,6 +1,5 @@
 """A training run on disk: `runs/<name>/` holds config.json, log.jsonl, samples/ and ckpt/."""
 
-import dataclasses
 import json
 import math
 import os
@@ -71,7 +70,7 @@ class Run:
         require(not {"", ".", ".."} & set(config.name.split("/")), f"--name {config.name}: {fix}")
         self.config = {  # files that come with the project have one name, wherever the command is run
             name: value.removeprefix(f"{ROOT}{os.sep}") if isinstance(value, str) else value
-            for name, value in dataclasses.asdict(config).items()
+            for name, value in vars(config).items()
         }
         if procs.rank == 0:
             lock(folder)

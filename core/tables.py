@@ -1,6 +1,5 @@
 """Rows of results as JSON, Markdown and text, with the command that made them."""
 
-import dataclasses
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from core.files import NOT_OURS, output_path, write_text
 
 def provenance(script: str, config, device: torch.device) -> dict[str, str]:
     """The command that reproduces a result, and the machine that made it."""
-    changed = {f.name: v for f in dataclasses.fields(config) if (v := getattr(config, f.name)) != f.default}
+    changed = {name: value for name, value in vars(config).items() if value != getattr(type(config), name)}
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -14,7 +14,6 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -56,7 +55,7 @@ def crc(tensor: Tensor) -> int:
 
 def save_network(path: Path, network: str, config, tensors: dict[str, Tensor], dtype=torch.bfloat16) -> None:
     """Write a safetensors file whose header names the network and its config."""
-    write_safetensors(path, tensors, {"network": network, "config": json.dumps(asdict(config))}, dtype)
+    write_safetensors(path, tensors, {"network": network, "config": json.dumps(vars(config))}, dtype)
 
 
 def read_network(path: Path | str, network: str, *shapes: type) -> tuple[Any, dict[str, Stored]]:
