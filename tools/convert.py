@@ -89,12 +89,8 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return points, shown
 
 
-def numbers(array: np.ndarray | torch.Tensor) -> np.ndarray:
-    return np.asarray(array.detach().double() if isinstance(array, torch.Tensor) else array, dtype=float)
-
-
 def read_tracks(path: Path) -> object:
-    """What a file of point tracks holds: an array, or arrays by name. Raises what readers raise."""
+    """What a file of point tracks holds: arrays by name, or what is none of these. Raises what readers raise."""
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -113,13 +109,11 @@ def read_tracks(path: Path) -> object:
         return {"target_points": np.asarray(packed, dtype=float)[:, :, 0] / [8, 8, 1]}
     if isinstance(held, tuple | list) and len(held) == 2:  # as CoTracker and TAPIR return them
         return dict(zip(("tracks", "visibility"), held, strict=True))
-    return held
+    return {"tracks": held} if isinstance(held, np.ndarray | torch.Tensor) else held
 
 
 def find_arrays(held: object, check: Check) -> tuple[np.ndarray, np.ndarray | None, bool | None]:
     """The tracks among what a file holds, which points are visible, and whether it is point by point, if it says so."""
-    if isinstance(held, np.ndarray | torch.Tensor):
-        return numbers(held), None, None
     problem = f"holds a {type(held).__name__}, neither an array nor a dict of them; give [T, K, 2]"
     check(isinstance(held, Mapping), "", problem)
     names = [str(name) for name in held if not isinstance(held, dict) or held[name] is not None]
@@ -129,7 +123,9 @@ def find_arrays(held: object, check: Check) -> tuple[np.ndarray, np.ndarray | No
     seen = f"which points are seen is told by {', '.join((*VISIBLE, *HIDDEN))}"
     check(not unknown, "", f"{', '.join(unknown)}: not understood; {seen}")
     check(len(flags) < 2, "", f"holds {' and '.join(flags)}; leave one out")
-    points, shown = numbers(held[tracks[0]]), numbers(held[flags[0]]) if flags else None
+    arrays = (held[name] for name in (*tracks, *flags))
+    arrays = [np.asarray(a.detach().double() if isinstance(a, torch.Tensor) else a, dtype=float) for a in arrays]
+    points, shown = arrays if flags else (*arrays, None)
     fine = shown is None or ((shown >= 0) & (shown <= 1)).all()
     check(fine, "".join(flags), "holds more than 0 to 1, logits perhaps; give visibility, 0 to 1, after the sigmoid")
     return points, 1 - shown if flags and flags[0] in HIDDEN else shown, TRACKS[tracks[0]]
@@ -195,22 +191,23 @@ def main(cfg: Config) -> None:
     require(out.name and out.suffix in (".json", ".mp4", ""), f"--to {out}: give a .json, an .mp4, or a folder")
     source_size = read_size("source_size", cfg.source_size) if cfg.source_size else None
     size = read_size("size", cfg.size) if cfg.size else source_size or own_size(Path(cfg.source))
-    source_size, preview = source_size or size, out.with_suffix(".preview.mp4")
+    preview = out.with_suffix(".preview.mp4")
     if not out.suffix and out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"--to {out}: exists and is no empty folder; give another")
-    for path in (out, preview) if cfg.image else (out,):
+    written = [out, preview] if cfg.image else [out]
+    for path in written:
         output_path(str(path), path.suffix, "to", source=cfg.source, image=cfg.image)
-    masks = sorted(out.parent.glob(f"{glob.escape(out.stem)}_mask_*.png")) if out.suffix == ".json" else []
-    for path in (*masks, *([preview] if cfg.image else []), *([out] if out.suffix else [])):
+    written += sorted(out.parent.glob(f"{glob.escape(out.stem)}_mask_*.png")) if out.suffix == ".json" else []
+    for path in written if out.suffix else written[1:]:
         require(not path.exists(), f"--to {out}: {path} exists, and would be lost; move it, or give another name")
     if (out.suffix == ".mp4" or cfg.image) and (size[0] % 2 or size[1] % 2):
         raise UserError(f"--size {size[0]}x{size[1]}: an mp4 takes an even height and width")
     most = media.MOST_VIDEO // (size[0] * size[1])
     require(0 < cfg.frames <= most, f"--frames {cfg.frames}: at least 1, and at most {most} of {size[0]}x{size[1]}")
     if Path(cfg.source).suffix.lower() in POINTS:
-        trajectory = from_points(cfg, size, source_size)
+        trajectory = from_points(cfg, size, source_size or size)
     else:
-        trajectory = load_trajectory(cfg.source, size, cfg.frames, source_size if cfg.source_size else None)
+        trajectory = load_trajectory(cfg.source, size, cfg.frames, source_size)
     image = media.cover_nearest(media.load_image(cfg.image), size) if cfg.image else None
     if out.suffix == ".json":
         write_boxes(out, trajectory)
