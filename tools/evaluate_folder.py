@@ -53,8 +53,7 @@ class Config:
 
 def read_whole(path: Path) -> Tensor:
     """uint8 [T, 3, h, w]."""
-    check = partial(check_input, path)
-    video = []
+    check, video = partial(check_input, path), []
     for frame in read_frames(path, check, maps=False):
         video.append(frame)
         check(len(video) * frame[..., 0].size <= MOST_VIDEO, "", f"more than {MOST_VIDEO} pixels in its frames; cut it")
@@ -142,15 +141,14 @@ def overlaps(cfg: Config, name: str, size: Size) -> dict[str, float]:
         fine = sorted(order) == list(range(len(given)))
         check_input(file, fine, "objects", f"are not the {count} that frame 0 of {true_path} shows")
         boxes = given[order]
-    mask_ious, box_ious = [], []  # of each object, in the frames that show it
+    ious = {"mask_iou": [], "box_iou": []}  # of each object, in the frames that show it
     for k in range(count):
         want, got = (labels[(true == k).any((1, 2))] == k for labels in (true, found))
-        mask_ious.append((want & got).sum((1, 2)) / (want | got).sum((1, 2)))
+        ious["mask_iou"].append((want & got).sum((1, 2)) / (want | got).sum((1, 2)))
         shown = np.isfinite(boxes[k]).all(-1)
-        box_ious.append(box_overlap(found_boxes[k, shown], boxes[k, shown]))
-    means = ([values.mean() for values in ious if len(values)] for ious in (mask_ious, box_ious))
-    mask_iou, box_iou = (float(np.mean(values)) if values else math.nan for values in means)
-    return {"mask_iou": mask_iou, "box_iou": box_iou, "objects": count}
+        ious["box_iou"].append(box_overlap(found_boxes[k, shown], boxes[k, shown]))
+    means = {measure: [values.mean() for values in of_each if len(values)] for measure, of_each in ious.items()}
+    return {measure: float(np.mean(m)) if m else math.nan for measure, m in means.items()} | {"objects": count}
 
 
 @torch.no_grad()
@@ -164,13 +162,12 @@ def main(cfg: Config) -> None:
         raise UserError(f"--true {cfg.true}: holds no {alone[0]}.mp4, which is generated; {len(alone)} are missing")
     if alone := sorted(true_of.keys() - made_of.keys()):
         warn(f"--generated {cfg.generated}: {alone[0]}.mp4 is missing, {len(alone)} in all; they are left out")
-    files = {measure: Path(cfg.networks) / name for measure, name in NETWORKS.items() if cfg.networks}
     networks = {}
-    for measure, file in files.items():
-        if no_pointer(file).exists():
+    for measure, name in NETWORKS.items():
+        if cfg.networks and no_pointer(file := Path(cfg.networks) / name).exists():
             with file_errors(file, SCRIPT):
-                networks[measure] = torch.jit.load(file).eval()
-    require(networks or not files, f"--networks {cfg.networks}: holds no {', '.join(NETWORKS.values())}")
+                networks[measure] = file, torch.jit.load(file).eval()
+    require(networks or not cfg.networks, f"--networks {cfg.networks}: holds no {', '.join(NETWORKS.values())}")
     scores = []  # of each video; its features until the distance between the sets is taken
     for name in sorted(made_of):
         made, true = read_whole(made_of[name]), read_whole(true_of[name])
@@ -178,8 +175,8 @@ def main(cfg: Config) -> None:
             raise UserError(f"{name}.mp4: {[*made.shape]} generated, {[*true.shape]} true; cut or resize one")
         require(len(made) >= 10 or "fvd" not in networks, f"{name}.mp4: {len(made)} frames; FVD needs 10 at least")
         scores.append(overlaps(cfg, name, made.shape[2:]) if masked else {})
-        for measure, network in networks.items():
-            with file_errors(files[measure], SCRIPT):
+        for measure, (file, network) in networks.items():
+            with file_errors(file, SCRIPT):
                 scores[-1][measure] = score(measure, network, made, true)
     rows = []
     for group in ("all", *sorted({score["objects"] for score in scores if masked})):
