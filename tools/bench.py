@@ -127,7 +127,6 @@ def random(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.dev
 
 
 def diffusers_transformer(config: DiTConfig) -> nn.Module:
-    """diffusers' transformer of these shapes."""
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
@@ -138,7 +137,6 @@ def diffusers_transformer(config: DiTConfig) -> nn.Module:
 
 
 def diffusers_vae(config: vae.VAEConfig) -> nn.Module:
-    """diffusers' VAE of these shapes."""
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(
@@ -171,14 +169,12 @@ def forward_pass(shape: Shape, device: torch.device, dtype: torch.dtype, compile
         p.data = p.data.to(torch.float32 if re.search("time_embedder|scale_shift_table|norm[123]", name) else dtype)
     for block in (*ours.blocks, *theirs.blocks) if compiled else ():
         block.compile()
-
-    def reference() -> Tensor:
-        return theirs(x.to(dtype), t.repeat_interleave(tokens // frames, 1), text, return_dict=False)[0]
-
+    by_token = t.repeat_interleave(tokens // frames, 1)
+    both = partial(ours, x, t, text), lambda: theirs(x.to(dtype), by_token, text, return_dict=False)[0]
     about = f"{config.layers} blocks of {config.dim}, {tokens} tokens", dtype, compiled, flop(config, tokens)
-    yield Case("DiT forward", partial(ours, x, t, text), reference, *about)
+    yield Case("DiT forward", *both, *about)
     theirs.fuse_qkv_projections()
-    yield Case("DiT forward, reference fused", partial(ours, x, t, text), reference, *about)
+    yield Case("DiT forward, reference fused", *both, *about)
 
 
 def codec(shape: Shape, device: torch.device) -> Iterator[Case]:
@@ -211,14 +207,12 @@ def steps(shape: Shape, device: torch.device) -> Iterator[Case]:
         parallel.prepare(network, parallel.Processes(0, 1, device, None), True, "full")
     first, sigmas, level = x0[:, :, :1], flow.sigma_schedule(4, 5.0), flow.frame_sigma(sigma, grid[0])
     stage_1 = partial(train_slow_adapter.adapter_loss, generator, adapter, batch, noise[1], sigma)
-
-    def stage_2() -> Tensor:
-        draw = distill_fast.Draw(first, sigmas, 0, noise, noise[1], sigma)
-        student, score = (partial(network, text=batch.text) for network in (generator, backbone))
-        return distill_fast.student_loss(student, student, score, draw)
+    student, score = (partial(network, text=batch.text) for network in (generator, backbone))
+    draw = distill_fast.Draw(first, sigmas, 0, noise, noise[1], sigma)
+    stage_2 = partial(distill_fast.student_loss, student, student, score, draw)
 
     def stage_3() -> Tensor:
-        adapted = partial(generator, text=batch.text, residuals=adapter(traj))
+        adapted = partial(student, residuals=adapter(traj))
         learned = flow.flow_matching_loss(adapted, x0, noise[1], sigma, "x0")
         x_t = flow.add_noise(flow.backward_simulation(adapted, first, noise, sigmas, 3), noise[1], level)
         judged = DiffusionDiscriminator(backbone, classifier)(x_t, flow.timestep(level), batch.text, traj)
