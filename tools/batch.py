@@ -37,7 +37,12 @@ def make_table(
     `cfg`: sample.py's options. The functions are sample.py's, with all that is the same for every row filled in.
     """
     jobs = [replace(cfg, **row) for row in read_jobs(Path(cfg.batch))]
-    left, done = share(jobs, procs)
+    # Rank 0 looks for all: another might look when the first new videos are there already.
+    done = [job for job in jobs if procs.rank == 0 and os.path.exists(job.out)]
+    outs = set(procs.gather([job.out for job in done]))
+    left = [job for job in jobs if job.out not in outs][procs.rank :: procs.world]
+    if done:
+        print(f"{len(done)} of {len(jobs)} videos stand already, and are not made again; to make one anew, delete it")
     with clock("encode prompt"):
         text = embed([*(job.prompt for job in left), codec.negative])
     with clock("read networks"):
@@ -82,9 +87,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def read_jobs(path: Path) -> list[dict]:
     """The rows of a table as options. UserError if the table as a whole can't be used.
 
-    Paths are relative to the table. `out` is by default the table's name and the row's number; the column
-    `controlnet_weights` is ignored. Mistakes in a single row are reported when its turn comes: a seed that is no number
-    stays text, and a missing image "".
+    Mistakes in a single row are reported when its turn comes: a seed that is no number stays text, a missing image "".
     """
     rows, known = read_table(path), ", ".join(COLUMNS)
     if unknown := [name for name in rows[0] if name not in COLUMNS]:
@@ -95,10 +98,9 @@ def read_jobs(path: Path) -> list[dict]:
     for number, row in enumerate(rows):
         job = {"image": "", "traj": "", "prompt": ""}
         for name, text in row.items():
-            option, text = COLUMNS[name], text.strip()
-            if text and job.get(option):
-                raise UserError(f"{path}: row {number + 1}: two columns say its {option}; empty one of them")
-            if text and option:
+            if (option := COLUMNS[name]) and (text := text.strip()):
+                if job.get(option):
+                    raise UserError(f"{path}: row {number + 1}: two columns say its {option}; empty one of them")
                 job[option] = text
         job.setdefault("out", f"{path.stem}_{number:05d}.mp4")
         if whole := re.fullmatch(r"(\d+)(\.0*)?", job.get("seed", "")):  # 3.0 where the column has gaps
@@ -119,21 +121,10 @@ def overlay_path(out: str) -> Path:
     return Path(out).with_suffix(".boxes.mp4")
 
 
-def share(jobs: list, procs: Processes) -> tuple[list, list]:
-    """This process's jobs, of those whose `out` isn't there yet; and on rank 0 those whose `out` is."""
-    # Rank 0 looks for all: another might look when the first new videos are there already.
-    done = [job for job in jobs if procs.rank == 0 and os.path.exists(job.out)]
-    outs = set(procs.gather([job.out for job in done]))
-    if done:
-        print(f"{len(done)} of {len(jobs)} videos stand already, and are not made again; to make one anew, delete it")
-    return [job for job in jobs if job.out not in outs][procs.rank :: procs.world], done
-
-
 def made_of(job, weights: str) -> dict[str, str]:
     """Checksums of all that decides how a row's video looks, by option. `weights`: that of the networks."""
     values = {name: value for name, value in vars(job).items() if name not in SHOWN_ALIKE} | {"weights": weights}
-    files = {name: Path(values[name]) for name in ("image", "traj") if values[name]}
-    return {name: checksum(value) for name, value in (values | files).items()}
+    return {name: checksum(Path(v) if v and name in ("image", "traj") else v) for name, v in values.items()}
 
 
 def unlike(job, weights: str) -> str:
