@@ -117,7 +117,7 @@ def box_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def overlaps(cfg: Config, name: str, size: Size) -> dict[str, float]:
-    """A video's mask IoU, box IoU and number of objects K. `size`: the video's."""
+    """A video's mask IoU and box IoU, where there are any, and number of objects K. `size`: the video's."""
     true_path, path = (find_masks(folder, name) for folder in (cfg.true, cfg.generated))
     true, colors = read_labels(true_path)
     found, found_colors = read_labels(path, colors)
@@ -148,7 +148,7 @@ def overlaps(cfg: Config, name: str, size: Size) -> dict[str, float]:
         shown = np.isfinite(boxes[k]).all(-1)
         ious["box_iou"].append(box_overlap(found_boxes[k, shown], boxes[k, shown]))
     means = {measure: [values.mean() for values in of_each if len(values)] for measure, of_each in ious.items()}
-    return {measure: float(np.mean(m)) if m else math.nan for measure, m in means.items()} | {"objects": count}
+    return {measure: float(np.mean(m)) for measure, m in means.items() if m} | {"objects": count}
 
 
 @torch.no_grad()
@@ -183,13 +183,12 @@ def main(cfg: Config) -> None:
         members = [score for score in scores if group in ("all", score.get("objects"))]
         rows.append({"name": Path(cfg.generated).name, "videos": len(members), "objects": group})
         for measure in ("fid", "fvd", "mask_iou", "box_iou", "lpips"):
-            values, result = [member[measure] for member in members if measure in member], math.nan
+            values = [member[measure] for member in members if measure in member]
             if measure in ("fid", "fvd"):
                 sets = [torch.cat(side) for side in zip(*values, strict=True)]
-                result = frechet_distance(*sets) if sets and len(sets[0]) > 1 else math.nan
-            elif finite := [float(value) for value in values if math.isfinite(value)]:
-                result = float(np.mean(finite))
-            rows[-1][measure] = None if math.isnan(result) else round(result, 4)
+                values = [frechet_distance(*sets)] if sets and len(sets[0]) > 1 else []
+            finite = [float(value) for value in values if math.isfinite(value)]
+            rows[-1][measure] = round(float(np.mean(finite)), 4) if finite else None
     print(markdown(rows))
     write_rows(out, rows)
 
