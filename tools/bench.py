@@ -81,16 +81,15 @@ def measure(case: Case, repeats: int, device: torch.device) -> Iterator[dict]:
         if not error < (1e-4 if case.dtype == torch.float32 else 0.05):  # NaN is no agreement
             raise RuntimeError(f"{case.name}: ours and the reference differ by {error:.1e}; their times mean nothing")
     del outputs
-
-    def peak(call: Callable) -> float:
+    measured = [(case.name, "s", [[seconds(call, device) for call in calls] for _ in range(repeats)])]
+    peaks = []
+    for call in calls if case.memory else ():
         gc.collect()
         reset_peak(device)
         before = peak_memory(device) if case.reference else 0
         call()
-        return peak_memory(device) - before
-
-    measured = [(case.name, "s", [[seconds(call, device) for call in calls] for _ in range(repeats)])]
-    if case.memory and (peaks := [peak(call) for call in calls])[-1] > 0:  # what fits into memory held shows no peak
+        peaks.append(peak_memory(device) - before)
+    if peaks and peaks[-1] > 0:  # what fits into memory held shows no peak
         measured.append((f"{case.name}, peak memory", "GiB", [peaks]))
     for name, unit, pairs in measured:
         ours, reference = (*map(statistics.median, zip(*pairs, strict=True)), None)[:2]
@@ -196,12 +195,11 @@ def steps(shape: Shape, device: torch.device) -> Iterator[Case]:
     config, grid = replace(shape.transformer, layers=shape.step_layers), shape.step_grid
     tokens, dtype = math.prod(grid) // 4, torch.bfloat16 if parallel.fast_bfloat16(device) else torch.float32
     torch.manual_seed(0)
-    judge = ClassifierConfig(config.dim, config.text_dim, tuple(range(config.layers))[-3:], channels=config.channels)
     with torch.device(device):
-        adapter = ResNetAdapter(AdapterConfig(config.dim, config.layers, channels=config.channels))
-        classifier, sigma = Classifier(judge), torch.full((1,), 0.5)
+        adapter = ResNetAdapter(AdapterConfig(config.dim, config.layers))
+        classifier = Classifier(ClassifierConfig(config.dim, config.text_dim, tuple(range(config.layers))[-3:]))
         x0, traj, *noise = torch.randn(6, 1, config.channels, *grid)
-        batch = Batch(x0, torch.randn(1, config.text_tokens, config.text_dim), traj)
+        batch, sigma = Batch(x0, torch.randn(1, config.text_tokens, config.text_dim), traj), torch.full((1,), 0.5)
     generator, backbone = (random(lambda: VideoDiT(config), dtype, device) for _ in range(2))
     for network in (networks := (generator, adapter, backbone, classifier)):
         parallel.prepare(network, parallel.Processes(0, 1, device, None), True, "full")
@@ -213,10 +211,9 @@ def steps(shape: Shape, device: torch.device) -> Iterator[Case]:
 
     def stage_3() -> Tensor:
         adapted = partial(student, residuals=adapter(traj))
-        learned = flow.flow_matching_loss(adapted, x0, noise[1], sigma, "x0")
         x_t = flow.add_noise(flow.backward_simulation(adapted, first, noise, sigmas, 3), noise[1], level)
         judged = DiffusionDiscriminator(backbone, classifier)(x_t, flow.timestep(level), batch.text, traj)
-        return learned + adversarial_loss(judged)
+        return flow.flow_matching_loss(adapted, x0, noise[1], sigma, "x0") + adversarial_loss(judged)
 
     def step(stance: str, loss: Callable[[], Tensor]) -> Tensor:
         with torch.enable_grad(), torch.compiler.set_stance(stance), parallel.autocast(device, "auto"):
@@ -238,21 +235,19 @@ def steps(shape: Shape, device: torch.device) -> Iterator[Case]:
 def alone(shape: Shape, device: torch.device) -> Iterator[Case]:
     """What sample.py does on a GPU: the codec, and four steps with a ResNet adapter in both modes of --memory."""
     config, grid = shape.transformer, shape.grid
-    frames, height, width = 4 * grid[0] - 3, 16 * grid[1], 16 * grid[2]
+    video = 4 * grid[0] - 3, 16 * grid[1], 16 * grid[2]
     text = torch.randn(1, config.text_tokens, config.text_dim, device=device, dtype=torch.bfloat16)
     traj, z = (torch.randn(1, n, *grid, device=device) for n in (config.channels, shape.vae.channels))
     network = random(lambda: vae.WanVAE(shape.vae), torch.bfloat16, device)
     small = random(lambda: TinyDecoder(shape.vae.channels), torch.bfloat16, device)
-    size = f"{frames} frames of {height}x{width}"
-    case = partial(Case, reference=None, shape=size, dtype=torch.bfloat16, memory=True)
+    case = partial(Case, reference=None, shape="{} frames of {}x{}".format(*video), dtype=torch.bfloat16, memory=True)
     yield case("VAE decode", partial(network.decode, z))
-    yield case("VAE encode", partial(network.encode, torch.rand(1, 3, frames, height, width)))
+    yield case("VAE encode", partial(network.encode, torch.rand(1, 3, *video)))
     yield case("VAE decode, --memory low", partial(network.decode, z, tile=32))
     yield case("small decoder", lambda: [None for _ in small.frames(z)])
     for level, dtype in (("high", torch.bfloat16), ("low", torch.int8)):
         generator = random(lambda: VideoDiT(config), dtype, device)
-        channels = AdapterConfig(config.dim, config.layers, channels=config.channels)
-        adapter = random(lambda: ResNetAdapter(channels), torch.float32, device)
+        adapter = random(lambda: ResNetAdapter(AdapterConfig(config.dim, config.layers)), torch.float32, device)
         for block in (*generator.blocks, *adapter.blocks):
             block.compile()
         job = sample.Config(preset="wan5b", memory=level)
