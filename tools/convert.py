@@ -133,10 +133,9 @@ def find_arrays(held: object, check: Check) -> tuple[np.ndarray, np.ndarray | No
 
 def own_size(path: Path) -> media.Size:
     """Height and width of the frame that the source was made for. UserError if it doesn't say."""
-    check = partial(check_input, path)
-    check(no_pointer(path).exists(), "", "no such file; correct the path")
+    require(no_pointer(path).exists(), f"{path}: no such file; correct the path")
     if path.is_dir() or path.suffix.lower() in media.VIDEO_SUFFIXES:
-        return next(media.read_frames(path, check)).shape[:2]
+        return next(media.read_frames(path, partial(check_input, path))).shape[:2]
     if path.suffix.lower() not in POINTS and "width" in (top := read_boxes_json(path)):
         return top["height"], top["width"]
     raise UserError(f"{path}: doesn't say how large its frame is; give --size, height x width as in 704x1280")
