@@ -14,7 +14,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -65,8 +65,6 @@ SHARD = 16  # clips per file
 
 @dataclass(frozen=True)
 class Clip:
-    """A video and what goes with it."""
-
     video: Path
     caption: str
     boxes: Path  # a boxes.json, or a folder or video of maps
@@ -113,14 +111,12 @@ def read_row(source: Path, line: int, row: dict[str, str], names: Counter[str]) 
         raise UserError(f"{source}: line {line}: a frame number is not a whole number; correct it") from None
     require(start >= 0, f"{source}: line {line}: mask_start_index is negative; correct it")
     folder, video = source.parent, source.parent / row["path"]
-    parts = Path(row["path"]).parts[:-1]
-
-    def maps(column: str, kind: str) -> Path:
-        """What the column says; else for videos/cats/1.mp4 `kind`/cats/1, or `kind`/1 if no other has this name."""
+    parts, maps = Path(row["path"]).parts[:-1], []
+    for column, kind in (("box_path", "boxs"), ("trajectory_maps_path", "masks")):
+        # What the column says; else for videos/cats/1.mp4 `kind`/cats/1, or `kind`/1 if no other has this name.
         places = [folder / kind / Path(*parts[i:], video.stem) for i in range(len(parts) + (names[video.stem] == 1))]
-        return folder / row[column] if row.get(column) else next(filter(Path.exists, places), places[-1])
-
-    return Clip(video, row["text"].strip(), maps("box_path", "boxs"), maps("trajectory_maps_path", "masks"), start, end)
+        maps.append(folder / row[column] if row.get(column) else next(filter(Path.exists, places), places[-1]))
+    return Clip(video, row["text"].strip(), *maps, start, end)
 
 
 def read_clip(clip: Clip, cfg: Config, codec: Codec) -> tuple[dict[str, Tensor], float, int]:
@@ -183,7 +179,6 @@ def fill_boxes(frame: Tensor) -> None:
 
 
 def main(cfg: Config) -> None:
-    """Encode captions, then videos and maps, shard by shard; the processes share the shards among them."""
     require(cfg.source, "--source: missing; give a CSV in MagicData's format or a folder of videos")
     procs = parallel.init_processes()
     codec = open_codec(cfg.preset, cfg.weights, procs.device)
@@ -197,22 +192,20 @@ def main(cfg: Config) -> None:
     shards = [(*shard, still_good(*shard, program)) for shard in shards]
     procs.barrier()  # all are checked before one is made
 
-    encode = None
+    encoder = cache(codec.text_encoder)  # read when the first captions need it
     for start, shard, latents, _ in tqdm(shards, "captions", disable=procs.rank > 0):
         file = latents.with_name(latents.name.replace("latents", "text"))
         header = {"made_of": checksum(*(clip.caption for clip in shard))}
         if file.exists() and read_safetensors(file)[0].get("made_of") == header["made_of"]:
             continue
-        encode = encode or codec.text_encoder()
         names = [*map(str, range(start, start + len(shard))), "empty", "negative"]
-        rows = zip(names, encode([*(clip.caption for clip in shard), "", codec.negative]), strict=True)
+        rows = zip(names, encoder()([*(clip.caption for clip in shard), "", codec.negative]), strict=True)
         write_safetensors(file, {name: row[: int(row.any(-1).sum())] for name, row in rows}, header, sums=True)
-    del encode  # it is large
+    del encoder  # it is large
     for start, shard, file, kept in tqdm(shards, "clips", disable=procs.rank > 0):
         if len(kept) == len(shard):
             continue
-        made_of, stored = {}, read_safetensors(file)[1] if kept else {}
-        tensors = {name: tensor.read() for name, tensor in stored.items()}
+        made_of, tensors = {}, {n: t.read() for n, t in read_safetensors(file)[1].items()} if kept else {}
         for number, clip in enumerate(shard, start):
             made_of[number] = record = kept.get(str(number)) or {"path": str(clip.video), "sum": sources(clip)}
             if str(number) in kept:
