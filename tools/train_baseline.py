@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 import distill_fast
 import flow
@@ -25,13 +24,12 @@ from core import optim, parallel
 from core.config import run_script, shipped
 from core.memory import send
 from core.noise import sample_uniform, step_noise
-from core.parallel import Processes
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
-from distill_fast import Networks, matching_step, student_learns
 from finetune_hybrid import make_video
 from flow import Velocity
 from model import PRESETS, VideoDiT, check_preset, frozen_dtype
+from wan.published import find_generator
 
 PATH, SKIP = 40, 2  # lcm: steps of the slow networks from noise to data, and between two levels that are to agree
 
@@ -116,9 +114,8 @@ def consistency_loss(
 
 def consistency_step(
     step: int, cfg: Config, student: Pair, teacher: Pair, negative: Tensor, ema: optim.EMA,
-    optimizers: list[Optimizer], data: Source, procs: Processes,
+    optimizers: list[torch.optim.Optimizer], data: Source, procs: parallel.Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """One update of the adapter by the consistency loss."""
     path, losses = flow.sigma_schedule(PATH, flow.FAST[cfg.preset].shift), []
     shares = procs.share(cfg.batch, cfg.accumulate, step)
     for samples in shares:
@@ -144,9 +141,7 @@ def main(cfg: Config) -> None:
     folder, dtype, elsewhere = Path(cfg.weights), frozen_dtype(cfg.preset, cfg.dtype), procs.rank > 0
 
     def read(kind: str, generator_learns: bool, adapter_learns: bool) -> Pair:
-        file, own = folder / f"{kind.lower()}_generator.safetensors", folder / "slow_adapter.safetensors"
-        if kind == "Slow" and cfg.preset == "wan5b":
-            file = folder  # the published generator
+        file, own = find_generator(folder, kind.lower()), folder / "slow_adapter.safetensors"
         wide, narrow = (torch.float32 if learns else dtype for learns in (generator_learns, adapter_learns))
         network = VideoDiT.from_pretrained(file, f"{kind}Generator", wide, elsewhere)
         adapter = read_adapter(own, "SlowAdapter", narrow, elsewhere)
@@ -180,10 +175,10 @@ def main(cfg: Config) -> None:
             ema.update(step)
         else:
             optim.set_lr(fake_optimizers, optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps, cfg.schedule))
-            networks = Networks(student, fake_score, teacher, negative)
-            values = matching_step(step, "fake", cfg, networks, fake_optimizers, data, procs, "box")
-            if student_learns(step, cfg.ratio):
-                values |= matching_step(step, "generator", cfg, networks, optimizers, data, procs, "box")
+            networks = distill_fast.Networks(student, fake_score, teacher, negative)
+            values = distill_fast.matching_step(step, "fake", cfg, networks, fake_optimizers, data, procs, "box")
+            if distill_fast.student_learns(step, cfg.ratio):
+                values |= distill_fast.matching_step(step, "generator", cfg, networks, optimizers, data, procs, "box")
                 ema.update(step)
         run.log(step + 1, **values)
         if due(step + 1, cfg.save_every, cfg.steps):
