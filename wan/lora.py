@@ -4,8 +4,7 @@
 
 Names are `lora_A` and `lora_B`, or `lora_down` and `lora_up`; `diff`, `diff_b` and `diff_m` add to a weight, a bias and
 a modulation as they are. Layers are called as in Wan, in diffusers, or with underscores after `lora_unet_` or the like.
-alpha is a tensor, or stands in the file's header or in the adapter_config.json that PEFT writes beside it. Whatever
-else a file or config says would change the result too, so it is refused by name.
+Whatever else a file or its config says would change the result too, so it is refused by name.
 """
 
 import json
@@ -47,19 +46,17 @@ def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
     header, parts = read_safetensors(path)
     layers = {name.rpartition(".")[0] for name in tensors}
     flat, places = {layer.replace(".", "_"): layer for layer in layers}, layers | tensors.keys()
-    changes: dict[str, dict[str, Stored]] = {}  # layer's name in the file -> what changes it, by kind
-    foreign = []
+    changes, foreign = {}, []  # layer's name in the file -> what changes it, by kind; names that nothing here has
     for name, stored in parts.items():
         found = re.match(PART, name)
+        if not found and any(own_name(name[: dot.start()], flat) in layers for dot in re.finditer(r"\.", name)):
+            other = next((f" ({kind})" for part, kind in OTHERS.items() if part in name), "")
+            raise UserError(f"{path}: {name}{other}: {NOT_READ}")
         kind = KINDS.get(found[2], found[2]) + "_bias" * (found[3] == "bias") if found else ""
         if kind not in (*TARGETS, "down", "alpha") or own_name(found[1], flat) not in places:
             foreign.append(name)
         elif changes.setdefault(found[1], {}).setdefault(kind, stored) is not stored:
             raise UserError(f"{path}: {name}: a second LoRA in one file; give a file for each")
-    for name in (name for name in foreign if not re.match(PART, name)):
-        if any(own_name(name[: dot.start()], flat) in layers for dot in re.finditer(r"\.", name)):
-            other = next((f" ({kind})" for part, kind in OTHERS.items() if part in name), "")
-            raise UserError(f"{path}: {name}{other}: {NOT_READ}")
     which = brief(foreign) or "like its own"
     require(changes and not foreign, f"{path}: a LoRA of another network; no layer here is called {which}")
     config, merged = read_adapter_config(path, header, parts), dict(tensors)
@@ -81,7 +78,7 @@ def merge(tensors: dict[str, Stored], text: str) -> dict[str, Stored]:
 def own_name(layer: str, flat: dict[str, str]) -> str:
     """A layer's name as Wan's files have it. `flat`: those names by what they are with underscores."""
     if (bare := re.sub(FLAT, "", layer)) != layer:
-        return flat.get(bare) or flat.get(next(iter(rename({f"{bare}_": None}, FLAT_NAMES))).removesuffix("_"), bare)
+        return flat.get(next(iter(rename({f"{bare}_": None}, FLAT_NAMES))).removesuffix("_"), bare)
     return next(iter(rename({f"{layer}.": None}, (*NOT_WAN, *DIFFUSERS_NAMES)))).removesuffix(".")
 
 
