@@ -38,8 +38,7 @@ DIFFUSERS_NAMES = (
     (r"\.to_([qkv])\.", r".\1."),
     (r"\.to_out\.0\.", ".o."),
     (r"(blocks\.\d+)\.norm2\.", r"\1.norm3."),
-    (r"\.ffn\.net\.0\.proj", ".ffn.0"),
-    (r"\.ffn\.net\.2", ".ffn.2"),
+    (r"\.ffn\.net\.(\d)(\.proj)?", r".ffn.\1"),
 )
 
 
@@ -52,13 +51,12 @@ def read_generator(path: Path, key: str = "") -> tuple[dict[str, object], dict[s
     """
     if path.suffix == ".gguf":
         raise UserError(f"{path}: GGUF is not read; get the same network as .safetensors (16 bits or fp8) or .pt")
-    header = {}
     if path.is_dir():
-        tensors = read_folder(path, "diffusion_pytorch_model")
+        header, tensors = {}, read_folder(path, "diffusion_pytorch_model")
     elif path.suffix == ".safetensors":
         header, tensors = read_safetensors(path)
     else:
-        tensors = read_checkpoint(path, key, KEYS)
+        header, tensors = {}, read_checkpoint(path, key, KEYS)
     tensors = unscale(path, header, rename(tensors, NOT_WAN))
     if any(name.startswith("condition_embedder.") for name in tensors):
         tensors = rename(tensors, DIFFUSERS_NAMES)
