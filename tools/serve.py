@@ -38,8 +38,7 @@ def serve_page(
     `cfg`: sample.py's options, and `usual` those of the preset; `networks` are generator and adapter. `read_condition`
     and `make_video` are sample.py's. `written_size(picture, size)`: in what size a video of this size is written.
     """
-    device = next(networks[0].parameters()).device
-    pace = Pace(cfg, sampling, codec, device)
+    pace = Pace(cfg, sampling, codec, next(networks[0].parameters()).device)
     # Reading the text encoder takes longer than most videos.
     text_encoder = cache(codec.text_encoder) if cfg.memory == "high" else codec.text_encoder
 
@@ -65,7 +64,7 @@ def serve_page(
                 condition = read_condition(job)
             size = condition.image.shape[-2:]
             shape = size, condition.full[0].shape[:2] if condition.full else size, job.frames
-            pace.check(*shape)
+            pace.need(*shape)
         except UserError as error:
             raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from None
         for line in said.getvalue().replace(f"{folder}{os.sep}", "").splitlines():
@@ -74,7 +73,7 @@ def serve_page(
         with stage("encode prompt"):
             text, negative = embed(job.prompt), embed(codec.negative)
         for network in networks:
-            network.to(device)
+            network.to(pace.device)
         with_boxes = not request.get("live")
         make_video(job, condition, text, negative, stage, lambda share: tell(share=share), with_boxes=with_boxes)
         pace.learn(*shape, job.steps, began["decode"] - began["denoise"], time.perf_counter() - began["decode"])
@@ -86,9 +85,8 @@ def serve_page(
             return facts
         size = codec.video_size(asked["size"], asked["frames"], picture[::-1])
         shape = size, written_size(picture[::-1], size), asked["frames"]
-        pace.check(*shape)
         return {"size": size, "written": shape[1], "seconds": pace.seconds(*shape, asked["steps"] or sampling.steps),
-                "gigabytes": pace.memory(*shape) / 1e9}  # fmt: skip
+                "gigabytes": pace.need(*shape) / 1e9}  # fmt: skip
 
     # The rest of the command is the page's. Its steps, if it gives any, come after these.
     pages = {*ASKED, "image", "traj", "out", "serve"} - {"steps"}
@@ -125,16 +123,14 @@ class Pace:
     def learn(self, size: Size, written: Size, frames: int, steps: int, denoised: float, rest: float) -> None:
         self.speed, self.rest = self.work(size, frames, steps) / denoised, rest / (frames * written[0] * written[1])
 
-    def memory(self, size: Size, written: Size, frames: int) -> float:
-        """Bytes beside those of the networks."""
+    def need(self, size: Size, written: Size, frames: int) -> float:
+        """Bytes of memory beside those of the networks. UserError if fewer are free."""
         values = self.tokens(size, frames) * self.network.dim * (20 + self.network.layers)
-        return 5e7 + 4 * values + frames * (40 * size[0] * size[1] + 9 * written[0] * written[1])
-
-    def check(self, size: Size, written: Size, frames: int) -> None:
-        """UserError if the memory does not suffice."""
-        need, free = self.memory(size, written, frames), free_memory(self.device)
+        need = 5e7 + 4 * values + frames * (40 * size[0] * size[1] + 9 * written[0] * written[1])
+        free = free_memory(self.device)
         problem = f"takes about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         require(need <= free, f"--frames {frames}: {problem}; give fewer frames or a smaller size")
+        return need
 
 
 def export(kind: str, video: object, folder: Path) -> list[Path]:
