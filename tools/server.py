@@ -31,7 +31,6 @@ SAFE = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referre
         "Content-Security-Policy": "frame-ancestors 'none'", "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "no-store"}  # fmt: skip
 # answer(request, folder, tell): does what the request says in an empty folder, and returns the files to send back.
-# tell(share=0.5) sends the page a line. Wherever it is, it ends with Gone if the page has closed or cancelled.
 Answer = Callable[[dict, Path, Callable[..., None]], list[Path]]
 
 
@@ -81,35 +80,34 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(code)
         for name, value in {**SAFE, "Content-Type": kind, "Connection": "close"}.items():
             self.send_header(name, value)
-        if code != 200 or data:  # else lines follow until the connection ends
+        if data:  # else lines follow until the connection ends
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
-    def check(self, private: bool) -> None:
-        """Refused, unless this comes from our own page, and if `private`, with the token of this run."""
+    def check(self, *paths: str) -> None:
+        """Refused, unless our own page asks for one of these paths, and for all but / with the token of this run."""
         self.alarm.cancel()
         hosts, origins = self.headers.get_all("Host", []), self.headers.get_all("Origin", [])
+        token = self.headers.get("X-Token", "").encode()
         if len(hosts) != 1 or hosts[0] not in self.server.hosts:
             raise Refused(421, f"open this page as http://{self.server.hosts[0]}, with the same port on both machines")
         if origins not in ([f"http://{hosts[0]}"], [] if self.command == "GET" else None):
             raise Refused(403, "another site's page can't ask this server")
-        if private and not secrets.compare_digest(self.headers.get("X-Token", "").encode(), self.server.token.encode()):
+        if self.path != "/" and not secrets.compare_digest(token, self.server.token.encode()):
             raise Refused(403, "this page is of another run: open the address that was printed last")
+        if self.path not in paths:
+            raise Refused(404, "no such page")
 
     def do_GET(self) -> None:
-        self.check(private=self.path != "/")
+        self.check("/", "/about")
         if self.path == "/":
             self.reply(200, self.server.page, "text/html; charset=utf-8")
-        elif self.path == "/about":
-            self.reply(200, json.dumps(self.server.about({})).encode())
         else:
-            raise Refused(404, "no such page")
+            self.reply(200, json.dumps(self.server.about({})).encode())
 
     def do_POST(self) -> None:
-        self.check(private=True)
-        if self.path not in ("/generate", "/about"):
-            raise Refused(404, "no such page")
+        self.check("/generate", "/about")
         request, server = self.read_request(), self.server
         if self.path == "/about":
             try:
@@ -160,11 +158,10 @@ class Handler(BaseHTTPRequestHandler):
             with tempfile.TemporaryDirectory(prefix=f".tmp{os.getpid()}-page-", ignore_cleanup_errors=True) as folder:
                 threading.Thread(target=self.watch, args=[threading.get_ident()], daemon=True).start()
                 try:
-                    files = self.server.answer(request, Path(folder), self.tell)
+                    return {f.name: f.read_bytes() for f in self.server.answer(request, Path(folder), self.tell)}
                 finally:
                     with self.lock:
                         self.done.set()
-                return {file.name: file.read_bytes() for file in files}
         except Exception as error:  # whatever it is, the server goes on with the next request
             if not isinstance(error, UserError):
                 warn(f"serve: {type(error).__name__}: {reason(error)}")
@@ -176,12 +173,11 @@ class Handler(BaseHTTPRequestHandler):
 
         No argument of the networks or the codec could do that amid attention, decoding and writing.
         """
-        while not self.done.wait(0.1):
-            if self.gone():
-                with self.lock:
-                    if not self.done.is_set():
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker), ctypes.py_object(Gone))
-                return
+        while not self.done.wait(0.1) and not self.gone():
+            pass
+        with self.lock:
+            if not self.done.is_set():
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker), ctypes.py_object(Gone))
 
     def gone(self) -> bool:
         """Has the page closed or cancelled, or does the server end?"""
@@ -192,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
             return True
 
     def tell(self, **event: object) -> None:
-        """Send the page a line, if it is still there."""
+        """Send the page a line, as `tell(share=0.5)`. Gone if it has closed or cancelled."""
         if self.gone():
             raise Gone
         try:
