@@ -74,11 +74,10 @@ class WanCodec(Codec):
 
         Processes, `procs`, take turns and give their own pieces; tiles and the small decoder are rank 0's work.
         """
-        latents = latents.to(self.device)
         if not self.low and not self.small:
-            yield from self.vae.frames(latents, procs)
+            yield from self.vae.frames(latents.to(self.device), procs)
         elif procs is None or procs.rank == 0:
-            yield from self.small.frames(latents) if self.small else [self.decode_video(latents)]
+            yield from self.small.frames(latents.to(self.device)) if self.small else [self.decode_video(latents)]
 
     def text_encoder(self) -> Callable[[list[str]], Tensor]:
         """A TextEncoder, which holds the whole network: drop it when done."""
