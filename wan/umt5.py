@@ -4,7 +4,6 @@ import html
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import UserError, reason, warn
@@ -75,4 +74,4 @@ class TextEncoder:
         tokens = self.tokenizer(clean, return_tensors="pt", **cut).to(self.device)
         mask = tokens.attention_mask
         text = self.network(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None]
-        return F.pad(text.bfloat16(), (0, 0, 0, self.length - text.shape[1]))
+        return nn.functional.pad(text.bfloat16(), (0, 0, 0, self.length - text.shape[1]))
