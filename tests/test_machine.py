@@ -91,24 +91,29 @@ BALLOONS = {"source": str(ROOT / "examples/balloons.json"), "image": str(ROOT / 
 def test_nothing_of_others_is_overwritten(script, options, taken, held, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / taken).write_bytes(held)
-    why = r"and would be lost; move it" if script == convert else "and (was not|isn't what was) made here; move it, or"
-    refused(rf"(^|/|: ){taken}:? exists, {why}", script.main, script.Config(**options))
+    why = "would be lost; move it" if script == convert else "was not made here; move it, or"
+    said = rf"(^|/|: ){taken}:? exists, and {why}"
+    if script == world:
+        said = r"^--out \.: exists and is no empty folder; give another"
+    refused(said, script.main, script.Config(**options))
     assert [file.name for file in tmp_path.iterdir()] == [taken] and (tmp_path / taken).read_bytes() == held
 
 
 def test_what_was_made_here_is_made_anew(tmp_path):
-    """A table and a picture of it; and the world's files, unless one of them was changed since."""
+    """A table and a picture of it. The world writes the same again, but to another folder."""
     write_rows(tmp_path / "x.json", [{"name": "a", "videos": 1}])
     assert table_path(str(tmp_path / "x.json")) == tmp_path / "x.json"
     write_image(tmp_path / "x.png", np.zeros((8, 8, 3), np.uint8))
     assert read_record(tmp_path / "x.png") == {}
-    made, toy = [], tmp_path / "toy"
-    for number in (62, 62, 0):
-        world.main(world.Config(out=str(toy), video=number))
-        made.append({file.name: file.read_bytes() for file in toy.iterdir()})
+    (tmp_path / "0").mkdir()
+    made, folders = [], [tmp_path / name for name in "012"]
+    for folder, number in zip(folders, (62, 62, 0), strict=True):
+        world.main(world.Config(out=str(folder), video=number))
+        made.append({file.name: file.read_bytes() for file in folder.iterdir()})
     assert made[0] == made[1] != made[2]
-    (toy / "boxes.json").write_text((toy / "boxes.json").read_text().replace("1", "2"))
-    refused(r"toy/boxes\.json exists, and isn't what was made here", world.main, world.Config(out=str(toy)))
+    again = world.Config(out=str(folders[0]))
+    refused(rf"--out {folders[0]}: exists and is no empty folder; give another", world.main, again)
+    assert {file.name: file.read_bytes() for file in folders[0].iterdir()} == made[0]
 
 
 @pytest.mark.parametrize("held", ['{"_class_name": "WanTransformer3DModel"}', "mine"])

@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.boxes import fill_box
-from core.config import UserError, run_script
+from core.config import require, run_script
 from core.files import write_text
-from core.media import read_record, to_uint8, write_image, write_video
-from core.record import checksum
+from core.media import to_uint8, write_image, write_video
 from toy.pictures import CANVAS, SPLITS, picture_bank
 from trajectory import PALETTE, Maps, Trajectory
 
@@ -293,11 +292,8 @@ class Config:
 
 def main(cfg: Config) -> None:
     world, out = World(cfg.split), Path(cfg.out)
-    truth, files = out / "truth.mp4", [out / "image.png", out / "boxes.json", out / "prompt.txt"]
-    made_of = read_record(truth) if truth.exists() else {}
-    for path in (*files, *out.glob("mask_*.png")):
-        if path.exists() and checksum(path) != made_of.get(path.name):
-            raise UserError(f"--out {out}: {path} exists, and isn't what was made here; move it, or give another name")
+    fresh = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    require(fresh, f"--out {out}: exists and is no empty folder; give another")
     batch = world.batch([cfg.video])
     trajectory, objects = batch.trajectory(0), []
     for k, name in enumerate(trajectory.names):
@@ -308,14 +304,13 @@ def main(cfg: Config) -> None:
             item["visible"] = [[start, last]]
         elif not batch.by_box[0, batch.used[0].nonzero()[k, 0]]:
             item["mask"] = f"mask_{k}.png"
-            files.append(out / item["mask"])
-            write_image(files[-1], trajectory.masks[k].astype(np.uint8) * 255)
+            write_image(out / item["mask"], trajectory.masks[k].astype(np.uint8) * 255)
         objects.append(item)
-    write_image(files[0], to_uint8(batch.video[0, :, :1])[0])
+    write_image(out / "image.png", to_uint8(batch.video[0, :, :1])[0])
     top = {"num_frames": world.frames, "width": world.size[1], "height": world.size[0], "objects": objects}
-    write_text(files[1], json.dumps(top, indent=1))
-    write_text(files[2], batch.captions[0])
-    write_video(truth, to_uint8(batch.video[0], scale=4), 8, {path.name: checksum(path) for path in files})
+    write_text(out / "boxes.json", json.dumps(top, indent=1))
+    write_text(out / "prompt.txt", batch.captions[0])
+    write_video(out / "truth.mp4", to_uint8(batch.video[0], scale=4), fps=8)
     print(f"{out}: {batch.captions[0]}")
 
 
