@@ -28,7 +28,7 @@ from core.parallel import Processes
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
 from flow import Velocity
-from model import PRESETS, VideoDiT, check_preset, frozen_dtype
+from model import PRESETS, VideoDiT, frozen_dtype
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,7 @@ def main(cfg: Config) -> None:
 
     # 1. Three copies of the SlowGenerator, one after the other: rank 0 reads the weights, and sends them to the others.
     def copy(dtype: torch.dtype, learns: bool) -> VideoDiT:
-        network = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=procs.rank > 0)
-        check_preset(network, cfg.generator, cfg.preset)
+        network = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, procs.rank > 0, cfg.preset)
         return parallel.prepare(network.requires_grad_(learns), procs, cfg.compile, cfg.recompute, cfg.dtype)
 
     frozen = frozen_dtype(cfg.preset, cfg.dtype)

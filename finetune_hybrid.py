@@ -30,7 +30,7 @@ from core.parallel import Processes
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss, r1_penalty
-from model import PRESETS, VideoDiT, check_preset, frozen_dtype
+from model import PRESETS, VideoDiT, frozen_dtype
 from toy.muon import muon_and_adamw
 
 DIFFUSION_STEP = 3  # the random stream that draws at which of the four noise levels the diffusion loss looks
@@ -259,11 +259,9 @@ def main(cfg: Config) -> None:
     # classifier on top, which learns too.
     dtype = frozen_dtype(cfg.preset, cfg.dtype)
     elsewhere = procs.rank > 0  # rank 0 reads the weights, and sends them to the others
-    generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", dtype, shapes_only=elsewhere)
-    backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", dtype, shapes_only=elsewhere)
+    generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", dtype, elsewhere, cfg.preset)
+    backbone = VideoDiT.from_pretrained(cfg.backbone, "SlowGenerator", dtype, elsewhere, cfg.preset)
     adapter = read_adapter(cfg.adapter, "SlowAdapter", shapes_only=elsewhere)
-    check_preset(generator, cfg.generator, cfg.preset)
-    check_preset(backbone, cfg.backbone, cfg.preset)
     check_fit(adapter, cfg.adapter, generator, cfg.generator)
     shape = discriminators.PRESETS[cfg.preset]
     classifier = Classifier(replace(shape, **{cfg.without: False}) if cfg.without else shape)

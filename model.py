@@ -228,13 +228,14 @@ class VideoDiT(nn.Module):
     @classmethod
     def from_pretrained(
         cls, path: Path | str, network: str, dtype: torch.dtype = torch.float32, shapes_only: bool = False,
-        edit: Callable[[dict[str, Stored]], dict[str, Stored]] | None = None,
+        preset: str = "", edit: Callable[[dict[str, Stored]], dict[str, Stored]] | None = None,
     ) -> "VideoDiT":  # fmt: skip
         """Read an own export, or a generator as others publish it (wan/published.py).
 
         `path`: a file or folder; `file.pt:key` chooses among the networks of a training checkpoint. `network`: the name
         that an own export must carry, "SlowGenerator" or "FastGenerator"; foreign files carry none. `shapes_only` as in
-        `load`. `edit`: changes the tensors before they are read, as wan/lora.py's `merge` does.
+        `load`. `preset`: the one whose latents and prompts the network must take; any will do if empty. `edit`: changes
+        the tensors before they are read, as wan/lora.py's `merge` does. UserError for a file that doesn't fit.
         """
         path, key = split_key(path)
         if path.suffix == ".safetensors" and "network" in read_safetensors(path)[0]:
@@ -243,6 +244,8 @@ class VideoDiT(nn.Module):
         else:
             shapes, tensors = read_generator(path, key)
             config = replace(PRESETS["wan5b"], **shapes)
+        if preset and any(getattr(config, name) != getattr(PRESETS[preset], name) for name in ("channels", "text_dim")):
+            raise UserError(f"{path}: is no network of preset {preset}; {OTHER_FILE}")
         return load(lambda: cls(config), edit(tensors) if edit else tensors, path, dtype, shapes_only)
 
     def grid(self, x: Tensor) -> tuple[int, ...]:
@@ -301,9 +304,3 @@ class VideoDiT(nn.Module):
         if self.config.predicts == "x0":
             out = (x - out) / (t / 1000).clamp(min=LEAST_SIGMA)[:, None, :, None, None]
         return (out, features) if feature_blocks else out
-
-
-def check_preset(network: VideoDiT, path: Path | str, preset: str) -> None:
-    """UserError unless a generator, read from `path`, takes the preset's latents and prompts."""
-    if any(getattr(network.config, name) != getattr(PRESETS[preset], name) for name in ("channels", "text_dim")):
-        raise UserError(f"{path}: is no network of preset {preset}; {OTHER_FILE}")

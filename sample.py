@@ -43,7 +43,7 @@ from core.media import MOST_VIDEO, cover_frames, ffmpeg_version, load_image, rea
 from core.noise import sample_noise, step_noise
 from core.weights import split_key
 from data import open_codec
-from model import PRESETS, VideoDiT, check_preset, frozen_dtype
+from model import PRESETS, VideoDiT, frozen_dtype
 from tools.batch import make_table, overlay_path
 from tools.serve import serve_page
 from toy.detail import add_detail, enlarge, full_size, written_size
@@ -173,8 +173,7 @@ def load_networks(cfg: Config, files: tuple[str, Path], procs: parallel.Processe
     """Generator and adapter, ready to work. UserError if they don't fit the preset or one another."""
     name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg.preset, cfg.dtype)
     edit = partial(merge, text=cfg.lora) if cfg.lora else None
-    generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype, edit=edit)
-    check_preset(generator, files[0], cfg.preset)
+    generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype, preset=cfg.preset, edit=edit)
     adapter = read_adapter(files[1], f"{name}Adapter", dtype)
     check_fit(adapter, files[1], generator, files[0])
     unsharded = replace(procs, mesh=None)

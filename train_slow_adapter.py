@@ -29,7 +29,7 @@ from core.noise import sample_noise, sample_uniform
 from core.parallel import Processes
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
-from model import PRESETS, VideoDiT, check_preset, frozen_dtype
+from model import PRESETS, VideoDiT, frozen_dtype
 from toy.muon import muon_and_adamw
 from trajectory import Maps
 
@@ -144,8 +144,7 @@ def main(cfg: Config) -> None:
     # 1. The frozen generator, and the adapter that learns: one to go on from, or a new one.
     dtype = frozen_dtype(cfg.preset, cfg.dtype)
     elsewhere = procs.rank > 0  # rank 0 reads the weights, and sends them to the others
-    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, shapes_only=elsewhere)
-    check_preset(generator, cfg.generator, cfg.preset)
+    generator = VideoDiT.from_pretrained(cfg.generator, "SlowGenerator", dtype, elsewhere, cfg.preset)
     if cfg.init:
         adapter = adapters.read_adapter(cfg.init, "SlowAdapter", shapes_only=elsewhere)
         adapters.check_fit(adapter, cfg.init, generator, cfg.generator)

@@ -368,7 +368,7 @@ def rehearse_sample(mode: str, kind: str, layers: int, videos: int = 1) -> dict[
     options = {"preset": "wan5b", "memory": mode, "steps": 1, "compile": False, "prompt": "a cat"}
     patches = [
         (sample, "find_networks", lambda _: ("", "")), (sample, "read_maps", lambda *_: "outline"),
-        (sample, "read_condition", condition), (sample, "check_preset", Quiet), (sample, "check_fit", Quiet),
+        (sample, "read_condition", condition), (sample, "check_fit", Quiet),
         (batch, "read_jobs", lambda _: [{"out": f"{n}.mp4"} for n in range(videos)]),
         *reading(kind, layers, sample), (sample, "write_video", Quiet), (sample, "draw_overlay", Quiet),
         (umt5, "read_text_encoder", text_encoder), (AutoTokenizer, "from_pretrained", lambda _: tokenize),

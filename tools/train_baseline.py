@@ -28,7 +28,7 @@ from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
 from finetune_hybrid import make_video
 from flow import Velocity
-from model import PRESETS, VideoDiT, check_preset, frozen_dtype
+from model import PRESETS, VideoDiT, frozen_dtype
 from wan.published import find_generator
 
 PATH, SKIP = 40, 2  # lcm: steps of the slow networks from noise to data, and between two levels that are to agree
@@ -143,9 +143,8 @@ def main(cfg: Config) -> None:
     def read(kind: str, generator_learns: bool, adapter_learns: bool) -> Pair:
         file, own = find_generator(folder, kind.lower()), folder / "slow_adapter.safetensors"
         wide, narrow = (torch.float32 if learns else dtype for learns in (generator_learns, adapter_learns))
-        network = VideoDiT.from_pretrained(file, f"{kind}Generator", wide, elsewhere)
+        network = VideoDiT.from_pretrained(file, f"{kind}Generator", wide, elsewhere, cfg.preset)
         adapter = read_adapter(own, "SlowAdapter", narrow, elsewhere)
-        check_preset(network, file, cfg.preset)
         check_fit(adapter, own, network, file)
         both = network.requires_grad_(generator_learns), adapter.requires_grad_(adapter_learns)
         return Pair(*(parallel.prepare(part, procs, cfg.compile, cfg.recompute, cfg.dtype) for part in both))
