@@ -163,14 +163,12 @@ def backward_simulation(velocity: Velocity, first: Tensor, noise: Tensor, sigmas
     first [B,C,1,H,W]; noise [steps,B,C,F,H,W], fresh for every step; returns x0 [B,C,F,H,W] in float32. In training
     the generator thus sees what it will see in use, its own earlier predictions (DMD2, section 4.5).
     """
-    x = torch.cat([first, noise[0][:, :, 1:]], dim=2).float()
+    x0 = first.float().expand_as(noise[0])  # at noise level 1 nothing of it shows but frame 0
     for step in range(last + 1):
-        level = frame_sigma(x.new_full((x.shape[0],), sigmas[step]), x.shape[2])
+        level = frame_sigma(x0.new_full((x0.shape[0],), sigmas[step]), x0.shape[2])
+        x = add_noise(x0, noise[step].float(), level)
         with torch.set_grad_enabled(torch.is_grad_enabled() and step == last):
             x0 = velocity_to_x0(x, velocity(x, timestep(level)).float(), level)  # frame 0 has sigma 0: unchanged
-        if step < last:
-            following = frame_sigma(x.new_full((x.shape[0],), sigmas[step + 1]), x.shape[2])
-            x = add_noise(x0, noise[step + 1].float(), following)
     return x0
 
 
