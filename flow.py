@@ -32,6 +32,7 @@ class Sampling(NamedTuple):
 SLOW = {"small": Sampling(50, 2.0), "wan5b": Sampling(50, 5.0, 5.0)}
 FAST = {"small": Sampling(4, 1.0), "wan5b": Sampling(4, 5.0)}
 
+UNIPC_BEGIN = 0.999  # its first noise level, before the shift (Wan): at 1 the log of signal to noise has no value
 EXIT_STEP = 2  # the random stream that draws the step at which backward simulation ends, in stages 2 and 3
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,F,H,W], t [B,F]) -> v [B,C,F,H,W]
@@ -86,11 +87,11 @@ def flow_matching_loss(
     return error.mean() if by_video is None else (error.mean((1, 2, 3, 4)) * by_video).mean()
 
 
-def sigma_schedule(steps: int, shift: float) -> list[float]:
-    """`steps + 1` noise levels from 1 to 0, uniform before the shift; 4 steps are t = 1000, 750, 500, 250 warped."""
+def sigma_schedule(steps: int, shift: float, begin: float = 1.0) -> list[float]:
+    """`steps + 1` noise levels to 0, uniform before the shift; from 1, 4 steps are t = 1000, 750, 500, 250 warped."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    return [shift_sigma(1 - i / steps, shift) for i in range(steps + 1)]
+    return [shift_sigma(begin * (1 - i / steps), shift) for i in range(steps + 1)]
 
 
 def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:
@@ -116,11 +117,6 @@ def sample_multistep(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: S
         level = frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])  # (B, F)
         x[:, :, 1:] += (following - sigma) * velocity(x, timestep(level))[:, :, 1:].float()
     return x
-
-
-def unipc_schedule(steps: int, shift: float) -> list[float]:
-    """The same for `sample_unipc`. At 1 the log of the signal-to-noise ratio has no value, so Wan begins at 0.999."""
-    return [shift_sigma(0.999 * (1 - i / steps), shift) for i in range(steps + 1)]
 
 
 @torch.no_grad()

@@ -208,7 +208,7 @@ def denoise(
         noise = sample_noise(shape, [0], cfg.seed).to(first.device)
         guided = flow.guided(velocity(text), velocity(negative), guidance)
         if cfg.solver == "unipc":
-            return flow.sample_unipc(guided, first, noise, flow.unipc_schedule(steps, shift))
+            return flow.sample_unipc(guided, first, noise, flow.sigma_schedule(steps, shift, flow.UNIPC_BEGIN))
         return flow.sample_multistep(guided, first, noise, flow.sigma_schedule(steps, shift))
 
 

@@ -117,7 +117,7 @@ def test_guidance_goes_away_from_the_negative_prompt_with_the_adapter_in_both_br
 
 def slow_levels(shift: float) -> list[float]:
     """As in Wan's own program: below 1, and whole timesteps."""
-    return [int(1000 * level) / 1000 for level in flow.unipc_schedule(2, shift)[:2]]
+    return [int(1000 * level) / 1000 for level in flow.sigma_schedule(2, shift, flow.UNIPC_BEGIN)[:2]]
 
 
 @pytest.mark.parametrize("speed, shift, memory", [("slow", 2.0, "high"), ("fast", 2.0, "low"), ("fast", 0.0, "high")])
