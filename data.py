@@ -1,19 +1,25 @@
 """What training reads: latents, text and trajectory maps, of the toy world or of clips from tools.prepare_clips.
 
-A source's `batch(samples, kind="box")` is a Batch (core/codec.py), and follows from sample numbers and a seed alone.
+A source's `batch(samples, kind="box")` is a Batch (core/codec.py), and follows from sample numbers and a seed alone. So
+does a Draw, what stages 2 and 3 read: a batch and noise.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import flow
 from core.codec import Batch, Codec, drop_caption
-from core.config import UserError
+from core.config import UserError, require
+from core.memory import send
+from core.noise import draw_integer, sample_uniform, step_noise
 from core.record import checksum
 from core.weights import read_config, read_folder
 from toy.codec import ToyCodec
@@ -21,6 +27,7 @@ from toy.latents import ToyLatents
 from trajectory import Maps
 
 HELD_OUT = 4  # clips
+EXIT_STEP = 2  # the random stream that draws the step at which backward simulation ends
 
 
 class ClipLatents:
@@ -46,9 +53,8 @@ class ClipLatents:
         for number in sorted({int(name.split(".")[0]) for name in self.latents}):
             shapes[self.latents[f"{number}.video"].shape].append(number)
         most = max(shapes.values(), key=len, default=())
-        if len(most) <= HELD_OUT:
-            rest = f"no shape has over {HELD_OUT} clips, of which {HELD_OUT} are held out"
-            raise UserError(f"{folder}: {rest}; prepare more clips")
+        few = f"no shape has over {HELD_OUT} clips, of which {HELD_OUT} are held out; prepare more clips"
+        require(len(most) > HELD_OUT, f"{folder}: {few}")
         self.texts = read_folder(self.folder, "text")
         held = [most.pop(0) for _ in range(HELD_OUT)]
         self.channels = next(iter(shapes))[0]
@@ -94,6 +100,31 @@ def epoch_steps(shapes: tuple[tuple[int, ...], ...], size: int, seed: int, epoch
         order += order * (size // len(order) + 1)
         steps += [order[i : i + size] for i in range(0, len(clips), size)]
     return [steps[i] for i in np.random.default_rng([seed, epoch]).permutation(len(steps))]
+
+
+class Draw(NamedTuple):
+    """Videos, noise and the FastGenerator's schedule for one loss."""
+
+    batch: Batch  # true videos
+    sigmas: Sequence[float]  # the generator's noise levels
+    exit_step: int  # the step at which its sampling ends
+    noise: Tensor  # of its sampling [steps,B,C,F,H,W]
+    renoise: Tensor  # added to true and generated videos before they are judged [B,C,F,H,W]
+    sigma: Tensor  # at this noise level [B]
+
+
+def make_draw(
+    samples: list[int], turn: int, cfg, data: Source, device: torch.device, kind: str | None = None, sparse: float = 0,
+    exit_step: Literal["last", "random"] = "random",
+) -> Draw:  # fmt: skip
+    """`turn`: the number of the update. `cfg`: the options of stage 2 or 3. `kind` and `sparse`: as in `batch`."""
+    batch = data.batch(samples, kind, sparse).to(device)
+    steps, shift, _ = flow.FAST[cfg.preset]
+    noise = send(step_noise(steps + 1, batch.x0.shape[1:], samples, cfg.seed, turn), device)
+    u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), device)
+    sigma = (cfg.judge_sigma_max * flow.shift_sigma(u, shift)).clamp(0.02, 0.98)
+    last = steps - 1 if exit_step == "last" else draw_integer(steps, cfg.seed, turn, EXIT_STEP)
+    return Draw(batch, flow.sigma_schedule(steps, shift), last, noise[:-1], noise[-1], sigma)
 
 
 def open_codec(preset: str, folder: Path | str, device: torch.device, **options) -> Codec:

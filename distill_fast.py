@@ -23,10 +23,10 @@ from core import optim, parallel
 from core.codec import Batch
 from core.config import run_script, shipped
 from core.memory import send
-from core.noise import draw_integer, sample_uniform, step_noise
+from core.noise import step_noise
 from core.parallel import Processes
 from core.runs import Run, due, start_processes
-from data import Source, open_codec, training_data
+from data import Draw, Source, make_draw, open_codec, training_data
 from flow import Velocity
 from model import PRESETS, VideoDiT, frozen_dtype
 
@@ -89,26 +89,15 @@ WAN5B = replace(
 )
 
 
-class Draw(NamedTuple):
-    """The first frames that a loss is about, the student's schedule, and everything random."""
-
-    first: Tensor  # clean first-frame latents [B,C,1,H,W]
-    sigmas: Sequence[float]  # the student's noise levels
-    exit_step: int  # the step at which its sampling ends
-    noise: Tensor  # of its sampling [steps,B,C,F,H,W]
-    renoise: Tensor  # added to its result before the scores judge it [B,C,F,H,W]
-    sigma: Tensor  # at this noise level [B]
-
-
 def student_loss(student: Velocity, real_score: Velocity, fake_score: Velocity, draw: Draw) -> Tensor:
     """Distribution matching: move the student's x0 against `fake_score(x_t) - real_score(x_t)`, read as clean videos.
 
-    The student samples up to `draw.exit_step`, and that step alone gets the gradient. The difference is divided by the
-    mean of |x0 - real_score(x_t)| of each video, so that all noise levels pull alike (DMD, eq. 8). The returned value
-    has that gradient; it is no distance, and does not fall.
+    The student samples up to `draw.exit_step`, from first frames and noise, and that step alone gets the gradient. The
+    difference is divided by the mean of |x0 - real_score(x_t)| of each video, so that all noise levels pull alike (DMD,
+    eq. 8). The returned value has that gradient; it is no distance, and does not fall.
     """
     # 1. The student makes videos, by the same steps as in use.
-    x0 = flow.backward_simulation(student, draw.first, draw.noise, draw.sigmas, draw.exit_step)
+    x0 = flow.backward_simulation(student, draw.batch.x0[:, :, :1], draw.noise, draw.sigmas, draw.exit_step)
     with torch.no_grad():
         # 2. They are noised again, and both scores predict the clean video.
         level = flow.frame_sigma(draw.sigma, x0.shape[2])
@@ -124,27 +113,13 @@ def student_loss(student: Velocity, real_score: Velocity, fake_score: Velocity, 
 def fake_score_loss(fake_score: Velocity, student: Velocity, draw: Draw, on: str = "x0") -> Tensor:
     """The flow-matching loss of the fake score on the student's videos: the error of "x0" or of the "velocity"."""
     with torch.no_grad():
-        x0 = flow.backward_simulation(student, draw.first, draw.noise, draw.sigmas, draw.exit_step)
+        x0 = flow.backward_simulation(student, draw.batch.x0[:, :, :1], draw.noise, draw.sigmas, draw.exit_step)
     return flow.flow_matching_loss(fake_score, x0, draw.renoise, draw.sigma, on)
 
 
 def student_learns(step: int, ratio: int) -> bool:
     """The fake score learns at every step, the student in every `ratio`-th."""
     return (step + 1) % ratio == 0
-
-
-def make_draw(
-    samples: list[int], turn: int, cfg: Config, data: Source, device: torch.device, kind: str | None = None
-) -> tuple[dict[str, Tensor], Draw]:
-    """What networks read beside x_t and t, text [B,L,text_dim] and maps of a `kind`, and a loss's frames and noise."""
-    x0, text, traj = data.batch(samples, kind).to(device)
-    steps, shift, _ = flow.FAST[cfg.preset]
-    noise = send(step_noise(steps + 1, x0.shape[1:], samples, cfg.seed, turn), device)
-    u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), device)
-    sigma = (cfg.judge_sigma_max * flow.shift_sigma(u, shift)).clamp(0.02, 0.98)
-    exit_step = draw_integer(steps, cfg.seed, turn, flow.EXIT_STEP)
-    draw = Draw(x0[:, :, :1], flow.sigma_schedule(steps, shift), exit_step, noise[:-1], noise[-1], sigma)
-    return {"text": text} | ({"traj": traj} if kind else {}), draw
 
 
 class Networks(NamedTuple):
@@ -167,13 +142,14 @@ def matching_step(
     turn, losses = 2 * step + (learner == "generator"), []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
-        given, draw = make_draw(samples, turn, cfg, data, procs.device, kind)
+        draw = make_draw(samples, turn, cfg, data, procs.device, kind)
+        given = {"text": draw.batch.text} | ({"traj": draw.batch.traj} if kind else {})
         student, fake, real = (partial(network, **given) for network in networks[:3])
         with parallel.autocast(procs.device, cfg.dtype):
             if learner == "fake":
                 loss = fake_score_loss(fake, student, draw, cfg.fake_error)
             else:
-                unconditional = partial(real, text=networks.negative.expand_as(given["text"]))
+                unconditional = partial(real, text=networks.negative.expand_as(draw.batch.text))
                 loss = student_loss(student, flow.guided(real, unconditional, cfg.guidance), fake, draw)
         (loss / len(shares)).backward()
         losses.append(loss.detach())

@@ -25,10 +25,10 @@ from core import optim, parallel
 from core.codec import Batch
 from core.config import UserError, require, run_script, shipped
 from core.memory import send
-from core.noise import draw_integer, sample_noise, sample_uniform, step_noise
+from core.noise import sample_noise, sample_uniform, step_noise
 from core.parallel import Processes
 from core.runs import Run, due, start_processes
-from data import Source, open_codec, training_data
+from data import Source, make_draw, open_codec, training_data
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss, discriminator_loss, r1_penalty
 from model import PRESETS, VideoDiT, frozen_dtype
 from toy.muon import muon_and_adamw
@@ -142,29 +142,6 @@ def phase(step: int, steps: int, ratio: int, diffusion_first: int, adapter_start
     return Phase(judged, step >= begin + rest and (step + 1) % ratio == 0, begin, begin + rest, end)
 
 
-class Draw(NamedTuple):
-    """Videos, noise and the generator's schedule for one loss."""
-
-    x0: Tensor  # true videos [B,C,F,H,W]
-    text: Tensor  # [B,L,text_dim]
-    traj: Tensor  # [B,C,F,H,W]
-    noise: Tensor  # of the generator's sampling [steps,B,C,F,H,W]
-    sigmas: list[float]  # its noise levels
-    exit_step: int  # the step at which it ends
-    renoise: Tensor  # added to true and generated videos before they are judged [B,C,F,H,W]
-    level: Tensor  # at this noise level [B,F]
-
-
-def make_draw(samples: list[int], turn: int, cfg: Config, data: Source, device: torch.device) -> Draw:
-    x0, text, traj = data.batch(samples, "box", cfg.sparse).to(device)
-    steps, shift, _ = flow.FAST[cfg.preset]
-    noise = send(step_noise(steps + 1, x0.shape[1:], samples, cfg.seed, turn), device)
-    u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), device)
-    level = flow.frame_sigma((cfg.judge_sigma_max * flow.shift_sigma(u, shift)).clamp(0.02, 0.98), x0.shape[2])
-    exit_step = steps - 1 if cfg.exit_step == "last" else draw_integer(steps, cfg.seed, turn, flow.EXIT_STEP)
-    return Draw(x0, text, traj, noise[:-1], flow.sigma_schedule(steps, shift), exit_step, noise[-1], level)
-
-
 def discriminator_step(
     step: int, cfg: Config, generator: VideoDiT, adapter: Adapter, discriminator: DiffusionDiscriminator,
     optimizers: Sequence[Optimizer], data: Source, procs: Processes,
@@ -175,17 +152,18 @@ def discriminator_step(
     turn, losses = 2 * step, []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
-        x0, text, traj, noise, sigmas, exit_step, renoise, level = make_draw(samples, turn, cfg, data, procs.device)
+        draw = make_draw(samples, turn, cfg, data, procs.device, "box", cfg.sparse, cfg.exit_step)
+        (x0, text, traj), level = draw.batch, flow.frame_sigma(draw.sigma, draw.renoise.shape[2])
         with parallel.autocast(procs.device, cfg.dtype):
             with torch.no_grad():
                 velocity = with_adapter(generator, adapter, text, traj)
-                fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, exit_step)
+                fake = flow.backward_simulation(velocity, x0[:, :, :1], draw.noise, draw.sigmas, draw.exit_step)
                 videos = [x0, fake]
                 if cfg.r1:  # a true video with a little noise, but for its first frame
                     away = R1_NOISE * sample_noise(x0.shape[1:], samples, cfg.seed, turn, NEAR)
                     videos.append(torch.cat([x0[:, :, :1], (x0 + send(away, procs.device))[:, :, 1:]], 2))
                 # One after the other: one batch would take twice the memory, and a compiled block of its own.
-                noisy = (flow.add_noise(video, renoise, level) for video in videos)
+                noisy = (flow.add_noise(video, draw.renoise, level) for video in videos)
                 seen = [discriminator.features(x_t, flow.timestep(level), text) for x_t in noisy]
                 features, count = [torch.cat(parts) for parts in zip(*seen, strict=True)], len(videos)
             logits = discriminator.classifier(features, torch.cat([text] * count), torch.cat([traj] * count))
@@ -210,27 +188,28 @@ def adapter_step(
     turn, losses = 2 * step + 1, []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
-        x0, text, traj, noise, sigmas, exit_step, renoise, level = make_draw(samples, turn, cfg, data, procs.device)
+        draw = make_draw(samples, turn, cfg, data, procs.device, "box", cfg.sparse, cfg.exit_step)
+        (x0, text, traj), level = draw.batch, flow.frame_sigma(draw.sigma, draw.renoise.shape[2])
         diffusion = adversarial = torch.zeros((), device=procs.device)
         if cfg.use_diffusion:  # the true video, noised to one of the sampler's levels
             u = sample_uniform(samples, cfg.batch, cfg.seed, turn, DIFFUSION_STEP)
-            sigma = send(torch.tensor([sigmas[int(v * (len(sigmas) - 1))] for v in u]), procs.device)
+            sigma = send(torch.tensor([draw.sigmas[int(v * len(draw.noise))] for v in u]), procs.device)
             with parallel.autocast(procs.device, cfg.dtype):
                 velocity = with_adapter(generator, adapter, text, traj)
-                diffusion = flow.flow_matching_loss(velocity, x0, renoise, sigma, "x0")
+                diffusion = flow.flow_matching_loss(velocity, x0, draw.renoise, sigma, "x0")
             (weight * diffusion / len(shares)).backward()  # one loss after the other, each with activations of its own
         if judged:  # the generator's video, noised, is to pass for real
             with parallel.autocast(procs.device, cfg.dtype):
                 velocity = with_adapter(generator, adapter, text, traj)
-                fake = flow.backward_simulation(velocity, x0[:, :, :1], noise, sigmas, exit_step)
-                x_t = flow.add_noise(fake, renoise, level)
+                fake = flow.backward_simulation(velocity, x0[:, :, :1], draw.noise, draw.sigmas, draw.exit_step)
+                x_t = flow.add_noise(fake, draw.renoise, level)
                 adversarial = adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
             (cfg.gan_scale * adversarial / len(shares)).backward()
         losses.append(torch.stack([adversarial.detach(), diffusion.detach()]))
     discriminator.zero_grad()  # the gradient passed through it; its own comes from discriminator_step
     norm = optim.clip_and_step(adapter, optimizers, cfg.clip)
     means = dict(zip(("adversarial_loss", "diffusion_loss"), torch.stack(losses).mean(0), strict=True))
-    return means | {"adapter_grad_norm": norm, "exit_step": float(exit_step)}
+    return means | {"adapter_grad_norm": norm, "exit_step": float(draw.exit_step)}
 
 
 def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adapter: Adapter) -> list[Tensor]:

@@ -32,8 +32,7 @@ class Sampling(NamedTuple):
 SLOW = {"small": Sampling(50, 2.0), "wan5b": Sampling(50, 5.0, 5.0)}
 FAST = {"small": Sampling(4, 1.0), "wan5b": Sampling(4, 5.0)}
 
-UNIPC_BEGIN = 0.999  # its first noise level, before the shift (Wan): at 1 the log of signal to noise has no value
-EXIT_STEP = 2  # the random stream that draws the step at which backward simulation ends, in stages 2 and 3
+UNIPC_BEGIN = 0.999  # where UniPC's noise levels begin (Wan): at 1 the log of signal to noise has no value
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,F,H,W], t [B,F]) -> v [B,C,F,H,W]
 

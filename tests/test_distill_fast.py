@@ -10,7 +10,9 @@ from torch import nn
 import distill_fast
 import flow
 from core import optim
-from distill_fast import WAN5B, Config, Draw, fake_score_loss, student_learns, student_loss
+from core.codec import Batch
+from data import Draw
+from distill_fast import WAN5B, Config, fake_score_loss, student_learns, student_loss
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
 
@@ -29,7 +31,7 @@ def conditions(*sigma):
     shape = (2, 24, 3, 4, 4)
     noise, renoise = torch.randn(4, *shape, generator=random), torch.randn(shape, generator=random)
     first, text = torch.randn(2, 24, 1, 4, 4, generator=random), torch.randn(2, 32, 64, generator=random)
-    return text, Draw(first, SIGMAS, 2, noise, renoise, torch.tensor(sigma))
+    return text, Draw(Batch(first, text, None), SIGMAS, 2, noise, renoise, torch.tensor(sigma))
 
 
 def losses(*networks):
@@ -62,7 +64,7 @@ def test_gradient_is_the_normalised_difference_of_the_scores():
     """With fake(x_t) = a and real(x_t) = b as clean videos: (a - b) / mean of |x0 - b|, over the number of values."""
     x0 = torch.randn(2, 1, 3, 2, 2, requires_grad=True)
     first, noise = x0[:, :, :1].detach(), torch.zeros(1, 2, 1, 3, 2, 2)
-    draw = Draw(first, [1.0, 0.0], 0, noise, torch.randn_like(noise[0]), torch.full((2,), 0.5))
+    draw = Draw(Batch(first, None, None), [1.0, 0.0], 0, noise, torch.randn_like(noise[0]), torch.full((2,), 0.5))
     scores = {"real_score": nets.lands_on(0.2), "fake_score": nets.lands_on(0.7)}
     loss = student_loss(nets.lands_on(x0), **scores, draw=draw)
     (gradient,) = torch.autograd.grad(loss, x0)
@@ -79,7 +81,7 @@ def test_fake_score_loss_on_x0_weighs_each_video_by_its_squared_noise_level():
     with torch.no_grad():
         got = {on: fake_score_loss(fake, student, draw, on).item() for on in ("velocity", "x0")}
         assert fake_score_loss(fake, student, draw).item() == got["x0"]
-        x0 = flow.backward_simulation(student, draw.first, draw.noise, SIGMAS, 2)
+        x0 = flow.backward_simulation(student, draw.batch.x0, draw.noise, SIGMAS, 2)
         level = torch.tensor([[0, 0.3, 0.3], [0, 0.9, 0.9]])
         x_t = (1 - level[:, None, :, None, None]) * x0 + level[:, None, :, None, None] * renoise
         v = fake(x_t, 1000 * level)
@@ -205,7 +207,7 @@ def test_distilled_sampler_matches_a_gaussian_mixture():
         noise, exit_step = torch.randn(5, batch, 2, 2, 2, 2), int(torch.randint(4, ()))
         # From the level to which the sampler noises a step's prediction up: below it nobody sees that prediction.
         sigma = (1 - (1 - torch.rand(batch)) * (exit_step + 1) / 4).clamp(0.02, 0.98)
-        draw = Draw(first, sigmas, exit_step, noise[:-1], noise[-1], sigma)
+        draw = Draw(Batch(first, None, None), sigmas, exit_step, noise[:-1], noise[-1], sigma)
         for learner in (fake, student) if student_learns(step, 2) else (fake,):
             optim.set_lr([optimizers[learner]], 3e-3 * (1 - step / steps))
             optimizers[learner].zero_grad()

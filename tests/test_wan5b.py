@@ -210,7 +210,7 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     loss = distill_fast.student_loss
 
     def student_loss(student, real_score, fake_score, draw):
-        judged.append(draw.first.shape)
+        judged.append(draw.batch.x0.shape)
         return loss(student, real_score, fake_score, draw)
 
     monkeypatch.setattr(distill_fast, "student_loss", student_loss)

@@ -206,7 +206,7 @@ def steps(shape: Shape, device: torch.device) -> Iterator[Case]:
     first, sigmas, level = x0[:, :, :1], flow.sigma_schedule(4, 5.0), flow.frame_sigma(sigma, grid[0])
     stage_1 = partial(train_slow_adapter.adapter_loss, generator, adapter, batch, noise[1], sigma)
     student, score = (partial(network, text=batch.text) for network in (generator, backbone))
-    draw = distill_fast.Draw(first, sigmas, 0, noise, noise[1], sigma)
+    draw = distill_fast.Draw(batch, sigmas, 0, noise, noise[1], sigma)
     stage_2 = partial(distill_fast.student_loss, student, student, score, draw)
 
     def stage_3() -> Tensor:
