@@ -244,9 +244,8 @@ def main(cfg: Config) -> None:
     check_fit(adapter, cfg.adapter, generator, cfg.generator)
     shape = discriminators.PRESETS[cfg.preset]
     classifier = Classifier(replace(shape, **{cfg.without: False}) if cfg.without else shape)
-    networks = generator.requires_grad_(False), backbone.requires_grad_(False), adapter, classifier
-    networks = [parallel.prepare(n, procs, cfg.compile, cfg.recompute, cfg.dtype) for n in networks]
-    generator, backbone, adapter, classifier = networks
+    for network in (generator.requires_grad_(False), backbone.requires_grad_(False), adapter, classifier):
+        parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype)
     discriminator = DiffusionDiscriminator(backbone, classifier)
     optimizers, classifier_optimizers = ([optim.adamw(n, cfg.momentum)] for n in (adapter, classifier))
     if cfg.muon:  # for the matrices that read tokens

@@ -154,8 +154,8 @@ def main(cfg: Config) -> None:
         with torch.device("meta" if elsewhere else "cpu"):
             adapter = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(generator.config), maps=cfg.maps))
         adapter.copy_generator(generator)
-    networks = generator.requires_grad_(False), adapter
-    generator, adapter = (parallel.prepare(n, procs, cfg.compile, cfg.recompute, cfg.dtype) for n in networks)
+    for network in (generator.requires_grad_(False), adapter):
+        parallel.prepare(network, procs, cfg.compile, cfg.recompute, cfg.dtype)
     optimizers = muon_and_adamw(adapter, adapter.blocks) if cfg.muon else [optim.adamw(adapter, 0.9)]
     ema = optim.EMA(adapter, cfg.ema)
 
