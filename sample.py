@@ -7,9 +7,8 @@
     python sample.py --serve                  # draw, generate and watch in a page, tools/draw.html: tools/serve.py
     python sample.py --preset wan5b --weights Wan2.2-TI2V-5B --image x.png --traj boxes.json --prompt "a cat jumps"
 
-Writes `--out` and, beside it, the same video with the boxes drawn over it. Fast: FastGenerator + FastAdapter in 4
-steps, each of which predicts the clean video and adds noise again. Slow: SlowGenerator + SlowAdapter in 50 steps along
-the flow.
+Fast: FastGenerator + FastAdapter in 4 steps, each of which predicts the clean video and adds noise again. Slow:
+SlowGenerator + SlowAdapter in 50 steps along the flow.
 An image of another shape than the video's is resized until it covers it and cut to its middle, and the boxes with it.
 For preset wan5b, `--weights` is Wan2.2-TI2V-5B as published, with the networks of this project in it.
 """
@@ -129,9 +128,6 @@ def embed_prompts(codec: Codec, prompts: list[str]) -> dict[str, Tensor]:
     return dict(zip(prompts, text.split(1), strict=True))
 
 
-OnBlock = Callable[[float], None]  # called after each block of the generator, with the share of the denoising done
-
-
 class Condition(NamedTuple):
     """What one video is made from, besides the prompt."""
 
@@ -183,7 +179,7 @@ def load_networks(cfg: Config, files: tuple[str, Path], procs: parallel.Processe
 @torch.no_grad()
 def denoise(
     cfg: Config, generator: VideoDiT, adapter: Adapter, first: Tensor, traj: Tensor, text: Tensor, negative: Tensor,
-    on_block: OnBlock | None = None,
+    on_block: Callable[[float], None] | None = None,  # called after each block, with the share of the denoising done
 ) -> Tensor:  # fmt: skip
     """Sample the latents [1,C,F,H,W] of a video. Both branches of guidance get the trajectory, as in MagicMotion."""
     (steps, shift, guidance), shape, done = sampling(cfg), traj.shape[1:], count(1)
@@ -220,7 +216,7 @@ def decode(codec: Codec, latents: Tensor, procs: parallel.Processes) -> np.ndarr
 
 def make_video(
     job: Config, condition: Condition, text: Tensor, negative: Tensor, stage: Callable[[str], AbstractContextManager],
-    on_block: OnBlock | None = None, made_of: dict[str, str] | None = None, *, codec: Codec,
+    on_block: Callable | None = None, made_of: dict[str, str] | None = None, *, codec: Codec,
     networks: Callable[[], tuple[VideoDiT, Adapter]], maps: Maps, procs: parallel.Processes, with_boxes: bool = True,
 ) -> None:  # fmt: skip
     """Encode, denoise, decode and write one video, which `procs` share. `stage(name)` surrounds each part of the work.
