@@ -32,6 +32,7 @@ PALETTE = [
     (80, 80, 16), (16, 16, 128), (16, 80, 16), (80, 16, 16), (16, 32, 80), (64, 80, 64),
 ]  # fmt: skip
 Maps = Literal["outline", "pixels"]  # the two ways to paint, of which an adapter's config names one: Trajectory.maps
+Check = Callable[[object, str, str], None]  # (fine, field, problem and mend), raises for the file at hand
 POINTS = (".npy", ".npz", ".txt", ".pt", ".pth")  # suffixes of point tracks, which tools/convert.py reads
 MOST_BYTES, MOST_SIDE, MOST_OBJECTS = 16 << 20, 65536, 64
 MOST_COUNTED = 1000  # maps beyond the video's length that are counted for the error message
@@ -212,9 +213,6 @@ def load_trajectory(
     if crossing:
         warn(f"{path}: boxes cross the video's edge and are cut there: {'; '.join(crossing)}")
     return Trajectory(np.stack(boxes)[:, :length], np.stack(masks), np.array(colors, dtype=np.uint8), names)
-
-
-Check = Callable[[object, str, str], None]  # (fine, field, problem and mend), raises for the file at hand
 
 
 def _whole_numbers(values: object, count: int, low: int, high: int) -> bool:
