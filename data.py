@@ -5,7 +5,6 @@ does a Draw, what stages 2 and 3 read: a batch and noise.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -106,7 +105,7 @@ class Draw(NamedTuple):
     """Videos, noise and the FastGenerator's schedule for one loss."""
 
     batch: Batch  # true videos
-    sigmas: Sequence[float]  # the generator's noise levels
+    sigmas: list[float]  # the generator's noise levels
     exit_step: int  # the step at which its sampling ends
     noise: Tensor  # of its sampling [steps,B,C,F,H,W]
     renoise: Tensor  # added to true and generated videos before they are judged [B,C,F,H,W]

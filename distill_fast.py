@@ -9,7 +9,6 @@ videos all along, where it should go to look like one of those. Their difference
 stage 2). There is no trajectory; the adapter comes back in stage 3. To resume, run the same command again.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -132,7 +131,7 @@ class Networks(NamedTuple):
 
 
 def matching_step(
-    step: int, learner: Literal["fake", "generator"], cfg: Config, networks: Networks, optimizers: Sequence[Optimizer],
+    step: int, learner: Literal["fake", "generator"], cfg: Config, networks: Networks, optimizers: list[Optimizer],
     data: Source, procs: Processes, kind: str | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the fake score, on videos of the student as it is now, or of the student.

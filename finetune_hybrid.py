@@ -9,7 +9,6 @@ of all four steps, or with wan5b of a random number of them. It learns at every 
 else is frozen. In the small preset the first steps have the diffusion loss alone. To resume, run the command again.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -144,7 +143,7 @@ def phase(step: int, steps: int, ratio: int, diffusion_first: int, adapter_start
 
 def discriminator_step(
     step: int, cfg: Config, generator: VideoDiT, adapter: Adapter, discriminator: DiffusionDiscriminator,
-    optimizers: Sequence[Optimizer], data: Source, procs: Processes,
+    optimizers: list[Optimizer], data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The classifier learns to tell true videos from those of the generator and the adapter as it is now, of the same
     images, texts and trajectories. Both are noised alike. Nothing else gets a gradient.
@@ -179,7 +178,7 @@ def discriminator_step(
 
 def adapter_step(
     step: int, weight: float, judged: bool, cfg: Config, generator: VideoDiT, adapter: Adapter,
-    discriminator: DiffusionDiscriminator, optimizers: Sequence[Optimizer], data: Source, procs: Processes,
+    discriminator: DiffusionDiscriminator, optimizers: list[Optimizer], data: Source, procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The adapter learns from both losses; gradients pass through frozen networks.
 

@@ -9,7 +9,6 @@ The loss is the generator's own flow-matching loss, but only the adapter learns 
 masks at first, then boxes, some of them sparse. To resume, run the same command again.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -110,7 +109,7 @@ def adapter_loss(
 
 
 def adapter_step(
-    step: int, cfg: Config, generator: VideoDiT, adapter: Adapter, optimizers: Sequence[Optimizer], data: Source,
+    step: int, cfg: Config, generator: VideoDiT, adapter: Adapter, optimizers: list[Optimizer], data: Source,
     procs: Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the adapter, over the micro-batches of this process."""

@@ -73,7 +73,7 @@ def decoder_loss(out: Tensor, frames: Tensor, detail: float, energy: float) -> T
     return F.l1_loss(out, frames) + detail * F.l1_loss(*laplacians) + energy * F.l1_loss(*energies)
 
 
-def training_step(step: int, cfg: Config, model: ToyAutoencoder, optimizers: Sequence[Optimizer], world: World) -> dict:
+def training_step(step: int, cfg: Config, model: ToyAutoencoder, optimizers: list[Optimizer], world: World) -> dict:
     """One update of the decoder."""
     frames = frames_of(world, range(step * cfg.batch, (step + 1) * cfg.batch), cfg.frames, cfg.seed)
     latents = model.encode(frames)

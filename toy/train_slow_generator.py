@@ -9,7 +9,6 @@ videos their trajectory; stage 1 starts from it. Training begins with pure noise
 to read the prompt. To resume, run the same command again.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -78,8 +77,8 @@ def shape_number(step: int, steps: int, small: float, shapes: int) -> int:
 
 
 def training_step(
-    step: int, cfg: Config, model: VideoDiT, guide: adapter.ResNetAdapter, optimizers: Sequence[Optimizer],
-    guide_optimizers: Sequence[Optimizer], batch: int, data: ToyLatents, procs: parallel.Processes,
+    step: int, cfg: Config, model: VideoDiT, guide: adapter.ResNetAdapter, optimizers: list[Optimizer],
+    guide_optimizers: list[Optimizer], batch: int, data: ToyLatents, procs: parallel.Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the generator and of its guide, on `batch` videos."""
     (samples,) = procs.share(batch, 1, step)
