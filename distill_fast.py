@@ -183,11 +183,10 @@ def main(cfg: Config) -> None:
     networks = Networks(student, fake_score, real_score, send(data.unconditional(), procs.device))
     parts = {"generator": (student, optimizers, ema), "fake": (fake_score, fake_optimizers, None)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
-    start = run.resume()
 
     # 3. The loop: the fake score follows the student, and every few steps the student learns from both scores.
     make = partial(make_video, cfg=cfg, student=student)
-    for step in range(start, cfg.steps):
+    for step in range(run.resume(), cfg.steps):
         for learners, peak in ((optimizers, cfg.lr), (fake_optimizers, cfg.fake_lr)):
             optim.set_lr(learners, optim.learning_rate(step, peak, cfg.warmup, cfg.steps, cfg.schedule))
         values = matching_step(step, "fake", cfg, networks, fake_optimizers, data, procs)

@@ -256,12 +256,11 @@ def main(cfg: Config) -> None:
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch, adapter.config.maps)
     parts = {"adapter": (adapter, optimizers, ema), "classifier": (classifier, classifier_optimizers, None)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
-    start = run.resume()
 
     # 3. The loop: the discriminator learns from true videos and fakes, then the adapter from both losses.
     make = partial(make_video, cfg=cfg, generator=generator, adapter=adapter)
     networks = generator, adapter, discriminator
-    for step in range(start, cfg.steps):
+    for step in range(run.resume(), cfg.steps):
         now = phase(step, cfg.steps, cfg.ratio, cfg.diffusion_first, cfg.adapter_start)
         judged, values = cfg.use_gan and now.judged, {}
         if judged:
