@@ -1,7 +1,6 @@
 """What training reads: latents, text and trajectory maps, of the toy world or of clips from tools.prepare_clips.
 
-A source's `batch(samples, kind="box")` is a Batch (core/codec.py), and follows from sample numbers and a seed alone. So
-does a Draw, what stages 2 and 3 read: a batch and noise.
+A source's `batch(samples, kind="box")` is a Batch (core/codec.py), and follows from sample numbers and a seed alone.
 """
 
 from collections import defaultdict
@@ -102,7 +101,7 @@ def epoch_steps(shapes: tuple[tuple[int, ...], ...], size: int, seed: int, epoch
 
 
 class Draw(NamedTuple):
-    """Videos, noise and the FastGenerator's schedule for one loss."""
+    """What a loss of stage 2 or 3 reads: videos, noise and the FastGenerator's schedule."""
 
     batch: Batch  # true videos
     sigmas: list[float]  # the generator's noise levels

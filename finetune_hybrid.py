@@ -233,8 +233,7 @@ def main(cfg: Config) -> None:
     procs = start_processes(cfg, PRESETS[cfg.preset].heads)
     torch.manual_seed(cfg.seed)  # the same initial classifier on every rank
 
-    # 1. The frozen FastGenerator, the adapter that learns, and the discriminator: a frozen SlowGenerator and a
-    # classifier on top, which learns too.
+    # 1. The frozen FastGenerator, and what learns: the adapter, and a classifier on top of a frozen SlowGenerator.
     dtype = frozen_dtype(cfg.preset, cfg.dtype)
     elsewhere = procs.rank > 0  # rank 0 reads the weights, and sends them to the others
     generator = VideoDiT.from_pretrained(cfg.generator, "FastGenerator", dtype, elsewhere, cfg.preset)

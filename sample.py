@@ -183,7 +183,7 @@ def denoise(
 ) -> Tensor:  # fmt: skip
     """Sample the latents [1,C,F,H,W] of a video. Both branches of guidance get the trajectory, as in MagicMotion."""
     (steps, shift, guidance), shape, done = sampling(cfg), traj.shape[1:], count(1)
-    blocks = steps * len(generator.blocks) * (1 if cfg.speed == "fast" or guidance == 1 else 2)
+    blocks = steps * len(generator.blocks) * (1 if guidance == 1 else 2)
 
     def counted(residuals: Iterable[Tensor]) -> Iterator[Tensor]:
         for number, residual in enumerate(residuals):  # each block asks for one when it is done
@@ -191,18 +191,17 @@ def denoise(
                 on_block(next(done) / blocks)
             yield residual
 
-    def velocity(text: Tensor) -> flow.Velocity:
-        # The small preset's residuals are kept for all steps. Those of wan5b would take 5 GB at full size, so they are
-        # made at every step, each when its block asks.
-        kept = adapter(traj) if cfg.preset == "small" and adapter.static else None
-        return lambda x, t: generator(x, t, text, counted(kept or adapter.residuals(traj, x, t, text)))
+    def velocity(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return generator(x, t, text, counted(kept or adapter.residuals(traj, x, t, text)))
 
     with parallel.autocast(first.device, cfg.dtype), sdpa_kernel(BACKENDS, set_priority=True):
+        # The small preset's residuals are kept. Those of wan5b would take 5 GB: each is made when its block asks.
+        kept = adapter(traj) if cfg.preset == "small" and adapter.static else None
+        guided = flow.guided(partial(velocity, text=text), partial(velocity, text=negative), guidance)
         if cfg.speed == "fast":
             noise = step_noise(steps, shape, [0], cfg.seed).to(first.device)
-            return flow.sample_fewstep(velocity(text), first, noise, flow.sigma_schedule(steps, shift))
+            return flow.sample_fewstep(guided, first, noise, flow.sigma_schedule(steps, shift))
         noise = sample_noise(shape, [0], cfg.seed).to(first.device)
-        guided = flow.guided(velocity(text), velocity(negative), guidance)
         if cfg.solver == "unipc":
             return flow.sample_unipc(guided, first, noise, flow.sigma_schedule(steps, shift, flow.UNIPC_BEGIN))
         return flow.sample_multistep(guided, first, noise, flow.sigma_schedule(steps, shift))
@@ -222,8 +221,7 @@ def make_video(
     """Encode, denoise, decode and write one video, which `procs` share. `stage(name)` surrounds each part of the work.
 
     `networks()` is called when the codec has encoded and needs no more memory; what it gives is let go before decoding.
-    `maps`: how the trajectory is painted. `with_boxes`: write the video with the boxes drawn too. `made_of`: goes into
-    the video's file.
+    `maps`: how the trajectory is painted. `with_boxes`: write the other video too. `made_of`: as in `write_video`.
     """
     image, trajectory, full = condition
     with stage("encode image and boxes"):

@@ -1,6 +1,4 @@
-"""Stage 1: train the SlowAdapter, which makes a frozen SlowGenerator follow a trajectory.
-
-This is the reference loop: read it first.
+"""Stage 1, and the loop to read first: train the SlowAdapter, which makes a frozen SlowGenerator follow a trajectory.
 
     python train_slow_adapter.py                # preset small on this machine, from the shipped generator
     torchrun --nproc_per_node=8 train_slow_adapter.py
