@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+import flow
+from core.codec import Batch
 from core.config import require
+from core.memory import send
+from core.noise import sample_noise, step_noise
 from core.parallel import TokenSplit
 from core.weights import load, read_network
-from flow import Velocity
 from model import OTHER_FILE, DiTConfig, PatchEmbedding, VideoDiT, init_xavier
 from trajectory import Maps
 
@@ -202,11 +205,26 @@ class ControlNetAdapter(VideoDiT):
 Adapter = ResNetAdapter | ControlNetAdapter
 
 
-def with_adapter(generator: VideoDiT, adapter: Adapter, text: Tensor, traj: Tensor) -> Velocity:
-    """The generator's velocity with the adapter's residuals: those of a static one are made once, for all calls."""
-    if adapter.static:
-        return partial(generator, text=text, residuals=adapter(traj))
+def with_adapter(generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor) -> flow.Velocity:
+    """The generator's velocity with an adapter's residuals: those of a static one are made once, for all calls."""
+    if adapter is None or adapter.static:
+        return partial(generator, text=text, residuals=adapter(traj) if adapter else None)
     return lambda x, t: generator(x, t, text, adapter(traj, x, t, text))
+
+
+def sample_clip(
+    generator: VideoDiT, adapters: Sequence[Adapter | None], sampling: flow.Sampling, seed: int, batch: Batch,
+    number: int, euler: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Latents of videos with a clip's first frame, text and trajectory: one for each adapter, where None is without.
+
+    `number`: the clip's, which fixes the noise. `euler`: by Euler steps, not by the few-step sampler.
+    """
+    (steps, shift, _), first, shape = sampling, batch.x0[:, :, :1], batch.x0.shape[1:]
+    noise = sample_noise(shape, [number], seed) if euler else step_noise(steps, shape, [number], seed)
+    sampler, noise = flow.sample_multistep if euler else flow.sample_fewstep, send(noise, first.device)
+    velocities = (with_adapter(generator, adapter, batch.text, batch.traj) for adapter in adapters)
+    return [sampler(velocity, first, noise, flow.sigma_schedule(steps, shift)) for velocity in velocities]
 
 
 def check_fit(adapter: Adapter, path: Path | str, generator: VideoDiT, generator_path: Path | str) -> None:

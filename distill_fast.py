@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import flow
+from adapter import sample_clip
 from core import optim, parallel
-from core.codec import Batch
 from core.config import run_script, shipped
 from core.memory import send
-from core.noise import step_noise
 from core.parallel import Processes
 from core.runs import Run, due, start_processes
 from data import Draw, Source, make_draw, open_codec, training_data
@@ -156,14 +155,6 @@ def matching_step(
     return {f"{learner}_loss": torch.stack(losses).mean(), f"{learner}_grad_norm": norm}
 
 
-def make_video(batch: Batch, number: int, cfg: Config, student: VideoDiT) -> list[Tensor]:
-    """Latents of the student's video with a held-out clip's first frame and text."""
-    steps, shift, _ = flow.FAST[cfg.preset]
-    noise = send(step_noise(steps, batch.x0.shape[1:], [number], cfg.seed), batch.x0.device)
-    velocity, sigmas = partial(student, text=batch.text), flow.sigma_schedule(steps, shift)
-    return [flow.sample_fewstep(velocity, batch.x0[:, :, :1], noise, sigmas)]
-
-
 def main(cfg: Config) -> None:
     procs = start_processes(cfg, PRESETS[cfg.preset].heads)
 
@@ -185,7 +176,7 @@ def main(cfg: Config) -> None:
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
 
     # 3. The loop: the fake score follows the student, and every few steps the student learns from both scores.
-    make = partial(make_video, cfg=cfg, student=student)
+    make = partial(sample_clip, student, [None], flow.FAST[cfg.preset], cfg.seed)
     for step in range(run.resume(), cfg.steps):
         for learners, peak in ((optimizers, cfg.lr), (fake_optimizers, cfg.fake_lr)):
             optim.set_lr(learners, optim.learning_rate(step, peak, cfg.warmup, cfg.steps, cfg.schedule))

@@ -19,12 +19,11 @@ from torch.optim import Optimizer
 
 import discriminator as discriminators
 import flow
-from adapter import Adapter, check_fit, read_adapter, with_adapter
+from adapter import Adapter, check_fit, read_adapter, sample_clip, with_adapter
 from core import optim, parallel
-from core.codec import Batch
 from core.config import UserError, require, run_script, shipped
 from core.memory import send
-from core.noise import sample_noise, sample_uniform, step_noise
+from core.noise import sample_noise, sample_uniform
 from core.parallel import Processes
 from core.runs import Run, due, start_processes
 from data import Source, make_draw, open_codec, training_data
@@ -211,14 +210,6 @@ def adapter_step(
     return means | {"adapter_grad_norm": norm, "exit_step": float(draw.exit_step)}
 
 
-def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adapter: Adapter) -> list[Tensor]:
-    """Latents of a video with a held-out clip's first frame, text and trajectory."""
-    sigmas = flow.sigma_schedule(*flow.FAST[cfg.preset][:2])
-    noise = send(step_noise(len(sigmas) - 1, batch.x0.shape[1:], [number], cfg.seed), batch.x0.device)
-    velocity = with_adapter(generator, adapter, batch.text, batch.traj)
-    return [flow.sample_fewstep(velocity, batch.x0[:, :, :1], noise, sigmas)]
-
-
 def check(cfg: Config) -> None:
     """UserError if the options contradict one another."""
     require(cfg.use_gan or cfg.use_diffusion, "--use_gan false --use_diffusion false: no loss is left; use one or both")
@@ -257,7 +248,7 @@ def main(cfg: Config) -> None:
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
 
     # 3. The loop: the discriminator learns from true videos and fakes, then the adapter from both losses.
-    make = partial(make_video, cfg=cfg, generator=generator, adapter=adapter)
+    make = partial(sample_clip, generator, [adapter], flow.FAST[cfg.preset], cfg.seed)
     networks = generator, adapter, discriminator
     for step in range(run.resume(), cfg.steps):
         now = phase(step, cfg.steps, cfg.ratio, cfg.diffusion_first, cfg.adapter_start)

@@ -127,13 +127,6 @@ def adapter_step(
     return {"loss": torch.stack(losses).mean(), "grad_norm": norm}
 
 
-def make_video(batch: Batch, number: int, cfg: Config, generator: VideoDiT, adapter: Adapter) -> list[Tensor]:
-    """Latents of a video with a held-out clip's first frame, text and trajectory, in 20 steps."""
-    noise = send(sample_noise(batch.x0.shape[1:], [number], cfg.seed), batch.x0.device)
-    velocity, sigmas = with_adapter(generator, adapter, batch.text, batch.traj), flow.sigma_schedule(20, cfg.shift)
-    return [flow.sample_multistep(velocity, batch.x0[:, :, :1], noise, sigmas)]
-
-
 def main(cfg: Config) -> None:
     procs = start_processes(cfg, PRESETS[cfg.preset].heads)
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
@@ -165,7 +158,7 @@ def main(cfg: Config) -> None:
         adapter.fit([data.batch([n], "box").traj for n in range(16)])  # the same on every rank
 
     # 3. The loop.
-    make = partial(make_video, cfg=cfg, generator=generator, adapter=adapter)
+    make = partial(adapters.sample_clip, generator, [adapter], flow.Sampling(20, cfg.shift), cfg.seed, euler=True)
     for step in range(start, cfg.steps):
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
         optim.set_lr(optimizers, lr)

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 import distill_fast
 import flow
-from adapter import check_fit, read_adapter
+from adapter import check_fit, read_adapter, sample_clip
 from core import optim, parallel
 from core.config import run_script, shipped
 from core.memory import send
 from core.noise import sample_uniform, step_noise
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
-from finetune_hybrid import make_video
 from flow import Velocity
 from model import PRESETS, VideoDiT, frozen_dtype
 from wan.published import find_generator
@@ -166,7 +165,7 @@ def main(cfg: Config) -> None:
     start = run.resume()
 
     # 3. The loop.
-    make = partial(make_video, cfg=cfg, generator=student.generator, adapter=adapter)
+    make = partial(sample_clip, student.generator, [adapter], flow.FAST[cfg.preset], cfg.seed)
     for step in range(start, cfg.steps):
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps, cfg.schedule))
         if cfg.loss == "lcm":

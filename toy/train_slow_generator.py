@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 import adapter
 import flow
 from core import optim, parallel
-from core.codec import Batch
 from core.config import run_script
 from core.noise import sample_noise, sample_uniform
 from core.runs import Run, due, start_processes
@@ -98,14 +97,6 @@ def training_step(
     return {"loss": loss.detach(), "grad_norm": optim.clip_and_step(model, optimizers)}
 
 
-def make_videos(batch: Batch, number: int, cfg: Config, model: VideoDiT, guide: adapter.ResNetAdapter) -> list[Tensor]:
-    """Latents of two videos from a held-out clip's first frame and text: the generator's alone, and guided."""
-    noise = sample_noise(batch.x0.shape[1:], [number], cfg.seed).to(batch.x0.device)
-    sigmas = flow.sigma_schedule(20, cfg.shift)
-    velocities = partial(model, text=batch.text), adapter.with_adapter(model, guide, batch.text, batch.traj)
-    return [flow.sample_multistep(velocity, batch.x0[:, :, :1], noise, sigmas) for velocity in velocities]
-
-
 def main(cfg: Config) -> None:
     procs = start_processes(cfg)
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
@@ -132,7 +123,7 @@ def main(cfg: Config) -> None:
     if start == 0 and not cfg.init:
         guide.fit([sources[0][1].batch([n], "box").traj for n in range(16)])  # the same on every rank
 
-    make = partial(make_videos, cfg=cfg, model=model, guide=guide)
+    make = partial(adapter.sample_clip, model, [None, guide], flow.Sampling(20, cfg.shift), cfg.seed, euler=True)
     for step in range(start, cfg.steps):
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
         optim.set_lr([*optimizers, *guide_optimizers], lr)
