@@ -41,8 +41,7 @@ class ClipLatents:
         if not record.exists() or "shards" not in (made_of := read_config(record)):
             raise UserError(f"{folder}: holds no finished shards; run python -m tools.prepare_clips")
         self.maps, self.codec, shards = made_of["maps"], made_of["codec"], made_of["shards"]
-        files = (file for kind in ("latents", "text") for file in self.folder.glob(f"{kind}-*.safetensors"))
-        found = {file.name: checksum(file) for file in files}
+        found = {f.name: checksum(f) for kind in ("latents", "text") for f in self.folder.glob(f"{kind}-*.safetensors")}
         if other := sorted(name for name in shards | found if shards.get(name) != found.get(name)):
             mend = "run python -m tools.prepare_clips again, or prepare clips anew"
             raise UserError(f"{self.folder / other[0]}: isn't the file that was prepared with the others here; {mend}")
