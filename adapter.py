@@ -141,8 +141,7 @@ class ResNetAdapter(nn.Module):
         frames = torch.cat([first, first + later / self.config.copies], 2)
         shown = ((frames - self.black).abs() > 0.05).any(1, keepdim=True)  # files round `black` to bfloat16
         shown = torch.where(shown.any((3, 4), keepdim=True), shown, shown.any(2, keepdim=True)) | shown[:, :, :1]
-        window = (1, 2 * REACH + 1, 2 * REACH + 1)
-        return 1 - F.max_pool3d(shown.float(), window, stride=1, padding=(0, REACH, REACH))
+        return 1 - F.max_pool3d(shown.float(), (1, 2 * REACH + 1, 2 * REACH + 1), stride=1, padding=(0, REACH, REACH))
 
     def forward(self, traj: Tensor, *_x_t_text: Tensor) -> list[Tensor]:
         """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""

@@ -116,8 +116,7 @@ def adapter_step(
     for samples in shares:
         batch = data.batch(samples, kind, sparse, drop_text=0.1).to(procs.device)
         noise = send(sample_noise(batch.x0.shape[1:], samples, cfg.seed, step), procs.device)
-        u = send(sample_uniform(samples, cfg.batch, cfg.seed, step), procs.device)
-        sigma = flow.shift_sigma(u, cfg.shift)
+        sigma = flow.shift_sigma(send(sample_uniform(samples, cfg.batch, cfg.seed, step), procs.device), cfg.shift)
         weight = bell(sigma, cfg.shift) if cfg.loss_weight == "bell" else None
         with parallel.autocast(procs.device, cfg.dtype):
             loss = adapter_loss(generator, adapter, batch, noise, sigma, weight)

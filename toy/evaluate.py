@@ -187,8 +187,7 @@ def main(cfg: Config) -> None:
         generator, adapter = networks[way.generator], networks[way.adapter]
         if adapter:
             check_fit(adapter, way.adapter, generator, way.generator)
-        slow = "slow" in way.generator.stem
-        samplers.append(partial(sample_videos, generator, adapter, way.steps, cfg.seed, slow))
+        samplers.append(partial(sample_videos, generator, adapter, way.steps, cfg.seed, "slow" in way.generator.stem))
     batch = World(cfg.split).batch(range(cfg.videos))  # which takes longer than finding out that a file is wrong
     done, times, known = earlier_rows(out, about["command"]), [math.nan] * len(ways), {}
     if not cfg.ablation:
