@@ -11,7 +11,7 @@ stage 2). There is no trajectory; the adapter comes back in stage 3. To resume, 
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -120,38 +120,31 @@ def student_learns(step: int, ratio: int) -> bool:
     return (step + 1) % ratio == 0
 
 
-class Networks(NamedTuple):
-    """What a step reads, of which it changes one."""
-
-    student: nn.Module
-    fake_score: nn.Module
-    real_score: nn.Module
-    negative: Tensor  # prompt [1,L,text_dim] that the real score's guidance goes away from
-
-
 def matching_step(
-    step: int, learner: Literal["fake", "generator"], cfg: Config, networks: Networks, optimizers: list[Optimizer],
-    data: Source, procs: Processes, kind: str | None = None,
+    step: int, learner: Literal["fake", "generator"], cfg: Config, student: nn.Module, fake_score: nn.Module,
+    real_score: nn.Module, negative: Tensor, optimizers: list[Optimizer], data: Source, procs: Processes,
+    kind: str | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One update of the fake score, on videos of the student as it is now, or of the student.
 
-    `kind`: of the trajectories' maps, for networks that have an adapter.
+    `negative`: the prompt [1,L,text_dim] that the real score's guidance goes away from. `kind`: of the trajectories'
+    maps, for networks that have an adapter.
     """
     turn, losses = 2 * step + (learner == "generator"), []
     shares = procs.share(cfg.batch, cfg.accumulate, turn)
     for samples in shares:
         draw = make_draw(samples, turn, cfg, data, procs.device, kind)
         given = {"text": draw.batch.text} | ({"traj": draw.batch.traj} if kind else {})
-        student, fake, real = (partial(network, **given) for network in networks[:3])
+        made, fake, real = (partial(network, **given) for network in (student, fake_score, real_score))
         with parallel.autocast(procs.device, cfg.dtype):
             if learner == "fake":
-                loss = fake_score_loss(fake, student, draw, cfg.fake_error)
+                loss = fake_score_loss(fake, made, draw, cfg.fake_error)
             else:
-                unconditional = partial(real, text=networks.negative.expand_as(draw.batch.text))
-                loss = student_loss(student, flow.guided(real, unconditional, cfg.guidance), fake, draw)
+                unconditional = partial(real, text=negative.expand_as(draw.batch.text))
+                loss = student_loss(made, flow.guided(real, unconditional, cfg.guidance), fake, draw)
         (loss / len(shares)).backward()
         losses.append(loss.detach())
-    norm = optim.clip_and_step(networks.fake_score if learner == "fake" else networks.student, optimizers, cfg.clip)
+    norm = optim.clip_and_step(fake_score if learner == "fake" else student, optimizers, cfg.clip)
     return {f"{learner}_loss": torch.stack(losses).mean(), f"{learner}_grad_norm": norm}
 
 
@@ -171,7 +164,7 @@ def main(cfg: Config) -> None:
     # 2. The data, and the run's folder, from which a killed run resumes.
     codec = open_codec(cfg.preset, cfg.weights, procs.device, dtype=frozen)
     data, held_out = training_data(cfg.data, codec, cfg.seed, cfg.batch)
-    networks = Networks(student, fake_score, real_score, send(data.unconditional(), procs.device))
+    networks = student, fake_score, real_score, send(data.unconditional(), procs.device)
     parts = {"generator": (student, optimizers, ema), "fake": (fake_score, fake_optimizers, None)}
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
 
@@ -180,9 +173,9 @@ def main(cfg: Config) -> None:
     for step in range(run.resume(), cfg.steps):
         for learners, peak in ((optimizers, cfg.lr), (fake_optimizers, cfg.fake_lr)):
             optim.set_lr(learners, optim.learning_rate(step, peak, cfg.warmup, cfg.steps, cfg.schedule))
-        values = matching_step(step, "fake", cfg, networks, fake_optimizers, data, procs)
+        values = matching_step(step, "fake", cfg, *networks, fake_optimizers, data, procs)
         if student_learns(step, cfg.ratio):
-            values |= matching_step(step, "generator", cfg, networks, optimizers, data, procs)
+            values |= matching_step(step, "generator", cfg, *networks, optimizers, data, procs)
             ema.update(step)
         run.log(step + 1, **values)
         if due(step + 1, cfg.save_every, cfg.steps):
