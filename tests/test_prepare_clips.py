@@ -301,6 +301,8 @@ def test_bad_input_is_one_line(tmp_path, prepared, magic):
     wrong("holds no clips", source=str(tmp_path))
     for text, message in (
         ("path,text\na.mp4,b\n", "has no column num_frames"),
+        ("num_frames,text\n9,b\n", "has no column path"),
+        ("path,num_frames,text\na.mp4,9,b\n ,9,c\n", "line 3: has no path"),
         ("path,num_frames,text\na.mp4,many,b\n", "line 2: a frame number is not a whole number"),
         ("path,num_frames,text,mask_start_index\na.mp4,9,b,-1\n", r"x\.csv: line 2: mask_start_index is negative"),
         ("path,num_frames,text\na.mp4,9,red, blue\n", "row 1 has more cells than columns"),

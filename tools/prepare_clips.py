@@ -84,7 +84,7 @@ def find_clips(source: Path, out: Path | None = None) -> list[Clip]:
     else:
         rows = read_table(source)
         videos = {Path(row.get("path", "")) for row in rows}
-    whole, last = (Counter(names) for names in ([v.with_name(v.stem) for v in videos], [v.stem for v in videos]))
+    whole, last = (Counter(names) for names in ([v.parent / v.stem for v in videos], [v.stem for v in videos]))
     for name in (name for name, count in whole.items() if count > 1):
         raise UserError(f"{source}: two videos are called {name}, and would share what goes with them; rename one")
     if not source.is_dir():
@@ -105,6 +105,7 @@ def read_row(source: Path, line: int, row: dict[str, str], names: Counter[str]) 
     """One row of a CSV, whose paths are relative to its folder. `names`: how many videos of the CSV have which name."""
     absent = [name for name in ("path", "num_frames", "text") if name not in row]
     require(not absent, f"{source}: has no column {', '.join(absent)}; its first line must name the columns")
+    require(row["path"].strip(), f"{source}: line {line}: has no path; name the video's file")
     try:
         start, end = int(row.get("mask_start_index") or 0), int(row.get("mask_end_index") or row["num_frames"])
     except ValueError:
