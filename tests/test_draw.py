@@ -277,7 +277,7 @@ def test_the_same_file_opens_again_after_starting_anew_and_all_of_it_can_be_undo
 def test_a_picture_is_pasted(hands):
     hands.context.grant_permissions(["clipboard-read", "clipboard-write"])
     hands.see("""(async () => {
-      const blob = await new Promise(done => canvasOf(40, 30).toBlob(done));
+      const blob = await new Promise(done => newPen(40, 30).canvas.toBlob(done));
       await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
     })()""")
     hands.press("Control+v")
