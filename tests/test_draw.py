@@ -561,7 +561,7 @@ def test_400_drawings_are_the_same_in_the_page_and_in_trajectory_py(hands, tmp_p
     rng, counts = random.Random(0), {"saved": 0, "refused": 0, "boxes": 0}
     drawings = [random_drawing(rng) for _ in range(400)]
     read = """(all => all.map((given, i) => {
-      page.drawing = given; tracks = new WeakMap();
+      page.drawing = given;
       if (i % 2) for (const o of page.drawing.objects) for (const t in o.boxes) o.boxes[t] = bounded(o.boxes[t]);
       const {objects} = page.drawing, found = {target: target(), problem: problem(), boxes: exportBoxes()};
       found.tracks = objects.map(track);
