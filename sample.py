@@ -71,7 +71,7 @@ class Config:
     seed: int = 0  # another seed, another video
     size: str = "auto"  # height x width of the video, or auto: the image's own shape
     frames: int = 9  # length of the video
-    detail: bool = True  # as large as the picture, up to 1280 pixels, with its own detail put back: toy/detail.py
+    detail: bool = True  # about as large as the picture, up to 1280 pixels, its own detail put back: toy/detail.py
     memory: Literal["high", "low"] = "high"  # for a GPU of 24 GB, or of 12: 8 bits, decoding in tiles; see docs/WAN.md
     decoder: str = ""  # preset wan5b: file of the small decoder taew2_2, fast and a little softer, instead of the VAE's
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the forward pass; auto is the faster one
@@ -100,6 +100,8 @@ def check(cfg: Config) -> None:
         raise UserError("--detail true: preset wan5b makes large videos as it is; leave it out")
     if cfg.serve and (cfg.batch or "RANK" in os.environ):
         raise UserError("--serve: goes without --batch and torchrun; leave them out")
+    if given := [n for n in ("image", "traj", "out") if cfg.batch and getattr(cfg, n) != getattr(Config, n)]:
+        raise UserError(f"--{given[0]}: each row of --batch says its own; leave it out")
     if cfg.decoder and cfg.preset != "wan5b":
         raise UserError(f"--decoder {cfg.decoder}: preset {cfg.preset} has one of its own; leave it out")
 

@@ -182,8 +182,8 @@ def load_trajectory(
         check(not twins, f"{where}.color", f"{_show(color)} is also the colour of objects{twins}; change one of them")
         colors.append(color)
 
-        frames, keys = _read_keyframes(check, f"{where}.boxes", item.get("boxes"), num_frames, size)
-        keys = drawing.place(size, image_size, keys)
+        frames, sides = _read_keyframes(check, f"{where}.boxes", item.get("boxes"), num_frames, size)
+        keys = drawing.place(size, image_size, sides)
         inside = (keys[:, :2] < image_size[::-1]).all(1) & (keys[:, 2:] > 0).all(1)
         lost = f"the box of {names[k]} lies outside what --size {image_size[0]}x{image_size[1]} keeps of the picture"
         mend = "move it, or give a size of the picture's shape"
@@ -199,7 +199,9 @@ def load_trajectory(
             fine, mend = _whole_numbers(pair, 2, 0, last), f"give [[first, last], ...], frames from 0 to {last}"
             check(fine and pair[0] <= pair[1], f"{where}.visible[{i}]", f"{_show(pair)} is not a range; {mend}")
             visible[pair[0] : pair[1] + 1] = True
-        outside = (keys < 0).any(1) | (keys[:, 2:] > image_size[::-1]).any(1)
+        edge = np.array(image_size[::-1])  # of which fitting the shape cuts off a little
+        outside = (sides < 0).any(1) | (sides[:, 2:] > size[::-1]).any(1)
+        outside |= (keys[:, :2] < -0.02 * edge).any(1) | (keys[:, 2:] > 1.02 * edge).any(1)
         if at := [str(t) for t in frames[outside & visible[frames]]]:
             crossing.append(f"{names[k]} in frame {', '.join(at[:4])}{' and more' if len(at) > 4 else ''}")
         boxes.append(np.where(visible[:, None], track, np.nan))
@@ -262,9 +264,9 @@ def read_boxes_json(path: Path) -> dict:
         top = json.loads(path.read_bytes(), object_pairs_hook=record)
     except json.JSONDecodeError as error:
         check(path.suffix.lower() not in (".txt", ".csv"), "", f"is no boxes.json; {tracks}")
-        check(False, f"line {error.lineno}", f"not valid JSON ({error.msg}); correct this line")
+        check(False, f"line {error.lineno}, column {error.colno}", f"not valid JSON ({error.msg}); correct it there")
     except (ValueError, RecursionError, OSError):  # not text, numbers or nesting beyond reason, unreadable
-        check(False, "", f"can't be read as JSON; give a boxes.json, a map video or a folder of PNG maps; {tracks}")
+        check(False, "", f"can't be read as JSON in UTF-8; give a boxes.json, a map video or PNG maps; {tracks}")
     check(not isinstance(top, list), "", f"holds a list, perhaps of spline points; boxes.json is an object; {tracks}")
     _check_fields(check, "", top, TOP_FIELDS)
     lone = "width" if "width" in top else "height"
@@ -341,7 +343,7 @@ def _load_maps(path: Path, image_size: Size, num_frames: int, check: Check, chec
             check(few, "", f"more than {count - 1} maps but the video has {num_frames} frames; cut it")
             continue  # only to count them
         label = drawing.label_pixels(frame, colors)
-        other = (label < 0) & (frame.max(-1) > drawing.DARK)
+        other = (label < 0) & (frame.max(-1) > max(drawing.DARK, colors.max(1).min() / 2))  # not a thin line's halo
         late += [count - 1] * bool(other.sum() > max(16, (label >= 0).sum() / 4))
         if count == 1:
             masks = cover_nearest(label, image_size) == np.arange(len(colors))[:, None, None]

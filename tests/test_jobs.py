@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, refused
 
+import sample
 from tools.batch import read_jobs
 
 SMALL = ("--size", "48x64")
@@ -83,6 +84,9 @@ def test_an_empty_cell_is_not_the_example(run, table):
     assert read_jobs(path)[2]["prompt"] == ""
     job = run("sample.py", *SMALL, "--batch", path, "--steps", 1)
     assert job.returncode == 2 and [p.name for p in path.parent.glob("*[0-9].mp4")] == ["jobs_00002.mp4"]
+    refused(
+        "--out: each row of --batch says its own; leave it out", sample.main, sample.Config(batch=path, out="x.mp4")
+    )
     assert "jobs_00000.mp4: --image: empty; name a file" in job.stderr and "jobs_00001.mp4: --traj: empty" in job.stderr
 
 

@@ -320,7 +320,8 @@ TURNS = {"0": [0, 0, 12, 9], "2": [10, 0, 12, 9], "6": [30, 0, 32, 9], "8": [30,
 TWICE = "stands twice in one object; keep one"
 
 ERRORS = {  # name: (what boxes.json holds, or several such, the field the message must name, a part of the mend)
-    "not JSON": ('{"objects":\n [}', "line 2", "not valid JSON"),
+    "not JSON": ('{"objects":\n [}', "line 2, column 3", "not valid JSON"),
+    "no UTF-8": ('{"objects": [{"name": "\xe9t\xe9"}]}'.encode("latin-1"), "boxes.json", "JSON in UTF-8"),
     "a keyframe twice": ('{"objects": [{"boxes": {"0": [4, 4, 20, 20], "0": [9, 9, 30, 30]}}]}', '"0"', TWICE),
     "objects twice": ('{"objects": [], "objects": [{"boxes": {"0": [4, 4, 20, 20]}}]}', '"objects"', TWICE),
     "a colour twice": ('{"objects": [{"color": [9, 9, 9], "boxes": {}, "color": [0, 99, 0]}]}', '"color"', TWICE),

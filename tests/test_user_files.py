@@ -444,6 +444,16 @@ def test_arrays_of_unknown_names_and_tracks_in_parts_of_the_picture_are_refused(
         assert convert.read_points(tmp_path / "t.npy")[0].min() > 10
 
 
+def test_a_box_at_the_picture_s_edge_crosses_nothing_though_fitting_the_shape_cuts_a_little(tmp_path, capsys):
+    for box, said in (([0, 0, 240, 192], ""), ([0, 0, 240.5, 192], "crosses"), ([-1, 20, 40, 60], "crosses")):
+        (tmp_path / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": box}}]}))
+        load_trajectory(tmp_path / "b.json", (152, 184), 9, (192, 240))
+        assert bool(capsys.readouterr().err) == bool(said), box
+    (tmp_path / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": [0, 0, 99, 199]}}]}))
+    load_trajectory(tmp_path / "b.json", (704, 1280), 9, (480, 640))
+    assert "boxes cross the video's edge and are cut there" in capsys.readouterr().err  # a wide video cuts much
+
+
 @pytest.mark.parametrize("box", [[-10, 4, 10, 20], [40, 30, 60, 70], [4, -3.5, 20, 12]])
 def test_a_box_that_crosses_the_edge_is_cut_there_with_a_note(box, tmp_path, capsys):
     item = {"name": "cat", "boxes": {"0": [4, 4, 20, 20], "8": box}}

@@ -36,7 +36,7 @@ def make_table(
 
     `cfg`: sample.py's options. The functions are sample.py's, with all that is the same for every row filled in.
     """
-    jobs = [replace(cfg, **row) for row in read_jobs(Path(cfg.batch))]
+    jobs = [replace(cfg, batch="", **row) for row in read_jobs(Path(cfg.batch))]
     # Rank 0 looks for all: another might look when the first new videos are there already.
     done = [job for job in jobs if procs.rank == 0 and os.path.exists(job.out)]
     outs = set(procs.gather([job.out for job in done]))
