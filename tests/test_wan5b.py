@@ -82,6 +82,9 @@ def small(published, tmp_path, monkeypatch):
     return published
 
 
+TABLE = {"batch": "jobs.csv"} | {name: getattr(sample.Config, name) for name in ("image", "traj", "out")}
+
+
 def job(folder, **options) -> sample.Config:
     """What `sample.py --preset wan5b` is told, but for a shorter video."""
     told = {"image": "x.png", "traj": "boxes.json", "out": "o.mp4", "frames": 5, "prompt": PROMPT, "steps": 2}
@@ -147,7 +150,7 @@ def test_an_empty_prompt_is_one_warning(no_networks, small, capsys):
         sample.main(job(small, prompt=prompt))
         assert [line for line in capsys.readouterr().err.splitlines() if "prompt" in line] == said
     Path("jobs.csv").write_text("image,traj,prompt\nx.png,boxes.json,a\nx.png,boxes.json,\nx.png,boxes.json,\n")
-    sample.main(job(small, batch="jobs.csv"))
+    sample.main(job(small, **TABLE))
     assert [line for line in capsys.readouterr().err.splitlines() if "prompt" in line] == [f"jobs_00001.mp4: {empty}"]
 
 
@@ -159,7 +162,7 @@ def test_a_first_frame_without_a_mask_is_told_once(maps, no_networks, small, mon
     masked["objects"][0]["mask"] = "mask.png"
     Path("masked.json").write_text(json.dumps(masked))
     Path("jobs.csv").write_text("image,traj,prompt\nx.png,masked.json,a\nx.png,boxes.json,a\nx.png,boxes.json,b\n")
-    sample.main(job(small, batch="jobs.csv"))
+    sample.main(job(small, **TABLE))
     err = [line for line in capsys.readouterr().err.splitlines() if "frame 0" in line]
     shown = "boxes.json: frame 0 shows object 0 by filled boxes, which the paper's training never saw; give masks"
     assert err == ([f"jobs_00001.mp4: {shown}"] if maps == "outline" else [])
