@@ -225,10 +225,11 @@ def read_video(path: Path, maps: bool = False, told: tuple[str, str, str] | None
         filters.append("format=gbrap,premultiply=inplace=1")
         decoder = ["-c:v", "libvpx-vp9" if "vp9" in about else "libvpx"] if alpha is True else []
     pixels = None
-    with start_ffmpeg("-nostdin", "-v", "error", *decoder, "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode",
-                      "passthrough", "-vf", ",".join([*filters, "null"]),
-                      "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-") as job:  # fmt: skip
-        errors = ThreadPoolExecutor().submit(job.stderr.read)  # meanwhile: a full pipe would stop ffmpeg
+    command = ["-nostdin", "-v", "error", *decoder, "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough",
+               "-vf", ",".join([*filters, "null"]), "-f", "image2pipe", "-c:v", "ppm",
+               "-pix_fmt", "rgb24", "-"]  # fmt: skip
+    with start_ffmpeg(*command) as job, ThreadPoolExecutor(1) as pool:
+        errors = pool.submit(job.stderr.read)  # meanwhile: a full pipe would stop ffmpeg
         try:
             while len(head := b"".join(job.stdout.readline() for _ in range(3)).split()) == 4:  # P6, the sides, 255
                 width, height = map(int, head[1:3])

@@ -173,9 +173,9 @@ def prepare(model: nn.Module, procs: Processes, compile: bool, recompute: str = 
 
     whole = model.state_dict()
     model.to("meta")
-    exact = [child for name, child in model.named_children() if re.search(getattr(model, "float32", "$^"), name)]
-    for part in (*model.blocks, *exact, model):  # `exact` are those that the network wants in float32
-        policy = precision(procs.device, "float32" if part in exact else dtype)
+    in_float32 = [child for name, child in model.named_children() if re.search(getattr(model, "float32", "$^"), name)]
+    for part in (*model.blocks, *in_float32, model):
+        policy = precision(procs.device, "float32" if part in in_float32 else dtype)
         fully_shard(part, mesh=procs.mesh, mp_policy=policy)
     model.to_empty(device=procs.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)  # one by one: only rank 0 holds all

@@ -446,11 +446,11 @@ def test_what_a_video_takes_is_told_from_the_last_one_and_what_does_not_fit_is_r
     pace.learn(*shape, 4, 2.0, 1.0)
     assert pace.seconds(*shape, 4) == 3 and pace.seconds(*shape, 2) == 2
     assert 2 * 3 < pace.seconds(*twice, 4) < 2 * 3.5  # attention grows faster than the video
-    need = pace.need(*shape)
+    need = pace.check_memory(*shape)
     monkeypatch.setattr(page, "free_memory", lambda _: need + 1)
-    assert pace.need(*shape) == need
+    assert pace.check_memory(*shape) == need
     with pytest.raises(UserError, match=r"--frames 18: takes about 0.1 GB.* are free; give fewer frames or a smaller"):
-        pace.need(*twice)
+        pace.check_memory(*twice)
 
 
 def test_long_work_goes_in_parts_with_the_same_result(monkeypatch):

@@ -206,7 +206,8 @@ def main(cfg: Config) -> None:
     for start, shard, file, kept in tqdm(shards, "clips", disable=procs.rank > 0):
         if len(kept) == len(shard):
             continue
-        made_of, tensors = {}, {n: t.read() for n, t in read_safetensors(file)[1].items()} if kept else {}
+        stored = read_safetensors(file)[1] if kept else {}
+        made_of, tensors = {}, {name: tensor.read() for name, tensor in stored.items()}
         for number, clip in enumerate(shard, start):
             made_of[number] = record = kept.get(str(number)) or {"path": str(clip.video), "sum": sources(clip)}
             if str(number) in kept:

@@ -64,7 +64,7 @@ def serve_page(
                 condition = read_condition(job)
             size = condition.image.shape[-2:]
             shape = size, condition.full[0].shape[:2] if condition.full else size, job.frames
-            pace.need(*shape)
+            pace.check_memory(*shape)
         except UserError as error:
             raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from None
         for line in said.getvalue().replace(f"{folder}{os.sep}", "").splitlines():
@@ -86,7 +86,7 @@ def serve_page(
         size = codec.video_size(asked["size"], asked["frames"], picture[::-1])
         shape = size, written_size(picture[::-1], size), asked["frames"]
         return {"size": size, "written": shape[1], "seconds": pace.seconds(*shape, asked["steps"] or sampling.steps),
-                "gigabytes": pace.need(*shape) / 1e9}  # fmt: skip
+                "gigabytes": pace.check_memory(*shape) / 1e9}  # fmt: skip
 
     # The rest of the command is the page's. Its steps, if it gives any, come after these.
     pages = {*ASKED, "image", "traj", "out", "serve"} - {"steps"}
@@ -123,7 +123,7 @@ class Pace:
     def learn(self, size: Size, written: Size, frames: int, steps: int, denoised: float, rest: float) -> None:
         self.speed, self.rest = self.work(size, frames, steps) / denoised, rest / (frames * written[0] * written[1])
 
-    def need(self, size: Size, written: Size, frames: int) -> float:
+    def check_memory(self, size: Size, written: Size, frames: int) -> float:
         """Bytes of memory beside those of the networks. UserError if fewer are free."""
         values = self.tokens(size, frames) * self.network.dim * (20 + self.network.layers)
         need = 5e7 + 4 * values + frames * (40 * size[0] * size[1] + 9 * written[0] * written[1])

@@ -116,6 +116,7 @@ def consistency_step(
     step: int, cfg: Config, student: Pair, teacher: Pair, negative: Tensor, ema: optim.EMA,
     optimizers: list[torch.optim.Optimizer], data: Source, procs: parallel.Processes,
 ) -> dict[str, Tensor]:  # fmt: skip
+    """One update of the adapter by the consistency loss."""
     path, losses = flow.sigma_schedule(PATH, flow.FAST[cfg.preset].shift), []
     shares = procs.share(cfg.batch, cfg.accumulate, step)
     for samples in shares:
