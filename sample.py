@@ -46,6 +46,7 @@ from model import PRESETS, VideoDiT, frozen_dtype
 from tools.batch import make_table, overlay_path
 from tools.serve import serve_page
 from toy.detail import add_detail, enlarge, full_size, written_size
+from toy.segment import segment
 from trajectory import Maps, Trajectory, draw_overlay, load_trajectory
 from wan.lora import merge
 from wan.published import find_generator
@@ -153,7 +154,9 @@ def read_condition(job: Config, codec: Codec, maps: Maps) -> Condition:
     pixels = load_image(job.image)
     size = codec.video_size(job.size, job.frames, pixels.shape[:2])
     image = cover_frames(pixels[None], size)[None] / 127.5 - 1
-    trajectory = load_trajectory(job.traj, size, job.frames, pixels.shape[:2])
+    picture = full_size(pixels, size)
+    cut_out = partial(segment, picture)  # the masks of what has a box alone
+    trajectory = load_trajectory(job.traj, size, job.frames, pixels.shape[:2], fill=cut_out)
     if job.preset == "wan5b" and not job.prompt.strip():
         warn("--prompt is empty: say what the video shows, or it will be poor")
     if job.preset == "wan5b" and maps == "outline" and (names := trajectory.unmasked):
@@ -161,10 +164,9 @@ def read_condition(job: Config, codec: Codec, maps: Maps) -> Condition:
         warn(f"{job.traj}: {shown}, which the paper's training never saw; give masks")
     if not job.detail:
         return Condition(image, trajectory, None)
-    picture = full_size(pixels, size)
     if (total := math.prod(picture.shape[:2]) * job.frames) > MOST_VIDEO:
         raise UserError(f"--frames {job.frames}: {total} pixels; {MOST_VIDEO} is the most; add --detail false")
-    return Condition(image, trajectory, (picture, enlarge(trajectory, job.traj, picture.shape[:2])))
+    return Condition(image, trajectory, (picture, enlarge(trajectory, job.traj, picture.shape[:2], cut_out)))
 
 
 def load_networks(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:

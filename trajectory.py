@@ -32,6 +32,7 @@ PALETTE = [
     (80, 80, 16), (16, 16, 128), (16, 80, 16), (80, 16, 16), (16, 32, 80), (64, 80, 64),
 ]  # fmt: skip
 Maps = Literal["outline", "pixels"]  # the two ways to paint, of which an adapter's config names one: Trajectory.maps
+Fill = Callable[[np.ndarray, Size], np.ndarray]  # a box [4] and a size -> a mask, as `fill_box`
 Check = Callable[[object, str, str], None]  # (fine, field, problem and mend), raises for the file at hand
 POINTS = (".npy", ".npz", ".txt", ".pt", ".pth")  # suffixes of point tracks, which tools/convert.py reads
 MOST_BYTES, MOST_SIDE, MOST_OBJECTS = 16 << 20, 65536, 64
@@ -138,14 +139,16 @@ def draw_overlay(frames: np.ndarray, trajectory: Trajectory) -> np.ndarray:
 
 
 def load_trajectory(
-    path: str | Path, image_size: Size, num_frames: int, source_size: Size | None = None, cut: bool = False
-) -> Trajectory:
+    path: str | Path, image_size: Size, num_frames: int, source_size: Size | None = None, cut: bool = False,
+    fill: Fill = drawing.fill_box,
+) -> Trajectory:  # fmt: skip
     """Read a boxes.json, a map video or a folder of PNG maps. UserError for anything in it that can't be used.
 
     image_size is the (height, width) of the generated video. source_size is that of the user's image, in whose pixels
     the boxes are unless the JSON states a width and height (default: image_size). The frame of boxes or maps must have
     the shape of the image or the video. It is treated as the image is: resized until it covers the video, and cut to
-    its middle. `cut`: a boxes.json may be for a longer video, of which these are the first frames.
+    its middle. `cut`: a boxes.json may be for a longer video, of which these are the first frames. `fill`: gives the
+    masks of objects that have none, from their first boxes.
     """
     path = Path(path)
     check = partial(check_input, path)
@@ -211,7 +214,7 @@ def load_trajectory(
         else:  # if it enters later, frame 0 has no box, and its mask is empty
             fine = not (visible[0] and np.isnan(track[0]).any())
             check(fine, f"{where}.boxes", 'frame 0 has neither box nor mask; add a box "0" or a mask')
-            masks.append(drawing.fill_box(boxes[k][0], image_size))
+            masks.append(fill(boxes[k][0], image_size))
     if crossing:
         warn(f"{path}: boxes cross the video's edge and are cut there: {'; '.join(crossing)}")
     return Trajectory(np.stack(boxes)[:, :length], np.stack(masks), np.array(colors, dtype=np.uint8), names)

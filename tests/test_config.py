@@ -203,7 +203,7 @@ POSITIVE = "more than 0"
 
 
 def test_every_number_of_every_script_has_a_range_that_holds_its_values():
-    assert len(CONFIGS) == 13
+    assert len(CONFIGS) == 14
     for script, module in CONFIGS.items():
         for config in filter(None, (module.Config(), getattr(module, "WAN5B", None))):
             check_options(config)

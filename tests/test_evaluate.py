@@ -22,6 +22,7 @@ from core.config import UserError
 from model import VideoDiT
 from toy import evaluate
 from toy.codec import ToyCodec
+from toy.segment import segment
 from toy.world import World, WorldBatch
 
 
@@ -58,7 +59,7 @@ def test_generate_hands_each_video_its_own_inputs(world, style, monkeypatch):
         latents = codec.encode_video(part.video)
         assert torch.allclose(first, latents[:, :, :1], atol=1e-5)
         assert torch.equal(text, codec.encode_text(part.captions))
-        assert torch.equal(traj, codec.encode_video(part.maps(style, "box")))
+        assert torch.equal(traj, codec.encode_video(part.maps(style, "box", segment)))  # as sample.py paints them
         return latents
 
     video = evaluate.generate(truthful, few, CPU, "truth", style)

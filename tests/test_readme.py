@@ -29,7 +29,7 @@ SHORT = {
     "make test": "--dry-run",  # this test is part of it
     **dict.fromkeys(("python sample.py", "torchrun --nproc_per_node=2 sample.py"), "--steps 2 --weights small"),
     "python -m toy.evaluate": "--videos 2 --steps 2 --compile false --out runs/e/rows.json --weights small",
-    "python -m toy.train_codec": "--steps 2",
+    **dict.fromkeys(("python -m toy.train_codec", "python -m toy.train_segmenter"), "--steps 2"),
     "python -m toy.train_slow_generator": "--steps 2 --batch 2 --compile false --init small",
     "python train_slow_adapter.py": f"{SLOW} --init small/slow_adapter.safetensors --mask_steps 1",
     "torchrun --nproc_per_node=2 train_slow_adapter.py":

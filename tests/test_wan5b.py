@@ -24,6 +24,7 @@ import flow
 import model
 import sample
 import train_slow_adapter
+from core.boxes import fill_box
 from core.runs import Run
 from core.weights import read_network, read_safetensors, save_network
 from data import ClipLatents
@@ -156,7 +157,9 @@ def test_an_empty_prompt_is_one_warning(no_networks, small, capsys):
 
 @pytest.mark.parametrize("maps", ["outline", "pixels"])
 def test_a_first_frame_without_a_mask_is_told_once(maps, no_networks, small, monkeypatch, capsys):
+    """None that is found in the box either."""
     monkeypatch.setattr(sample, "read_maps", lambda *_: maps)
+    monkeypatch.setattr(sample, "segment", lambda picture, box, size: fill_box(box, size))
     iio.imwrite("mask.png", np.eye(64, 128, dtype=np.uint8) * 255)
     masked = json.loads(Path("boxes.json").read_text())
     masked["objects"][0]["mask"] = "mask.png"
@@ -168,6 +171,11 @@ def test_a_first_frame_without_a_mask_is_told_once(maps, no_networks, small, mon
     assert err == ([f"jobs_00001.mp4: {shown}"] if maps == "outline" else [])
     sample.main(job(small))
     assert (shown in capsys.readouterr().err) == (maps == "outline")
+    monkeypatch.setattr(
+        sample, "segment", lambda picture, box, size: fill_box(box, size) & (np.indices(size)[0] % 2 > 0)
+    )
+    sample.main(job(small))
+    assert "frame 0" not in capsys.readouterr().err
 
 
 def test_a_small_decoder_makes_the_pieces(small, monkeypatch):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.boxes import fill_box, move, whole_pixels
 from core.media import Size, crop_box, read_mask
-from trajectory import Trajectory, read_boxes_json
+from trajectory import Fill, Trajectory, read_boxes_json
 
 LONGEST = 1280  # pixels, of the longer side of what is written
 # Errors that still count as agreement: those of a codec, in [0, 1], and a share of the contrast's variance. Tried on
@@ -46,8 +46,8 @@ def full_size(picture: np.ndarray, size: Size) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((width, height), SMALLER, (left, top, right, bottom)))
 
 
-def enlarge(trajectory: Trajectory, path: str | Path, size: Size) -> Trajectory:
-    """The trajectory read from `path`, in pixels of the same video at another size; painted masks in all detail."""
+def enlarge(trajectory: Trajectory, path: str | Path, size: Size, fill: Fill = fill_box) -> Trajectory:
+    """The trajectory read from `path`, in pixels of the same video at another size; masks in all detail."""
 
     def resize_mask(mask: np.ndarray, box: tuple[float, ...] | None = None) -> np.ndarray:
         return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size[::-1], LARGER, box)) > 127
@@ -59,7 +59,7 @@ def enlarge(trajectory: Trajectory, path: str | Path, size: Size) -> Trajectory:
             painted = read_mask(Path(path).parent / item["mask"])
             masks[k] = resize_mask(painted, crop_box(painted.shape, trajectory.size))
         else:  # if it enters later, it has no box in frame 0, and nothing is filled
-            masks[k] = fill_box(boxes[k, 0], size)
+            masks[k] = fill(boxes[k, 0], size)
     return replace(trajectory, boxes=boxes, masks=masks, maps_given=None)
 
 

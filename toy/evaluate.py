@@ -36,6 +36,7 @@ from core.tables import markdown, over_seeds, provenance, table_path, write_rows
 from model import VideoDiT
 from toy import metrics
 from toy.codec import ToyCodec
+from toy.segment import segment
 from toy.world import World, WorldBatch
 from trajectory import Maps
 
@@ -123,8 +124,8 @@ def sample_videos(
 
 
 def conditions(batch: WorldBatch, codec: ToyCodec, style: Maps, device: torch.device) -> list[Tensor]:
-    """What a sampler takes of these videos: first-frame latents, text and the maps' latents."""
-    first, maps = (codec.encode_video(video) for video in (batch.video[:, :, :1], batch.maps(style, "box")))
+    """What a sampler takes of these videos: first-frame latents, text and the maps' latents. As in `sample.py`."""
+    first, maps = (codec.encode_video(video) for video in (batch.video[:, :, :1], batch.maps(style, "box", segment)))
     return [x.to(device) for x in (first, codec.encode_text(batch.captions), maps)]
 
 

@@ -53,7 +53,6 @@ class Config(Recipe):
     init: str = ""  # a codec whose decoder to train further; a new codec if empty
     steps: int = 1200  # optimizer steps in all
     seed: int = 0  # of weights, data order and noise
-    wandb: str = ""  # project on Weights & Biases to which the log goes too
 
 
 def frames_of(world: World, samples: Sequence[int], number: int, seed: int) -> Tensor:

@@ -13,8 +13,9 @@ seeds nor pictures.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ from core.config import require, run_script
 from core.files import write_text
 from core.media import to_uint8, write_image, write_video
 from toy.pictures import CANVAS, SPLITS, picture_bank
-from trajectory import PALETTE, Maps, Trajectory
+from trajectory import PALETTE, Fill, Maps, Trajectory
 
 MOST = 6  # things in one video
 SHAPES = ("blob", "polygon", "rectangle")
@@ -57,21 +58,26 @@ class WorldBatch:
     captions: list[str]
     says_spin: Tensor  # [B] bool: the caption says which way things spin
 
-    def trajectory(self, i: int, kind: Literal["box", "mask"] = "box") -> Trajectory:
-        """What a user would have drawn for video i. With "mask" every thing has its masks, in all frames."""
+    def trajectory(self, i: int, kind: Literal["box", "mask"] = "box", fill: Fill = fill_box) -> Trajectory:
+        """What a user would have drawn for video i. With "mask" every thing has its masks, in all frames.
+
+        `fill` gives the masks of things that have a box alone.
+        """
         slots = self.used[i].nonzero()[:, 0].tolist()
         boxes = self.boxes[i, slots].double().masked_fill(~self.shown[i, slots, :, None], math.nan).cpu().numpy()
         masks = self.masks[i, slots].cpu().numpy()
         if kind == "box":
             parts = zip(boxes[:, 0], masks[:, 0], self.by_box[i, slots].tolist(), strict=True)
-            masks = np.stack([mask | (fill_box(box, mask.shape) & by_box) for box, mask, by_box in parts])
+            masks = np.stack([fill(box, mask.shape) if by_box else mask for box, mask, by_box in parts])
         names = ["the camera" if k == 0 else f"thing {k}" for k in slots]
         return Trajectory(boxes, masks, np.array(PALETTE[: len(slots)], dtype=np.uint8), names)
 
-    def maps(self, style: Maps, kind: Literal["box", "mask"]) -> Tensor:
-        """Painted maps of all videos, [B, 3, T, height, width]."""
-        firsts = self.video[:, :, 0].cpu() if style == "pixels" else [None] * len(self.video)
-        maps = [self.trajectory(i, kind).maps(kind, first) for i, first in enumerate(firsts)]
+    def maps(self, style: Maps, kind: Literal["box", "mask"], find: Callable | None = None) -> Tensor:
+        """Painted maps of all videos, [B, 3, T, height, width]. `find`: toy/segment.py's `segment`, as in use."""
+        maps = []
+        for i, first in enumerate(self.video[:, :, 0].cpu()):
+            fill = partial(find, to_uint8(first[:, None])[0]) if find else fill_box
+            maps.append(self.trajectory(i, kind, fill).maps(kind, first if style == "pixels" else None))
         return torch.stack(maps).to(self.video.device)
 
     def subset(self, videos: Sequence[int]) -> "WorldBatch":
