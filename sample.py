@@ -68,7 +68,7 @@ class Config:
     steps: int = 0  # denoising steps; 0 is the sampler's own number: 4 fast, 50 slow
     guidance: float = 0.0  # slow only: strength of the prompt; 1 is none, at half the work; 0 is the preset's own
     solver: Literal["euler", "unipc"] = "euler"  # slow only: its steps; unipc is of second order
-    shift: float = 60.0  # warp of noise levels towards noise, where today's networks know most; 0: the sampler's own
+    shift: float = 0.0  # warp of noise levels towards noise; 0 is the sampler's own
     seed: int = 0  # another seed, another video
     size: str = "auto"  # height x width of the video, or auto: the image's own shape
     frames: int = 9  # length of the video
@@ -85,7 +85,6 @@ WAN5B = replace(
     preset="wan5b",
     weights="Wan2.2-TI2V-5B",
     solver="unipc",  # (Wan)
-    shift=0.0,  # (5: Wan, Turbo)
     frames=121,  # (Wan)
     detail=False,
 )
