@@ -199,10 +199,15 @@ def pasted(batch: WorldBatch, kind: Literal["box", "mask"]) -> Tensor:
 
 def fill(pictures: Tensor, hole: Tensor) -> Tensor:
     """The hole gets the mean of what is around, in ever wider windows. [B,3,H,W], bool [B,1,H,W] -> [B,3,H,W]."""
+
+    def mean_around(x: Tensor, width: int) -> Tensor:  # first down, then across: the same, much faster
+        x = F.avg_pool2d(x, (width, 1), stride=1, padding=(width // 2, 0))
+        return F.avg_pool2d(x, (1, width), stride=1, padding=(0, width // 2))
+
     out, left = pictures.clone(), hole.clone()
     for window in (5, 9, 17, 33, 65, 129):
-        weight = F.avg_pool2d((~hole).float(), window, stride=1, padding=window // 2)
-        mean = F.avg_pool2d(pictures * ~hole, window, stride=1, padding=window // 2) / weight.clamp(min=1e-6)
+        weight = mean_around((~hole).float(), window)
+        mean = mean_around(pictures * ~hole, window) / weight.clamp(min=1e-6)
         now = left & (weight > 0.1)
         out, left = torch.where(now, mean, out), left & ~now
     return out
