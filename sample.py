@@ -154,8 +154,8 @@ def read_condition(job: Config, codec: Codec, maps: Maps) -> Condition:
     size = codec.video_size(job.size, job.frames, pixels.shape[:2])
     image = cover_frames(pixels[None], size)[None] / 127.5 - 1
     picture = full_size(pixels, size)
-    cut_out = partial(segment, picture)  # the masks of what has a box alone
-    trajectory = load_trajectory(job.traj, size, job.frames, pixels.shape[:2], fill=cut_out)
+    mask_in = partial(segment, picture)
+    trajectory = load_trajectory(job.traj, size, job.frames, pixels.shape[:2], fill=mask_in)
     if job.preset == "wan5b" and not job.prompt.strip():
         warn("--prompt is empty: say what the video shows, or it will be poor")
     if job.preset == "wan5b" and maps == "outline" and (names := trajectory.unmasked):
@@ -165,7 +165,7 @@ def read_condition(job: Config, codec: Codec, maps: Maps) -> Condition:
         return Condition(image, trajectory, None)
     if (total := math.prod(picture.shape[:2]) * job.frames) > MOST_VIDEO:
         raise UserError(f"--frames {job.frames}: {total} pixels; {MOST_VIDEO} is the most; add --detail false")
-    return Condition(image, trajectory, (picture, enlarge(trajectory, job.traj, picture.shape[:2], cut_out)))
+    return Condition(image, trajectory, (picture, enlarge(trajectory, job.traj, picture.shape[:2], mask_in)))
 
 
 def load_networks(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:

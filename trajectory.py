@@ -98,11 +98,12 @@ class Trajectory:
         return torch.from_numpy(canvas)
 
     def _pixel_maps(self, picture: Tensor) -> Tensor:
-        masks, (height, width) = torch.from_numpy(self.first_masks), self.size
-        canvas = torch.full((3, self.num_frames, height, width), -1.0)
+        masks, (height, width) = self.first_masks, self.size
+        canvas = np.full((3, self.num_frames, height, width), -1, dtype=np.float32)
         for k, boxes in enumerate(self.boxes):
             known = masks[k] & ~masks[k + 1 :].any(0)
-            layers = torch.cat([picture.float(), torch.stack([masks[k], known, torch.ones_like(known)]).float()])
+            shown = torch.from_numpy(np.stack([masks[k], known, np.ones_like(known)])).float()
+            layers = torch.cat([picture.float(), shown])
             source = drawing.extents(np.where(masks[k], 0, -1), 1)[0] if np.isnan(boxes[0]).any() else boxes[0]
             for t in np.flatnonzero(~np.isnan(boxes[:, 0])):
                 # Pixels whose centres lie in the box.
@@ -113,11 +114,11 @@ class Trajectory:
                 if not masks[k].any():
                     area[:] = 0
                     continue
-                moved = drawing.move(layers, source, boxes[t], (y0, y1, x0, x1))
+                moved = drawing.move(layers, source, boxes[t], (y0, y1, x0, x1)).numpy()
                 mask, known_there, inside = moved[3:] > 0.5
-                area[:, mask | ~inside] = 0
-                area[:, known_there] = moved[:3, known_there].clamp(min=-0.9)
-        return canvas
+                np.copyto(area, 0, where=mask | ~inside)
+                np.copyto(area, moved[:3].clip(-0.9), where=known_there)
+        return torch.from_numpy(canvas)
 
 
 def draw_overlay(frames: np.ndarray, trajectory: Trajectory) -> np.ndarray:

@@ -58,8 +58,7 @@ def move(picture: Tensor, source: np.ndarray, target: np.ndarray, area: tuple[in
     scale = (source[2:] - source[:2]) / (target[2:] - target[:2])
     x = (np.arange(x0, x1) + 0.5 - target[0]) * scale[0] + source[0]
     y = (np.arange(y0, y1) + 0.5 - target[1]) * scale[1] + source[1]
-    x, y = torch.from_numpy(2 * x / width - 1).float(), torch.from_numpy(2 * y / height - 1).float()
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
+    grid = torch.from_numpy(np.stack(np.meshgrid(2 * x / width - 1, 2 * y / height - 1), -1)).float()
     return F.grid_sample(picture[None], grid[None], align_corners=False)[0]
 
 

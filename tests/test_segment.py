@@ -14,7 +14,7 @@ from core.media import to_uint8
 from core.weights import load, read_network
 from toy import segment as segmenting
 from toy.codec import ToyCodec
-from toy.segment import CROP, INNER, BoxSegmenter, SegmenterConfig, look, segment
+from toy.segment import CROP, INNER, MARGIN, BoxSegmenter, SegmenterConfig, look, segment
 from toy.train_segmenter import make_crops
 from toy.world import World
 
@@ -65,7 +65,7 @@ def test_things_of_the_world_are_found_better_than_by_their_boxes():
 
 def test_where_nothing_is_found_the_box_is_taken_and_the_whole_picture_is_a_camera(monkeypatch):
     picture, box = np.zeros((40, 60, 3), np.uint8), np.array([10.0, 10, 30, 30])
-    monkeypatch.setattr(segmenting, "segmenter", lambda: lambda crops: torch.full((1, 1, CROP, CROP), -1.0))
+    monkeypatch.setattr(segmenting, "segmenter", lambda: lambda crops: torch.full((1, 1, CROP, CROP), -9.0))
     assert (segment(picture, box, (40, 60)) == fill_box(box, (40, 60))).all()
     monkeypatch.setattr(segmenting, "segmenter", lambda: pytest.fail("there is nothing to look for"))
     assert segment(picture, np.array([0.0, -5, 60, 40]), (40, 60)).all()
@@ -95,7 +95,7 @@ def test_made_up_crops_and_a_short_training(run, tmp_path):
     assert crops.shape == (32, 4, CROP, CROP) and shown.shape == (32, 1, CROP, CROP)
     assert torch.equal(make_crops(32, 0, 5)[0], crops) and not torch.equal(make_crops(32, 0, 6)[0], crops)
     assert crops.abs().max() <= 1 and (crops[:, :3] * (1 - crops[:, 3:]) == 0).all()
-    edge = (CROP - INNER) // 2 - 4
+    edge = MARGIN - 4
     inside = shown[..., edge:-edge, edge:-edge].sum((1, 2, 3))
     assert (inside >= 0.98 * shown.sum((1, 2, 3))).all() and 0.1 < shown.mean() < 0.4
     done = run("toy.train_segmenter", "--steps", 2)

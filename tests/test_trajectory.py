@@ -587,14 +587,14 @@ def test_maps_are_cheap_enough_for_a_training_step():
     for paint, most in (
         (batch.trajectory(i).maps, 2e-3),
         (lambda: batch.trajectory(i, "mask").maps("mask"), 4e-3),
-        (lambda: batch.trajectory(i).maps("box", batch.video[i, :, 0]), 40e-3),
+        (lambda: batch.trajectory(i).maps("box", batch.video[i, :, 0]), 20e-3),
     ):
         seconds = []
         for _ in range(20):
             start = time.thread_time()
             paint()
             seconds.append(time.thread_time() - start)
-        assert min(seconds) < most  # at most a third; the rest is for a busy machine
+        assert min(seconds) < most  # about a fifth; the rest is for a busy machine
 
 
 def test_overlay(tmp_path):

@@ -19,10 +19,11 @@ from core.config import ROOT
 from core.media import Size
 from core.weights import load, read_network
 
-CROP, INNER = 96, 64  # pixels of the crop that the network sees, each way, and of the box in its middle
+INNER, MARGIN = 64, 16  # pixels of the crop that the network sees, each way: the box, and what is around it
+CROP = INNER + 2 * MARGIN
 WEIGHTS = ROOT / "checkpoints/small/box_segmenter.safetensors"
 LEAST = 0.1  # share of its box below which what is found is no thing
-DOUBT = -1.0  # logit above which a pixel is the thing's: ground that comes along shows less than a part that is lost
+THRESHOLD = -1.0  # of the logits; below 0, for a part that is lost shows more than ground that comes along
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ class BoxSegmenter(nn.Module):
         self.head = nn.Conv2d(widths[0], 4, 1)
 
     def forward(self, crops: Tensor) -> Tensor:
-        edge = (CROP - INNER) // 2
-        box = F.pad(torch.ones_like(crops[:, :1, edge:-edge, edge:-edge]), [edge] * 4)
+        box = F.pad(crops.new_ones(len(crops), 1, INNER, INNER), [MARGIN] * 4)
         h, seen = F.pixel_unshuffle(torch.cat([crops, box], 1), 2), []
         for number, block in enumerate(self.down):
             h = block(F.avg_pool2d(h, 2) if number else h)
@@ -105,6 +105,6 @@ def segment(picture: np.ndarray, box: np.ndarray, size: Size) -> np.ndarray:
         return filled
     scale = np.array(picture.shape[1::-1]) / size[::-1]
     found = segmenter()(look(picture, box * np.tile(scale, 2))[None])[0]
-    (x0, y0, x1, y1), edge, mask = whole_pixels(box, size), (CROP - INNER) / 2, np.zeros_like(filled)
-    mask[y0:y1, x0:x1] = move(found, np.array([edge, edge, CROP - edge, CROP - edge]), box, (y0, y1, x0, x1))[0] > DOUBT
+    (x0, y0, x1, y1), inner, mask = whole_pixels(box, size), np.repeat([MARGIN, CROP - MARGIN], 2), filled.copy()
+    mask[y0:y1, x0:x1] = move(found, inner, box, (y0, y1, x0, x1))[0] > THRESHOLD
     return mask if mask.sum() > LEAST * filled.sum() else filled

@@ -111,10 +111,9 @@ def make_crops(count: int, *key: int) -> tuple[Tensor, Tensor]:
     picture = torch.lerp(picture, paint(0.25), other(0.5))
     dark = draw(1, 1, 1, low=0.2, high=0.5) * (draw(1, 1, 1) < 0.25)
     picture, skin = picture * (1 - dark * shown.roll((6, 3), (2, 3))), paint(0.25)
-    for n in reversed(range(PARTS)):
-        colors = paint(0.25).where((draw(1, 1, 1) < 0.5) & (torch.tensor(n) > 0), skin)
-        picture = torch.lerp(picture, colors, parts[:, n : n + 1])
-    before = other(0.2)
+    for n in range(1, PARTS):
+        picture = torch.lerp(picture, paint(0.25).where(draw(1, 1, 1) < 0.5, skin), parts[:, n : n + 1])
+    picture, before = torch.lerp(picture, skin, parts[:, :1]), other(0.2)
     picture, shown = torch.lerp(picture, paint(0.25), before), shown * (1 - before)
 
     # 3. Of any contrast, at times grey, with noise, cut by the picture's edge.
