@@ -1,6 +1,7 @@
 """Trajectory adapters: networks that read the drawn trajectory and add one residual to every block of a VideoDiT.
 
-A projection, zero at first, takes block i's output to DiT block i, so a fresh adapter changes nothing, to the bit.
+A projection, zero at first, takes block i's output to DiT block i, so a fresh adapter changes nothing, to the bit; but
+the small preset's makes what its maps show.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,14 +36,13 @@ class AdapterConfig:
     patch: tuple[int, int, int] = (1, 2, 2)
     fixed_norm: bool = False  # trajectory latents normed by fixed statistics, not by the clip's own
     maps: Maps = "outline"  # how its trajectories are painted: Trajectory.maps
-    copies: float = 0.0  # latents of later frames are differences from frame 0's times this; if not 0, maps' are copied
+    copies: float = 0.0  # latents of later frames are differences from frame 0's times this, and "pixels" added
 
 
 PRESETS = {
     "small": AdapterConfig(256, 6, hidden=192, channels=24, fixed_norm=True, maps="pixels", copies=1.5),
     "wan5b": AdapterConfig(3072, 30, fixed_norm=True),
 }
-REACH = 3  # latent positions from an object within which the small preset's videos may change
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,8 @@ class ResNetBlock(nn.Module):
 class ResNetAdapter(nn.Module):
     """The light adapter (paper: base + adapter = 5.02B). It reads the trajectory alone, so it runs once a clip.
 
-    With `copies`, a habit of the small preset: maps of pixels show what later frames are to look like, and a network so
-    small takes hours to pass that on. So it also adds their latents to the output, times a gate that it learns. And
-    far from all objects nothing moves in that preset's world: there the generator's own output is silenced.
+    With `copies`, a habit of the small preset: maps of pixels show nearly what later frames are to look like, and a
+    network so small takes hours to pass that on. So the generator's output is what is to be added to them.
     """
 
     static = True  # its output depends on neither x, t nor text
@@ -117,31 +116,17 @@ class ResNetAdapter(nn.Module):
                 nn.init.kaiming_normal_(layer.weight)
             for parameter in (block.space.bias, block.time.bias, *block.project.parameters()):
                 nn.init.zeros_(parameter)
-        if config.copies:
+        self.copies = config.copies if config.maps == "pixels" else 0.0
+        if self.copies:
             self.register_buffer("black", torch.zeros(c, 1, 1, 1))  # latents of a black map
-            self.gate_norm = nn.GroupNorm(8, config.hidden)
-            self.gate = nn.Linear(config.hidden, config.patch[1] * config.patch[2])
-            for parameter in self.gate.parameters():
-                nn.init.zeros_(parameter)
 
     def fit(self, latents: Sequence[Tensor]) -> None:
         """Set what is fixed from trajectory latents [B, C, F, H, W] of several clips. Most of a frame 0 is black."""
         if self.config.fixed_norm:
             self.norm.fit(latents)
-        if self.config.copies:
+        if self.copies:
             first = torch.cat([traj[:, :, 0].transpose(0, 1).flatten(1) for traj in latents], dim=1)  # (C, n)
             self.black.copy_(first.median(1).values.view(-1, 1, 1, 1))
-
-    def still(self, maps: Tensor) -> Tensor:
-        """1 where no object is, or was in frame 0, within REACH positions: maps [B, C, F, H, W] -> [B, 1, F, H, W].
-
-        Where a frame's map is black, objects can be wherever they are in any frame.
-        """
-        first, later = maps[:, :, :1], maps[:, :, 1:]
-        frames = torch.cat([first, first + later / self.config.copies], 2)
-        shown = ((frames - self.black).abs() > 0.05).any(1, keepdim=True)  # files round `black` to bfloat16
-        shown = torch.where(shown.any((3, 4), keepdim=True), shown, shown.any(2, keepdim=True)) | shown[:, :, :1]
-        return 1 - F.max_pool3d(shown.float(), (1, 2 * REACH + 1, 2 * REACH + 1), stride=1, padding=(0, REACH, REACH))
 
     def forward(self, traj: Tensor, *_x_t_text: Tensor) -> list[Tensor]:
         """Residuals for each DiT block, [B, N, dim], from traj [B, C, F, H, W]. x, t and text are not read."""
@@ -156,14 +141,12 @@ class ResNetAdapter(nn.Module):
         for block in self.blocks:
             h, residual = block(h, self.split)
             yield residual
-        if self.config.copies:
-            gate = self.gate(F.silu(self.gate_norm(h)).movedim(1, -1)).float()
-            gate = rearrange(gate, "b f h w (q r) -> b 1 f (h q) (w r)", q=q, r=r)
-            gate = F.pad(gate[:, :, 1:], (0, 0, 0, 0, 1, 0))  # frame 0 is given
-            # A map's frame 0 is black where the picture's isn't: differences from the one become those from the other.
-            change = self.config.copies
-            copied = gate * torch.cat([torch.full_like(gate, change), maps + change * maps[:, :, :1]], 1)
-            yield torch.cat([self.still(maps), copied], 1)
+        if change := self.copies:
+            # Differences from the maps' frame 0 become frames, from which the generator takes the picture's away.
+            frames, first = maps + change * maps[:, :, :1], maps[:, :, :1]
+            objects = ((first - self.black).abs() > 0.05).any(1, keepdim=True).expand_as(maps[:, :1])
+            drawn = ((frames - change * self.black).abs() > 0.1).any((1, 3, 4), keepdim=True)  # files round `black`
+            yield drawn * torch.cat([objects, torch.full_like(objects, change, dtype=maps.dtype), frames], 1)
 
 
 class ControlNetAdapter(VideoDiT):

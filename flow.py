@@ -73,7 +73,7 @@ def flow_matching_loss(
     """`|| v(x_t, t) - (noise - x0) ||^2`, averaged over every frame but the given first one.
 
     x0, noise [B,C,F,H,W]; sigma [B]. `on` "x0": the error of the clean video that v gives, sigma times the velocity's.
-    `weight` [B,1,F,H,W]: how much each place counts, relative to the mean of its video. `by_video` [B]: the video's.
+    `weight` [B,1 or C,F,H,W]: how much each value counts, relative to the mean of its video. `by_video` [B]: its own.
     """
     level = frame_sigma(sigma, x0.shape[2])  # (B, F)
     error = velocity(add_noise(x0, noise, level), timestep(level)).float() - (noise - x0)

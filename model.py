@@ -48,6 +48,7 @@ PRESETS = {
     # Wan trains so: a bfloat16 token of size 4 can't feel an adapter's first 0.01. Costs 5 GB a network with gradient.
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512, float32_stream=True),
 }
+REACH = 3  # latent positions from what moves within which the small preset's videos may change
 LEAST_SIGMA = 0.05  # below it the velocity of a predicted x0 is no longer magnified
 OTHER_FILE = "give the --preset that it was trained with, or another file"
 FROZEN_DTYPE = {"small": torch.float32, "wan5b": torch.bfloat16}
@@ -81,6 +82,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of neighbouring pairs. x [B, N, heads, head_dim], cos and sin [N, head_dim / 2]."""
     (even, odd), cos, sin = x.float().unflatten(-1, (-1, 2)).unbind(-1), cos[:, None], sin[:, None]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def add_maps(out: Tensor, first: Tensor, objects: Tensor, change: Tensor, shown: Tensor) -> Tensor:
+    """The small preset's output, added to what its maps show, and 0 where nothing moves. All [B,1 or C,F,H,W].
+
+    `shown`: latents of the maps' frames times `change`; those of later frames are differences from frame 0's, so
+    `first` is taken away. `objects`: 1 where frame 0 has one. Where `change` is 0 nothing is added.
+    """
+    moved = shown - change * first
+    free = (moved.abs() > 0.05).any(1, keepdim=True) | (objects > 0)
+    free = F.max_pool3d(free.float(), (1, 2 * REACH + 1, 2 * REACH + 1), stride=1, padding=(0, REACH, REACH))
+    return torch.where(change > 0, free * (out + moved), out)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -285,7 +298,7 @@ class VideoDiT(nn.Module):
         """Velocity of x [B,C,F,H,W], float32, at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim].
 
         `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output; taken one by one. Perhaps
-        one more, [B,2+C,F,H,W], for the head's: how much of it goes, how much of frame 0 goes, and what is added.
+        one more for the head's: see `add_maps`.
         `feature_blocks`: numbers of the blocks whose outputs [B,N,D] are returned too, as a list beside the velocity.
         """
         tokens, e, e6, text, rope = self.embed(x, t, text)
@@ -299,8 +312,8 @@ class VideoDiT(nn.Module):
                 features.append(self.split.all_tokens(tokens, frames, height * width))
         out = self.split.all_tokens(self.head(tokens, e.float()), frames, height * width)
         out = rearrange(out, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=frames, h=height, p=p, q=q, r=r)
-        for copied in added:
-            out = out * (1 - copied[:, :1]) - copied[:, 1:2] * x[:, :, :1] + copied[:, 2:]
+        for maps in added:
+            out = add_maps(out, x[:, :, :1], *maps.split([1, 1, x.shape[1]], 1))
         if self.config.predicts == "x0":
             out = (x - out) / (t / 1000).clamp(min=LEAST_SIGMA)[:, None, :, None, None]
         return (out, features) if feature_blocks else out

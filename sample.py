@@ -57,7 +57,7 @@ class Config:
     image: str = shipped("examples/balloons.jpg")  # the first frame
     traj: str = shipped("examples/balloons.json")  # boxes.json, a map video, or a folder of PNG maps
     prompt: str = ""  # what the video shows
-    batch: str = ""  # CSV file of many videos, with columns image, traj, prompt and perhaps out and seed
+    batch: str = ""  # CSV file of many videos, with columns image, traj and perhaps prompt, out and seed
     out: str = "out/sample.mp4"  # the video; <out>.boxes.mp4 is written beside it
     preset: Literal["small", "wan5b"] = "small"  # size of the networks
     weights: str = shipped("checkpoints/small")  # folder of <speed>_generator.safetensors and its adapter

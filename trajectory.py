@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core import boxes as drawing
@@ -35,6 +36,7 @@ Maps = Literal["outline", "pixels"]  # the two ways to paint, of which an adapte
 Fill = Callable[[np.ndarray, Size], np.ndarray]  # a box [4] and a size -> a mask, as `fill_box`
 Check = Callable[[object, str, str], None]  # (fine, field, problem and mend), raises for the file at hand
 POINTS = (".npy", ".npz", ".txt", ".pt", ".pth")  # suffixes of point tracks, which tools/convert.py reads
+RIM = 2  # pixels around an object that its hole takes away too: masks seldom hold all of it
 MOST_BYTES, MOST_SIDE, MOST_OBJECTS = 16 << 20, 65536, 64
 MOST_COUNTED = 1000  # maps beyond the video's length that are counted for the error message
 
@@ -74,10 +76,10 @@ class Trajectory:
         Without a picture the paper's: frame 0 holds the filled masks in the objects' colours, later frames outlines of
         the boxes ("box") or the masks ("mask"). A trajectory that was given as maps returns those.
 
-        With the first frame as `picture` [3, height, width] in [-1, 1], its own pixels: frame 0 holds what the masks
-        show of it, later frames the same moved and scaled from frame 0's box to their own. What the first frame doesn't
-        show of an object, because another covers it or it lies beyond the edge, is plain grey (0). Nothing is darker
-        than -0.9, for black means that nothing is there.
+        With the first frame as `picture` [3, height, width] in [-1, 1], its own pixels. Frame 0 holds what the masks
+        show of it. Later frames hold all of it, with the objects moved and scaled from frame 0's boxes to their own.
+        Behind an object, which the first frame doesn't show, is the mean colour of what is around; beyond the edge, the
+        picture's mirror image. An object that comes later is plain grey (0).
         Raises ValueError for another kind, or for "mask" where only first-frame masks exist.
         """
         if kind not in ("box", "mask"):
@@ -98,27 +100,32 @@ class Trajectory:
         return torch.from_numpy(canvas)
 
     def _pixel_maps(self, picture: Tensor) -> Tensor:
-        masks, (height, width) = self.first_masks, self.size
-        canvas = np.full((3, self.num_frames, height, width), -1, dtype=np.float32)
+        def and_around(mask: Tensor) -> Tensor:
+            return F.max_pool2d(mask[None].float(), 2 * RIM + 1, stride=1, padding=RIM)[0] > 0
+
+        masks, (height, width), picture = torch.from_numpy(self.first_masks), self.size, picture.float()
+        canvas = torch.full((3, self.num_frames, height, width), -1.0)
+        canvas[:, 0] = torch.where(masks.any(0), picture, canvas[:, 0])
+        canvas[:, 1:] = drawing.fill_hole(picture, and_around(masks.any(0)))[:, None]
         for k, boxes in enumerate(self.boxes):
-            known = masks[k] & ~masks[k + 1 :].any(0)
-            shown = torch.from_numpy(np.stack([masks[k], known, np.ones_like(known)])).float()
-            layers = torch.cat([picture.float(), shown])
+            hidden, all_of_it = masks[k] & and_around(masks[k + 1 :].any(0)), bool(masks[k].all())
+            whole = drawing.fill_hole(picture, hidden | ~masks[k]) if hidden.any() else picture
+            layers = torch.cat([whole, masks[k, None].float()])
             source = drawing.extents(np.where(masks[k], 0, -1), 1)[0] if np.isnan(boxes[0]).any() else boxes[0]
-            for t in np.flatnonzero(~np.isnan(boxes[:, 0])):
+            for t in np.flatnonzero(~np.isnan(boxes[1:, 0])) + 1:
                 # Pixels whose centres lie in the box.
                 x0, y0, x1, y1 = np.ceil(boxes[t] - 0.5).clip(0, [width, height] * 2).astype(int)
+                if all_of_it:  # a camera, which shows more than was in the picture
+                    x0, y0, x1, y1 = 0, 0, width, height
                 if x0 >= x1 or y0 >= y1:
                     continue
                 area = canvas[:, t, y0:y1, x0:x1]
                 if not masks[k].any():
-                    area[:] = 0
+                    area.zero_()
                     continue
-                moved = drawing.move(layers, source, boxes[t], (y0, y1, x0, x1)).numpy()
-                mask, known_there, inside = moved[3:] > 0.5
-                np.copyto(area, 0, where=mask | ~inside)
-                np.copyto(area, moved[:3].clip(-0.9), where=known_there)
-        return torch.from_numpy(canvas)
+                moved = drawing.move(layers, source, boxes[t], (y0, y1, x0, x1), "reflection")
+                area.copy_(torch.where(moved[3] > 0.5, moved[:3], area))
+        return canvas
 
 
 def draw_overlay(frames: np.ndarray, trajectory: Trajectory) -> np.ndarray:

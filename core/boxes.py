@@ -48,10 +48,13 @@ def interpolate(frames: np.ndarray, keys: np.ndarray, num_frames: int, kind: str
     return track
 
 
-def move(picture: Tensor, source: np.ndarray, target: np.ndarray, area: tuple[int, int, int, int]) -> Tensor:
+def move(
+    picture: Tensor, source: np.ndarray, target: np.ndarray, area: tuple[int, int, int, int], beyond: str = "zeros"
+) -> Tensor:
     """The part of a picture [C, height, width] in the box `source` [4], moved and scaled to fill the box `target`.
 
-    `area`, (y0, y1, x0, x1): the rows and columns wanted -> [C, y1 - y0, x1 - x0], 0 where nothing of it comes.
+    `area`, (y0, y1, x0, x1): the rows and columns wanted -> [C, y1 - y0, x1 - x0]. `beyond` the picture lie "zeros", or
+    its "reflection".
     """
     y0, y1, x0, x1 = area
     height, width = picture.shape[-2:]
@@ -59,7 +62,24 @@ def move(picture: Tensor, source: np.ndarray, target: np.ndarray, area: tuple[in
     x = (np.arange(x0, x1) + 0.5 - target[0]) * scale[0] + source[0]
     y = (np.arange(y0, y1) + 0.5 - target[1]) * scale[1] + source[1]
     grid = torch.from_numpy(np.stack(np.meshgrid(2 * x / width - 1, 2 * y / height - 1), -1)).float()
-    return F.grid_sample(picture[None], grid[None], align_corners=False)[0]
+    return F.grid_sample(picture[None], grid[None], padding_mode=beyond, align_corners=False)[0]
+
+
+def fill_hole(picture: Tensor, hole: Tensor) -> Tensor:
+    """The hole gets the mean of what is around, in ever wider windows; 0 if there is nothing.
+
+    [C, height, width], bool [height, width] -> [C, height, width].
+    """
+    out, left, window, all_of_it = picture.masked_fill(hole, 0), hole.clone(), 2, 2 * max(hole.shape)
+    seen = torch.cat([out, (~hole).float()[None]])
+    while left.any() and window < all_of_it:
+        window *= 2
+        # First down, then across: the same, much faster.
+        mean = F.avg_pool2d(seen, (window + 1, 1), stride=1, padding=(window // 2, 0))
+        mean = F.avg_pool2d(mean, (1, window + 1), stride=1, padding=(0, window // 2))
+        now = left & (mean[-1] > (0.1 if window < all_of_it else 0))
+        out, left = torch.where(now, mean[:-1] / mean[-1:], out), left & ~now
+    return out
 
 
 def whole_pixels(boxes: np.ndarray, size: Size) -> np.ndarray:

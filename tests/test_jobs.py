@@ -104,7 +104,7 @@ def test_tables_of_magicmotion(table):
     (None, "no such file; correct the path"),
     ("", "no rows; give 1 to 100000"),
     ("traj,prompt\nx,y\n", "no column image"),
-    ("image,traj\nx,y\n", "no column prompt"),
+    ("image,prompt\nx,y\n", "no column traj"),
     ("image,traj,prompt,speed\n1,2,3,4\n", "column 'speed' is unknown"),
     ("image,traj,prompt\n", "no rows; give 1 to 100000"),
     ("image,traj,prompt\n" + "a,b,c\n" * 100_001, "too many rows"),

@@ -25,12 +25,12 @@ from core.tables import table_path, write_rows
 from core.weights import file_errors
 from finetune_hybrid import Config
 from tools import bench, convert, evaluate_folder
-from toy import evaluate, world
+from toy import evaluate, example
 
 TALKS = """
 import sys; sys.path.insert(0, sys.argv.pop(1))
 from core.config import run_script
-from toy.world import Config
+from toy.example import Config
 def main(cfg):
     for n in range(2000):
         print("a line of the log, \\u732b \\udce9", n)
@@ -85,7 +85,7 @@ BALLOONS = {"source": str(ROOT / "examples/balloons.json"), "image": str(ROOT / 
     *((convert, BALLOONS | {"to": "x.json"}, n) for n in ("x.json", "x_mask_0.png", "x_mask_7.png", "x.preview.mp4")),
     *((script, {"out": "x.json"}, n) for script in (evaluate, bench, evaluate_folder) for n in ("x.json", "x.md")),
     (evaluate, {"out": "x.json"}, "x.png"),
-    *((world, {"out": "."}, n) for n in ("image.png", "boxes.json", "prompt.txt", "mask_7.png", "truth.mp4")),
+    *((example, {"out": "."}, n) for n in ("image.png", "boxes.json", "prompt.txt", "mask_7.png", "truth.mp4")),
 ])  # fmt: skip
 @pytest.mark.parametrize("held", [b"", b"mine", b'[{"name": "me"}]'])
 def test_nothing_of_others_is_overwritten(script, options, taken, held, tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_nothing_of_others_is_overwritten(script, options, taken, held, tmp_path
     (tmp_path / taken).write_bytes(held)
     why = "would be lost; move it" if script == convert else "was not made here; move it, or"
     said = rf"(^|/|: ){taken}:? exists, and {why}"
-    if script == world:
+    if script == example:
         said = r"^--out \.: exists and is no empty folder; give another"
     refused(said, script.main, script.Config(**options))
     assert [file.name for file in tmp_path.iterdir()] == [taken] and (tmp_path / taken).read_bytes() == held
@@ -108,11 +108,11 @@ def test_what_was_made_here_is_made_anew(tmp_path):
     (tmp_path / "0").mkdir()
     made, folders = [], [tmp_path / name for name in "012"]
     for folder, number in zip(folders, (62, 62, 0), strict=True):
-        world.main(world.Config(out=str(folder), video=number))
+        example.main(example.Config(out=str(folder), video=number))
         made.append({file.name: file.read_bytes() for file in folder.iterdir()})
     assert made[0] == made[1] != made[2]
-    again = world.Config(out=str(folders[0]))
-    refused(rf"--out {folders[0]}: exists and is no empty folder; give another", world.main, again)
+    again = example.Config(out=str(folders[0]))
+    refused(rf"--out {folders[0]}: exists and is no empty folder; give another", example.main, again)
     assert {file.name: file.read_bytes() for file in folders[0].iterdir()} == made[0]
 
 

@@ -25,7 +25,7 @@ TRAIN = "--steps 2 --batch 2 --sample_every 0"
 SLOW, FAST = (f"{TRAIN} --compile false --generator small/{speed}_generator.safetensors" for speed in ("slow", "fast"))
 # Flags that make a command short, by how it begins; later flags win. In small/ are tiny networks.
 SHORT = {
-    **dict.fromkeys(("make demo", "source .venv/bin/activate", "python -m tools.convert", "python -m toy.world"), ""),
+    **dict.fromkeys(("make demo", "source .venv/bin/activate", "python -m tools.convert", "python -m toy.example"), ""),
     "make test": "--dry-run",  # this test is part of it
     **dict.fromkeys(("python sample.py", "torchrun --nproc_per_node=2 sample.py"), "--steps 2 --weights small"),
     "python -m toy.evaluate": "--videos 2 --steps 2 --compile false --out runs/e/rows.json --weights small",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from core.boxes import move
 from core.config import UserError
-from toy import world
+from toy import example, latents, world
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
 from toy.pictures import BANK, PHOTOGRAPHS, SPLITS, picture_bank
@@ -165,7 +166,7 @@ def test_maps_are_those_that_a_trajectory_paints_whatever_the_size(many, style, 
 
 
 def test_the_script_writes_what_sampling_reads(tmp_path, capsys):
-    world.main(world.Config(out=str(tmp_path / "out"), split="validation", video=6))
+    example.main(example.Config(out=str(tmp_path / "out"), split="validation", video=6))
     assert capsys.readouterr().out.startswith(f"{tmp_path}/out: ")
     batch = World("validation").batch([6])
     loaded, true = load_trajectory(tmp_path / "out/boxes.json", (128, 128), 9, (128, 128)), batch.trajectory(0)
@@ -193,9 +194,14 @@ def test_training_batches():
         ToyLatents(codec, **shape).batch([1], "box")
 
 
-def test_training_maps_are_the_worlds():
+@pytest.mark.parametrize("found", [0, 1])
+def test_training_maps_are_the_worlds(found, monkeypatch):
+    """Things told by a box alone are shown as their boxes, or all as if they had been found in them."""
+    monkeypatch.setattr(latents, "FOUND", found)
     codec, shape = ToyCodec(), {"size": (32, 32), "frames": 4}
     batch = World(**shape).batch([1, 2, 3])
+    assert batch.by_box.any()
+    batch = replace(batch, by_box=batch.by_box & (not found))
     for style in ("outline", "pixels"):
         source = ToyLatents(codec, style, **shape)
         for kind in ("box", "mask"):

@@ -92,7 +92,7 @@ def read_jobs(path: Path) -> list[dict]:
     rows, known = read_table(path), ", ".join(COLUMNS)
     if unknown := [name for name in rows[0] if name not in COLUMNS]:
         raise UserError(f"{path}: column {unknown[0]!r} is unknown; the known ones are {known}")
-    if lacking := sorted({"image", "traj", "prompt"} - {COLUMNS[name] for name in rows[0]}):
+    if lacking := sorted({"image", "traj"} - {COLUMNS[name] for name in rows[0]}):
         raise UserError(f"{path}: no column {lacking[0]}; the first line names the columns, of {known}")
     jobs = []
     for number, row in enumerate(rows):

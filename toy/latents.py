@@ -1,5 +1,7 @@
 """What training reads of the toy world: its videos, captions and trajectories, through the toy codec."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from core.noise import random_blackout
 from toy.codec import ToyCodec
 from toy.world import World
 from trajectory import Maps
+
+FOUND = 0.75  # share of things told by a box alone that are shown cut out, as toy/segment.py does in use
 
 
 class ToyLatents:
@@ -38,6 +42,8 @@ class ToyLatents:
         chance = [np.random.default_rng([self.world.first, s, 1]).random(2 + self.world.frames) for s in samples]
         each = zip(chance, batch.captions, strict=True)
         captions = [drop_caption(drop_text, u[0], caption, "", self.codec.negative) for u, caption in each]
+        alone = [np.random.default_rng([self.world.first, s, 2]).random(batch.by_box.shape[1]) > FOUND for s in samples]
+        batch = replace(batch, by_box=batch.by_box & torch.from_numpy(np.stack(alone)).to(batch.by_box.device))
         x0, text = self.codec.encode_video(batch.video), self.codec.encode_text(captions)
         if kind is None:
             return Batch(x0, text, None)

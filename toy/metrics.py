@@ -187,27 +187,8 @@ def baselines(batch: WorldBatch, codec: ToyCodec) -> dict[str, Tensor]:
 
 
 def pasted(batch: WorldBatch, kind: Literal["box", "mask"]) -> Tensor:
-    """What the maps show, pasted over the first frame, whose holes are filled by blur. [B,3,T,H,W].
+    """What the maps show after the first frame, [B,3,T,H,W].
 
     "mask": things are cut out along their masks; "box": as users draw them, half of them as rectangles.
     """
-    painted, first = batch.maps("pixels", kind), batch.video[:, :, :1]
-    shown = (painted > -1).any(1, keepdim=True)
-    under = fill(first[:, :, 0], shown[:, :, 0] & ~batch.used[:, 0, None, None, None])[:, :, None]
-    return torch.cat([first, torch.where(shown, painted, under)[:, :, 1:]], 2)
-
-
-def fill(pictures: Tensor, hole: Tensor) -> Tensor:
-    """The hole gets the mean of what is around, in ever wider windows. [B,3,H,W], bool [B,1,H,W] -> [B,3,H,W]."""
-
-    def mean_around(x: Tensor, width: int) -> Tensor:  # first down, then across: the same, much faster
-        x = F.avg_pool2d(x, (width, 1), stride=1, padding=(width // 2, 0))
-        return F.avg_pool2d(x, (1, width), stride=1, padding=(0, width // 2))
-
-    out, left = pictures.clone(), hole.clone()
-    for window in (5, 9, 17, 33, 65, 129):
-        weight = mean_around((~hole).float(), window)
-        mean = mean_around(pictures * ~hole, window) / weight.clamp(min=1e-6)
-        now = left & (weight > 0.1)
-        out, left = torch.where(now, mean, out), left & ~now
-    return out
+    return torch.cat([batch.video[:, :, :1], batch.maps("pixels", kind)[:, :, 1:]], 2)

@@ -1,22 +1,17 @@
 """The small preset's world: pieces of pictures move over a picture, and everything about it is known.
 
-    python -m toy.world --video 3      # writes a held-out video as a user's input: image, masks, boxes.json, prompt
-
 Pictures are dead leaves: random shapes that cover one another, of power-law sizes, shaded, with gratings and grain. In
 low-level tasks they carry over to photographs (Baradad et al. 2021, "Learning to see by looking at noise"; Achddou et
 al. 2021, "Synthetic images as a regularity prior"). One to six things (blobs, polygons, rectangles) with a texture of
 their own move on cubic Bezier paths, change size, pass in front of one another and cross the picture's edge; some cast
 a shadow, some spin, some appear later. In a quarter of the videos the camera pans and zooms. Half of the things have a
-box but no mask, so networks learn to find the thing in its box. A video follows from one integer; splits share neither
-seeds nor pictures.
+box but no mask. A video follows from one integer; splits share neither seeds nor pictures.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,16 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.boxes import fill_box
-from core.config import require, run_script
-from core.files import write_text
-from core.media import to_uint8, write_image, write_video
+from core.media import to_uint8
 from toy.pictures import CANVAS, SPLITS, picture_bank
 from trajectory import PALETTE, Fill, Maps, Trajectory
 
 MOST = 6  # things in one video
 SHAPES = ("blob", "polygon", "rectangle")
 CORNERS = 90  # points of a silhouette, by which its box is measured
-KEYFRAMES = 4  # frames from one keyframe of a boxes.json to the next
 COLORS = {
     "black": (0.1, 0.1, 0.1), "grey": (0.45, 0.45, 0.45), "white": (0.9, 0.9, 0.9), "red": (0.7, 0.2, 0.2),
     "brown": (0.5, 0.35, 0.2), "yellow": (0.8, 0.75, 0.3), "green": (0.25, 0.6, 0.25), "cyan": (0.3, 0.7, 0.7),
@@ -287,38 +279,3 @@ def furthest_apart(at: Tensor, used: Tensor, enough: float, later: float) -> Ten
     gap = gap[..., 0] + later * gap.mean(-1)
     pair = used[:, None, :, None] & used[:, None, None, :] & ~torch.eye(used.shape[1], dtype=torch.bool)
     return gap.masked_fill(~pair, torch.inf).amin((2, 3)).argmax(1)
-
-
-@dataclass(frozen=True)
-class Config:
-    out: str = "out/toy"  # folder for image.png, boxes.json, the masks it names, prompt.txt and truth.mp4
-    split: Literal["train", "validation", "test"] = "test"  # which seeds
-    video: int = 0  # its number in the split
-
-
-def main(cfg: Config) -> None:
-    world, out = World(cfg.split), Path(cfg.out)
-    fresh = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    require(fresh, f"--out {out}: exists and is no empty folder; give another")
-    batch = world.batch([cfg.video])
-    trajectory, objects = batch.trajectory(0), []
-    for k, name in enumerate(trajectory.names):
-        start, last = int(np.isnan(trajectory.boxes[k, :, 0]).sum()), world.frames - 1
-        keys = [*range(start, last, KEYFRAMES), last]
-        item = {"name": name, "boxes": {str(t): trajectory.boxes[k, t].round(1).tolist() for t in keys}}
-        if start:
-            item["visible"] = [[start, last]]
-        elif not batch.by_box[0, batch.used[0].nonzero()[k, 0]]:
-            item["mask"] = f"mask_{k}.png"
-            write_image(out / item["mask"], trajectory.masks[k].astype(np.uint8) * 255)
-        objects.append(item)
-    write_image(out / "image.png", to_uint8(batch.video[0, :, :1])[0])
-    top = {"num_frames": world.frames, "width": world.size[1], "height": world.size[0], "objects": objects}
-    write_text(out / "boxes.json", json.dumps(top, indent=1))
-    write_text(out / "prompt.txt", batch.captions[0])
-    write_video(out / "truth.mp4", to_uint8(batch.video[0], scale=4), fps=8)
-    print(f"{out}: {batch.captions[0]}")
-
-
-if __name__ == "__main__":
-    run_script(main, Config)
