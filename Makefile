@@ -6,7 +6,7 @@ VARIANTS = decay no_gan no_diffusion constant grow no_semantic no_trajectory no_
 files = $(foreach s,$(SEEDS),$(foreach v,$1,runs/ablation/$v_$s/fast_adapter.safetensors))
 RUNS = $(call files,$(VARIANTS))
 
-no_diffusion = --use_diffusion false --diffusion_first 0 --steps 300
+no_diffusion = --use_diffusion false --diffusion_first 0 --steps 160
 no_gan = --use_gan false
 constant = --diffusion_scale constant
 decay = --diffusion_scale decay

@@ -51,7 +51,7 @@ class Config(Recipe):
     data: str = ""  # folder of prepared clips (tools.prepare_clips); the small preset's world if empty
     weights: str = "Wan2.2-TI2V-5B"  # preset wan5b: its folder as published, whose VAE shows samples
     generator: str = shipped("checkpoints/small/slow_generator.safetensors")  # the SlowGenerator that all start from
-    steps: int = 500  # updates of the fake score; the student learns in every `ratio`-th
+    steps: int = 200  # updates of the fake score; the student learns in every `ratio`-th
     batch: int = 8  # videos a step, over all processes
     accumulate: int = 1  # micro-batches a step; 0 is one video in each
     lr: float = 1e-4  # peak learning rate of the student
@@ -60,8 +60,8 @@ class Config(Recipe):
     recompute: Literal["none", "full"] = "none"  # activations that the backward pass computes again, to save memory
     sequence: int = 1  # neighbouring processes that share one video
     seed: int = 0  # of data order and noise
-    save_every: int = 250  # steps
-    sample_every: int = 500  # steps; 0 for no samples
+    save_every: int = 50  # steps
+    sample_every: int = 200  # steps; 0 for no samples
     wandb: str = ""  # project on Weights & Biases to which the log goes too
 
 

@@ -114,7 +114,7 @@ def test_the_r1_penalty_compares_true_videos_with_their_neighbours(stage_3, monk
 # --- when who learns --------------------------------------------------------------------------------------------------
 
 PLANS = [  # steps, ratio, diffusion_first, adapter_start
-    (600, 5, 300, 60),  # the defaults
+    (560, 5, 400, 30),  # the defaults
     (1000, 5, 0, 0),  # the paper's
     (300, 5, 0, 60),
     (40, 3, 10, 7),  # parts that end amid a cycle
@@ -203,6 +203,6 @@ def test_a_run_needs_a_loss_and_all_its_phases():
     """Longer phases than the run, and one without its loss, are in test_malformed.py."""
     with pytest.raises(UserError, match="no loss is left; use one or both"):
         finetune_hybrid.check(finetune_hybrid.Config(use_gan=False, use_diffusion=False))
-    with pytest.raises(UserError, match="--adapter_start 60 --diffusion_first 100: give less than --steps 160 in all"):
-        finetune_hybrid.check(finetune_hybrid.Config(steps=160))  # not a step is left
+    with pytest.raises(UserError, match="--adapter_start 30 --diffusion_first 400: give less than --steps 430 in all"):
+        finetune_hybrid.check(finetune_hybrid.Config(steps=430))  # not a step is left
     finetune_hybrid.check(finetune_hybrid.Config())

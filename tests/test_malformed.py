@@ -234,7 +234,7 @@ CASES = {
     # flags and logs
     "evaluate.py --videos 0": "--videos 0: at least 2",
     "evaluate.py --out rows.md": "--out rows.md: the name must end in .json",
-    "finetune_hybrid.py --adapter_start 300": "--adapter_start 300 --diffusion_first 100: give less than",
+    "finetune_hybrid.py --adapter_start 300": "--adapter_start 300 --diffusion_first 400: give less than",
     "finetune_hybrid.py --diffusion_first 9 --use_diffusion false": "--diffusion_first 9: needs",
     "finetune_hybrid.py --diffusion_scale fast": "--diffusion_scale: invalid choice: 'fast' (choose from",
     "finetune_hybrid.py --lr nan": "argument --lr: nan is not a finite number",

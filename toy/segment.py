@@ -23,7 +23,7 @@ INNER, MARGIN = 64, 16  # pixels of the crop that the network sees, each way: th
 CROP = INNER + 2 * MARGIN
 WEIGHTS = ROOT / "checkpoints/small/box_segmenter.safetensors"
 LEAST = 0.1  # share of its box below which what is found is no thing
-THRESHOLD = -1.0  # of the logits; below 0, for a part that is lost shows more than ground that comes along
+THRESHOLD = -2.0  # of the logits; below 0, for a part that is lost shows more than ground that comes along
 
 
 @dataclass(frozen=True)
