@@ -226,7 +226,8 @@ def test_every_number_of_every_script_has_a_range_that_holds_its_values():
     *(("train_slow_adapter", name, 0, "at least 1") for name in ("batch", "save_every")),
     ("train_slow_adapter", "lr", float("nan"), POSITIVE), ("prepare_clips", "sparse", -0.1, "at least 0, at most 1"),
     ("sample", "shift", -1.0, "at least 0"), ("sample", "seed", 2**63, "at most"),
-    ("bench", "repeats", 0, "at least 1"), ("example", "video", -1, "at least 0"), ("evaluate", "videos", 1, "at least 2"), ("convert", "frames", 0, "at"),
+    ("example", "video", -1, "at least 0"), ("bench", "repeats", 0, "at least 1"),
+    ("evaluate", "videos", 1, "at least 2"), ("convert", "frames", 0, "at"),
 ])  # fmt: skip
 def test_a_number_out_of_its_range_is_refused(script, name, value, within):
     with pytest.raises(UserError, match=rf"^--{name} {re.escape(str(value))}: .*{within}"):
