@@ -298,8 +298,12 @@ def test_play_shows_what_the_networks_will_be_given(hands, tmp_path):
     hands.go(0)
     hands.drag((70, 60), (120, 110))  # in front of the first
     assert hands.page.text_content("#comes") == "9 frames of 208 x 136"
-    for preset, size, frame in (("small", (136, 208), 6), ("wan5b", (768, 1152), 90), ("wan5b", (768, 1152), 0)):
+    small, large = ("small", (136, 208)), ("wan5b", (768, 1152))
+    for (preset, size), frame in ((small, 6), (large, 90), (large, 0), (small, 0), (small, 5)):
         hands.page.select_option("#preset", preset)
+        if frame == 5:
+            hands.page.click("summary:has-text('Camera')")
+            hands.page.click("#shoot")
         frames = hands.see("page.drawing.frames")
         made = load_trajectory(hands.save(tmp_path) / "boxes.json", size, frames, (160, 240))
         image = media.cover_frames(pixels[None], size)[:, 0] / 127.5 - 1
