@@ -143,7 +143,8 @@ class ResNetAdapter(nn.Module):
             yield residual
         if change := self.copies:
             # Differences from the maps' frame 0 become frames, from which the generator takes the picture's away.
-            frames, first = maps + change * maps[:, :, :1], maps[:, :, :1]
+            first = maps[:, :, :1]
+            frames = maps + change * first
             objects = ((first - self.black).abs() > 0.05).any(1, keepdim=True).expand_as(maps[:, :1])
             drawn = ((frames - change * self.black).abs() > 0.1).any((1, 3, 4), keepdim=True)  # files round `black`
             yield drawn * torch.cat([objects, torch.full_like(objects, change, dtype=maps.dtype), frames], 1)

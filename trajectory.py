@@ -100,27 +100,29 @@ class Trajectory:
         return torch.from_numpy(canvas)
 
     def _pixel_maps(self, picture: Tensor) -> Tensor:
-        def and_around(mask: Tensor) -> Tensor:
+        def widen(mask: Tensor) -> Tensor:
             return F.max_pool2d(mask[None].float(), 2 * RIM + 1, stride=1, padding=RIM)[0] > 0
 
         masks, (height, width), picture = torch.from_numpy(self.first_masks), self.size, picture.float()
         canvas = torch.full((3, self.num_frames, height, width), -1.0)
-        canvas[:, 0] = torch.where(masks.any(0), picture, canvas[:, 0])
-        canvas[:, 1:] = drawing.fill_hole(picture, and_around(masks.any(0)))[:, None]
+        covered = masks.any(0)
+        canvas[:, 0] = torch.where(covered, picture, canvas[:, 0])
+        canvas[:, 1:] = drawing.fill_hole(picture, widen(covered))[:, None]
         for k, boxes in enumerate(self.boxes):
-            hidden, all_of_it = masks[k] & and_around(masks[k + 1 :].any(0)), bool(masks[k].all())
+            in_picture, is_camera = bool(masks[k].any()), bool(masks[k].all())
+            hidden = masks[k] & widen(masks[k + 1 :].any(0))
             whole = drawing.fill_hole(picture, hidden | ~masks[k]) if hidden.any() else picture
             layers = torch.cat([whole, masks[k, None].float()])
             source = drawing.extents(np.where(masks[k], 0, -1), 1)[0] if np.isnan(boxes[0]).any() else boxes[0]
             for t in np.flatnonzero(~np.isnan(boxes[1:, 0])) + 1:
                 # Pixels whose centres lie in the box.
                 x0, y0, x1, y1 = np.ceil(boxes[t] - 0.5).clip(0, [width, height] * 2).astype(int)
-                if all_of_it:  # a camera, which shows more than was in the picture
+                if is_camera:  # which shows more than was in the picture
                     x0, y0, x1, y1 = 0, 0, width, height
                 if x0 >= x1 or y0 >= y1:
                     continue
                 area = canvas[:, t, y0:y1, x0:x1]
-                if not masks[k].any():
+                if not in_picture:
                     area.zero_()
                     continue
                 moved = drawing.move(layers, source, boxes[t], (y0, y1, x0, x1), "reflection")

@@ -66,18 +66,15 @@ def move(
 
 
 def fill_hole(picture: Tensor, hole: Tensor) -> Tensor:
-    """The hole gets the mean of what is around, in ever wider windows; 0 if there is nothing.
-
-    [C, height, width], bool [height, width] -> [C, height, width].
-    """
-    out, left, window, all_of_it = picture.masked_fill(hole, 0), hole.clone(), 2, 2 * max(hole.shape)
+    """A hole, bool [H, W], gets the mean of what is around it, in ever wider windows, or 0: [C, H, W] -> [C, H, W]."""
+    out, left, window, widest = picture.masked_fill(hole, 0), hole & ~hole.all(), 2, 2 * max(hole.shape)
     seen = torch.cat([out, (~hole).float()[None]])
-    while left.any() and window < all_of_it:
+    while left.any() and window < widest:
         window *= 2
         # First down, then across: the same, much faster.
         mean = F.avg_pool2d(seen, (window + 1, 1), stride=1, padding=(window // 2, 0))
         mean = F.avg_pool2d(mean, (1, window + 1), stride=1, padding=(0, window // 2))
-        now = left & (mean[-1] > (0.1 if window < all_of_it else 0))
+        now = left & (mean[-1] > (0.1 if window < widest else 0))
         out, left = torch.where(now, mean[:-1] / mean[-1:], out), left & ~now
     return out
 

@@ -125,7 +125,7 @@ def test_a_map_of_pixels_shows_things_where_they_are_and_where_they_go(kind):
                 torch.minimum((2 * at + 1).abs(), 4 * n - (2 * at + 1)) // 2 for at, n in ((rows, 20), (columns, 24))
             )
             wanted[:, t, y0:y1, x0:x1] = image[:, rows][:, :, columns]
-        elif source != "nothing":
+        else:
             wanted[:, t, y0:y1, x0:x1] = {"hole": torch.nan, GREY: GREY}[source]
     known = ~wanted.isnan()
     for maps in (trajectory.maps("box", image), trajectory.maps("mask", image)):
@@ -144,6 +144,7 @@ def test_a_hole_gets_the_mean_of_what_is_around():
     assert (filled - image).abs().max() < 0.2  # on a slope the mean of both sides is near
     edge = filled[0, 25, 10]  # of what two pixels to the left have
     assert edge == pytest.approx(float(image[0, 25, 8:10].mean()), abs=1e-5)
+    assert torch.equal(fill_hole(image, hole & False), image)
     assert fill_hole(image, torch.ones_like(hole)).abs().max() == 0
     hole[:], hole[0, 0] = True, False  # a single pixel is known
     assert torch.allclose(fill_hole(image, hole), image[:, :1, :1].expand_as(image), atol=1e-5)

@@ -86,7 +86,7 @@ class ToyAutoencoder(nn.Module):
         """[B, 3, height, width] in [-1, 1] -> [B, channels, height / spatial, width / spatial]."""
         return self.encoder(frames)
 
-    def weight(self) -> Tensor:
+    def pixel_weight(self) -> Tensor:
         """How much an error of each channel shows in pixels, [channels, 1, 1, 1]: the root of the energy it makes."""
         return self.linear[0].weight.flatten(1).norm(dim=0).view(-1, 1, 1, 1)
 

@@ -42,13 +42,13 @@ class ToyLatents:
         chance = [np.random.default_rng([self.world.first, s, 1]).random(2 + self.world.frames) for s in samples]
         each = zip(chance, batch.captions, strict=True)
         captions = [drop_caption(drop_text, u[0], caption, "", self.codec.negative) for u, caption in each]
-        alone = [np.random.default_rng([self.world.first, s, 2]).random(batch.by_box.shape[1]) > FOUND for s in samples]
-        batch = replace(batch, by_box=batch.by_box & torch.from_numpy(np.stack(alone)).to(batch.by_box.device))
         x0, text = self.codec.encode_video(batch.video), self.codec.encode_text(captions)
         if kind is None:
             return Batch(x0, text, None)
         if self.maps is None:
             raise ValueError("maps are asked for, and nothing says how they are painted")
+        alone = [np.random.default_rng([self.world.first, s, 2]).random(batch.by_box.shape[1]) > FOUND for s in samples]
+        batch = replace(batch, by_box=batch.by_box & torch.from_numpy(np.stack(alone)).to(batch.by_box.device))
         black = torch.from_numpy(np.stack([random_blackout(u[1:], sparse) for u in chance]))  # [B, T]
         maps = batch.maps(self.maps, kind).masked_fill(black[:, None, :, None, None].to(batch.video.device), -1)
         return Batch(x0, text, self.codec.encode_video(maps))

@@ -91,7 +91,7 @@ def training_step(
         residuals = [r * guided.view(-1, *[1] * (r.ndim - 1)) for r in guide(traj)]
         moves = (x0.abs() > 1e-4).any(1, keepdim=True)  # latents of later frames are differences
         velocity = partial(model, text=text, residuals=residuals)
-        weight = (1 + (cfg.change - 1) * moves) * data.codec.network.weight()
+        weight = (1 + (cfg.change - 1) * moves) * data.codec.network.pixel_weight()
         loss = flow.flow_matching_loss(velocity, x0, noise, sigma, model.config.predicts, weight)
     loss.backward()
     optim.clip_and_step(guide, guide_optimizers)
