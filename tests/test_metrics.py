@@ -148,6 +148,12 @@ def test_blur_is_not_sharp_and_noise_is_too_sharp():
     assert math.isnan(metrics.sharpness(batch.video, scene(STEPS, spin=0.1)))  # what turns can't be pasted
     flat = torch.where(batch.masks[:, 1:], 0.5, batch.video)
     assert metrics.sharpness(flat, batch) == pytest.approx(0, abs=1e-9)
+    half, masks = batch.video.clone(), batch.masks.clone()
+    for t, left in enumerate(STEPS):
+        half[..., t, :, left : left + 6] = 0.5
+    assert metrics.sharpness(half, batch) < 0.7
+    masks[:, 1, 0, :, : STEPS[0] + 6] = False  # nobody saw that half
+    assert metrics.sharpness(half, dataclasses.replace(batch, masks=masks)) == 1
 
 
 def test_spin_of_a_disc_by_hand():

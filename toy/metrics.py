@@ -7,7 +7,7 @@
     hole_psnr                of the background that frame 0 doesn't show; nobody can know it, but blur is a bar
     seam                     gradient across the edges of boxes without a mask, relative to the true videos: above 1
                              where a rectangle of ground came along with its thing
-    sharpness                detail inside the things; the true video has 1, a blurred one less, a noisy one more
+    sharpness                detail of what frame 0 shows of things; the true video has 1, blur less, noise more
     fvd                      Frechet video distance to the true videos, by features of this project's own
     prompt_accuracy          share of the things that spin as their caption says; chance gets half
     clockwise_unprompted     share of the spinning things that turn clockwise where the caption doesn't say
@@ -57,12 +57,16 @@ def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
     """
     bare = (batch.video == batch.plate).all(1).float()  # (B, T, H, W)
     bare, clear = bare[:, 1:], bare[:, :1].expand_as(bare[:, 1:]).clone()
-    height, width = bare.shape[-2:]
     for i in batch.used[:, 0].nonzero()[:, 0].tolist():
-        first, *later = batch.boxes[i, 0].double().numpy()
-        clear[i] = torch.cat([move(clear[i, :1], first, now, (0, height, 0, width)) for now in later])
+        clear[i] = along(clear[i, 0], batch.boxes[i, 0])
     bare, shown = (-F.max_pool2d(-x, 5, stride=1, padding=2) > 0.99 for x in (bare, clear))
     return bare & shown, bare & ~shown
+
+
+def along(layer: Tensor, boxes: Tensor) -> Tensor:
+    """A layer of frame 0, [H,W], as it moves with an object's boxes [T,4]: frames 1 to T-1, [T-1,H,W]."""
+    first, *later = boxes.double().numpy()
+    return torch.cat([move(layer[None], first, now, (0, layer.shape[0], 0, layer.shape[1])) for now in later])
 
 
 def psnr(error: Tensor) -> float:
@@ -92,9 +96,12 @@ def seam(video: Tensor, batch: WorldBatch) -> float:
 
 
 def sharpness(video: Tensor, batch: WorldBatch) -> float:
-    """Detail inside things that frame 0 shows and that don't turn, relative to the true videos: a ratio of sums."""
-    given = (batch.shown[:, 1:, 0] & (batch.spin[:, 1:] == 0))[..., None, None, None]
-    made, true = (detail(clip, batch.masks[:, 1:] & given).sum() for clip in (video, batch.video))
+    """Detail of things that don't turn, where frame 0 shows them, relative to the true videos: a ratio of sums."""
+    masks = torch.zeros_like(batch.masks)
+    for i, k in (batch.shown[:, 1:, 0] & (batch.spin[:, 1:] == 0)).nonzero().tolist():
+        mask = batch.masks[i, k + 1]
+        masks[i, k + 1, 1:] = mask[1:] & (along(mask[0].float(), batch.boxes[i, k + 1]) > 0.99)
+    made, true = (detail(clip, masks).sum() for clip in (video, batch.video))
     return float(made / true)
 
 
