@@ -23,7 +23,7 @@ from toy.pictures import CANVAS, picture_bank
 from toy.segment import CROP, INNER, BoxSegmenter, SegmenterConfig
 from toy.world import look_up
 
-PARTS = 4  # of a thing, at most
+PARTS = 6  # of a thing, at most
 HELD_OUT = 1 << 32  # the step whose crops nothing is trained on
 
 
@@ -42,7 +42,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Config(Recipe):
-    steps: int = 1800  # optimizer steps in all
+    steps: int = 3500  # optimizer steps in all
 
 
 def make_crops(count: int, *key: int) -> tuple[Tensor, Tensor]:
@@ -58,11 +58,13 @@ def make_crops(count: int, *key: int) -> tuple[Tensor, Tensor]:
 
         The thing is about two units wide. Its first part is the body; the others lie at the body's edge.
         """
-        number = 1 + torch.bucketize(draw(1), torch.tensor([0.45, 0.65, 0.85]))
+        number = 1 + torch.bucketize(draw(1), torch.tensor([0.35, 0.5, 0.65, 0.8, 0.9]))
         body, (size, away) = torch.arange(PARTS) == 0, (draw(PARTS, low=0.15, high=0.7), draw(PARTS, low=0.4, high=0.9))
         long = size.masked_fill(body, 1) * draw(PARTS, low=0.5, high=1)
-        wide, way = long * draw(PARTS, low=0.35, high=1), draw(PARTS, high=6.3)
+        limb, way = (draw(PARTS) < 0.4) & ~body, draw(PARTS, high=6.3)
+        wide = long * draw(PARTS, low=0.1, high=0.4).where(limb, draw(PARTS, low=0.35, high=1))
         turn = draw(PARTS, high=3.15) * (draw(PARTS) < 0.5)  # upright rectangles can fill their boxes
+        turn, away = way.where(limb, turn), away.minimum(0.35 + 0.8 * long)  # parts touch the body, mostly
         offset = away.masked_fill(body, 0) * torch.stack([way.cos(), way.sin()])
         waves, phases, kind = draw(PARTS, 4, low=-0.22, high=0.22), draw(PARTS, 4, high=6.3), draw(PARTS)
 
@@ -88,9 +90,9 @@ def make_crops(count: int, *key: int) -> tuple[Tensor, Tensor]:
         picture = look_up(bank[draw(high=len(bank)).long()], x[:, None], y.mT[:, None])[:, :, 0]
         return picture * draw(3, 1, 1, low=1 - tint, high=1 + tint)
 
-    def other(share: float) -> Tensor:
-        """Where a neighbour shows, of which a share of the crops has one: [P,1,CROP,CROP]."""
-        half, way, away = draw(1, 1, 1, low=0.2, high=0.5), draw(1, 1, 1, high=6.3), draw(1, 1, 1, low=0.4, high=0.8)
+    def other(share: float, near: float = 0.4, far: float = 0.8) -> Tensor:
+        """Where another thing shows, near to far from the box's middle, in a share of the crops: [P,1,CROP,CROP]."""
+        half, way, away = draw(1, 1, 1, low=0.2, high=0.5), draw(1, 1, 1, high=6.3), draw(1, 1, 1, low=near, high=far)
         depth = silhouette()((grid - away * way.cos()) / half, (grid[:, None] - away * way.sin()) / half)
         return (depth * half * INNER + 0.5).clamp(0, 1).amax(1, keepdim=True) * (draw(1, 1, 1) < share)
 
@@ -108,9 +110,17 @@ def make_crops(count: int, *key: int) -> tuple[Tensor, Tensor]:
 
     # 2. From back to front: ground, a neighbour, the shadow, the parts with the body in front, another neighbour.
     picture = paint(0.15)
-    picture = torch.lerp(picture, paint(0.25), other(0.5))
+    for _ in range(2):
+        picture = torch.lerp(picture, paint(0.25), other(0.4))
+    for across, down in ((8, 8), (12, 1)):  # out of focus, and passing by
+        blurred = F.interpolate(F.avg_pool2d(picture, (down, across)), (CROP, CROP), mode="bilinear")
+        picture = torch.lerp(picture, blurred, draw(1, 1, 1, high=2).clamp(max=1) * (draw(1, 1, 1) < 0.15))
     dark = draw(1, 1, 1, low=0.2, high=0.5) * (draw(1, 1, 1) < 0.25)
     picture, skin = picture * (1 - dark * shown.roll((6, 3), (2, 3))), paint(0.25)
+    means = (layer.mean((2, 3), keepdim=True) for layer in (picture, skin))
+    skin = skin + draw(1, 1, 1) * (draw(1, 1, 1) < 0.3) * (next(means) - next(means))  # of the ground's colour
+    for _ in range(2):
+        skin = torch.lerp(skin, paint(0.25), other(0.3, 0, 0.4))  # markings
     for n in range(1, PARTS):
         picture = torch.lerp(picture, paint(0.25).where(draw(1, 1, 1) < 0.5, skin), parts[:, n : n + 1])
     picture, before = torch.lerp(picture, skin, parts[:, :1]), other(0.2)
@@ -129,7 +139,9 @@ def make_crops(count: int, *key: int) -> tuple[Tensor, Tensor]:
 def training_step(step: int, cfg: Config, network: BoxSegmenter, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """One update, by the cross-entropy of every pixel that shows the picture."""
     crops, shown = make_crops(cfg.batch, cfg.seed, step)
-    loss = F.binary_cross_entropy_with_logits(network(crops), shown, weight=crops[:, 3:])
+    with parallel.autocast(crops.device, "auto"):
+        logits = network(crops)
+    loss = F.binary_cross_entropy_with_logits(logits.float(), shown, weight=crops[:, 3:])
     loss.backward()
     return {"loss": loss.detach(), "grad_norm": optim.clip_and_step(network, optimizers)}
 
