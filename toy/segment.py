@@ -24,7 +24,7 @@ CROP = INNER + 2 * MARGIN
 WEIGHTS = ROOT / "checkpoints/small/box_segmenter.safetensors"
 COLORS = 12  # steps of each colour's brightness, by which colours are told apart
 LEAST = 0.1  # share of its box below which what is found is no thing
-THRESHOLD = -2.0  # of the logits; below 0, for a part that is lost shows more than ground that comes along
+THRESHOLD = -1.5  # of the logits; below 0, for a part that is lost shows more than ground that comes along
 
 
 @dataclass(frozen=True)
