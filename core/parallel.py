@@ -110,12 +110,6 @@ class Processes:
         if self.mesh is not None:
             dist.barrier()
 
-    def wait_for_first(self, what: str) -> None:
-        """The other ranks wait until rank 0 has done `what`. Not by a collective: it would keep a GPU busy."""
-        if self.mesh is not None:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(what, "done") if self.rank == 0 else store.wait([what], PATIENCE)
-
 
 def init_processes(sequence: int = 1, heads: int = 0) -> Processes:
     """Start torchrun's processes. `sequence` of them share a video and its heads; UserError if they don't divide."""

@@ -141,8 +141,7 @@ class Run:
         """Load the newest checkpoint; its step, or 0. UserError if the run began with other options or files."""
         found, step, options, log = self.checkpoints(), 0, self.folder / "config.json", self.folder / "log.jsonl"
         if found:
-            record = next((file for file in (found[-1] / "config.json", options) if file.exists()), None)
-            before, fix = read_config(record) if record else {}, "give the run another --name"
+            before, fix = read_config(record := found[-1] / "config.json"), "give the run another --name"
             for name, now in self.config.items():
                 if name not in FREE and before.get(name, now) != now:
                     fix += " (or, if it is a file that moved, correct this one)"
@@ -189,7 +188,7 @@ class Run:
             path = self.folder / "samples" / f"step_{step:08d}"
             write_image(path.with_suffix(".png"), contact_sheet([video[picked] for video in frames]))
             write_video(path.with_suffix(".mp4"), np.concatenate(frames, axis=2), fps=8)
-        self.procs.wait_for_first(f"{self.folder}: samples of step {step}")
+        self.procs.barrier()
 
     def write_samples(self, step: int, codec: Codec, source, make: Callable, kind: str | None = None) -> None:
         """Four held-out clips of `source`: the truth, and the latents that `make(batch, number)` lists, in turn."""
