@@ -8,7 +8,7 @@ import json
 import os
 import re
 import socket
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from core.config import UserError, warn
@@ -30,34 +30,26 @@ def checksum(*parts: object) -> str:
 
 
 def content(path: Path) -> str | list:
-    """What `checksum` sees of a path. Pieces of large files are hashed by several threads."""
+    """What `checksum` sees of a path."""
     if os.path.isdir(path):
         return [(file.name, content(file)) for file in sorted(path.iterdir()) if not file.name.startswith(".")]
-
-    def hashed(start: int) -> bytes:
-        with path.open("rb") as file:
-            file.seek(start)
-            return hashlib.sha256(file.read(PIECE)).digest()
-
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
-            head = file.read(min(length, PIECE))
+            if sums := re.search(rb'"sums":"(?:[^"\\]|\\.)*"', file.read(min(length, PIECE))):
+                return hashlib.sha256(sums[0]).hexdigest()
+            file.seek(0)
+            pieces = [hashlib.sha256(piece).hexdigest() for piece in iter(partial(file.read, PIECE), b"")]
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
             return ""
         raise
-    if sums := re.search(rb'"sums":"(?:[^"\\]|\\.)*"', head):
-        return hashlib.sha256(sums[0]).hexdigest()
-    with ThreadPoolExecutor() as pool:  # which starts no thread for nothing
-        starts = range(0, path.stat().st_size, PIECE)
-        pieces = list((pool.map if len(starts) > 1 else map)(hashed, starts))
     named = []
     if path.suffix == ".json":
         with contextlib.suppress(ValueError, RecursionError):
             json.loads(path.read_bytes(), object_pairs_hook=lambda pairs: named.extend(v for _, v in pairs))
     files = [path.parent / name for name in named if isinstance(name, str) and not name.endswith(".json")]
-    return [b"".join(pieces).hex(), *(content(file) for file in files if os.path.isfile(file))]
+    return ["".join(pieces), *(content(file) for file in files if os.path.isfile(file))]
 
 
 def lock(folder: Path | str) -> None:
