@@ -17,7 +17,7 @@ import flow
 from core.codec import Batch, Codec, drop_caption
 from core.config import UserError, require
 from core.memory import send
-from core.noise import draw_integer, sample_uniform, step_noise
+from core.noise import rng, sample_uniform, step_noise
 from core.record import checksum
 from core.weights import read_config, read_folder
 from toy.codec import ToyCodec
@@ -120,7 +120,8 @@ def make_draw(
     noise = send(step_noise(steps + 1, batch.x0.shape[1:], samples, cfg.seed, turn), device)
     u = send(sample_uniform(samples, cfg.batch, cfg.seed, turn), device)
     sigma = (cfg.judge_sigma_max * flow.shift_sigma(u, shift)).clamp(0.02, 0.98)
-    last = steps - 1 if exit_step == "last" else draw_integer(steps, cfg.seed, turn, EXIT_STEP)
+    drawn = int(torch.randint(steps, (), generator=rng(cfg.seed, turn, EXIT_STEP)))  # the same on every rank
+    last = steps - 1 if exit_step == "last" else drawn
     return Draw(batch, flow.sigma_schedule(steps, shift), last, noise[:-1], noise[-1], sigma)
 
 

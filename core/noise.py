@@ -19,11 +19,6 @@ def rng(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed) >> 1)
 
 
-def draw_integer(below: int, *key: int) -> int:
-    """One of 0 to `below` - 1, the same on every rank."""
-    return int(torch.randint(below, (), generator=rng(*key)))
-
-
 def sample_noise(shape: Sequence[int], samples: Sequence[int], *key: int) -> Tensor:
     """Gaussian noise [len(samples), *shape]; a row depends on its sample number, not on the rank that draws it."""
     return torch.stack([torch.randn(*shape, generator=rng(*key, sample)) for sample in samples])

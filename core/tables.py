@@ -2,9 +2,7 @@
 
 import json
 import platform
-from collections.abc import Callable, Sequence
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,33 +20,11 @@ def provenance(script: str, config, device: torch.device) -> dict[str, str]:
     return {"command": f"python {script} {flags(changed)}".strip(), "machine": machine}
 
 
-def over_seeds(rows: Sequence[dict], measures: Sequence[str]) -> list[dict]:
-    """Rows of several seeds, neighbours of one name and number of steps, as one each: mean, range and how many."""
-    merged = []
-    for (name, steps), group in groupby(rows, key=itemgetter("name", "steps")):
-        seeds = list(group)
-        merged.append({"name": name, "steps": steps, "videos": seeds[0]["videos"], "seeds": len(seeds)})
-        for key in measures:
-            values = [row[key] for row in seeds if row[key] is not None]
-            merged[-1] |= {key: round(sum(values) / len(values), 4) if values else None}
-            merged[-1] |= {f"{key}_range": [min(values), max(values)] if values else None}
-    return merged
-
-
-def three_digits(value: object) -> str:
-    """Numbers to three significant digits, for measured times: 0.0912345 becomes 0.0912."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def markdown(rows: Sequence[dict], show: Callable[[object], str] = str) -> str:
-    """Rows with equal keys as a Markdown table. A measure's `_range`, unless of one value, goes into its cell."""
-    keys = [key for key in rows[0] if key not in ("command", "machine") and not key.endswith("_range")]
-
-    def cell(row: dict, key: str) -> str:
-        text, span = "" if row[key] is None else show(row[key]), row.get(f"{key}_range")
-        return f"{text} ({span[0]} to {span[1]})" if span and span[0] < span[1] else text
-
-    lines = [[key.replace("_", " ") for key in keys], ["---"] * len(keys), *([cell(r, k) for k in keys] for r in rows)]
+def markdown(rows: Sequence[dict]) -> str:
+    """Rows with equal keys as a Markdown table, without the command and the machine; None is an empty cell."""
+    keys = [key for key in rows[0] if key not in ("command", "machine")]
+    cells = (["" if row[key] is None else str(row[key]) for key in keys] for row in rows)
+    lines = [[key.replace("_", " ") for key in keys], ["---"] * len(keys), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -60,7 +36,7 @@ def table_path(text: str) -> Path:
     return out
 
 
-def write_rows(out: Path, rows: Sequence[dict], show: Callable = str, table: Sequence[dict] = ()) -> None:
+def write_rows(out: Path, rows: Sequence[dict], table: Sequence[dict] = ()) -> None:
     """Write the rows as a JSON list and, next to it, as a Markdown table, or those of `table`."""
     write_text(out, json.dumps(rows, indent=1))
-    write_text(out.with_suffix(".md"), markdown(table or rows, show))
+    write_text(out.with_suffix(".md"), markdown(table or rows))

@@ -14,7 +14,7 @@ import flow
 from adapter import ControlNetAdapter, ControlNetConfig
 from core import optim, runs
 from core.config import UserError
-from core.noise import draw_integer
+from core.noise import rng
 from core.weights import read_safetensors
 from data import EXIT_STEP
 from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss
@@ -92,7 +92,7 @@ def test_the_adversarial_loss_teaches_a_controlnet_at_every_step_of_the_generato
     assert sum(map(len, norms.values())) == 40
     # The step follows from seed and turn alone, so it is the same on every rank.
     steps = {turn: draw.exit_step for turn, draw in draws}
-    assert steps == {turn: draw_integer(4, 0, turn, EXIT_STEP) for turn in range(80)}
+    assert steps == {turn: int(torch.randint(4, (), generator=rng(0, turn, EXIT_STEP))) for turn in range(80)}
     assert all(draw.sigma.min() >= 0.02 and draw.sigma.max() <= 0.98 for _, draw in draws)
 
 

@@ -17,6 +17,7 @@ from conftest import ROOT, start_in
 
 from core import tables
 from core.config import parse_config
+from tools.bench import three_digits
 from toy.evaluate import VARIANTS
 
 DOCS = [f"docs/{name}.md" for name in ("RESULTS", "SPEED", "WAN", "SCALE", "FORMATS")]
@@ -181,7 +182,7 @@ def results(name: str) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    return tables.markdown(rows, tables.three_digits)
+    return tables.markdown(three_digits(rows))
 
 
 def test_the_readme_is_short_and_says_how_much_code_there_is():

@@ -31,7 +31,7 @@ from core import parallel
 from core.codec import Batch
 from core.config import require, run_script, warn
 from core.memory import peak_memory, reset_peak, seconds
-from core.tables import markdown, provenance, table_path, three_digits, write_rows
+from core.tables import markdown, provenance, table_path, write_rows
 from core.weights import Stored, load, rename
 from discriminator import Classifier, ClassifierConfig, DiffusionDiscriminator, adversarial_loss
 from model import PRESETS, DiTConfig, VideoDiT
@@ -255,6 +255,11 @@ def alone(shape: Shape, device: torch.device) -> Iterator[Case]:
         yield case(f"4 steps, resnet, --memory {level}", four, compiled=True)
 
 
+def three_digits(rows: list[dict]) -> list[dict]:
+    """Rows as the table shows them, measured numbers to three significant digits."""
+    return [{name: f"{v:.3g}" if isinstance(v, float) else v for name, v in row.items()} for row in rows]
+
+
 PARTS = {"alone": alone, "vae": codec, "steps": steps, "transformer": transformer}
 
 
@@ -280,9 +285,9 @@ def main(cfg: Config) -> None:
         cases = PARTS[part](SHAPES[device.type], device)
         for row in chain.from_iterable(map(partial(measure, repeats=cfg.repeats, device=device), cases)):
             rows.append(row | origin)
-            write_rows(out, rows, three_digits)  # each as it comes: the run may be cut short
+            write_rows(out, rows, three_digits(rows))  # each as it comes: the run may be cut short
             warn(row)
-    print(markdown(rows, three_digits))
+    print(markdown(three_digits(rows)))
 
 
 if __name__ == "__main__":

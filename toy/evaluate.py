@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,7 +33,7 @@ from core.media import contact_sheet, read_record, to_uint8, write_image
 from core.memory import seconds
 from core.noise import sample_noise, step_noise
 from core.record import checksum
-from core.tables import markdown, over_seeds, provenance, table_path, write_rows
+from core.tables import markdown, provenance, table_path, write_rows
 from model import VideoDiT
 from toy import metrics
 from toy.codec import ToyCodec
@@ -164,6 +165,19 @@ def comparison(videos: Sequence[Tensor], batch: WorldBatch, style: Maps) -> np.n
     return contact_sheet([sheets[row : row + 2] for row in range(0, len(sheets) - 1, 2)], gap=12)  # two columns
 
 
+def over_seeds(rows: Sequence[dict]) -> list[dict]:
+    """Rows of several seeds, neighbours of one name and number of steps, as one each: "mean (lowest to highest)"."""
+    merged = []
+    for (name, steps), group in groupby(rows, key=itemgetter("name", "steps")):
+        seeds = list(group)
+        merged.append({"name": name, "steps": steps, "videos": seeds[0]["videos"], "seeds": len(seeds)})
+        for key in MEASURES:
+            values = [row[key] for row in seeds if row[key] is not None]
+            mean = round(sum(values) / len(values), 4) if values else None
+            merged[-1][key] = f"{mean} ({min(values)} to {max(values)})" if len(set(values)) > 1 else mean
+    return merged
+
+
 def earlier_rows(out: Path, command: str) -> dict[tuple, dict]:
     """The rows of `out` that this command made, by name, steps, run and weights."""
     try:
@@ -208,7 +222,7 @@ def main(cfg: Config) -> None:
         if way.steps >= FEW or not cfg.ablation:
             videos.setdefault((way.name, way.steps), video)  # of the first seed
 
-    shown = over_seeds(rows, MEASURES) if cfg.ablation else rows
+    shown = over_seeds(rows) if cfg.ablation else rows
     print(markdown(shown))
     write_rows(out, rows, table=shown)
     if any(video is None for video in videos.values()):
