@@ -5,7 +5,6 @@ import ast
 import contextlib
 import difflib
 import inspect
-import math
 import os
 import re
 import sys
@@ -53,18 +52,18 @@ def shipped(name: str) -> str:
 # What takes less memory, by the option that a script has for it.
 LESS = {"size": "a smaller --size", "frames": "fewer --frames", "memory": "--memory low",
         "accumulate": "--accumulate 0", "recompute": "--recompute full", "sequence": "a larger --sequence"}  # fmt: skip
-MORE = sys.float_info.min  # than 0
+MORE, MOST = sys.float_info.min, sys.float_info.max  # than 0; of any finite number
 # The least and the most of every number among the options and recipes of all scripts, by name; and by script and name
 # where one has another meaning for 0: the sampler's own.
 RANGES = (
-    dict.fromkeys(("lr", "fake_lr", "classifier_lr", "clip", "shift", "gan_scale", "change"), (MORE, math.inf))
-    | dict.fromkeys(("steps", "batch", "save_every", "ratio", "frames", "fit", "repeats", "smallest"), (1, math.inf))
-    | dict.fromkeys(("warmup", "mask_steps", "diffusion_first", "adapter_start", "sample_every"), (0, math.inf))
-    | dict.fromkeys(("accumulate", "sequence", "guidance", "energy", "detail", "noise", "video", "r1"), (0, math.inf))
-    | dict.fromkeys(("sample.steps", "sample.shift"), (0, math.inf))
+    dict.fromkeys(("lr", "fake_lr", "classifier_lr", "clip", "shift", "gan_scale", "change"), (MORE, MOST))
+    | dict.fromkeys(("steps", "batch", "save_every", "ratio", "frames", "fit", "repeats", "smallest"), (1, MOST))
+    | dict.fromkeys(("warmup", "mask_steps", "diffusion_first", "adapter_start", "sample_every"), (0, MOST))
+    | dict.fromkeys(("accumulate", "sequence", "guidance", "energy", "detail", "noise", "video", "r1"), (0, MOST))
+    | dict.fromkeys(("sample.steps", "sample.shift"), (0, MOST))
     | dict.fromkeys(("sparse", "guided", "pure_noise", "small", "boxed"), (0, 1))
     | dict.fromkeys(("ema", "momentum"), (0, 1 - 1e-9))  # at 1 nothing is ever taken in
-    | {"judge_sigma_max": (MORE, 1), "videos": (2, math.inf), "seed": (0, 2**63 - 1)}
+    | {"judge_sigma_max": (MORE, 1), "videos": (2, MOST), "seed": (0, 2**63 - 1)}
 )
 
 
@@ -72,28 +71,16 @@ def check_options(config) -> None:
     """UserError if a number is out of its range."""
     script = Path(inspect.getfile(type(config))).stem
     for name, value in vars(config).items():
-        least, most = RANGES.get(f"{script}.{name}") or RANGES.get(name, (-math.inf, math.inf))
+        least, most = RANGES.get(f"{script}.{name}") or RANGES.get(name, (-MOST, MOST))
         if isinstance(value, int | float) and not least <= value <= most:
             low = "more than 0" if least == MORE else f"at least {least}"
-            raise UserError(f"--{name} {value}: {low}{'' if most == math.inf else f', at most {most:.9g}'}")
+            high = f", at most {most:.9g}" if most < MOST else ", and finite" * isinstance(value, float)
+            raise UserError(f"--{name} {value}: {low}{high}")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message)
-
-
-def _number(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if math.isfinite(value := float(text)):
-            return value
-    raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-
-
-def _switch(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text == "true"
 
 
 def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, object] = {}, positional: str = ""):
@@ -109,13 +96,13 @@ def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, 
     kinds = inspect.get_annotations(config_class)
     for name, kind in kinds.items():
         if kind is bool:
-            takes = {"type": _switch, "nargs": "?", "const": True}
+            takes = {"choices": ("true", "false"), "nargs": "?", "const": "true"}
         elif typing.get_origin(kind) is typing.Literal:
             takes = {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
             takes = {"nargs": "*"}
         else:
-            takes = {"type": _number if kind is float else kind} | ({"nargs": "?"} if name == positional else {})
+            takes = {"type": kind} | ({"nargs": "?"} if name == positional else {})
         parser.add_argument(name if name == positional else f"--{name}", **takes)
     argv = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
     known, unknown = parser.parse_known_args(argv)
@@ -123,7 +110,12 @@ def parse_config(config_class: type, argv: Sequence[str], presets: Mapping[str, 
         word = unknown[0].partition("=")[0]
         near = difflib.get_close_matches(word, [f"--{name}" for name in kinds], n=1)
         raise UserError(f"unknown flag {word}; {f'did you mean {near[0]}? ' if near else ''}--help lists them all")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items()}
+    values = vars(known)
+    for name, value in values.items():
+        if kinds[name] is bool:
+            values[name] = value == "true"
+        elif isinstance(value, list):
+            values[name] = tuple(value)
     return replace(presets.get(values.get("preset"), config_class()), **values)
 
 
