@@ -70,7 +70,11 @@ def atomic(path: Path | str) -> Iterator[Path]:
                 old.unlink(missing_ok=True)
         yield temporary
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # only here do some file systems report that they are full
+            try:
+                os.fsync(file.fileno())  # only here do some file systems report that they are full
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # and some lack it
+                    raise
         with contextlib.suppress(OSError):  # not every file system has modes
             temporary.chmod(0o666 & ~UMASK)  # some libraries write files that only their owner may read
         os.replace(temporary, path)

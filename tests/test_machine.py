@@ -54,9 +54,9 @@ def test_work_goes_on_though_nobody_can_read_what_it_says(what, tmp_path):
 
 
 @pytest.mark.parametrize("call, number, fine, room", [
-    ("chmod", errno.EPERM, True, False), ("chmod", errno.ENOTSUP, True, False), ("fsync", errno.ENOSPC, False, True),
-    ("fsync", errno.EDQUOT, False, True), ("fsync", errno.EIO, False, False), ("fsync", errno.EROFS, False, False),
-    ("fsync", errno.EACCES, False, False),
+    ("chmod", errno.EPERM, True, False), ("chmod", errno.ENOTSUP, True, False), ("fsync", errno.EINVAL, True, False),
+    ("fsync", errno.ENOSYS, True, False), ("fsync", errno.ENOSPC, False, True), ("fsync", errno.EDQUOT, False, True),
+    ("fsync", errno.EIO, False, False), ("fsync", errno.EROFS, False, False), ("fsync", errno.EACCES, False, False),
 ])  # fmt: skip
 def test_a_file_system_that_lacks_a_call_is_written_to_and_room_is_asked_for_where_it_lacks(
     call, number, fine, room, tmp_path, monkeypatch

@@ -52,6 +52,17 @@ def test_a_checksum_sees_what_name_size_and_date_do_not(tmp_path, monkeypatch):
             checksum(boxes)
 
 
+def test_ffmpeg_is_looked_for_anew_once_a_trial_of_it_was_killed(monkeypatch):
+    found = imageio_ffmpeg._utils._get_ffmpeg_exe
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
+    with monkeypatch.context() as killed:
+        killed.setattr("imageio_ffmpeg._utils._is_valid_exe", lambda _: False)
+        found.cache_clear()
+        with pytest.raises(MachineError, match="ffmpeg: can't be run"):
+            media.start_ffmpeg("-version")
+    assert b"ffmpeg version" in media.start_ffmpeg("-version").communicate()[0]
+
+
 def hold(folder: Path, seconds: float) -> warm.Job:
     work = f"lock({str(folder)!r}); print('held', flush=True); time.sleep({seconds})"
     return warm.Job(exec, [f"import time; from core.record import lock; {work}"], folder.parent, 1, 1)
