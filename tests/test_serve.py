@@ -194,22 +194,6 @@ def test_what_is_no_request_is_answered_and_forgotten(server):
     works(server)
 
 
-def test_a_client_that_trickles_is_cut_off(server, monkeypatch):
-    monkeypatch.setattr(serve, "PATIENCE", 1)
-    with socket.create_connection(("127.0.0.1", server.server_port)) as line:
-        began = time.monotonic()
-        line.sendall(b"GET / HTTP/1.1\r\n")
-        line.settimeout(0.2)
-        with contextlib.suppress(ConnectionError):
-            while time.monotonic() - began < 10:
-                line.sendall(b"X-A: b\r\n")
-                with contextlib.suppress(TimeoutError):
-                    if not line.recv(100):
-                        break
-        assert 0.5 < time.monotonic() - began < 8
-    works(server)
-
-
 def test_200_requests_at_once_are_made_in_turn_or_told_to_come_back(server):
     server.work.let.release(10_000)
     with ThreadPoolExecutor(200) as pool:

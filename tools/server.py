@@ -26,7 +26,7 @@ from core.files import alive
 
 PORT = 7860  # or any free one where it is taken
 MOST_BYTES, MOST_WAITING = 64 << 20, 16  # of a request; jobs in line
-PATIENCE = 20  # seconds for a client to send its headers, or to go on with what it sends or reads
+PATIENCE = 20  # seconds for a client to go on with what it sends or reads
 SAFE = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
         "Content-Security-Policy": "frame-ancestors 'none'", "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "no-store"}  # fmt: skip
@@ -57,18 +57,12 @@ class Handler(BaseHTTPRequestHandler):
     timeout, server_version, sys_version = PATIENCE, "FlashMotion", ""
 
     def handle(self) -> None:
-        # Each header may come late, but not all of them: this ends a client that trickles.
-        self.alarm = threading.Timer(PATIENCE, self.connection.shutdown, [socket.SHUT_RDWR])
-        self.alarm.daemon = True
-        self.alarm.start()
         try:
             super().handle()
         except Refused as error:
             self.send_error(*error.args)
         except (Gone, OSError):  # a client that leaves is no error of ours
             pass
-        finally:
-            self.alarm.cancel()
 
     def log_message(self, *args) -> None:
         pass
@@ -87,7 +81,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def check(self, *paths: str) -> None:
         """Refused, unless our own page asks for one of these paths, and for all but / with the token of this run."""
-        self.alarm.cancel()
         hosts, origins = self.headers.get_all("Host", []), self.headers.get_all("Origin", [])
         token = self.headers.get("X-Token", "").encode()
         if len(hosts) != 1 or hosts[0] not in self.server.hosts:
