@@ -25,7 +25,7 @@ from core.config import UserError, reason, warn
 from core.files import alive
 
 PORT = 7860  # or any free one where it is taken
-MOST_BYTES, MOST_WAITING = 64 << 20, 16  # of a request; jobs in line
+MOST_BYTES = 64 << 20  # of a request
 PATIENCE = 20  # seconds for a client to go on with what it sends or reads
 SAFE = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
         "Content-Security-Policy": "frame-ancestors 'none'", "Cross-Origin-Resource-Policy": "same-origin",
@@ -50,7 +50,7 @@ class Server(ThreadingHTTPServer):
         self.page, self.about, self.answer = page.read_bytes(), about, answer
         self.token = secrets.token_urlsafe(32)
         self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
-        self.line, self.turn, self.closing = [], threading.Condition(), False  # the first in line is at work
+        self.turn, self.closing = threading.Lock(), False  # held by the job at work
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -108,21 +108,13 @@ class Handler(BaseHTTPRequestHandler):
             except (UserError, KeyError, TypeError) as error:
                 told = {"error": reason(error)}
             return self.reply(200, json.dumps(told).encode())
-        with server.turn:
-            if len(server.line) > MOST_WAITING:
-                raise Refused(503, f"{MOST_WAITING} videos wait already; try again later")
-            server.line.append(self)
+        self.reply(200, kind="application/x-ndjson")
+        while not server.turn.acquire(timeout=0.5):
+            self.tell(says="Another video is made first")
         try:
-            self.reply(200, kind="application/x-ndjson")
-            while place := server.line.index(self):
-                self.tell(place=place)
-                with server.turn:
-                    server.turn.wait_for(lambda: server.line.index(self) != place, timeout=0.5)
             files = self.work(request)
         finally:
-            with server.turn:
-                server.line.remove(self)
-                server.turn.notify_all()
+            server.turn.release()
         if files:
             self.tell(files=[[name, len(data)] for name, data in files.items()])
             self.wfile.write(b"".join(files.values()))
@@ -133,11 +125,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(411, "Content-Length is missing")
         if int(length) > MOST_BYTES:
             raise Refused(413, f"more than {MOST_BYTES >> 20} MiB; give a smaller picture")
-        data = self.rfile.read(int(length))
-        if len(data) < int(length):
-            raise Refused(400, f"broke off after {len(data)} of {length} bytes")
         try:
-            request = json.loads(data)
+            request = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"not JSON: {reason(error)}") from None
         if not isinstance(request, dict):
@@ -214,6 +203,5 @@ def serve(page: Path, about: Callable[[dict], dict], answer: Answer) -> None:
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         server.closing = True  # the job at work ends, and takes its folder with it
-        with server.turn:
-            server.turn.wait_for(lambda: not server.line, timeout=PATIENCE)
+        server.turn.acquire(timeout=PATIENCE)
         server.server_close()
