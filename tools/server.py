@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -22,7 +21,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from core.config import UserError, reason, warn
-from core.files import alive
 
 PORT = 7860  # or any free one where it is taken
 MOST_BYTES = 64 << 20  # of a request
@@ -137,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         """Do the job, and return its files by name. Where it fails the page is told, and there are none."""
         self.done, self.lock = threading.Event(), threading.Lock()
         try:
-            with tempfile.TemporaryDirectory(prefix=f".tmp{os.getpid()}-page-", ignore_cleanup_errors=True) as folder:
+            with tempfile.TemporaryDirectory(prefix="flashmotion-", ignore_cleanup_errors=True) as folder:
                 threading.Thread(target=self.watch, args=[threading.get_ident()], daemon=True).start()
                 try:
                     return {f.name: f.read_bytes() for f in self.server.answer(request, Path(folder), self.tell)}
@@ -179,16 +177,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Gone from None
 
 
-def sweep() -> None:
-    """Remove the folders of servers that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(".tmp*-page-*"):
-        if not alive(folder.name):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def serve(page: Path, about: Callable[[dict], dict], answer: Answer) -> None:
     """Serve until SIGTERM, or Ctrl+C, which is a KeyboardInterrupt. `about(asked)`: what the page is told."""
-    sweep()
     try:
         server = Server(page, about, answer, PORT)
     except OSError:
