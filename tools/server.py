@@ -91,11 +91,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "no such page")
 
     def do_GET(self) -> None:
-        self.check("/", "/about")
-        if self.path == "/":
-            self.reply(200, self.server.page, "text/html; charset=utf-8")
-        else:
-            self.reply(200, json.dumps(self.server.about({})).encode())
+        self.check("/")
+        self.reply(200, self.server.page, "text/html; charset=utf-8")
 
     def do_POST(self) -> None:
         self.check("/generate", "/about")
