@@ -34,7 +34,7 @@ from core.boxes import DARK, NEAR, extents, flat_colors, label_pixels
 from core.config import UserError, require, run_script, warn
 from core.files import no_pointer
 from core.frechet import frechet_distance
-from core.media import MOST_VIDEO, VIDEO_SUFFIXES, Size, alike, read_frames, visible
+from core.media import VIDEO_SUFFIXES, Size, alike, read_frames, visible
 from core.tables import markdown, table_path, write_rows
 from core.weights import file_errors
 from trajectory import MOST_OBJECTS, check_input, load_trajectory
@@ -53,11 +53,8 @@ class Config:
 
 def read_whole(path: Path) -> Tensor:
     """uint8 [T, 3, h, w]."""
-    check, video = partial(check_input, path), []
-    for frame in read_frames(path, check, maps=False):
-        video.append(frame)
-        check(len(video) * frame[..., 0].size <= MOST_VIDEO, "", f"more than {MOST_VIDEO} pixels in its frames; cut it")
-    return torch.from_numpy(np.stack(video)).permute(0, 3, 1, 2)
+    frames = read_frames(path, partial(check_input, path), maps=False)
+    return torch.from_numpy(np.stack(list(frames))).permute(0, 3, 1, 2)
 
 
 def score(measure: str, network: Callable, *videos: Tensor) -> list[Tensor] | Tensor:
