@@ -29,7 +29,6 @@ from core.files import no_pointer, output_path, write_text
 from core.weights import unpickle
 from trajectory import PALETTE, POINTS, Check, Trajectory, check_input, draw_overlay, load_trajectory, read_boxes_json
 
-MOST_BYTES = 1 << 30
 # Arrays of point tracks by the names that CoTracker, TAPIR, TAP-Vid, SpatialTracker and others give them, and whether
 # the name says that they are point by point.
 TRACKS = {"tracks": None, "pred_tracks": False, "target_points": True, "trajs": None, "trajectories": None}
@@ -91,11 +90,6 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def read_tracks(path: Path) -> object:
     """What a file of point tracks holds: arrays by name, or what is none of these. Raises what readers raise."""
-    size = path.stat().st_size
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-    check_input(path, size <= MOST_BYTES, "", f"unpacks to more than {MOST_BYTES >> 20} MiB; are these point tracks?")
     if path.suffix.lower() == ".txt":
         lines = path.read_text(encoding="utf-8-sig").replace(",", " ").splitlines()
         rows = [[np.nan if word == "-" else float(word) for word in line.split()] for line in lines if line.strip()]
