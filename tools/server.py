@@ -4,6 +4,7 @@ Who may ask: whoever knows the token, which the opened address holds behind its 
 exactly this host and origin. No path that a client sends is ever opened.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -55,12 +56,11 @@ class Handler(BaseHTTPRequestHandler):
     timeout, server_version, sys_version = PATIENCE, "FlashMotion", ""
 
     def handle(self) -> None:
-        try:
-            super().handle()
-        except Refused as error:
-            self.send_error(*error.args)
-        except (Gone, OSError):  # a client that leaves is no error of ours
-            pass
+        with contextlib.suppress(Gone, OSError):  # a client that leaves is no error of ours
+            try:
+                super().handle()
+            except Refused as error:
+                self.send_error(*error.args)
 
     def log_message(self, *args) -> None:
         pass
