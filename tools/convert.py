@@ -76,7 +76,6 @@ def read_points(path: Path, frames: int = 0) -> tuple[np.ndarray, np.ndarray]:
     middle = np.nanmedian(np.abs(points), axis=(0, 1)).max()  # some points may lie beyond the picture
     check(middle > 1, "", "most coordinates lie within 1 pixel; if they are parts of the picture, multiply by its size")
     shape = points.shape[:2]
-    shown = np.ones(shape) if shown is None else shown
     alike = [n for n in shown.shape if n > 1] == [n for n in shape if n > 1]
     check(alike, "visibility", f"is {list(shown.shape)}; give {list(shape)}")
     shown = (shown.reshape(shape) > 0.5) & np.isfinite(points).all(-1)
@@ -106,7 +105,7 @@ def read_tracks(path: Path) -> object:
     return {"tracks": held} if isinstance(held, np.ndarray | torch.Tensor) else held
 
 
-def find_arrays(held: object, check: Check) -> tuple[np.ndarray, np.ndarray | None, bool | None]:
+def find_arrays(held: object, check: Check) -> tuple[np.ndarray, np.ndarray, bool | None]:
     """The tracks among what a file holds, which points are visible, and whether it is point by point, if it says so."""
     problem = f"holds a {type(held).__name__}, neither an array nor a dict of them; give [T, K, 2]"
     check(isinstance(held, Mapping), "", problem)
@@ -119,9 +118,9 @@ def find_arrays(held: object, check: Check) -> tuple[np.ndarray, np.ndarray | No
     check(len(flags) < 2, "", f"holds {' and '.join(flags)}; leave one out")
     arrays = (held[name] for name in (*tracks, *flags))
     arrays = [np.asarray(a.detach().double() if isinstance(a, torch.Tensor) else a, dtype=float) for a in arrays]
-    points, shown = arrays if flags else (*arrays, None)
-    fine = shown is None or ((shown >= 0) & (shown <= 1)).all()
-    check(fine, "".join(flags), "holds more than 0 to 1, logits perhaps; give visibility, 0 to 1, after the sigmoid")
+    points, shown = arrays if flags else (*arrays, np.ones(arrays[0].shape[:-1]))
+    problem = "holds more than 0 to 1, logits perhaps; give visibility, 0 to 1, after the sigmoid"
+    check(((shown >= 0) & (shown <= 1)).all(), "".join(flags), problem)
     return points, 1 - shown if flags and flags[0] in HIDDEN else shown, TRACKS[tracks[0]]
 
 
