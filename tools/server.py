@@ -26,9 +26,8 @@ from core.config import UserError, reason, warn
 PORT = 7860  # or any free one where it is taken
 MOST_BYTES = 64 << 20  # of a request
 PATIENCE = 20  # seconds for a client to go on with what it sends or reads
-SAFE = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
-        "Content-Security-Policy": "frame-ancestors 'none'", "Cross-Origin-Resource-Policy": "same-origin",
-        "Cache-Control": "no-store"}  # fmt: skip
+SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
+        "Content-Security-Policy": "frame-ancestors 'none'", "Cross-Origin-Resource-Policy": "same-origin"}  # fmt: skip
 # answer(request, folder, tell): does what the request says in an empty folder, and returns the files to send back.
 Answer = Callable[[dict, Path, Callable[..., None]], list[Path]]
 
