@@ -1,9 +1,12 @@
 """The training scripts as a user runs them: exact resume after kill -9, and the same curve on two processes."""
 
+import importlib
 import json
-import shutil
+import os
 import signal
+import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +14,14 @@ import nets
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import start_in
 
-from adapter import ResNetAdapter
+import adapter as adapters
+import discriminator as discriminators
+from core import runs
+from core.config import run_script
+from toy.codec import ToyCodec
 
 SCRIPTS = {
     "toy.train_slow_generator": "slow_generator",
@@ -24,24 +32,18 @@ SCRIPTS = {
 STEPS, SAVED = 5, 3  # cut in the middle of a cycle of stage 3
 SHORT = ("--steps", STEPS, "--batch", 2, "--save_every", SAVED, "--compile", "false", "--dtype", "float32")
 NEW = nets.adapter(fixed_norm=True, maps="pixels", copies=1.5).config  # of an adapter that starts as nothing
-# Runs a stage by its flags, but for these values: a line for every step, small videos and networks, short cycles, and
-# no samples.
-STAGE = f"""
-import importlib, sys
-from dataclasses import fields, replace
-import adapter, discriminator
-from adapter import AdapterConfig
-from core import runs
-from core.config import run_script
-from toy.codec import ToyCodec
 
-runs.LOG_EVERY, ToyCodec.learned_on, script = 1, {nets.VIDEOS}, importlib.import_module(sys.argv.pop(1))
-adapter.PRESETS["small"], discriminator.PRESETS["small"] = {NEW}, discriminator.{nets.JUDGE}
-short = dict(warmup=2, sparse=0.5, ratio=2, adapter_start=1, sample_every=int(sys.argv.pop(1)))
-short = dict((field.name, short[field.name]) for field in fields(script.Config) if field.name in short)
-if __name__ == "__main__":
-    run_script(lambda cfg: script.main(replace(cfg, **short)), script.Config)
-"""
+
+def stage(script: str, sample_every: str, *flags: str) -> None:
+    """Run a stage by its flags, but for these values: a line for every step, small videos and networks, short cycles,
+    and no samples.
+    """
+    runs.LOG_EVERY, ToyCodec.learned_on = 1, nets.VIDEOS
+    adapters.PRESETS["small"], discriminators.PRESETS["small"] = NEW, nets.JUDGE
+    sys.argv, module = [script, *flags], importlib.import_module(script)
+    short = {"warmup": 2, "sparse": 0.5, "ratio": 2, "adapter_start": 1, "sample_every": int(sample_every)}
+    short = {name: value for name, value in short.items() if hasattr(module.Config, name)}
+    run_script(lambda cfg: module.main(replace(cfg, **short)), module.Config)
 
 
 @pytest.fixture(scope="module")
@@ -53,25 +55,31 @@ def folder(tmp_path_factory):
 def flags(folder):
     """Flags of a short run: all begin with random networks, and are cut in the middle of their cycle."""
     torch.manual_seed(0)
-    (folder / "stage.py").write_text(STAGE)
     given = nets.of_stage_3(folder / "given")
     slow = ("--generator", given["backbone"])
+    hybrid = (*SHORT, *(f"--{name}={file}" for name, file in given.items()), "--diffusion_first", 0)
+    control = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(nets.SHAPE)))
+    for p in control.project.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    nets.save(folder / "heavy", slow_adapter=control)
     return {
         "toy.train_slow_generator": (*SHORT, "--init", folder / "given", "--small", 1),
         "train_slow_adapter": (*SHORT, *slow, "--init", given["adapter"], "--mask_steps", 3),
         "distill_fast": (*SHORT, *slow),
-        "finetune_hybrid": (*SHORT, *(f"--{name}={file}" for name, file in given.items()), "--diffusion_first", 0),
+        "finetune_hybrid": hybrid,
         "a new adapter": (*SHORT, *slow, "--steps", 4, "--mask_steps", 2, "--batch", 4),
+        "a ControlNet": (*hybrid, "--adapter", folder / "heavy/slow_adapter.safetensors", "--recompute", "full"),
     }
 
 
 @pytest.fixture(scope="module")
 def start(folder, flags):
-    """start("distill_fast", ...) of a short run with these flags, which has the values of STAGE."""
+    """start("distill_fast", ...) of a short run with these flags, or those of a `case`, and the values of `stage`."""
 
-    def begin(script: str, *more, sample_every: int = 0, **how):
-        given = flags.get(script, ())
-        return start_in(folder)(str(folder / "stage.py"), script, sample_every, *given, *more, **how)
+    def begin(script: str, *more, case: str = "", sample_every: int = 0, wait: bool = True, **how):
+        job = start_in(folder)(stage, script, sample_every, *flags[case or script], *more, wait=wait, **how)
+        assert not wait or job.returncode == 0, job.stderr[-20000:]
+        return job
 
     return begin
 
@@ -88,7 +96,7 @@ def whole(start, folder):
         name = f"whole{processes}_{sequence}_{SCRIPTS[script]}"
         more = ("--sequence", sequence) if sequence > 1 else ()
         every = 1000 if processes == sequence else 0
-        finish(start(script, *more, "--name", name, processes=processes, sample_every=every))
+        start(script, *more, "--name", name, processes=processes, sample_every=every)
         return outcome(folder, name, SCRIPTS[script])
 
     return train
@@ -97,10 +105,6 @@ def whole(start, folder):
 def outcome(tmp_path, name: str, network: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
     log = [json.loads(line) for line in (tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()]
     return log, safetensors.torch.load_file(tmp_path / "runs" / name / f"{network}.safetensors")
-
-
-def finish(job) -> None:
-    assert job.returncode == 0, job.stderr[-20000:]
 
 
 def kill_at_checkpoint(job, folder) -> None:
@@ -121,18 +125,8 @@ def test_five_steps_equal_three_kill_and_two_more(start, folder, whole, script, 
     job = start(script, "--name", name, processes=processes, wait=False)
     kill_at_checkpoint(job, folder / "runs" / name / "ckpt" / "step_00000003")
     assert not (folder / "runs" / name / f"{network}.safetensors").exists()
-    finish(start(script, "--name", name, processes=processes))
+    start(script, "--name", name, processes=processes)
     the_same(folder, whole(script, processes), name, network)
-
-
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "finetune_hybrid"])
-def test_two_processes_go_on_from_a_checkpoint(start, folder, whole, script):
-    """As after a kill: what was written later is gone, but for the log."""
-    network, name, complete = SCRIPTS[script], f"whole2_1_{SCRIPTS[script]}", whole(script, 2)
-    shutil.rmtree(folder / "runs" / name / "ckpt" / "step_00000005")
-    (folder / "runs" / name / f"{network}.safetensors").unlink()
-    finish(start(script, "--name", name, processes=2))
-    the_same(folder, complete, name, network)
 
 
 def the_same(folder: Path, complete: tuple[list[dict], dict], name: str, network: str) -> None:
@@ -151,14 +145,20 @@ def test_two_processes_follow_the_curve_of_one(whole, script, sequence):
     same_curve(whole(script, 1), whole(script, 2, sequence))
 
 
-def test_two_nodes_of_two_processes_follow_the_curve_of_one(start, folder, flags):
-    """Parameters are sharded within a node and replicated over nodes (HSDP), those of a new adapter too."""
-    short = ("train_slow_adapter", *flags["a new adapter"], "--init=", "--name")
-    finish(start(*short, "one"))
-    finish(start(*short, "nodes", processes=2, nodes=2))
-    one, nodes = (outcome(folder, name, "slow_adapter") for name in ("one", "nodes"))
-    assert ResNetAdapter(NEW).state_dict().keys() == one[1].keys()
-    same_curve(one, nodes)
+@pytest.mark.parametrize("script, case, nodes", [
+    ("train_slow_adapter", "a new adapter", 2), ("finetune_hybrid", "a ControlNet", 1),
+])  # fmt: skip
+def test_two_processes_on_each_node_follow_the_curve_of_one(script, case, nodes, start, folder):
+    """Parameters are sharded within a node and replicated over nodes (HSDP), those of a new adapter too.
+
+    Before a backward pass of stage 3 a ControlNet runs five times, twice with a gradient, and recomputes.
+    """
+    names = [f"{nodes} {which}" for which in ("one", "more")]
+    start(script, "--name", names[0], case=case)
+    start(script, "--name", names[1], case=case, processes=2, nodes=nodes)
+    one, more = (outcome(folder, name, SCRIPTS[script]) for name in names)
+    assert nodes == 1 or adapters.ResNetAdapter(NEW).state_dict().keys() == one[1].keys()
+    same_curve(one, more)
 
 
 def same_curve(one, other) -> None:
@@ -175,30 +175,31 @@ def same_curve(one, other) -> None:
     assert distance / size < 5e-3  # exports are bf16
 
 
-KILLER = """
-import os, pathlib, signal, sys
+def killed(moment: str, step: str, *given: str) -> None:
+    """A stage that kills itself after it has written the data of this step's checkpoint: before the rename, or as if
+    it were amid the data.
+    """
+    rename, save = Path.rename, dcp.async_save
 
-def die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)
-moment, step = sys.argv.pop(1), sys.argv.pop(1)
-if moment == "rename":
-    rename = pathlib.Path.rename
-    pathlib.Path.rename = lambda a, b: die() if step in str(b) else rename(a, b)
-else:  # the second of its writes to that folder
-    import torch.distributed.checkpoint as dcp
-    save = dcp.async_save
-    def cut(state, checkpoint_id, **k):
-        saved = save(state, checkpoint_id=checkpoint_id, **k)
+    def not_renamed(path, target):
+        if step in str(target):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(path, target)
+
+    def cut(state, checkpoint_id, **more):
+        saved = save(state, checkpoint_id=checkpoint_id, **more)
         if step in str(checkpoint_id):
             saved.result()
-            data = max(pathlib.Path(checkpoint_id).iterdir(), key=lambda p: p.stat().st_size)
+            data = max(Path(checkpoint_id).iterdir(), key=lambda p: p.stat().st_size)
             os.truncate(data, data.stat().st_size // 2)
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
         return saved
-    dcp.async_save = cut
-sys.path.insert(0, os.path.dirname(__file__))
-import stage
-stage.run_script(lambda cfg: stage.script.main(stage.replace(cfg, **stage.short)), stage.script.Config)
-"""
+
+    if moment == "rename":
+        Path.rename = not_renamed
+    else:
+        dcp.async_save = cut
+    stage(*given)
 
 
 def test_kill_while_a_checkpoint_is_written_loses_only_that_one(start, folder, whole, flags):
@@ -206,11 +207,10 @@ def test_kill_while_a_checkpoint_is_written_loses_only_that_one(start, folder, w
 
     And from there stage 0 goes on as the others do.
     """
-    script, (killer, kept) = "toy.train_slow_generator", (folder / "killer.py", folder / "runs" / "k" / "ckpt")
-    killer.write_text(KILLER)
+    script, kept = "toy.train_slow_generator", folder / "runs" / "k" / "ckpt"
     for moment, step, left in (("rename", "00000003", []), ("write", "00000005", ["step_00000003"])):
-        job = start_in(folder)(str(killer), moment, step, script, 0, *flags[script], "--name", "k")
+        job = start_in(folder)(killed, moment, step, script, 0, *flags[script], "--name", "k")
         assert job.returncode == -signal.SIGKILL, job.stderr[-2000:]
         assert sorted(p.name for p in kept.glob("step_*")) == left
-    finish(start(script, "--name", "k"))
+    start(script, "--name", "k")
     the_same(folder, whole(script, 1), "k", "slow_generator")
