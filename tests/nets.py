@@ -48,13 +48,21 @@ def lands_on(c):
     return lambda x, t: (x - c) / (t[:, None, :, None, None] / 1000).clamp_min(1e-9)
 
 
-def watch(monkeypatch, owner: object, name: str, see: Callable = lambda *args, **_: args) -> list:
-    """What `see` says of each call from now on, by default its arguments; the function works as before."""
+def watch(
+    monkeypatch, owner: object, name: str, see: Callable = lambda *args, **_: args, after: Callable | None = None
+) -> list:
+    """What `see` says of each call from now on, by default its arguments, or `after` of what it returns; the function
+    works as before.
+    """
     seen, function = [], getattr(owner, name)
 
     def watched(*args, **named):
-        seen.append(see(*args, **named))
-        return function(*args, **named)
+        if not after:
+            seen.append(see(*args, **named))
+        result = function(*args, **named)
+        if after:
+            seen.append(after(result))
+        return result
 
     monkeypatch.setattr(owner, name, watched)
     return seen

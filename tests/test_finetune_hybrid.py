@@ -1,23 +1,24 @@
 """Stage 3: what its losses weigh, whom they move, how the gradient reaches the adapter, and when who learns."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import nets
 import pytest
 import torch
+from conftest import refused
 
 import discriminator as discriminators
 import finetune_hybrid
 import flow
 from adapter import ControlNetAdapter, ControlNetConfig
 from core import optim, runs
-from core.config import UserError
 from core.noise import rng
-from core.weights import read_safetensors
+from core.weights import read_network
 from data import EXIT_STEP
-from discriminator import Classifier, DiffusionDiscriminator, adversarial_loss
+from discriminator import Classifier, ClassifierConfig, DiffusionDiscriminator
 from finetune_hybrid import diffusion_weight, phase
 from model import VideoDiT
 from toy.codec import ToyCodec
@@ -41,30 +42,6 @@ def test_diffusion_weight():
     assert diffusion_weight("constant", 0.3) == 1
 
 
-def test_adversarial_gradient_reaches_the_adapter_through_the_noisy_latent_alone():
-    torch.manual_seed(0)
-    generator, backbone = (nets.generator().requires_grad_(False) for _ in range(2))
-    adapter, classifier = nets.adapter(), Classifier(nets.JUDGE)
-    torch.nn.init.normal_(classifier.logit.weight)
-    discriminator = DiffusionDiscriminator(backbone, classifier)
-    traj, text, noise = torch.randn(2, 24, 3, 4, 4), torch.randn(2, 32, 64), torch.randn(5, 2, 24, 3, 4, 4)
-    level = flow.frame_sigma(torch.tensor([0.4, 0.9]), 3)
-
-    def loss(cut: bool):
-        residuals = adapter(traj)
-        fake = flow.backward_simulation(
-            lambda x, t: generator(x, t, text, residuals), noise[4][:, :, :1], noise[:4], flow.sigma_schedule(4, 3), 3
-        )
-        x_t = flow.add_noise(fake.detach() if cut else fake, noise[4], level)
-        return adversarial_loss(discriminator(x_t, flow.timestep(level), text, traj))
-
-    loss(cut=True).backward()
-    assert all(p.grad is None for p in adapter.parameters())
-    loss(cut=False).backward()
-    assert all(block.project.weight.grad.abs().max() > 0 for block in adapter.blocks)
-    assert all(p.grad is None for network in (generator, backbone) for p in network.parameters())
-
-
 def test_the_adversarial_loss_teaches_a_controlnet_at_every_step_of_the_generator(stage_3, monkeypatch):
     """Where the generator's sampling ends at random, each of its four levels comes up and gives a gradient."""
     generator = VideoDiT.from_pretrained("fast_generator.safetensors", "FastGenerator")
@@ -73,27 +50,22 @@ def test_the_adversarial_loss_teaches_a_controlnet_at_every_step_of_the_generato
     for p in adapter.parameters():
         torch.nn.init.normal_(p, std=0.1)
     nets.save(slow_adapter=adapter)
-    norms, draws, make_draw, stepped = {}, [], finetune_hybrid.make_draw, optim.clip_and_step
+    draws = nets.watch(monkeypatch, finetune_hybrid, "make_draw", after=lambda draw: draw)
+    frozen = nets.watch(monkeypatch, VideoDiT, "from_pretrained", after=lambda network: network)
 
-    def watched_draw(samples, turn, cfg, *rest):
-        draws.append((turn, make_draw(samples, turn, cfg, *rest)))
-        return draws[-1][1]
+    def taught(network, *_):
+        learns = isinstance(network, ControlNetAdapter)
+        return draws[-1].exit_step, learns and min(layer.weight.grad.norm() for layer in network.project)
 
-    def watched_step(network, optimizers, clip):
-        norm = stepped(network, optimizers, clip)
-        if isinstance(network, ControlNetAdapter):
-            norms.setdefault(draws[-1][1].exit_step, []).append(norm.item())
-        return norm
-
-    monkeypatch.setattr(finetune_hybrid, "make_draw", watched_draw)
-    monkeypatch.setattr(optim, "clip_and_step", watched_step)
+    steps = nets.watch(monkeypatch, optim, "clip_and_step", taught)
     stage_3(ratio=1, use_diffusion=False, steps=40, exit_step="random")
-    assert sorted(norms) == [0, 1, 2, 3] and all(min(values) > 0 for values in norms.values())
-    assert sum(map(len, norms.values())) == 40
+    assert {exit_step for exit_step, _ in steps[1::2]} == {0, 1, 2, 3}
+    assert len(steps) == 80 and all(grad > 0 for _, grad in steps[1::2])
+    assert len(frozen) == 2 and all(p.grad is None for network in frozen for p in network.parameters())
     # The step follows from seed and turn alone, so it is the same on every rank.
-    steps = {turn: draw.exit_step for turn, draw in draws}
-    assert steps == {turn: int(torch.randint(4, (), generator=rng(0, turn, EXIT_STEP))) for turn in range(80)}
-    assert all(draw.sigma.min() >= 0.02 and draw.sigma.max() <= 0.98 for _, draw in draws)
+    expected = [int(torch.randint(4, (), generator=rng(0, turn, EXIT_STEP))) for turn in range(80)]
+    assert [draw.exit_step for draw in draws] == expected
+    assert all(draw.sigma.min() >= 0.02 and draw.sigma.max() <= 0.98 for draw in draws)
 
 
 def test_the_r1_penalty_compares_true_videos_with_their_neighbours(stage_3, monkeypatch):
@@ -104,14 +76,14 @@ def test_the_r1_penalty_compares_true_videos_with_their_neighbours(stage_3, monk
         seen.clear()
         stage_3(batch=2, steps=3, ratio=5, name=f"r{r1}", r1=r1)
         assert len(seen) == 3 * (2 + (r1 > 0))
-        weights.append(read_safetensors(Path(f"runs/r{r1}/classifier.safetensors"))[1]["logit.weight"].read())
+        config, tensors = read_network(Path(f"runs/r{r1}/classifier.safetensors"), "Classifier", ClassifierConfig)
+        weights.append(tensors["logit.weight"].read())
+        assert config == nets.JUDGE and tensors.keys() == Classifier(config).state_dict().keys()
     true, _, near = seen[:3]
     level = (near - true)[:, :, 1:]
     assert torch.equal(true[:, :, 0], near[:, :, 0]) and 0 < level.std() < 0.1 and level.abs().max() > 0
     assert not torch.equal(*weights)  # from the second step on: the first logits are zero
 
-
-# --- when who learns --------------------------------------------------------------------------------------------------
 
 PLANS = [  # steps, ratio, diffusion_first, adapter_start
     (560, 5, 400, 30),  # the defaults
@@ -140,20 +112,17 @@ def test_phases(steps, ratio, first, rest):
 
 def test_the_discriminator_sees_what_the_adapter_makes_now(stage_3, monkeypatch):
     """A run of stage 3: fakes are made at every step of the discriminator, by the adapter as it is."""
-    adapter, made, updates = [], [], []
-    read, sampler, stepped = finetune_hybrid.read_adapter, flow.backward_simulation, optim.clip_and_step
+    adapter = nets.watch(monkeypatch, finetune_hybrid, "read_adapter", after=lambda network: network)
+    updates, stepped = [], optim.clip_and_step
 
     def state():
         return torch.cat([p.detach().flatten() for p in adapter[0].parameters()])
 
-    def watched_read(*args, **more):
-        adapter.append(read(*args, **more))
-        return adapter[0]
-
-    def watched_sampler(*args):
-        if not torch.is_grad_enabled():
-            made.append((len(updates), state()))
-        return sampler(*args)
+    # With gradient it is the adapter's step, without the discriminator's own.
+    made = nets.watch(
+        monkeypatch, flow, "backward_simulation",
+        lambda *_: (len(updates), None if torch.is_grad_enabled() else state()),
+    )  # fmt: skip
 
     def watched_step(network, *args):
         before = state()
@@ -161,13 +130,12 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(stage_3, monkeypatch)
         updates.append(("adapter" if network is adapter[0] else "classifier", before, state()))
         return norm
 
-    monkeypatch.setattr(finetune_hybrid, "read_adapter", watched_read)
-    monkeypatch.setattr(flow, "backward_simulation", watched_sampler)
     monkeypatch.setattr(optim, "clip_and_step", watched_step)
     monkeypatch.setattr(runs, "LOG_EVERY", 1)
     stage_3(steps=7, ratio=2, diffusion_first=2, adapter_start=1, muon=True)
     kinds = [kind for kind, *_ in updates]
     assert kinds == ["adapter", *["classifier", "classifier", "adapter"] * 2, "classifier"]
+    made = [(number, seen) for number, seen in made if seen is not None]
     assert [number for number, _ in made] == [1, 2, 4, 5, 7]
     for number, seen in made:
         assert updates[number][0] == "classifier" and torch.equal(seen, updates[number][1])  # the adapter as it is
@@ -183,7 +151,6 @@ def test_the_discriminator_sees_what_the_adapter_makes_now(stage_3, monkeypatch)
 
 def test_fakes_have_the_true_videos_conditions_at_every_step(stage_3, monkeypatch):
     """The same first frames, texts and trajectories."""
-    # With gradient it is the adapter's step, without the discriminator's own.
     made = nets.watch(monkeypatch, flow, "backward_simulation", lambda *_: torch.is_grad_enabled())
     seen = nets.watch(
         monkeypatch, DiffusionDiscriminator, "features",
@@ -201,8 +168,8 @@ def test_fakes_have_the_true_videos_conditions_at_every_step(stage_3, monkeypatc
 
 def test_a_run_needs_a_loss_and_all_its_phases():
     """Longer phases than the run, and one without its loss, are in test_malformed.py."""
-    with pytest.raises(UserError, match="no loss is left; use one or both"):
-        finetune_hybrid.check(finetune_hybrid.Config(use_gan=False, use_diffusion=False))
-    with pytest.raises(UserError, match="--adapter_start 30 --diffusion_first 400: give less than --steps 430 in all"):
-        finetune_hybrid.check(finetune_hybrid.Config(steps=430))  # not a step is left
-    finetune_hybrid.check(finetune_hybrid.Config())
+    check, config = finetune_hybrid.check, finetune_hybrid.Config()
+    check(config)
+    refused("no loss is left; use one or both", check, replace(config, use_gan=False, use_diffusion=False))
+    none_left = "--adapter_start 30 --diffusion_first 400: give less than --steps 430 in all"
+    refused(none_left, check, replace(config, steps=430))

@@ -85,13 +85,7 @@ def stage_1(here, monkeypatch):
     monkeypatch.setitem(PRESETS, "small", network.config)
 
     def run(**options):
-        made, adamw = [], optim.adamw
-
-        def watched(*args):
-            made.append(adamw(*args))
-            return made[-1]
-
-        monkeypatch.setattr(optim, "adamw", watched)
+        made = nets.watch(monkeypatch, optim, "adamw", after=lambda optimizer: optimizer)
         options = {"steps": 2, "batch": 2, "mask_steps": 0, "warmup": 0, "compile": False, "dtype": "float32"} | options
         train_slow_adapter.main(Config(generator=files["slow_generator"], muon=False, sample_every=0, **options))
         return made
