@@ -14,9 +14,8 @@ import finetune_hybrid
 import train_slow_adapter
 from core.config import UserError
 from core.media import write_video
-from core.parallel import Processes
 from core.record import checksum
-from core.weights import read_safetensors, write_safetensors
+from core.weights import write_safetensors
 from data import ClipLatents, training_data
 from tools import prepare_clips
 from toy.codec import ToyCodec
@@ -55,14 +54,6 @@ def both(tmp_path_factory):
     return root / "both shards"
 
 
-def test_each_clip_is_encoded_in_its_own_shape(both):
-    shapes = {}
-    for file in both.glob("latents-*.safetensors"):
-        shapes |= {name: stored.shape for name, stored in read_safetensors(file)[1].items()}
-    wanted = {f"{n}.{part}": LATENTS[kind] for n, kind in enumerate(KINDS) for part in ("video", "box")}
-    assert shapes == wanted
-
-
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 16])
 def test_a_step_is_of_one_shape_and_an_epoch_shows_every_clip(both, batch):
     data = ClipLatents(both, 32, seed=3, batch=batch)
@@ -90,14 +81,6 @@ def test_batches_stack_and_carry_their_clips_parts(both):
         assert torch.equal(text, wanted.bfloat16().float())
         seen.add(kind)
     assert seen == set(SIZES)
-
-
-def test_processes_and_micro_batches_share_a_step_of_one_shape(both):
-    data = ClipLatents(both, 32, batch=8)
-    for step in range(8):
-        parts = [Processes(rank, 2, torch.device("cpu"), None).share(8, 2, step) for rank in range(2)]
-        samples = [n for part in parts for micro in part for n in micro]
-        assert len(samples) == 8 and len({KINDS[data.pick(n)] for n in samples}) == 1
 
 
 def test_seed_and_number_fix_the_order_and_the_four_held_out_are_of_one_shape(both):

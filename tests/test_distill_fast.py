@@ -80,7 +80,7 @@ def test_fake_score_loss_on_x0_weighs_each_video_by_its_squared_noise_level():
     sigma, renoise, student, fake = draw.sigma, draw.renoise, partial(student, text=text), partial(fake, text=text)
     with torch.no_grad():
         got = {on: fake_score_loss(fake, student, draw, on).item() for on in ("velocity", "x0")}
-        assert fake_score_loss(fake, student, draw).item() == got["x0"]
+        assert fake_score_loss(fake, student, draw).item() == got["x0"]  # unless it is told otherwise
         x0 = flow.backward_simulation(student, draw.batch.x0, draw.noise, SIGMAS, 2)
         level = torch.tensor([[0, 0.3, 0.3], [0, 0.9, 0.9]])
         x_t = (1 - level[:, None, :, None, None]) * x0 + level[:, None, :, None, None] * renoise
@@ -88,9 +88,6 @@ def test_fake_score_loss_on_x0_weighs_each_video_by_its_squared_noise_level():
     error = (v - (renoise - x0))[:, :, 1:].square().mean((1, 2, 3, 4))  # of each video's velocity
     assert got["velocity"] == pytest.approx(error.mean().item(), rel=1e-5)
     assert got["x0"] == pytest.approx((sigma**2 * error).mean().item(), rel=1e-5)
-    seen = x_t - level[:, None, :, None, None] * v
-    assert got["x0"] == pytest.approx((seen - x0)[:, :, 1:].square().mean().item(), rel=1e-4)
-    assert fake_score_loss(fake, student, draw).item() == pytest.approx(got["x0"], rel=1e-6)
 
 
 def test_wan5b_has_the_values_of_its_sources():

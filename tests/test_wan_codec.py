@@ -2,25 +2,16 @@
 
 import gc
 import html
-import json
 import re
 import sys
 import weakref
 from types import SimpleNamespace
 
-import imageio.v3 as iio
-import numpy as np
 import pytest
 import torch
 from conftest import refused
-from test_model import diffusers_model
 from test_vae import SMALL, pair
 
-import adapter as adapters
-import model
-import sample
-from core.weights import save_network
-from model import DiTConfig
 from wan import umt5 as umt5_module
 from wan.codec import NEGATIVE_PROMPT, WanCodec
 from wan.umt5 import UMT5_XXL, TextEncoder, clean_prompt, read_text_encoder
@@ -177,25 +168,6 @@ def test_missing_ftfy_is_named_before_anything_large_is_read_and_so_is_an_incomp
     monkeypatch.setitem(sys.modules, "ftfy", None)  # an import of it fails
     monkeypatch.setattr(umt5_module, "read_text_encoder", lambda path, dtype: pytest.fail("read for nothing"))
     refused(r"^ftfy: not installed; pip install -r requirements-wan\.txt$", codec.text_encoder)
-
-
-def test_sample_makes_a_video_from_a_published_folder(tmp_path, monkeypatch):
-    """The whole way of preset wan5b in small."""
-    folder = write_folder(tmp_path)
-    small = DiTConfig(128, 128, 1, 2, text_dim=32, text_tokens=512)
-    monkeypatch.setitem(model.PRESETS, "wan5b", small)
-    diffusers_model(small).save_pretrained(folder / "transformer")
-    shape = adapters.AdapterConfig(128, 2, hidden=16)
-    save_network(folder / "fast_adapter.safetensors", "FastAdapter", shape, adapters.ResNetAdapter(shape).state_dict())
-    iio.imwrite(tmp_path / "x.png", np.full((200, 100, 3), 90, np.uint8))
-    boxes = {"objects": [{"boxes": {"0": [10, 80, 40, 110], "4": [50, 80, 80, 110]}}]}
-    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
-
-    files = {"image": "x.png", "traj": "boxes.json", "out": "o.mp4", "weights": "", "generator": "transformer"}
-    files = {name: str(tmp_path / file) for name, file in files.items()}
-    options = {"preset": "wan5b", "prompt": PROMPT, "size": "64x96", "frames": 5, "detail": False, "memory": "low"}
-    sample.main(sample.Config(**files, **options))
-    assert iio.imread(tmp_path / "o.mp4").shape == (5, 64, 96, 3) and (tmp_path / "o.boxes.mp4").exists()
 
 
 def test_the_published_text_encoder_has_its_size():
