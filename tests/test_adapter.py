@@ -8,6 +8,7 @@ import imageio.v3 as iio
 import nets
 import pytest
 import torch
+from conftest import refused
 from test_runs import ALONE, Options
 
 import adapter as adapters
@@ -15,7 +16,6 @@ import flow
 import sample
 import train_slow_adapter
 from core import optim
-from core.config import UserError
 from core.parallel import TokenSplit
 from core.runs import Run
 from core.weights import read_safetensors, write_safetensors
@@ -173,14 +173,12 @@ def test_export_reads_back_as_its_kind_and_with_its_maps(kind, tmp_path):
         assert type(again) is type(adapter) and again.config == dataclasses.replace(adapter.config, maps=maps)
         assert all(torch.equal(p, again.state_dict()[n]) for n, p in adapter.state_dict().items())
     adapters.check_fit(again, path, generator, "g.pt")
-    with pytest.raises(UserError, match=r"adapter\.safetensors: was made for a generator of other shape than g\.pt"):
-        adapters.check_fit(again, path, nets.generator(layers=5), "g.pt")
+    other = r"adapter\.safetensors: was made for a generator of other shape than g\.pt"
+    refused(other, adapters.check_fit, again, path, nets.generator(layers=5), "g.pt")
     for read in (adapters.read_adapter, adapters.read_maps):
-        with pytest.raises(UserError, match="holds a SlowAdapter, expected a FastAdapter"):
-            read(path, "FastAdapter")
+        refused("holds a SlowAdapter, expected a FastAdapter", read, path, "FastAdapter")
     write_adapter(path, adapter, config | {"maps": "paint"})
-    with pytest.raises(UserError, match="its header has no config of a SlowAdapter"):
-        adapters.read_maps(path, "SlowAdapter")
+    refused("its header has no config of a SlowAdapter", adapters.read_maps, path, "SlowAdapter")
 
 
 @pytest.mark.parametrize("maps", ["outline", "pixels"])

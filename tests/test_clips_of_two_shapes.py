@@ -8,11 +8,11 @@ import nets
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 import discriminator as discriminators
 import finetune_hybrid
 import train_slow_adapter
-from core.config import UserError
 from core.media import write_video
 from core.record import checksum
 from core.weights import write_safetensors
@@ -115,17 +115,16 @@ def test_too_few_clips_of_a_shape_are_one_line(count, tmp_path):
     write_safetensors(few / "latents-00000.safetensors", shards, {"made_of": "{}"})
     made_of = {"maps": "pixels", "codec": {}, "shards": {"latents-00000.safetensors": checksum(*few.iterdir())}}
     (few / "config.json").write_text(json.dumps(made_of))
-    with pytest.raises(UserError, match="few: no shape has over 4 clips, of which 4 are held out; prepare more clips"):
-        ClipLatents(few, 32)
+    refused("few: no shape has over 4 clips, of which 4 are held out; prepare more clips", ClipLatents, few, 32)
 
 
 def test_shards_of_another_preset_and_a_lost_caption_are_one_line(both, tmp_path):
-    with pytest.raises(UserError, match="both shards: was prepared with another preset; pass it with --preset"):
-        training_data(str(both), WanCodec(tmp_path, torch.device("cpu")), 0, 2)
+    other = "both shards: was prepared with another preset; pass it with --preset"
+    refused(other, training_data, str(both), WanCodec(tmp_path, torch.device("cpu")), 0, 2)
     shutil.copytree(both, tmp_path / "lost")
     (tmp_path / "lost/text-00001.safetensors").unlink()
-    with pytest.raises(UserError, match=r"text-00001\.safetensors: isn't the file that was prepared .*; run python -m"):
-        training_data(str(tmp_path / "lost"), ToyCodec(), 0, 2)
+    lost = r"text-00001\.safetensors: isn't the file that was prepared .*; run python -m"
+    refused(lost, training_data, str(tmp_path / "lost"), ToyCodec(), 0, 2)
 
 
 def test_the_stages_ask_for_their_adapters_maps(both, here):
@@ -141,8 +140,7 @@ def test_the_stages_ask_for_their_adapters_maps(both, here):
         (train_slow_adapter, {"generator": slow, "init": light}),
         (finetune_hybrid, {"generator": fast, "backbone": slow, "adapter": light, "diffusion_first": 0}),
     ):
-        with pytest.raises(UserError, match=f"^{re.escape(wanted)}$"):
-            script.main(script.Config(data=str(both), steps=100, compile=False, **given))
+        refused(f"^{re.escape(wanted)}$", script.main, script.Config(data=str(both), steps=100, compile=False, **given))
 
 
 def test_stage_3_trains_on_clips_of_two_shapes(both, here, monkeypatch):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 
 from core.boxes import move
-from core.config import UserError
 from toy import example, latents, world
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
@@ -188,8 +188,7 @@ def test_training_batches():
     assert 0.15 < empty.float().mean() < 0.45
     other = ToyLatents(codec, "outline", seed=1, **shape)
     assert not torch.equal(other.batch([1])[0], x0[:1])
-    with pytest.raises(UserError, match="--seed 256: use 0 to 255"):
-        ToyLatents(codec, "outline", seed=256)
+    refused("--seed 256: use 0 to 255", ToyLatents, codec, "outline", seed=256)
     with pytest.raises(ValueError, match="how they are painted"):
         ToyLatents(codec, **shape).batch([1], "box")
 
