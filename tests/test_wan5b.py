@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
+import nets
 import numpy as np
 import pytest
 import safetensors.torch
@@ -212,19 +213,12 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     prepare_clips.main(replace(prepare_clips.WAN5B, out="shards", **clips))
     data = ClipLatents("shards", 32, batch=2)
     assert len(data.shapes) == 2 and data.unconditional().any()
-    saves, judged, read = [], [], []
+    saves = []
     monkeypatch.setattr("core.runs.LOG_EVERY", 1)
     monkeypatch.setattr(Run, "save", lambda run, step: saves.append(step))  # a gigabyte to disk, else
-    load = model.load
-    monkeypatch.setattr(model, "load", lambda *args: read.append(args[3]) or load(*args))
+    read = nets.watch(monkeypatch, model, "load", lambda *args: args[3])
     monkeypatch.setitem(model.FROZEN_DTYPE, "wan5b", torch.bfloat16)  # but --dtype float32 is for all networks
-    loss = distill_fast.student_loss
-
-    def student_loss(student, real_score, fake_score, draw):
-        judged.append(draw.batch.x0.shape)
-        return loss(student, real_score, fake_score, draw)
-
-    monkeypatch.setattr(distill_fast, "student_loss", student_loss)
+    judged = nets.watch(monkeypatch, distill_fast, "student_loss")
     options = {"preset": "wan5b", "data": "shards", "weights": str(small), "steps": 1, "batch": 2}
     options |= {"compile": False, "dtype": "float32"}
 

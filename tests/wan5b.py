@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -47,27 +48,17 @@ def weights(build, dtype: torch.dtype, draw: torch.Generator):
 
 
 def write_transformer(folder: Path, draw: torch.Generator) -> None:
-    """Shards are written as they fill: the whole does not fit into memory beside them."""
+    """A shard after the other: the whole does not fit into memory beside them."""
     (folder / "config.json").write_text('{"_class_name": "WanModel"}')
-    held: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        save_file(shard, folder / f"{len(held)}.safetensors", {"format": "pt"})
-        held.append(list(shard))
-        shard.clear()
-
-    for name, tensor in weights(lambda: model.VideoDiT(model.PRESETS["wan5b"]), torch.float32, draw):
-        if sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD:
-            flush()
-        shard[name] = tensor
-    flush()
-    where, stem = {}, "diffusion_pytorch_model"
-    for number, names in enumerate(held):
-        final = f"{stem}-{number + 1:05}-of-{len(held):05}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / final)
-        where |= dict.fromkeys(names, final)
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    with torch.device("meta"):
+        empty = model.VideoDiT(model.PRESETS["wan5b"]).state_dict()
+    pattern = "diffusion_pytorch_model{suffix}.safetensors"
+    plan = split_torch_state_dict_into_shards(empty, filename_pattern=pattern, max_shard_size=SHARD)
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: random(name, empty[name], torch.float32, draw) for name in names}
+        save_file(shard, folder / file, {"format": "pt"})
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def main(folder: Path) -> None:
