@@ -50,8 +50,9 @@ def test_an_adapter_starts_as_nothing_and_a_step_changes_it_alone(kind):
     before = {n: p.clone() for n, p in adapter.named_parameters()}
     optimizers = muon_and_adamw(adapter, adapter.blocks)
     optim.set_lr(optimizers, 1e-2)
-    owned = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
-    assert owned == {id(p) for p in adapter.parameters()}
+    muon, rest = ([id(p) for g in o.param_groups for p in g["params"]] for o in optimizers)
+    matrices = {id(p) for name, p in adapter.blocks.named_parameters() if p.ndim > 1 and name.endswith("weight")}
+    assert set(muon) == matrices and sorted(muon + rest) == sorted(map(id, adapter.parameters()))
     for _ in range(2):  # the first step moves the zero projections alone, the second what lies behind them
         loss = flow.flow_matching_loss(
             lambda x, t: generator(x, t, text, adapter(traj, x, t, text)), x, traj, t[:, 1] / 1000
@@ -233,15 +234,17 @@ def test_the_fixed_norm_weighs_a_line_the_same_however_large_its_box():
     assert amplitude(clip(small)) > 2 * amplitude(clip(large))  # what it replaces
 
 
-def test_the_statistics_of_the_fixed_norm_are_saved_with_the_weights(tmp_path):
+def test_the_statistics_of_the_fixed_norm_are_exported_as_they_are_and_weights_averaged(tmp_path):
     torch.manual_seed(0)
     adapter, path = nets.adapter(channels=16, fixed_norm=True), tmp_path / "slow_adapter.safetensors"
     ema = optim.EMA(adapter, 0.9)
     adapter.norm.fit([3 + 2 * torch.randn(2, 16, 3, 4, 4)])
+    adapter.blocks[0].project.weight.data += 1  # the average has not seen it
     Run(tmp_path, Options(), ALONE, {}).export("slow_adapter", adapter, ema)
     names = read_safetensors(path)[1].keys()
     assert names == adapter.state_dict().keys() and "norm.mean" in names
     again = adapters.read_adapter(path, "SlowAdapter", torch.bfloat16)
+    assert not again.blocks[0].project.weight.any()
     assert again.config.fixed_norm and again.norm.mean.dtype == torch.float32
     for name in ("mean", "std"):  # a file has 16 bits
         assert torch.equal(getattr(again.norm, name), getattr(adapter.norm, name).bfloat16().float())

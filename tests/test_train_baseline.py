@@ -7,7 +7,7 @@ import torch
 import flow
 from adapter import read_adapter
 from core import runs
-from tools.train_baseline import PATH, SKIP, Config, Pair, consistency_loss, main
+from tools.train_baseline import PATH, SKIP, Config, consistency_loss, main
 
 
 def test_the_consistency_loss_compares_two_ends_of_one_step_of_the_teacher():
@@ -52,17 +52,6 @@ def test_the_consistency_loss_moves_the_student_alone():
         w.data += 0.1
         assert loss().item() != base.item()
         w.data -= 0.1
-
-
-def test_generator_and_adapter_work_as_one_network():
-    torch.manual_seed(0)
-    generator, adapter = nets.generator(0.1), nets.adapter()
-    torch.nn.init.normal_(adapter.blocks[0].project.weight)
-    x, traj = torch.randn(2, 2, 24, 3, 4, 4)
-    t, text = torch.full((2, 3), 500.0), torch.randn(2, 32, 64)
-    together = Pair(generator, adapter)(x, t, text, traj)
-    assert torch.equal(together, generator(x, t, text, adapter(traj)))
-    assert not torch.equal(together, generator(x, t, text))
 
 
 @pytest.mark.parametrize("loss", ["dmd", "lcm"])

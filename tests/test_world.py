@@ -184,8 +184,6 @@ def test_training_batches():
     x0, text, none = source.batch([1, 2, 3], drop_text=0.0)
     assert x0.shape == (3, 24, 3, 4, 4) and text.shape == (3, 32, 64) and none is None
     assert torch.equal(source.batch([3, 1])[0], x0[[2, 0]])
-    empty = source.batch(list(range(80)), drop_text=0.3)[1].flatten(1).abs().amax(1) == 0
-    assert 0.15 < empty.float().mean() < 0.45
     other = ToyLatents(codec, "outline", seed=1, **shape)
     assert not torch.equal(other.batch([1])[0], x0[:1])
     refused("--seed 256: use 0 to 255", ToyLatents, codec, "outline", seed=256)
