@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
+from test_prepare_clips import write_plain
 
 import discriminator as discriminators
 import finetune_hybrid
 import train_slow_adapter
-from core.media import write_video
 from core.record import checksum
 from core.weights import write_safetensors
 from data import ClipLatents, training_data
@@ -28,15 +28,13 @@ KINDS = ["square", "wide", "square"] * 6 + ["wide", "wide"]  # 12 square clips a
 NEGATIVE = "a grey square"
 
 
-def write_clip(folder, number: int, size: tuple[int, int]) -> None:
+def write_clip(folder, number: int, size: tuple[int, int], length: int = 9) -> None:
     """A square goes to the right before a background of its own colour."""
-    frames = np.full((9, *size, 3), 20 + 8 * number, np.uint8)
-    for t in range(9):
+    frames = np.full((length, *size, 3), 20 + 8 * number, np.uint8)
+    for t in range(length):
         frames[t, 8:20, 4 + t : 16 + t] = (200, 40, 40)
-    write_video(folder / f"{number:02}.mp4", frames, fps=8)
-    (folder / f"{number:02}.txt").write_text(f"a red square, number {number}")
-    boxes = {"0": [4, 8, 16, 20], "8": [12, 8, 24, 20]}
-    (folder / f"{number:02}.json").write_text(json.dumps({"objects": [{"boxes": boxes}]}))
+    boxes = {"0": [4, 8, 16, 20], str(length - 1): [3 + length, 8, 15 + length, 20]}
+    write_plain(folder, f"{number:02}", boxes, frames, f"a red square, number {number}")
 
 
 @pytest.fixture(scope="module")

@@ -34,22 +34,17 @@ def test_losses_by_hand():
     assert r1_penalty(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0])).item() == pytest.approx(5)
 
 
-def test_only_the_classifier_learns_and_the_gradient_reaches_the_latent():
+def test_the_classifier_alone_learns_all_of_it_and_the_gradient_reaches_the_latent():
     classifier, _, text, traj = judge()
     discriminator = DiffusionDiscriminator(VideoDiT(PRESETS["small"]), classifier)
     x_t, t = torch.randn(2, 24, 3, 4, 4), torch.tensor([[0.0, 400, 400], [0, 900, 900]])
-    frozen = {n: p.clone() for n, p in discriminator.backbone.named_parameters()}
-    before = {n: p.clone() for n, p in discriminator.classifier.named_parameters()}
-    optimizer = optim.adamw(discriminator.classifier)
-    optim.set_lr([optimizer], 1e-3)
     x_t.requires_grad_()
     logits = discriminator(x_t, t, text, traj)
     assert logits.shape == (2,) and logits[0] != logits[1]
     adversarial_loss(logits).backward()
-    optim.clip_and_step(discriminator.classifier, [optimizer], 1.0)
     assert x_t.grad.abs().amax((1, 2, 3, 4)).min() > 0
-    assert all(p.grad is None and torch.equal(p, frozen[n]) for n, p in discriminator.backbone.named_parameters())
-    assert not any(torch.equal(p, before[n]) for n, p in discriminator.classifier.named_parameters())
+    assert all(p.grad is None for p in discriminator.backbone.parameters())
+    assert all(p.grad.any() for p in classifier.parameters())
 
 
 # What each attention is alone to see. The frozen backbone reads the text too: it enters here by the features.

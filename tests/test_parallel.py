@@ -227,15 +227,15 @@ def test_a_missing_compiler_is_named(monkeypatch):
     refused(install, parallel.prepare, torch.nn.Linear(2, 2), ALONE, True)
 
 
-def test_what_does_not_divide_is_refused(run, monkeypatch):
-    options = {"steps": 1, "batch": 3, "compile": False, "generator": "none"}  # before anything is read
-    job = run("train_slow_adapter.py", *(f"--{n}={str(v).lower()}" for n, v in options.items()), processes=2)
-    assert job.returncode != 0 and "--batch 3 does not divide into 2 processes x 1 micro-batches" in job.stderr
+def test_what_does_not_divide_is_refused(monkeypatch):
+    stage, options = train_slow_adapter, {"steps": 1, "compile": False, "generator": "none"}  # before anything is read
+    shared = "--batch 3 does not divide into 1 processes x 2 micro-batches"
+    refused(shared, stage.main, stage.Config(batch=3, accumulate=2, **options))
     for world, message in ((2, "--sequence 3: must divide the number of processes, 2"),
                            (3, "4 attention heads do not divide among 3 processes; start fewer")):  # fmt: skip
         for name, value in (TORCHRUN | {"WORLD_SIZE": str(world)}).items():
             monkeypatch.setenv(name, value)
-        refused(message, train_slow_adapter.main, train_slow_adapter.Config(sequence=3, **options))
+        refused(message, stage.main, stage.Config(sequence=3, **options))
 
 
 def precision():

@@ -141,7 +141,7 @@ def test_maps_are_painted_as_the_new_adapters_config_says(maps, other, stage_1, 
     assert set(seen) == {maps} and read_maps("runs/on/slow_adapter.safetensors", "SlowAdapter") == maps
 
 
-def test_the_fixed_norm_is_set_from_the_first_trajectories_and_kept(stage_1):
+def test_the_fixed_norm_is_set_from_the_first_trajectories_and_kept(stage_1, monkeypatch):
     """From the data at the start, not again when a run goes on; and it reaches the exported file."""
     stage_1(save_every=1)
     data = ToyLatents(ToyCodec(), "pixels", seed=1, **ToyCodec.learned_on)
@@ -152,10 +152,7 @@ def test_the_fixed_norm_is_set_from_the_first_trajectories_and_kept(stage_1):
     for got, value in zip((trained.norm.std, trained.norm.mean), wanted, strict=True):
         torch.testing.assert_close(got.flatten(), value, rtol=2**-8, atol=1e-6)  # files are in bfloat16
     before = {n: t.clone() for n, t in trained.state_dict().items()}
-    FixedNorm.fit, fit = lambda *args: pytest.fail("set again"), FixedNorm.fit
-    try:
-        stage_1(save_every=1)  # the finished run again: read from its checkpoint, and exported
-    finally:
-        FixedNorm.fit = fit
+    monkeypatch.setattr(FixedNorm, "fit", lambda *args: pytest.fail("set again"))
+    stage_1(save_every=1)  # the finished run again: read from its checkpoint, and exported
     again = read_adapter("runs/slow_adapter/slow_adapter.safetensors", "SlowAdapter").state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in before.items())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from test_prepare_clips import write_plain
+from test_clips_of_two_shapes import write_clip
 
 import adapter as adapters
 import discriminator as discriminators
@@ -192,23 +192,14 @@ def test_a_small_decoder_makes_the_pieces(small, monkeypatch):
     assert iio.imread("o.mp4").shape == (5, 32, 64, 3)
 
 
-def write_clips(folder: Path) -> None:
-    """Six wide clips and three tall ones: a square moves."""
-    folder.mkdir()
-    for number in range(9):
-        frames = np.full((5, 32, 64, 3) if number % 3 else (5, 64, 32, 3), 20 * number, np.uint8)
-        for t in range(5):
-            frames[t, 6:18, 4 + 4 * t : 16 + 4 * t] = (200, 40, 40)
-        boxes = {"0": [4, 6, 16, 18], "4": [20, 6, 32, 18]}
-        write_plain(folder, number, boxes, frames, f"a red square, {'abcdefghi'[number]}")
-
-
 def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     """One step of each with the options of wan5b, but for the batch; then slow and fast sampling of what they export.
 
     Stage 2's rates are too small for bfloat16 to show one step of them, so here they are larger.
     """
-    write_clips(Path("clips"))
+    Path("clips").mkdir()
+    for number in range(9):  # six wide clips and three tall ones
+        write_clip(Path("clips"), number, (32, 64) if number % 3 else (64, 32), length=5)
     clips = {"source": "clips", "weights": str(small), "frames": 5, "sparse": 0.5, "size": "32x64", "smallest": 32}
     prepare_clips.main(replace(prepare_clips.WAN5B, out="shards", **clips))
     data = ClipLatents("shards", 32, batch=2)
