@@ -196,13 +196,6 @@ def test_a_run_too_short_for_a_phase_says_so():
     assert unreached({"steps": 4, "ratio": 5}) and not unreached({"steps": 1})
 
 
-def test_what_is_due_and_when():
-    """Every so many steps, and after the last one."""
-    assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
-    assert [step for step in range(1, 9) if due(step, 4, 8)] == [4, 8]
-    assert not any(due(step, 0, 8) for step in range(1, 9))
-
-
 def steps_of(run, options, start, make=lambda batch, number: [batch.x0]):
     """The steps of a run, with checkpoints and samples after them, as in the training scripts' loops."""
     codec = SimpleNamespace(decode_video=lambda z: z, free=lambda: None)
