@@ -1,7 +1,7 @@
 """sample.py as a user runs it: the shipped example, its cost, and every kind of bad input."""
 
-import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -12,33 +12,26 @@ import imageio.v3 as iio
 import nets
 import numpy as np
 import pytest
-import torch
-from conftest import refused
+from conftest import ROOT, refused
 from PIL import Image, ImageOps
 
 import flow
 import sample
-from core.media import cover_frames, load_image, read_picture
+from core.media import load_image, read_picture
 from model import VideoDiT
 from toy.codec import ToyCodec
 from toy.detail import full_size
-from trajectory import load_trajectory
-
-ROOT = Path(sample.__file__).parent
 
 
-def test_shipped_example(run, tmp_path):
+def test_shipped_example(tmp_path):
     """No arguments: a video and its overlay, in under 60 s and 2 GiB."""
-    script = "import os, resource, sys, subprocess; code = subprocess.call([sys.executable, sys.argv[1]]); " \
-             "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"  # fmt: skip
-    began = time.time()
-    job = subprocess.run(
-        [sys.executable, "-c", script, str(ROOT / "sample.py")], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert job.returncode == 0, job.stderr
-    assert time.time() - began < 60
-    assert int(job.stdout.split()[-1]) < 2 << 20  # KiB
-    assert "denoise" in job.stdout and "4 steps on cpu: out/sample.mp4" in job.stdout
+    began, log = time.time(), tmp_path / "log"
+    with log.open("w") as out:
+        job = subprocess.Popen([sys.executable, ROOT / "sample.py"], cwd=tmp_path, stdout=out, stderr=out)
+        _, status, usage = os.wait4(job.pid, 0)
+    said = log.read_text()
+    assert status == 0 and "denoise" in said and "4 steps on cpu: out/sample.mp4" in said, said
+    assert time.time() - began < 60 and usage.ru_maxrss < 2 << 20  # KiB
     video, overlay = (iio.imread(tmp_path / "out" / name) for name in ("sample.mp4", "sample.boxes.mp4"))
     picture = read_picture(ROOT / "examples/balloons.jpg")
     shown = full_size(picture, (152, 184))
@@ -125,29 +118,6 @@ def test_a_generator_that_can_not_be_told_is_one_line(tmp_path):
         refused(message, sample.find_networks, sample.Config(weights=str(folder), speed=speed))
 
 
-def fitted(path: Path, size: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The first frame of a video of this size, and the picture's own."""
-    pixels = load_image(str(path))
-    return cover_frames(pixels[None], size)[None] / 127.5 - 1, pixels.shape[:2]
-
-
-@pytest.mark.parametrize("size", [(704, 1280), (480, 832), (480, 480)])
-def test_a_box_stays_on_its_object_through_resize_and_cut(size, tmp_path):
-    """A square drawn on a 1920x1080 image is found again by its colour."""
-    pixels = np.full((1080, 1920, 3), 60, np.uint8)
-    pixels[300:700, 900:1500] = (200, 40, 40)
-    iio.imwrite(tmp_path / "x.png", pixels)
-    (tmp_path / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": [900, 300, 1500, 700]}}]}))
-    image, source = fitted(tmp_path / "x.png", size)
-    assert image.shape == (1, 3, 1, *size) and source == (1080, 1920)
-    trajectory = load_trajectory(tmp_path / "b.json", size, 5, source)
-    red = image[0, 0, 0] > image[0, 1, 0] + 0.5
-    found = torch.nonzero(red)
-    (top, left), (bottom, right) = found.amin(0).tolist(), (found.amax(0) + 1).tolist()
-    assert np.abs(trajectory.boxes[0, 0] - [left, top, right, bottom]).max() <= 1
-    assert len(found) > 0.99 * (bottom - top) * (right - left) > 0.09 * red.numel()  # a rectangle, and a large one
-
-
 def test_a_photo_is_turned_as_its_exif_says_and_garbled_exif_tells_nothing(tmp_path):
     """As browsers show it, and draw.html with them: lying on its side in the file, upright in the video."""
     pixels = np.zeros((48, 96, 3), np.uint8)
@@ -160,7 +130,7 @@ def test_a_photo_is_turned_as_its_exif_says_and_garbled_exif_tells_nothing(tmp_p
             assert np.array_equal(load_image(tmp_path / "photo.png"), ImageOps.exif_transpose(photo)), orientation
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "photo.jpg", exif=exif)
-    assert fitted(tmp_path / "photo.jpg", (96, 48))[1] == (96, 48)
+    assert load_image(tmp_path / "photo.jpg").shape == (96, 48, 3)
     whole = (tmp_path / "photo.jpg").read_bytes()
     at, random, sizes = whole.index(b"Exif"), np.random.default_rng(0), set()
     for _ in range(200):
@@ -168,8 +138,8 @@ def test_a_photo_is_turned_as_its_exif_says_and_garbled_exif_tells_nothing(tmp_p
         for place in random.integers(at + 6, at + 50, 3):
             garbled[place] = random.integers(256)
         (tmp_path / "photo.jpg").write_bytes(garbled)
-        sizes.add(fitted(tmp_path / "photo.jpg", (48, 48))[1])
-    assert sizes == {(48, 96), (96, 48)}
+        sizes.add(load_image(tmp_path / "photo.jpg").shape)
+    assert sizes == {(48, 96, 3), (96, 48, 3)}
 
 
 @pytest.mark.parametrize("memory", ["high", "low"])
