@@ -118,29 +118,20 @@ def test_tokens_are_float32_in_training_only_if_the_config_says_so():
     assert PRESETS["wan5b"].float32_stream and not PRESETS["small"].float32_stream
 
 
-def test_export_round_trip_and_refusals(tmp_path):
+def test_export_reads_back_and_what_does_not_fit_is_named(tmp_path):
+    """Files that can't be read, or hold another network, are in test_malformed.py."""
     torch.manual_seed(0)
     model, path = VideoDiT(SMALL), tmp_path / "g.safetensors"
     save_network(path, "SlowGenerator", SMALL, model.state_dict(), torch.float32)
     again = VideoDiT.from_pretrained(path, "SlowGenerator")
     assert again.config == SMALL
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-
-    def unread(message, network="SlowGenerator"):
-        assert str(path) in refused(message, VideoDiT.from_pretrained, path, network)
-
-    unread("holds a SlowGenerator, expected a FastGenerator", "FastGenerator")
     tensors = model.state_dict()
     del tensors["head.head.bias"]
-    tensors["head.extra"] = torch.zeros(1)
-    tensors["patch_embedding.bias"] = torch.zeros(5)
+    tensors |= {"head.extra": torch.zeros(1), "patch_embedding.bias": torch.zeros(5)}
     save_network(path, "SlowGenerator", SMALL, tensors)
-    unread(r"missing: head.head.bias; unexpected: head.extra; wrong shape: patch_embedding.bias is \[5\]")
-    for content in (path.read_bytes()[:1000], b"hello"):
-        path.write_bytes(content)
-        unread("not a readable safetensors file")
-    path.unlink()
-    unread("no such file")
+    wrong = r"missing: head.head.bias; unexpected: head.extra; wrong shape: patch_embedding.bias is \[5\]"
+    refused(f"{path}.*{wrong}", VideoDiT.from_pretrained, path, "SlowGenerator")
 
 
 def test_a_head_that_gives_x0_is_turned_into_the_velocity():
