@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -25,13 +24,14 @@ from toy.detail import full_size
 
 def test_shipped_example(tmp_path):
     """No arguments: a video and its overlay, in under 60 s and 2 GiB."""
-    began, log = time.time(), tmp_path / "log"
+    log = tmp_path / "log"
     with log.open("w") as out:
         job = subprocess.Popen([sys.executable, ROOT / "sample.py"], cwd=tmp_path, stdout=out, stderr=out)
         _, status, usage = os.wait4(job.pid, 0)
     said = log.read_text()
     assert status == 0 and "denoise" in said and "4 steps on cpu: out/sample.mp4" in said, said
-    assert time.time() - began < 60 and usage.ru_maxrss < 2 << 20  # KiB
+    assert usage.ru_utime + usage.ru_stime < 60  # of work: on a busy machine a clock would say more
+    assert usage.ru_maxrss < 2 << 20  # KiB
     video, overlay = (iio.imread(tmp_path / "out" / name) for name in ("sample.mp4", "sample.boxes.mp4"))
     picture = read_picture(ROOT / "examples/balloons.jpg")
     shown = full_size(picture, (152, 184))
