@@ -41,14 +41,13 @@ def write_clip(folder, number: int, size: tuple[int, int], length: int = 9) -> N
 def both(tmp_path_factory):
     """A folder of clips, and the shards that they become."""
     root = tmp_path_factory.mktemp("shapes")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(ToyCodec, "negative", NEGATIVE)
-    patch.setattr(ToyCodec, "area", 48 * 48)  # what small clips have
     (root / "both").mkdir()
     for number, kind in enumerate(KINDS):
         write_clip(root / "both", number, SIZES[kind])
-    prepare_clips.main(prepare_clips.Config(source=str(root / "both"), out=str(root / "both shards"), size="auto"))
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ToyCodec, "negative", NEGATIVE)
+        patch.setattr(ToyCodec, "area", 48 * 48)  # what small clips have
+        prepare_clips.main(prepare_clips.Config(source=str(root / "both"), out=str(root / "both shards"), size="auto"))
     return root / "both shards"
 
 
