@@ -358,7 +358,7 @@ ERRORS = {  # name: (what boxes.json holds, or several such, the field the messa
         ([[{"x": 1, "y": 2}]], [{"x": 1, "y": 2}], []), "perhaps of spline points", "an object; point tracks are .npy"),
     "boxes no boxes": (one(boxes="x"), "objects[0].boxes", 'no boxes; give {"0"'),
     "not text": (b"\x89PNG\r\n\xff\xfe\x00", "boxes.json", "a map video"),
-    "nested without end": ("[" * 200_000, "boxes.json", "can't be read as JSON"),
+    "without end": (("[" * 200_000, f'{{"num_frames": {"9" * 100_000}}}'), "boxes.json", "can't be read as JSON"),
     "top level": ([1], "holds a list", "boxes.json is an object"),
     "unknown top field": ({"objects": [GOOD], "fps": 24}, "fps", "num_frames, width, height, objects"),
     "unknown object field": (one(colour=[1, 2, 3]), "objects[0].colour", "name, mask, color"),
