@@ -16,7 +16,7 @@ import distill_fast
 import finetune_hybrid
 import sample
 import train_slow_adapter
-from core.config import RANGES, ROOT, UserError, check_options, flags, parse_config, run_script, shipped
+from core.config import RANGES, ROOT, check_options, flags, parse_config, run_script, shipped
 from tools import prepare_clips
 
 
@@ -50,24 +50,21 @@ def test_flags(argv, changed):
     assert parse_config(Options, shlex.split(argv)) == Options(**changed)
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--foo", "1"], "^unknown flag --foo; --help lists them all$"),
-        (["--stpes", "1"], r"^unknown flag --stpes; did you mean --steps\? --help lists them all$"),
-        (["--long-nam=1"], r"^unknown flag --long_nam; did you mean --long_name\? --help lists them all$"),
-        (["--step", "1"], r"^unknown flag --step; did you mean --steps\?"),  # no abbreviation
-        (["lr", "1"], "^unknown flag lr; "),
-        (["--lr"], "^argument --lr: expected one argument$"),
-        (["--lr", "fast"], "^argument --lr: invalid float value: 'fast'$"),
-        (["--steps="], r"^argument --steps: .*''"),
-        (["--steps", "1.5"], r"^argument --steps: invalid int value: '1\.5'$"),
-        (["--flag", "yes"], r"^argument --flag: invalid choice: 'yes' \(choose from '?true'?, '?false'?\)$"),
-        (["--kind", "c"], r"^argument --kind: invalid choice: 'c' \(choose from '?a'?, '?b'?\)$"),
-    ],
-)
+@pytest.mark.parametrize("argv, message", [
+    ("--foo 1", "^unknown flag --foo; --help lists them all$"),
+    ("--stpes 1", r"^unknown flag --stpes; did you mean --steps\? --help lists them all$"),
+    ("--long-nam=1", r"^unknown flag --long_nam; did you mean --long_name\? --help lists them all$"),
+    ("--step 1", r"^unknown flag --step; did you mean --steps\?"),  # no abbreviation
+    ("lr 1", "^unknown flag lr; "),
+    ("--lr", "^argument --lr: expected one argument$"),
+    ("--lr fast", "^argument --lr: invalid float value: 'fast'$"),
+    ("--steps=", r"^argument --steps: .*''"),
+    ("--steps 1.5", r"^argument --steps: invalid int value: '1\.5'$"),
+    ("--flag yes", r"^argument --flag: invalid choice: 'yes' \(choose from '?true'?, '?false'?\)$"),
+    ("--kind c", r"^argument --kind: invalid choice: 'c' \(choose from '?a'?, '?b'?\)$"),
+])  # fmt: skip
 def test_bad_flags(argv, message):
-    refused(message, parse_config, Options, argv)
+    refused(message, parse_config, Options, argv.split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +156,7 @@ def test_what_is_typed_is_what_is_shown_and_what_a_class_inherits_is_no_flag():
         my_weight: float = 0.5
 
     assert parse_config(Forked, ["--my-weight", "0.7"]) == Forked(my_weight=0.7)
-    with pytest.raises(UserError, match=r"^unknown flag --lr; "):
-        parse_config(Forked, ["--lr", "1"])
+    refused("^unknown flag --lr; ", parse_config, Forked, ["--lr", "1"])
 
 
 def test_a_command_that_is_interrupted_says_so_in_one_line(monkeypatch, capsys):
@@ -186,9 +182,6 @@ def test_shipped_files_are_found_from_any_folder(run, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sample.boxes.mp4", "sample.mp4"]
 
 
-POSITIVE = "more than 0"
-
-
 def test_every_number_of_every_script_has_a_range_that_holds_its_values():
     assert len(CONFIGS) == 14
     for script, module in CONFIGS.items():
@@ -197,27 +190,22 @@ def test_every_number_of_every_script_has_a_range_that_holds_its_values():
             numbers = {n for n, v in vars(config).items() if isinstance(v, int | float) and not isinstance(v, bool)}
             assert not {n for n in numbers if n not in RANGES and f"{script}.{n}" not in RANGES}, script
             for name in numbers:
-                with pytest.raises(UserError, match=f"^--{name} -1: "):
-                    check_options(dataclasses.replace(config, **{name: -1}))
+                refused(f"^--{name} -1: ", check_options, dataclasses.replace(config, **{name: -1}))
 
 
 @pytest.mark.parametrize("script, name, value, within", [
-    ("finetune_hybrid", "lr", 0.0, POSITIVE), ("train_slow_adapter", "lr", -1, POSITIVE),
-    ("distill_fast", "clip", 0.0, POSITIVE), ("finetune_hybrid", "clip", -1.0, POSITIVE),
-    ("train_slow_adapter", "ema", 1.0, "at least 0, at most 0.999999999"),
-    ("finetune_hybrid", "momentum", 1.0, "at most"), ("distill_fast", "judge_sigma_max", 1.5, "more than 0, at most 1"),
-    ("distill_fast", "ratio", 0, "at least 1"), ("train_slow_adapter", "shift", 0.0, POSITIVE),
+    ("finetune_hybrid", "lr", 0.0, "more than 0"),
+    *(("train_slow_adapter", "lr", float(text), "more than 0, and finite") for text in ("nan", "inf", "-inf")),
+    ("distill_fast", "clip", 0.0, "more than 0"), ("train_slow_adapter", "shift", 0.0, "more than 0"),
+    ("train_slow_adapter", "ema", 1.0, "at least 0, at most 0.999999999"), ("finetune_hybrid", "momentum", 1.0, "at"),
+    ("distill_fast", "judge_sigma_max", 1.5, "more than 0, at most 1"), ("sample", "seed", 2**63, "at most"),
     *((script, "steps", 0, "at least 1") for script in ("train_codec", "train_baseline", "distill_fast", "evaluate")),
     *(("train_slow_generator", name, 3.0, "at least 0, at most 1") for name in ("small", "guided", "pure_noise")),
-    *(("finetune_hybrid", name, -1, "at least 0") for name in ("accumulate", "sample_every", "warmup")),
     *(("train_slow_adapter", name, 0, "at least 1") for name in ("batch", "save_every")),
-    *(("train_slow_adapter", "lr", float(text), f"{POSITIVE}, and finite") for text in ("nan", "inf", "-inf")),
-    ("prepare_clips", "sparse", -0.1, "at least 0, at most 1"),
-    ("sample", "shift", -1.0, "at least 0"), ("sample", "seed", 2**63, "at most"),
-    ("example", "video", -1, "at least 0"), ("bench", "repeats", 0, "at least 1"),
+    ("distill_fast", "ratio", 0, "at least 1"), ("bench", "repeats", 0, "at least 1"),
     ("evaluate", "videos", 1, "at least 2"), ("convert", "frames", 0, "at"),
 ])  # fmt: skip
 def test_a_number_out_of_its_range_is_refused(script, name, value, within):
-    with pytest.raises(UserError, match=rf"^--{name} {re.escape(str(value))}: .*{within}"):
-        check_options(dataclasses.replace(CONFIGS[script].Config(), **{name: value}))
+    config = dataclasses.replace(CONFIGS[script].Config(), **{name: value})
+    refused(rf"^--{name} {re.escape(str(value))}: .*{within}", check_options, config)
     check_options(dataclasses.replace(sample.Config(), steps=0, shift=0.0))  # the sampler's own
