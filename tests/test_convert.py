@@ -1,6 +1,7 @@
 """tools/convert.py: every form of a trajectory into every other, and point tracks into boxes."""
 
 import json
+from itertools import pairwise
 
 import imageio.v3 as iio
 import numpy as np
@@ -8,65 +9,16 @@ import pytest
 import torch
 from conftest import ROOT, refused
 
-from core.media import to_uint8
 from tools import convert
 from tools.convert import Config, read_points
 from trajectory import load_trajectory
 
 SMALL = {"size": "48x48", "frames": 9}
-LARGE = {"size": "320x480", "frames": 13}
-
-
-def boxes_json(folder, large=False):
-    """Two objects that move; the second is hidden for a while."""
-    scale, last = (8, "12") if large else (1, "8")
-    objects = [
-        {"boxes": {"0": [2, 3, 14, 15], last: [20, 25, 34, 36]}},
-        {"boxes": {"0": [26, 4, 40, 20], last: [30, 2, 38, 14]}, "visible": [[0, 4], [7, 7]]},
-    ]
-    for item in objects:
-        item["boxes"] = {t: [scale * v for v in box] for t, box in item["boxes"].items()}
-    path = folder / "boxes.json"
-    path.write_text(json.dumps({"objects": objects}))
-    return path
-
-
-@pytest.mark.parametrize("middle", ["maps.mp4", "maps"])
-@pytest.mark.parametrize("large", [False, True])
-def test_boxes_to_maps_and_back_within_a_pixel(tmp_path, middle, large, capsys):
-    shape = LARGE if large else SMALL
-    size, frames = convert.read_size("size", shape["size"]), shape["frames"]
-    first = load_trajectory(boxes_json(tmp_path, large), size, frames)
-    convert.main(Config(str(tmp_path / "boxes.json"), str(tmp_path / middle), **shape))
-    convert.main(Config(str(tmp_path / middle), str(tmp_path / "back.json"), **shape))
-    back = load_trajectory(tmp_path / "back.json", size, frames)
-    assert "colours" not in capsys.readouterr().err  # what a codec leaves beside thin lines is no object
-    order = [int(np.abs(back.boxes[:, 0] - box).sum(-1).argmin()) for box in first.boxes[:, 0]]
-    assert sorted(order) == [0, 1]
-    again, hidden = back.boxes[order], np.isnan(first.boxes[..., 0])
-    assert (np.isnan(again[..., 0]) == hidden).all() and hidden.any()
-    painted = np.floor(first.boxes + 0.5)  # in whole pixels
-    assert np.abs(again - painted)[~hidden].max() <= (1 if middle == "maps.mp4" else 0)
-    assert (back.masks[order] == first.masks).mean() > 0.99
-
-
-def test_a_folder_of_maps_is_exact_and_a_preview_shows_the_image(tmp_path):
-    source = boxes_json(tmp_path)
-    iio.imwrite(tmp_path / "image.png", np.full((48, 48, 3), 60, np.uint8))
-    flags = {"image": str(tmp_path / "image.png")}
-    convert.main(Config(str(source), str(tmp_path / "maps"), **SMALL, **flags))
-    read, want = (load_trajectory(p, (48, 48), 9).maps() for p in (tmp_path / "maps", source))
-    assert np.array_equal(to_uint8(read), to_uint8(want))
-    look = iio.imread(tmp_path / "maps.preview.mp4")
-    assert look.shape == (9, 48, 48, 3) and abs(np.median(look) - 60.0) < 4
-
 
 POINTS = np.stack([np.stack([np.linspace(10, 30, 9), np.full(9, 20.0)], -1),
                    np.stack([np.full(9, 40.0), np.linspace(8, 40, 9)], -1)], 1)  # fmt: skip
 SHOWN = np.ones((9, 2), bool)
 SHOWN[3:5, 1] = False
-
-
 WORDS = np.where(SHOWN, [[f"{x},{y}" for x, y in frame] for frame in POINTS], "- -")
 TENSOR = torch.tensor(POINTS)
 LEARNED = TENSOR.bfloat16().requires_grad_()  # these numbers are exact in it
@@ -123,8 +75,7 @@ BAD = [  # and what is no file of tracks at all is in test_malformed.py
     ("no.npy", {}, "no.npy: no such file"),
     ("flat.npy", {}, r"flat.npy: is \[9, 2\]; give \[T, K, 2\]"),
     ("other.npz", {}, "other.npz: holds points; name the tracks tracks or pred_tracks or"),
-    ("depth.npy", {}, "depth.npy: the third number of a point is visibility, 0 or 1; leave it out"),
-    ("share.npy", {}, "share.npy: the third number of a point is visibility, 0 or 1"),  # depth may be so small
+    ("share.npy", {}, "share.npy: the third number of a point is visibility, 0 or 1; leave it out if it is depth"),
     ("logits.npz", {}, "logits.npz: occlusion: holds more than 0 to 1, logits perhaps; give visibility, 0 to 1"),
     ("doubts.npz", {}, "doubts.npz: expected_dist: not understood; which points are seen is told by"),
     ("square.npy", {}, "square.npy: has as many points as frames, 9; save the array in an .npz as pred_tracks if"),
@@ -164,7 +115,7 @@ def bad(tmp_path_factory):
     late[0, 1, 2] = 0
     arrays = {
         "plain": POINTS, "flat": POINTS[:, 0], "late": late,
-        "many": np.full((9, 21, 2), 20.0), "depth": np.dstack([POINTS, np.full((9, 2), 3.5)]), "nan": POINTS * np.nan,
+        "many": np.full((9, 21, 2), 20.0), "nan": POINTS * np.nan,
         "share": np.dstack([POINTS, np.full((9, 2), 0.7)]), "square": np.full((9, 9, 2), 20.0),
         "parts": (POINTS - 9) / 30,  # some beyond the picture
     }  # fmt: skip
@@ -182,11 +133,10 @@ def bad(tmp_path_factory):
     written = {
         "words.txt": b"one two\n", "uneven.txt": b"1 2 3 4\n1 2\n", "p.preview.mp4": b"",
         "header.npy": b"\x93NUMPY\x01\x00v\x00" + b"((((".ljust(118),
-        "maps.json": (ROOT / "examples/balloons.json").read_bytes(),
+        "boxes.json": b'{"objects": []}', "maps.json": (ROOT / "examples/balloons.json").read_bytes(),
     }  # fmt: skip
     for name, content in written.items():
         (folder / name).write_bytes(content)
-    boxes_json(folder)
     (folder / "empty").mkdir()
     return folder
 
@@ -203,18 +153,37 @@ def test_the_script_takes_its_source_first(run, tmp_path):
     job = run("tools.convert", ROOT / "examples/balloons.json", "--size", "48x48", "--to", "maps.mp4")
     assert job.returncode == 0 and "2 objects, 9 frames: maps.mp4" in job.stdout, job.stderr
     assert iio.imread(tmp_path / "maps.mp4").shape == (9, 48, 48, 3)
-    job = run("tools.convert", "no.json", "--to", "x.mp4")
-    assert job.returncode == 2 and len(job.stderr.splitlines()) == 1 and "no.json: no such file" in job.stderr
 
 
-def test_without_a_size_maps_have_that_of_the_source(tmp_path, monkeypatch):
+@pytest.mark.parametrize("large", [False, True])
+def test_boxes_become_maps_and_a_video_and_boxes_again(large, tmp_path, monkeypatch, capsys):
+    """All of the size of the source. PNG maps are exact, and boxes of a video within a pixel."""
     monkeypatch.chdir(tmp_path)
-    example = str(ROOT / "examples/balloons.json")
-    for source, to in ((example, "maps"), ("maps", "maps.mp4"), ("maps.mp4", "back.json")):
+    size, scale = ((320, 480), 8) if large else ((40, 60), 1)
+    objects = [
+        {"boxes": {"0": [2, 3, 14, 15], "8": [20, 25, 34, 36]}},
+        {"boxes": {"0": [26, 4, 40, 20], "8": [30, 2, 38, 14]}, "visible": [[0, 4], [7, 7]]},  # hidden for a while
+    ]
+    for item in objects:
+        item["boxes"] = {t: [scale * v for v in box] for t, box in item["boxes"].items()}
+    top = {"height": size[0], "width": size[1], "objects": objects}
+    (tmp_path / "boxes.json").write_text(json.dumps(top))
+    files = ["boxes.json", "maps", "maps.mp4", "back.json"]
+    for source, to in pairwise(files):
         convert.main(Config(source, to))
-    assert iio.imread("maps/00000.png").shape == iio.imread("maps.mp4").shape[1:] == (192, 240, 3)
-    top, truth = json.loads((tmp_path / "back.json").read_text()), load_trajectory(example, (192, 240), 9)
-    assert (top["height"], top["width"]) == (192, 240) and len(top["objects"]) == len(truth.names)
+    assert "colours" not in capsys.readouterr().err  # what a codec leaves beside thin lines is no object
+    first, maps, video, back = (load_trajectory(file, size, 9) for file in files)
+    assert iio.imread("maps/00000.png").shape == iio.imread("maps.mp4").shape[1:] == (*size, 3)
+    assert torch.equal(maps.maps(), first.maps())
+    hidden = np.isnan(first.boxes[..., 0])
+    assert hidden.any()
+    for again, within in ((maps, 0), (video, 1), (back, 1)):
+        order = [int(np.abs(again.boxes[:, 0] - box).sum(-1).argmin()) for box in first.boxes[:, 0]]
+        assert sorted(order) == [0, 1]
+        boxes = again.boxes[order]
+        assert (np.isnan(boxes[..., 0]) == hidden).all()
+        assert np.abs(boxes - np.floor(first.boxes + 0.5))[~hidden].max() <= within  # in whole pixels
+        assert (again.masks[order] == first.masks).mean() > 0.99
 
 
 def test_points_and_preview_are_cut_as_the_image_is(tmp_path):
@@ -228,25 +197,21 @@ def test_points_and_preview_are_cut_as_the_image_is(tmp_path):
     convert.main(Config(str(tmp_path / "t.npy"), str(tmp_path / "t.json"), **flags))
     made = load_trajectory(tmp_path / "t.json", (48, 48), 9)
     assert made.boxes[0, 0].tolist() == [7, 15, 17, 25]  # 48 columns are cut from either side
-    bright = (iio.imread(tmp_path / "t.preview.mp4")[4, 17:23].mean(-1) > 128).nonzero()[1]
-    assert bright.min() >= 7 and bright.max() <= 16
+    shown = iio.imread(tmp_path / "t.preview.mp4")
+    bright = (shown[4, 17:23].mean(-1) > 128).nonzero()[1]
+    assert shown.shape == (9, 48, 48, 3) and bright.min() >= 7 and bright.max() <= 16
 
 
-def test_boxes_that_leave_the_cut_come_back_as_far_as_they_are_inside(tmp_path):
-    objects = [{"boxes": {"0": [60, 10, 80, 30], "8": [40, 10, 60, 30]}}]
-    (tmp_path / "wide.json").write_text(json.dumps({"width": 144, "height": 48, "objects": objects}))
-    convert.main(Config(str(tmp_path / "wide.json"), str(tmp_path / "cut.json"), **SMALL))
-    want = load_trajectory(tmp_path / "wide.json", (48, 48), 9).boxes[0]
-    back = load_trajectory(tmp_path / "cut.json", (48, 48), 9).boxes[0]
-    assert 2 < (want[:, 0] < 0).sum() < 9  # partly outside, which the format allows
-    np.testing.assert_allclose(back.clip(0, 48), want.clip(0, 48), atol=1e-3)
-
-
-@pytest.mark.parametrize("late", [{"visible": [[4, 8]]}, {"visible": [[2, 3], [6, 7]]}, {"visible": [[8, 8]]}])
-def test_what_is_written_can_be_read_where_an_object_enters_later(late, tmp_path):
-    first, second = {"boxes": {"0": [2, 3, 14, 15]}}, {"boxes": {"4": [26, 4, 40, 20], "8": [30, 2, 38, 14]}, **late}
-    (tmp_path / "a.json").write_text(json.dumps({"objects": [first, second]}))
+@pytest.mark.parametrize("second", [
+    {"boxes": {"0": [60, 10, 80, 30], "8": [40, 10, 60, 30]}},  # leaves the cut, as the format allows
+    *({"boxes": {"4": [74, 4, 88, 20], "8": [78, 2, 86, 14]}, "visible": late}
+      for late in ([[4, 8]], [[2, 3], [6, 7]], [[8, 8]])),
+])  # fmt: skip
+def test_boxes_come_back_as_far_as_they_are_inside_and_where_an_object_enters_later(second, tmp_path):
+    objects = [{"boxes": {"0": [50, 3, 62, 15]}}, second]
+    (tmp_path / "a.json").write_text(json.dumps({"width": 144, "height": 48, "objects": objects}))
     convert.main(Config(str(tmp_path / "a.json"), str(tmp_path / "b.json"), **SMALL))
     want, back = (load_trajectory(tmp_path / name, (48, 48), 9) for name in ("a.json", "b.json"))
-    np.testing.assert_allclose(back.boxes, want.boxes, atol=1e-3)
-    assert np.array_equal(back.masks, want.masks) and not (tmp_path / "b_mask_1.png").exists()
+    np.testing.assert_allclose(back.boxes.clip(0, 48), want.boxes.clip(0, 48), atol=1e-3)
+    assert np.array_equal(back.masks, want.masks)
+    assert (tmp_path / "b_mask_1.png").exists() == ("visible" not in second)

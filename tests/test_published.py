@@ -1,6 +1,7 @@
 """Generators as others publish them, LoRAs, and the small decoder: made small, with the published names and types."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -90,26 +91,6 @@ def test_bare_safetensors(shards, prefix, dtype, weights, tmp_path):
     assert torch.equal(answer(got), answer({n: p.float() for n, p in small.items()}))
 
 
-@pytest.mark.parametrize("name", ["scale_weight", "weight_scale"])
-@pytest.mark.parametrize("whole", [True, False])
-def test_fp8_with_scales(name, whole, weights, tmp_path):
-    """One scale a tensor, or one an output; the marks that lie beside them are no parameters."""
-    stored, meant = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, dict(weights)
-    for key, p in weights.items():
-        stored[key] = p
-        if key.startswith("blocks.") and key.endswith(".weight") and p.ndim == 2:
-            scale = p.abs().max() / 448 if whole else p.abs().amax(1, keepdim=True) / 448
-            stored[key] = (p / scale).to(torch.float8_e4m3fn)
-            stored[key.replace("weight", name)] = scale
-            stored[key.replace("weight", "scale_input")] = torch.ones(1)
-            meant[key] = stored[key].float() * scale
-    file = tmp_path / "fp8.safetensors"
-    safetensors.torch.save_file(stored, file)
-    got = answer(file)
-    assert torch.equal(got, answer(meant))
-    assert 0 < (got - answer(weights)).norm() < 0.1 * answer(weights).norm()
-
-
 LAYER = "blocks.0.ffn.0"
 
 
@@ -125,23 +106,22 @@ def told(**fields) -> Tensor:
     return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("kind", ["int8 a row", "int8 of the header", "parts of an output"])
-def test_values_times_scales_are_read_exactly(kind, weights, tmp_path):
-    """ComfyUI's int8, told in a tensor or in the header, and musubi-tuner's fp8, whose scales are of blocks."""
+@pytest.mark.parametrize("name", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("shape", [(), (512,), (512, 1), (512, 4, 1)], ids=str)
+def test_values_times_scales_are_read_exactly(shape, dtype, name, weights, tmp_path):
+    """One scale a tensor, an output, or a part of an output; the marks that lie beside them are no parameters."""
     weight = weights[f"{LAYER}.weight"]  # (512, 256)
-    if kind == "parts of an output":
-        scale = weight.view(512, 4, 64).abs().amax(-1, keepdim=True) / 448
-        codes = (weight.view(512, 4, 64) / scale).view(512, 256).to(torch.float8_e4m3fn)
-        meant, beside, header = (codes.float().view(512, 4, 64) * scale).view(512, 256), {"scale_weight": scale}, None
-    else:
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        codes = (weight / scale).round().to(torch.int8)
-        meant, beside = codes * scale, {"weight_scale": scale if kind == "int8 a row" else scale.flatten()}
-        fields = {"format": "int8_tensorwise", "per_row": True, "convrot": False}
-        header = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {LAYER: fields}})}
-        beside, header = (beside | {"comfy_quant": told(**fields)}, None) if kind == "int8 a row" else (beside, header)
-    got = answer(with_codes(weights, tmp_path, codes, header, **beside))
-    assert torch.equal(got, answer(weights | {f"{LAYER}.weight": meant}))
+    parts = weight.view(max(1, math.prod(shape)), -1)
+    scale = parts.abs().amax(1, keepdim=True) / 127
+    codes = (parts / scale).round().to(dtype)
+    fields = {"format": "int8_tensorwise", "per_row": True, "convrot": False}
+    header = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {LAYER: fields}})}
+    beside = {name: scale.view(shape), "scale_input": torch.ones(1), "comfy_quant": told(**fields)}
+    marked = weights | {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    got = answer(with_codes(marked, tmp_path, codes.view_as(weight), header, **beside))
+    meant = (codes.float() * scale).view_as(weight)
+    assert torch.equal(got, answer(weights | {f"{LAYER}.weight": meant})) and not torch.equal(meant, weight)
 
 
 BYTES, ROWS = torch.zeros(512, 256, dtype=torch.int8), torch.ones(512, 1)
@@ -179,8 +159,6 @@ def test_what_is_not_read_says_what_is(weights, tmp_path):
     wrong = {n: weights[n] for n in kept} | {f"{n}.x{i}": p.clone() for n, p in weights.items() for i in range(3)}
     safetensors.torch.save_file(wrong, tmp_path / "wrong.safetensors")
     assert len(refused(r"missing: .* and .* more; unexpected: ", answer, tmp_path / "wrong.safetensors")) < 1500
-    safetensors.torch.save_file({"unet.x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    refused(r"it holds no patch_embedding\.weight", answer, tmp_path / "other.safetensors")
 
 
 DIFFUSERS = {

@@ -55,7 +55,7 @@ def write_wan(folder, tensors, shards=2):
     return folder
 
 
-@pytest.mark.parametrize("layout", ["wan", "diffusers", "diffusers sharded", "generator.pt", "own"])
+@pytest.mark.parametrize("layout", ["wan", "diffusers", "diffusers sharded", "own"])
 def test_each_layout_of_the_transformer_gives_the_reference_output(reference, layout, tmp_path):
     network, inputs, wanted = reference
     own = {n: p.bfloat16() for n, p in rename(network.state_dict(), DIFFUSERS_NAMES).items()}
@@ -66,9 +66,6 @@ def test_each_layout_of_the_transformer_gives_the_reference_output(reference, la
         network.to(torch.bfloat16).save_pretrained(path, max_shard_size="300KB" if "sharded" in layout else "10GB")
         network.float()
         assert (path / "diffusion_pytorch_model.safetensors.index.json").exists() == ("sharded" in layout)
-    elif layout == "generator.pt":
-        path = tmp_path / "generator.pt"
-        torch.save({"generator": {f"model.{n}": p for n, p in own.items()}}, path)
     else:
         path = tmp_path / "fast_generator.safetensors"
         save_network(path, "FastGenerator", SHALLOW, own)
