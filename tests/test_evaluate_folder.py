@@ -10,7 +10,6 @@ import torch
 from conftest import refused
 from torch import Tensor, nn
 
-from core.config import UserError
 from core.media import write_image, write_video
 from tools import evaluate_folder
 from tools.evaluate_folder import Config
@@ -40,17 +39,17 @@ def video(folder, name, seed, frames=12):
     write_video(folder / f"{name}.mp4", pixels.repeat(8, 1).repeat(8, 2), fps=8)
 
 
-def all_masks(side, boxes=([[0, 0, 20, 20], None],) * 2):
+def all_masks(side, boxes=([[0, 0, 20, 20], None],) * 2, colors=COLORS):
     """Masks of two frames for every video."""
     for n in range(4):
-        masks(side / "masks", f"v{n}", boxes)
+        masks(side / "masks", f"v{n}", boxes, colors)
 
 
-def masks(folder, name, boxes):
+def masks(folder, name, boxes, colors=COLORS):
     """One frame a list of boxes, drawn in the objects' colours: [x0, y0, x1, y1] or None."""
     for t, frame in enumerate(boxes):
         image = np.zeros((48, 64, 3), np.uint8)
-        for color, box in zip(COLORS, frame, strict=True):
+        for color, box in zip(colors, frame, strict=True):
             if box:
                 image[box[1] : box[3], box[0] : box[2]] = color
         write_image(folder / name / f"{t}.png", image)
@@ -128,11 +127,10 @@ FOUND = {  # colours in which a segmentation network paints the two objects
 
 
 @pytest.mark.parametrize("kind", FOUND)
-def test_objects_are_matched_whatever_their_colours(kind, world, monkeypatch):
+def test_objects_are_matched_whatever_their_colours(kind, world):
     boxes = [[[0, 0, 20, 20], [30, 10, 50, 30]], [[4, 0, 24, 20], [30, 14, 50, 34]]]
     all_masks(world / "true", boxes)
-    monkeypatch.setattr("test_evaluate_folder.COLORS", FOUND[kind])
-    all_masks(world / "generated", [boxes[0], [boxes[1][0], None]])
+    all_masks(world / "generated", [boxes[0], [boxes[1][0], None]], FOUND[kind])
     (world / "generated/._v9.mp4").write_bytes(b"Mac OS X")
     (world / "generated/v0.boxes.mp4").write_bytes((world / "generated/v0.mp4").read_bytes())  # as sample.py writes it
     evaluate_folder.main(Config())
@@ -140,21 +138,14 @@ def test_objects_are_matched_whatever_their_colours(kind, world, monkeypatch):
     assert rows(world)[0]["mask_iou"] == rows(world)[0]["box_iou"] == 0.75  # the second is lost in frame 1
 
 
-def test_an_object_that_can_be_none_of_the_true_ones_is_refused(world, monkeypatch):
-    all_masks(world / "true")
-    for color, message in (
-        ((255, 255, 255), "frame 0: an object lies where none"),
-        ((1, 1, 1), "shows objects, but in"),
-    ):
-        monkeypatch.setattr("test_evaluate_folder.COLORS", [color, color])
-        all_masks(world / "generated", [[[30, 10, 50, 30], None]] * 2)
-        with pytest.raises(UserError, match=message):
-            evaluate_folder.main(Config())
-
-
 def turn(world):
     for place in (world / side / f"masks/v0/{t}.png" for side in ("true", "generated") for t in range(2)):
         write_image(place, iio.imread(place).swapaxes(0, 1))
+
+
+def move(world, *color):
+    """The object, in this colour, to where none of the true ones is."""
+    all_masks(world / "generated", [[[30, 10, 50, 30], None]] * 2, [color] * 2)
 
 
 NETWORKS, MASKS, TRUE = {"networks": "networks"}, ("true", "generated"), ("true",)
@@ -181,6 +172,8 @@ BAD = {  # what is wrong -> whose masks there are, what makes it so, options, me
     "too few masks": (MASKS, lambda world: (world / "generated/masks/v0/1.png").unlink(), {},
                       "generated/masks/v0: has not as many frames as the true masks"),
     "turned masks": (MASKS, turn, {}, r"true/masks/v0: masks \[h, w\] \[64, 48\] of a video \[48, 64\]"),
+    "an object too many": (MASKS, lambda world: move(world, 255, 255, 255), {}, "frame 0: an object lies where none"),
+    "no known colour": (MASKS, lambda world: move(world, 1, 1, 1), {}, "shows objects, but in"),
     "no objects": (MASKS, lambda world: masks(world / "true/masks", "v0", [[None, None]] * 2), {},
                    "true/masks/v0: frame 0: shows no object"),
 }  # fmt: skip
@@ -204,5 +197,5 @@ def test_videos_without_a_counterpart_are_told_of(world, capsys):
     assert "--generated generated: v3.mp4 is missing, 1 in all; they are left out" in capsys.readouterr().err
     assert rows(world)[0]["videos"] == 3
     (world / "true/v0.mp4").unlink()
-    with pytest.raises(UserError, match=r"--true true: holds no v0.mp4, which is generated; 1 are missing"):
-        evaluate_folder.main(Config(networks="networks"))
+    lost = "--true true: holds no v0.mp4, which is generated; 1 are missing"
+    refused(lost, evaluate_folder.main, Config(networks="networks"))
