@@ -148,45 +148,48 @@ def move(world, *color):
     all_masks(world / "generated", [[[30, 10, 50, 30], None]] * 2, [color] * 2)
 
 
-NETWORKS, MASKS, TRUE = {"networks": "networks"}, ("true", "generated"), ("true",)
-BAD = {  # what is wrong -> whose masks there are, what makes it so, options, message
-    "no videos": ((), None, {"generated": "empty"}, "--generated empty: holds no .mp4 files"),
-    "no folder": ((), None, {"generated": "nowhere"}, "--generated nowhere: holds no .mp4 files"),
-    "no true one": ((), None, {"true": "empty"},
-                    "--true empty: holds no v0.mp4, which is generated; 4 are missing"),
-    "no video": ((), lambda world: (world / "true/v0.mp4").write_bytes(b"no video"), {},
-                 "true/v0.mp4: can't be decoded"),
-    "boxes alone": ((), lambda world: (world / "true/boxes").mkdir(), {}, "true/boxes: is compared with true/masks"),
-    "masks alone": (("generated",), None, {}, "generated/masks: is compared with true/masks"),
-    "another network": ((), lambda world: torch.jit.script(nn.ReLU()).save(world / "networks/i3d_torchscript.pt"),
-                        NETWORKS, "i3d_torchscript.pt: not a TorchScript file that works as"),
-    "not a network": ((), lambda world: (world / "networks/lpips.pt").write_text("no network"), NETWORKS,
-                      "lpips.pt: not a TorchScript file that works as --help says"),
-    "no networks": ((), None, {"networks": "empty"},
-                    "--networks empty: holds no inception-2015-12-05.pt, i3d_torchscript"),
-    "no masks of a video": (TRUE, None, {},
-                            "generated/masks/v0: no such folder or video; every generated video needs one"),
-    "another size": ((), lambda world: write_video(world / "true/v0.mp4", np.zeros((12, 24, 32, 3), np.uint8), fps=8),
-                     {}, r"v0.mp4: \[12, 3, 48, 64\] generated, \[12, 3, 24, 32\] true"),
-    "ending": ((), None, {"out": "x.txt"}, "--out x.txt: the name must end in .json"),
-    "too few masks": (MASKS, lambda world: (world / "generated/masks/v0/1.png").unlink(), {},
-                      "generated/masks/v0: has not as many frames as the true masks"),
-    "turned masks": (MASKS, turn, {}, r"true/masks/v0: masks \[h, w\] \[64, 48\] of a video \[48, 64\]"),
-    "an object too many": (MASKS, lambda world: move(world, 255, 255, 255), {}, "frame 0: an object lies where none"),
-    "no known colour": (MASKS, lambda world: move(world, 1, 1, 1), {}, "shows objects, but in"),
-    "no objects": (MASKS, lambda world: masks(world / "true/masks", "v0", [[None, None]] * 2), {},
-                   "true/masks/v0: frame 0: shows no object"),
-}  # fmt: skip
+def boxes_alone(world):
+    for side in ("true", "generated"):
+        (world / side / "masks").rename(world / side / "boxes")
 
 
-@pytest.mark.parametrize("sides, make, flags, message", BAD.values(), ids=BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(sides, make, flags, message, world):
+NETWORKS = {"networks": "networks"}
+BAD = [  # what the message says, what makes it so of videos with masks, options
+    ("--generated empty: holds no .mp4 files", None, {"generated": "empty"}),
+    ("--generated nowhere: holds no .mp4 files", None, {"generated": "nowhere"}),
+    ("--true empty: holds no v0.mp4, which is generated; 4 are missing",
+     lambda world: shutil.rmtree(world / "generated/masks"), {"true": "empty"}),
+    ("--networks empty: holds no inception-2015-12-05.pt, i3d_torchscript", None, {"networks": "empty"}),
+    ("--out x.txt: the name must end in .json", None, {"out": "x.txt"}),
+    ("true/v0.mp4: can't be decoded", lambda world: (world / "true/v0.mp4").write_bytes(b"no video"), {}),
+    (r"v0.mp4: \[12, 3, 48, 64\] generated, \[12, 3, 24, 32\] true",
+     lambda world: write_video(world / "true/v0.mp4", np.zeros((12, 24, 32, 3), np.uint8), fps=8), {}),
+    ("i3d_torchscript.pt: not a TorchScript file that works as",
+     lambda world: torch.jit.script(nn.ReLU()).save(world / "networks/i3d_torchscript.pt"), NETWORKS),
+    ("lpips.pt: not a TorchScript file that works as --help says",
+     lambda world: (world / "networks/lpips.pt").write_text("no network"), NETWORKS),
+    ("true/boxes: is compared with true/masks", boxes_alone, {}),
+    ("generated/masks: is compared with true/masks", lambda world: shutil.rmtree(world / "true/masks"), {}),
+    ("generated/masks/v0: no such folder or video; every generated video needs one",
+     lambda world: shutil.rmtree(world / "generated/masks"), {}),
+    ("generated/masks/v0: has not as many frames as the true masks",
+     lambda world: (world / "generated/masks/v0/1.png").unlink(), {}),
+    (r"true/masks/v0: masks \[h, w\] \[64, 48\] of a video \[48, 64\]", turn, {}),
+    ("true/masks/v0: frame 0: shows no object",
+     lambda world: masks(world / "true/masks", "v0", [[None, None]] * 2), {}),
+    ("frame 0: an object lies where none", lambda world: move(world, 255, 255, 255), {}),
+    ("shows objects, but in", lambda world: move(world, 1, 1, 1), {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("message, make, options", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(message, make, options, world):
     (world / "empty").mkdir()
-    for side in sides:
+    for side in ("true", "generated"):
         all_masks(world / side)
     if make:
         make(world)
-    refused(message, evaluate_folder.main, Config(**flags))
+    refused(message, evaluate_folder.main, Config(**options))
     assert not (world / "out").exists()
 
 

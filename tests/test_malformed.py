@@ -173,8 +173,8 @@ CASES = {
     "sample.py --generator long_head.safetensors": "long_head.safetensors: not a readable safetensors file",
     "evaluate.py --weights nowhere": "nowhere/slow_generator.safetensors: no such file",
     "finetune_hybrid.py --adapter noise.pt": "noise.pt: not a readable safetensors file",
-    "distill_fast.py --data no_maps": "no_maps",
-    "train_slow_adapter.py --data nowhere": "nowhere",
+    "distill_fast.py --data no_maps": "no_maps: holds no finished shards",
+    "train_slow_adapter.py --data nowhere": "nowhere: holds no finished shards",
     # flags and logs
     "evaluate.py --out rows.md": "--out rows.md: the name must end in .json",
     "finetune_hybrid.py --adapter_start 300": "--adapter_start 300 --diffusion_first 400: give less than",

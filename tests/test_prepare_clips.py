@@ -136,22 +136,12 @@ def test_killed_or_shared_out_it_makes_the_same_shards(magic, prepared, run, tmp
 def test_stage_1_trains_on_them(prepared, here):
     options = {"steps": 2, "mask_steps": 1, "batch": 2, "compile": False, "maps": "outline", "sample_every": 0}
     train_slow_adapter.main(train_slow_adapter.Config(data=str(prepared), **options))
-    other = train_slow_adapter.Config(data=str(prepared.parent), steps=3)
-    refused("holds no finished shards", train_slow_adapter.main, other)
 
 
-def test_training_reads_every_clip_once_an_epoch(prepared):
-    data, held_out = (ClipLatents(prepared, 32, split, seed=3) for split in ("train", "validation"))
-    epochs = [[data.pick(16 * e + i) for i in range(16)] for e in range(2)]
-    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1])
-    (left,), (held,) = data.shapes, held_out.shapes
-    assert tuple(sorted(epochs[0])) == left and not set(left) & set(held) and len(held) == 4
-    x0, text, traj = data.batch([0, 1, 16], "box", drop_text=0.5)
-    assert x0.shape == traj.shape == (3, 24, 9, 12, 12) and text.shape == (3, 32, 64)
-    again = data.batch([1], "box", drop_text=0.5)
-    assert all(torch.equal(a[0], b[1]) for a, b in zip(again, (x0, text, traj), strict=True))
-    empty = [not data.batch([s], None, drop_text=0.5)[1].any() for s in range(64)]
-    assert 16 < sum(empty) < 48
+def test_a_sample_is_the_same_in_any_batch(prepared):
+    data = ClipLatents(prepared, 32, seed=3)
+    many, one = (data.batch(samples, "box", drop_text=0.5) for samples in ([0, 1, 16], [1]))
+    assert all(torch.equal(a[0], b[1]) for a, b in zip(one, many, strict=True))
 
 
 def test_the_authors_own_columns_name_maps_and_their_frames(tmp_path, world):
