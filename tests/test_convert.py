@@ -26,40 +26,80 @@ GRID = np.array([[12 + 10 * i, 12 + 10 * j] for j in range(3) for i in range(3)]
 ALL, BOTH = np.ones((9, 9), bool), np.ones((9, 2), bool)
 
 
-def with_visibility(path, points, shown):
-    """Two files, as Wan-Move writes them."""
-    np.save(path, points)
-    np.save(path.with_name(path.name.replace("tracks", "visibility").replace("track", "visibility")), shown[None])
+def write(path, held):
+    """What holds tracks, by the file's suffix; of a pair two .npy files, as Wan-Move writes them."""
+    if isinstance(held, bytes):
+        path.write_bytes(held)
+    elif path.suffix.lower() in (".pt", ".pth"):
+        torch.save(held, path)
+    elif isinstance(held, dict):
+        np.savez(path, **held)
+    elif isinstance(held, tuple):
+        np.save(path, held[0])
+        np.save(path.with_name(path.name.replace("tracks", "visibility").replace("track", "visibility")), held[1][None])
+    else:
+        np.save(path, held)
 
 
 TRACKS = {  # as trackers write them -> their points and which are seen; nine points in nine frames last, told by names
-    "plain.npy": (lambda path: np.save(path, POINTS), POINTS, BOTH),
-    "last.npy": (lambda path: np.save(path, np.dstack([POINTS, SHOWN]).astype(np.float32)), POINTS, SHOWN),
-    "named.npz": (lambda path: np.savez(path, tracks=POINTS, visibility=SHOWN), POINTS, SHOWN),
-    "tensor.pt": (lambda path: torch.save(TENSOR, path), POINTS, BOTH),
-    "pair.pt": (lambda path: torch.save((LEARNED[None], torch.tensor(SHOWN)[None]), path), POINTS, SHOWN),
-    "none.PT": (lambda path: torch.save({"tracks": TENSOR, "visibility": None}, path), POINTS, BOTH),
-    "lines.txt": (lambda path: path.write_text("\n".join(map(" ".join, WORDS)) + "\n"), POINTS, SHOWN),
-    "tracks.npy": (lambda path: with_visibility(path, POINTS, SHOWN), POINTS, SHOWN),
-    "x_track.npy": (lambda path: with_visibility(path, POINTS, SHOWN), POINTS, SHOWN),
-    "cotracker.npz": (lambda path: np.savez(path, pred_tracks=GRID[None], pred_visibility=ALL[None]), GRID, ALL),
-    "tapvid.npz": (lambda path: np.savez(path, target_points=GRID.swapaxes(0, 1), occluded=~ALL), GRID, ALL),
-    "square.txt": (lambda path: path.write_text("\n".join(" ".join(map(str, f.ravel())) for f in GRID)), GRID, ALL),
-    "wan_move_tracks.npy": (lambda path: with_visibility(path, GRID[None], ALL), GRID, ALL),
+    "plain.npy": (POINTS, POINTS, BOTH),
+    "last.npy": (np.dstack([POINTS, SHOWN]).astype(np.float32), POINTS, SHOWN),
+    "named.npz": ({"tracks": POINTS, "visibility": SHOWN}, POINTS, SHOWN),
+    "tensor.pt": (TENSOR, POINTS, BOTH),
+    "pair.pt": ((LEARNED[None], torch.tensor(SHOWN)[None]), POINTS, SHOWN),
+    "none.PT": ({"tracks": TENSOR, "visibility": None}, POINTS, BOTH),
+    "lines.txt": ("\n".join(map(" ".join, WORDS)).encode(), POINTS, SHOWN),
+    "tracks.npy": ((POINTS, SHOWN), POINTS, SHOWN),
+    "x_track.npy": ((POINTS, SHOWN), POINTS, SHOWN),
+    "cotracker.npz": ({"pred_tracks": GRID[None], "pred_visibility": ALL[None]}, GRID, ALL),
+    "tapvid.npz": ({"target_points": GRID.swapaxes(0, 1), "occluded": ~ALL}, GRID, ALL),
+    "square.txt": ("\n".join(" ".join(map(str, frame.ravel())) for frame in GRID).encode(), GRID, ALL),
+    "wan_move_tracks.npy": ((GRID[None], ALL), GRID, ALL),
 }
 
 
 @pytest.mark.parametrize("name", TRACKS)
 def test_point_tracks_of_every_kind(name, tmp_path):
-    write, wanted, seen = TRACKS[name]
-    write(tmp_path / name)
+    held, wanted, seen = TRACKS[name]
+    write(tmp_path / name, held)
     points, shown = read_points(tmp_path / name, 9)
     assert np.array_equal(shown, seen) and np.abs(points - wanted)[seen].max() < 1e-4
 
 
+LATE = np.dstack([POINTS, BOTH])
+LATE[0, 1, 2] = 0
+BAD_TRACKS = [  # a file, what it holds, and what the message says; no tracks at all are in test_malformed.py
+    ("flat.npy", POINTS[:, 0], r"is \[9, 2\]; give \[T, K, 2\]"),
+    ("parts.npy", (POINTS - 9) / 30, "most coordinates lie within 1 pixel; if they are parts"),  # some lie beyond it
+    ("share.npy", np.dstack([POINTS, 0.7 * BOTH]), "the third number of a point is visibility, 0 or 1; leave it out"),
+    ("nan.npy", POINTS * np.nan, "no point has a place in any frame"),
+    ("late.npy", LATE, "point 1 is not to be seen in frame 0; leave it out with --pick"),
+    ("many.npy", np.full((9, 21, 2), 20.0), "21 points, 20 at most; choose some with --pick"),
+    ("square.npy", np.full((9, 9, 2), 20.0), "has as many points as frames, 9; save the array in an .npz"),
+    ("pair.pth", (torch.full((1, 9, 9, 2), 20.0), torch.ones(1, 9, 9)), "has as many points as frames, 9; save"),
+    ("list.pt", [TENSOR], "holds a list, neither an array nor a dict of them; give"),
+    ("other.npz", {"points": POINTS}, "holds points; name the tracks tracks or pred_tracks or"),
+    ("short.npz", {"tracks": POINTS, "visibility": SHOWN[1:]}, r"visibility: is \[8, 2\]; give \[9, 2\]"),
+    ("logits.npz", {"tracks": POINTS, "occlusion": SHOWN * 9.0 - 4},
+     "occlusion: holds more than 0 to 1, logits perhaps; give visibility, 0 to 1"),
+    ("doubts.npz", {"tracks": POINTS, "occlusion": SHOWN * 0.8, "expected_dist": SHOWN * 0.8},
+     "expected_dist: not understood; which points are seen is told by"),
+    ("header.npy", b"\x93NUMPY\x01\x00v\x00" + b"((((".ljust(118), "can't be read as point tracks"),
+    ("uneven.txt", b"1 2 3 4\n1 2\n", "can't be read as point tracks"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, held, message", BAD_TRACKS)
+def test_tracks_that_can_not_be_used_are_one_line(name, held, message, tmp_path):
+    write(tmp_path / name, held)
+    cfg = Config(str(tmp_path / name), str(tmp_path / "out.json"), **SMALL)
+    refused(f"{name}: {message}", convert.main, cfg)
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
 def test_points_become_boxes_of_one_size_cut_at_the_edge(tmp_path):
     for name in ("named.npz", "plain.npy"):
-        TRACKS[name][0](tmp_path / name)
+        write(tmp_path / name, TRACKS[name][0])
     convert.main(Config(str(tmp_path / "named.npz"), str(tmp_path / "out.json"), box="10x12", **SMALL))
     got = load_trajectory(tmp_path / "out.json", (48, 48), 9)
     assert got.boxes[0, 0].tolist() == [4, 15, 16, 25] and got.boxes[0, 8].tolist() == [24, 15, 36, 25]
@@ -71,27 +111,12 @@ def test_points_become_boxes_of_one_size_cut_at_the_edge(tmp_path):
     assert one[0].tolist() == [60, 6, 96, 26]  # twice as large, and cut at the right edge
 
 
-BAD = [  # and what is no file of tracks at all is in test_malformed.py
+BAD = [
     ("no.npy", {}, "no.npy: no such file"),
-    ("flat.npy", {}, r"flat.npy: is \[9, 2\]; give \[T, K, 2\]"),
-    ("other.npz", {}, "other.npz: holds points; name the tracks tracks or pred_tracks or"),
-    ("share.npy", {}, "share.npy: the third number of a point is visibility, 0 or 1; leave it out if it is depth"),
-    ("logits.npz", {}, "logits.npz: occlusion: holds more than 0 to 1, logits perhaps; give visibility, 0 to 1"),
-    ("doubts.npz", {}, "doubts.npz: expected_dist: not understood; which points are seen is told by"),
-    ("square.npy", {}, "square.npy: has as many points as frames, 9; save the array in an .npz as pred_tracks if"),
-    ("pair.pth", {}, "pair.pth: has as many points as frames, 9; save"),
-    ("parts.npy", {}, "parts.npy: most coordinates lie within 1 pixel; if they are parts"),
-    ("nan.npy", {}, "nan.npy: no point has a place in any frame"),
-    ("list.pt", {}, "list.pt: holds a list, neither an array nor a dict of them; give"),
-    ("header.npy", {}, "header.npy: can't be read as point tracks"),
-    ("maps.json", {"to": "maps.json"}, "--to: would overwrite maps.json, which --source reads"),
+    ("boxes.json", {"to": "boxes.json"}, "--to: would overwrite boxes.json, which --source reads"),
     ("plain.npy", {"to": "p.json", "image": "p.preview.mp4"}, "--to: would overwrite p.preview.mp4, which --image"),
     ("plain.npy", {"frames": 0}, "--frames 0: at least 1, and at most 466033 of 48x48"),
-    ("uneven.txt", {}, "uneven.txt: can't be read as point tracks"),
-    ("short.npz", {}, r"short.npz: visibility: is \[8, 2\]; give \[9, 2\]"),
     ("plain.npy", {"frames": 5}, "9 frames but the video has 5; pass --frames"),
-    ("late.npy", {}, "late.npy: point 1 is not to be seen in frame 0; leave it out with --pick"),
-    ("many.npy", {}, "many.npy: 21 points, 20 at most; choose some with --pick"),
     ("plain.npy", {"pick": "0,2"}, "--pick 0,2: takes numbers from 0 to 1"),
     ("plain.npy", {"pick": "a"}, "--pick a: takes numbers"),
     ("plain.npy", {"box": "0x5"}, "--box 0x5: takes height x width"),
@@ -107,46 +132,16 @@ BAD = [  # and what is no file of tracks at all is in test_malformed.py
 ]
 
 
-@pytest.fixture(scope="module")
-def bad(tmp_path_factory):
-    """A folder with a file for every line of BAD, and some that are fine."""
-    folder = tmp_path_factory.mktemp("bad")
-    late = np.dstack([POINTS, np.ones((9, 2))])
-    late[0, 1, 2] = 0
-    arrays = {
-        "plain": POINTS, "flat": POINTS[:, 0], "late": late,
-        "many": np.full((9, 21, 2), 20.0), "nan": POINTS * np.nan,
-        "share": np.dstack([POINTS, np.full((9, 2), 0.7)]), "square": np.full((9, 9, 2), 20.0),
-        "parts": (POINTS - 9) / 30,  # some beyond the picture
-    }  # fmt: skip
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    archives = {
-        "other": {"points": POINTS}, "short": {"tracks": POINTS, "visibility": SHOWN[1:]},
-        "logits": {"tracks": POINTS, "occlusion": SHOWN * 9.0 - 4},
-        "doubts": {"tracks": POINTS, "occlusion": SHOWN * 0.8, "expected_dist": SHOWN * 0.8},
-    }  # fmt: skip
-    for name, held in archives.items():
-        np.savez(folder / f"{name}.npz", **held)
-    torch.save((torch.full((1, 9, 9, 2), 20.0), torch.ones(1, 9, 9)), folder / "pair.pth")
-    torch.save([TENSOR], folder / "list.pt")
-    written = {
-        "words.txt": b"one two\n", "uneven.txt": b"1 2 3 4\n1 2\n", "p.preview.mp4": b"",
-        "header.npy": b"\x93NUMPY\x01\x00v\x00" + b"((((".ljust(118),
-        "boxes.json": b'{"objects": []}', "maps.json": (ROOT / "examples/balloons.json").read_bytes(),
-    }  # fmt: skip
-    for name, content in written.items():
-        (folder / name).write_bytes(content)
-    (folder / "empty").mkdir()
-    return folder
-
-
 @pytest.mark.parametrize("source, flags, message", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(source, flags, message, bad, monkeypatch):
-    monkeypatch.chdir(bad)
-    before = sorted(p.name for p in bad.rglob("*"))
+def test_bad_input_is_one_line_and_leaves_nothing(source, flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("plain.npy", POINTS)
+    (tmp_path / "empty").mkdir()
+    for name, text in (("p.preview.mp4", ""), ("words.txt", "one two"), ("boxes.json", '{"objects": []}')):
+        (tmp_path / name).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
     refused(message, convert.main, Config(source, **{"to": "out.json", **SMALL, **flags}))
-    assert sorted(p.name for p in bad.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_script_takes_its_source_first(run, tmp_path):

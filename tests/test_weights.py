@@ -39,19 +39,16 @@ def reference():
     return network, (x, t, text), network(x, t.repeat_interleave(6, 1), text, return_dict=False)[0]
 
 
-def write_wan(folder, tensors, shards=2):
-    """The original layout: numbered shards and their index, with a config.json that nobody reads."""
-    from safetensors.torch import save_file
+def write_wan(folder, tensors):
+    """The original layout: two numbered shards and their index, with a config.json that nobody reads."""
+    from huggingface_hub import save_torch_state_dict
 
     folder.mkdir()
     (folder / "config.json").write_text("hello")
-    stem, where = "diffusion_pytorch_model", {}
-    for shard in range(shards):
-        file = f"{stem}-{shard + 1:05}-of-{shards:05}.safetensors"
-        names = sorted(tensors)[shard::shards]
-        save_file({name: tensors[name].contiguous() for name in names}, folder / file, {"format": "pt"})
-        where |= dict.fromkeys(names, file)
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    most = sum(tensor.nbytes for tensor in tensors.values()) * 6 // 10
+    pattern = "diffusion_pytorch_model{suffix}.safetensors"
+    save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=most)
     return folder
 
 
