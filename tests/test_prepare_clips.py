@@ -80,13 +80,12 @@ def first_shard(folder, kind="latents") -> dict[str, torch.Tensor]:
 def shards(folder):
     """What its files hold, but for the order of a header's entries, which safetensors draws."""
 
-    def parse(file):
-        if file.suffix != ".safetensors":
-            return file.read_text()
-        size = int.from_bytes(file.read_bytes()[:8], "little")
-        return json.loads(file.read_bytes()[8 : 8 + size]), file.read_bytes()[8 + size :]
+    def parse(data: bytes):
+        size = 8 + int.from_bytes(data[:8], "little")
+        return json.loads(data[8:size]), data[size:]
 
-    return {file.name: parse(file) for file in folder.iterdir() if file.name != ".lock"}
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
+    return {name: parse(data) if name.endswith(".safetensors") else data for name, data in files.items()}
 
 
 @pytest.fixture(scope="module")

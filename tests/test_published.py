@@ -166,7 +166,7 @@ DIFFUSERS = {
     "blocks.1.cross_attn.k": "blocks.1.attn2.to_k", "blocks.1.ffn.0": "blocks.1.ffn.net.0.proj",
     "blocks.1.ffn.2": "blocks.1.ffn.net.2",
 }  # fmt: skip
-LAYERS = tuple(DIFFUSERS)
+Q = "blocks.0.self_attn.q"
 FORMS = {  # prefix, name of a layer, names of both matrices, alpha
     "ComfyUI": ("diffusion_model.", str, ("lora_A", "lora_B"), None),
     "original": ("", str, ("lora_down", "lora_up"), 2.0),
@@ -179,7 +179,7 @@ FORMS = {  # prefix, name of a layer, names of both matrices, alpha
 }
 
 
-def factors(weights: dict[str, Tensor], layer: str = LAYERS[0]) -> tuple[Tensor, Tensor]:
+def factors(weights: dict[str, Tensor], layer: str = Q) -> tuple[Tensor, Tensor]:
     """A [4, in] and B [out, 4]."""
     draw = torch.Generator().manual_seed(len(layer))
     rows, columns = weights[f"{layer}.weight"].shape
@@ -205,7 +205,7 @@ def changed(merged: VideoDiT, weights: dict[str, Tensor], changes: dict[str, Ten
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_lora_is_merged_as_by_hand(form, strength, weights, tmp_path):
     (prefix, call, (down, up), alpha), stored, changes = FORMS[form], {}, {}
-    for layer in LAYERS:
+    for layer in DIFFUSERS:
         a, b = factors(weights, layer)
         stored[f"{prefix}{call(layer)}.{down}.weight"], stored[f"{prefix}{call(layer)}.{up}.weight"] = a, b
         if alpha:
@@ -247,14 +247,14 @@ def test_alpha_of_peft_and_diffusers(kind, place, weights, tmp_path):
     else:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (a, b), bias = factors(weights), torch.randn(256)
-    layer = f"{'transformer' if place == 'header' else 'base_model.model'}.{DIFFUSERS[LAYERS[0]]}"
+    layer = f"{'transformer' if place == 'header' else 'base_model.model'}.{DIFFUSERS[Q]}"
     stored = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b, f"{layer}.lora_B.bias": bias}
     merged = merged_with(stored, weights, tmp_path, header=header)
-    changed(merged, weights, {f"{LAYERS[0]}.weight": scale * b @ a, f"{LAYERS[0]}.bias": scale * bias})
+    changed(merged, weights, {f"{Q}.weight": scale * b @ a, f"{Q}.bias": scale * bias})
 
 
 def peft(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = (f"base_model.model.{LAYERS[0]}.lora_{kind}.weight" for kind in "AB")
+    names = (f"base_model.model.{Q}.lora_{kind}.weight" for kind in "AB")
     return dict(zip(names, factors(weights), strict=True))
 
 
@@ -262,7 +262,7 @@ def test_alpha_of_a_header_alone_and_of_a_config_that_is_lost(weights, tmp_path,
     a, b = factors(weights)
     for header, scale, says in (({"ss_network_alpha": "6"}, 1.5, ""), (None, 1, "tells no alpha, nor does a file")):
         merged = merged_with(peft(weights), weights, tmp_path, header=header)
-        changed(merged, weights, {f"{LAYERS[0]}.weight": scale * b @ a})
+        changed(merged, weights, {f"{Q}.weight": scale * b @ a})
         assert says in capsys.readouterr().err
 
 
@@ -279,11 +279,8 @@ def test_a_config_that_means_more_than_a_lora_is_refused(config, message, weight
 def test_a_lora_is_merged_before_rounding_to_8_bits(weights, tmp_path):
     a, b = factors(weights)
     layer = merged_with(peft(weights), weights, tmp_path, dtype=torch.int8).blocks[0].self_attn.q
-    wanted, got = weights[f"{LAYERS[0]}.weight"] + b @ a, layer.weight.float() * layer.scale.float()
+    wanted, got = weights[f"{Q}.weight"] + b @ a, layer.weight.float() * layer.scale.float()
     assert (got - wanted).abs().max() < wanted.abs().max() / 100
-
-
-Q = "blocks.0.self_attn.q"
 
 
 @pytest.mark.parametrize("names, shapes, message", [
