@@ -148,11 +148,6 @@ def move(world, *color):
     all_masks(world / "generated", [[[30, 10, 50, 30], None]] * 2, [color] * 2)
 
 
-def boxes_alone(world):
-    for side in ("true", "generated"):
-        (world / side / "masks").rename(world / side / "boxes")
-
-
 NETWORKS = {"networks": "networks"}
 BAD = [  # what the message says, what makes it so of videos with masks, options
     ("--generated empty: holds no .mp4 files", None, {"generated": "empty"}),
@@ -168,15 +163,15 @@ BAD = [  # what the message says, what makes it so of videos with masks, options
      lambda world: torch.jit.script(nn.ReLU()).save(world / "networks/i3d_torchscript.pt"), NETWORKS),
     ("lpips.pt: not a TorchScript file that works as --help says",
      lambda world: (world / "networks/lpips.pt").write_text("no network"), NETWORKS),
-    ("true/boxes: is compared with true/masks", boxes_alone, {}),
+    ("true/boxes: is compared with true/masks",
+     lambda world: (world / "true/masks").rename(world / "true/boxes"), {"generated": "true"}),
     ("generated/masks: is compared with true/masks", lambda world: shutil.rmtree(world / "true/masks"), {}),
     ("generated/masks/v0: no such folder or video; every generated video needs one",
      lambda world: shutil.rmtree(world / "generated/masks"), {}),
     ("generated/masks/v0: has not as many frames as the true masks",
      lambda world: (world / "generated/masks/v0/1.png").unlink(), {}),
     (r"true/masks/v0: masks \[h, w\] \[64, 48\] of a video \[48, 64\]", turn, {}),
-    ("true/masks/v0: frame 0: shows no object",
-     lambda world: masks(world / "true/masks", "v0", [[None, None]] * 2), {}),
+    ("true/masks/v0: frame 0: shows no object", lambda world: masks(world / "true/masks", "v0", [[None] * 2] * 2), {}),
     ("frame 0: an object lies where none", lambda world: move(world, 255, 255, 255), {}),
     ("shows objects, but in", lambda world: move(world, 1, 1, 1), {}),
 ]  # fmt: skip
