@@ -164,6 +164,8 @@ CASES = {
     "sample.py --batch none.csv": "none.csv: not a readable CSV file",
     "sample.py --batch foreign.csv": "foreign.csv: column 'x.mp4' is unknown",
     "sample.py --batch no_maps": "no_maps: not a readable CSV file",
+    "sample.py --batch jobs.csv --out x.mp4": "--out: each row of --batch says its own; leave it out",
+    "sample.py --batch jobs.csv --serve": "--serve: goes without",
     # weights
     "sample.py --generator unshaped.safetensors": "its header has no config of a FastGenerator",
     "sample.py --generator garbled.safetensors": "its header has no config of a FastGenerator",
