@@ -8,10 +8,10 @@ import nets
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 import sample
 from core.codec import best_size
-from core.config import UserError
 from core.media import MOST_VIDEO, cover
 from toy.codec import ToyCodec
 from trajectory import load_trajectory
@@ -21,25 +21,19 @@ SHAPES = [(400, 400), (400, 300), (480, 270), (270, 480), (210, 490)]  # height,
 
 
 def wans_rule(picture: tuple[int, int], area: int, unit: int) -> tuple[int, int]:
-    """By counting up: each side in turn is the longest that is no longer than the ideal one, the other the longest
-    that the area then allows. The nearer ratio wins, and the second way where both are as near.
+    """Among all sides: each in turn is the longest that is no longer than the ideal one, the other the longest that the
+    area then allows. The nearer ratio wins, and the second way where both are as near.
     """
-    ratio = picture[1] / picture[0]
 
-    def longest(fits) -> int:
-        side = unit
-        while fits(side + unit):
-            side += unit
-        return side
-
-    width = longest(lambda side: side * side <= area * ratio)
-    by_width = longest(lambda side: side * width <= area), width
-    height = longest(lambda side: side * side <= area / ratio)
-    by_height = height, longest(lambda side: side * height <= area)
+    def longest(ideal: float) -> int:
+        return max(side for side in range(unit, 8192, unit) if side <= ideal)
 
     def distance(size: tuple[int, int]) -> float:
         return max(ratio / (size[1] / size[0]), size[1] / size[0] / ratio)
 
+    ratio = picture[1] / picture[0]
+    width, height = longest((area * ratio) ** 0.5), longest((area / ratio) ** 0.5)
+    by_width, by_height = (longest(area / width), width), (height, longest(area / height))
     return by_width if distance(by_width) < distance(by_height) else by_height
 
 
@@ -87,42 +81,36 @@ def test_a_square_stays_in_its_box_whatever_the_pictures_shape(shape, here, caps
     assert iio.imread("out/sample.mp4").shape == (9, *size, 3)
 
 
-@pytest.mark.parametrize("size, frames, message", [
-    ("auto", 120, "--frames 120: must be 4 n + 1, at least 2; 121 is"),
-    ("auto", 119, "--frames 119: must be 4 n + 1, at least 2; 117 is"),
-    ("auto", 1, "--frames 1: must be 4 n + 1, at least 2; 5 is"),
-    ("704x1280", 2, "--frames 2: must be 4 n + 1, at least 2; 5 is"),
-    ("704x1280", 122, "--frames 122: must be 4 n + 1, at least 2; 121 is"),
-    ("704x1280", 123, "--frames 123: must be 4 n + 1, at least 2; 121 is"),
-    ("1x1", 121, "--size 1x1: takes auto, or height x width, both multiples of 32; the nearest is 32x32"),
-    ("720x1280", 121, "--size 720x1280: takes auto, or height x width, both multiples of 32; the nearest is 704x1280"),
-    ("700x1290", 121, "--size 700x1290: takes auto, or height x width, both multiples of 32; the nearest is 704x1280"),
-    ("0x5", 121, "--size 0x5: takes auto, or height x width, both multiples of 32; the nearest is 32x32"),
-    ("large", 121, "--size large: takes auto, or height x width, both multiples of 32, as 128x192"),
-    ("auto", 4001, f"--size auto --frames 4001: {704 * 1280 * 4001} pixels; {MOST_VIDEO} is the most"),
-    ("704x1280", 4001, f"--size 704x1280 --frames 4001: {704 * 1280 * 4001} pixels; {MOST_VIDEO} is the most"),
+def size_refused(message: str, *given: object) -> None:
+    refused(f"^{message}$", WanCodec.video_size, WanCodec, *given)
+
+
+@pytest.mark.parametrize("frames, near", [(120, 121), (119, 117), (1, 5), (2, 5), (122, 121), (123, 121)])
+def test_a_wrong_length_is_told_the_nearest(frames, near):
+    """With a picture and without."""
+    for given in ("auto", frames), ("auto", frames, (704, 1280)), ("704x1280", frames):
+        size_refused(rf"--frames {frames}: must be 4 n \+ 1, at least 2; {near} is", *given)
+    assert WanCodec.video_size(WanCodec, "auto", 121) == (0, 0)
+
+
+@pytest.mark.parametrize("size, mend", [
+    ("1x1", "; the nearest is 32x32"), ("720x1280", "; the nearest is 704x1280"), ("0x5", "; the nearest is 32x32"),
+    ("700x1290", "; the nearest is 704x1280"), ("large", ", as 128x192"),
 ])  # fmt: skip
-def test_a_wrong_size_or_length_is_told_the_nearest(size, frames, message, tmp_path):
-    codec = WanCodec(tmp_path, torch.device("cpu"))
-    with pytest.raises(UserError) as caught:
-        codec.video_size(size, frames, (704, 1280))
-    assert str(caught.value) == message
-    # Without a picture auto is fine, and the length still counts.
-    assert codec.video_size("auto", 121) == (0, 0) and codec.video_size("480x832", 121) == (480, 832)
-    with pytest.raises(UserError, match="--frames 120"):
-        codec.video_size("auto", 120)
+def test_a_wrong_size_is_told_the_nearest(size, mend):
+    size_refused(f"--size {size}: takes auto, or height x width, both multiples of 32{mend}", size, 121)
+    assert WanCodec.video_size(WanCodec, "480x832", 121) == (480, 832)
 
 
-def test_a_box_outside_what_is_kept_is_one_line_and_one_at_its_edge_is_clipped(tmp_path):
+def test_a_video_may_not_have_too_many_pixels():
+    message = f"--size auto --frames 4001: {704 * 1280 * 4001} pixels; {MOST_VIDEO} is the most"
+    size_refused(message, "auto", 4001, (704, 1280))
+
+
+def test_a_box_outside_what_is_kept_is_one_line(tmp_path):
     """A wide video of a tall photo keeps its middle, rows 221 to 419; a box above it has nothing to steer."""
     boxes = {"0": [10, 300, 60, 350], "4": [10, 20, 60, 70]}
     (tmp_path / "b.json").write_text(json.dumps({"objects": [{"name": "cat\ntwo", "boxes": boxes}]}))
-    with pytest.raises(UserError) as caught:
-        load_trajectory(tmp_path / "b.json", (352, 640), 5, (640, 360))
-    (line,) = str(caught.value).splitlines()
-    assert 'objects[0].boxes["4"]' in line and "the box of cat two lies outside" in line and "--size 352x640" in line
+    message = r'objects\[0\]\.boxes\["4"\].*the box of cat two lies outside.*--size 352x640'
+    refused(message, load_trajectory, tmp_path / "b.json", (352, 640), 5, (640, 360))
     load_trajectory(tmp_path / "b.json", (640, 352), 5, (640, 360))  # where all is kept
-    (tmp_path / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": [10, 200, 60, 300]}}]}))
-    trajectory = load_trajectory(tmp_path / "b.json", (352, 640), 5, (640, 360))
-    rows = trajectory.masks[0].any(1).nonzero()[0]
-    assert rows[0] == 0 and abs(rows[-1] + 1 - (300 - 221) * 640 / 360) <= 2
