@@ -1,4 +1,4 @@
-"""draw.html in Debian's Chromium, moved by real mouse, keyboard and touch events."""
+"""Fixtures of all tests: draw.html in Debian's Chromium, moved by real mouse, keyboard and touch events."""
 
 import json
 import shutil
@@ -11,15 +11,15 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-# Without a browser its tests are skipped on a user's own machine; .ci/run installs Chromium, or fails.
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-quic"]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    """One for all tests of a file."""
+    """One for all tests of a file. Without it they are skipped; .ci/run installs Chromium, or fails."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt install chromium")
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -94,11 +94,13 @@ class Hands:
         assert not self.errors, self.errors
 
     def see(self, expression: str):
-        return self.page.evaluate(expression)
+        """Its value. As one text, much comes faster."""
+        return json.loads(self.page.evaluate(f"(async () => JSON.stringify(await ({expression}) ?? null))()"))
 
-    def read(self, expression: str):
-        """The same for much: as one text it comes faster."""
-        return json.loads(self.page.evaluate(f"JSON.stringify({expression})"))
+    def look(self, layer: str, x: float, y: float) -> list[int]:
+        """The colour that a canvas has at a point of the picture, [red, green, blue, alpha]."""
+        at = f"...middle([{x}, {y}, {x} + 1, {y} + 1]).map(v => v * view.ratio), 1, 1"
+        return self.see(f"[...$('{layer}').getContext('2d').getImageData({at}).data]")
 
     def mask(self, k: int) -> np.ndarray:
         """An object's mask as it would be saved."""
@@ -168,9 +170,18 @@ class Hands:
         area = self.see("(({left, top}) => [left + view.x, top + view.y, view.scale])(stage.getBoundingClientRect())")
         return area[0] + x * area[2], area[1] + y * area[2]
 
-    def drag(self, start, end, steps: int = 4) -> None:
-        """With the mouse, between two points of the picture."""
+    def drag(self, start, end, steps: int = 4, frame: int | None = None) -> None:
+        """With the mouse, between two points of the picture; in a frame, if one is named, to which the page goes."""
+        if frame is not None:
+            self.go(frame)
         self.drag_on_screen(self.spot(*start), self.spot(*end), steps)
+
+    def paint(self, start, end, width: int = 20, key: str = "b") -> None:
+        """Paint in the chosen object's mask with a brush of this width; or erase, with the key e."""
+        self.page.locator("#brush").fill(str(width))
+        self.press(key)
+        self.drag(start, end, steps=1)
+        self.press(key)
 
     def drag_on_screen(self, start, end, steps: int = 4) -> None:
         self.page.mouse.move(*start)

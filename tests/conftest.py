@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # what it sets, of one process
 TORCHRUN |= {"MASTER_ADDR": "x", "MASTER_PORT": "1"}
 sys.path.insert(0, str(ROOT))
+pytest_plugins = ["browser"]
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers share two cores
 
 

@@ -20,7 +20,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from browser import Hands, browser, needs_chromium, picture
+from browser import Hands, picture
 from conftest import ROOT, start_in
 from PIL import Image
 
@@ -32,7 +32,6 @@ from tools import serve as page
 from tools import server as serve
 from toy.codec import ToyCodec
 
-__all__ = ["browser"]
 EXAMPLE = json.loads((ROOT / "examples/balloons.json").read_text())
 
 
@@ -119,18 +118,20 @@ def until(condition, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def events(data: bytes) -> list[dict]:
-    """The lines before the files."""
-    lines = []
+def told(data: bytes) -> tuple[list[dict], dict[str, bytes]]:
+    """The lines of an answer, and the files after them."""
+    lines, files = [], {}
     while data and (not lines or "files" not in lines[-1]):
         line, _, data = data.partition(b"\n")
         lines.append(json.loads(line))
-    return lines
+    for name, size in lines[-1].get("files", ()):
+        files[name], data = data[:size], data[size:]
+    return lines, files
 
 
 def works(server) -> None:
     status, _, data = ask(server, body={"name": "next"})
-    assert status == 200 and events(data) == [{"files": [["video.mp4", 100_004]]}] and data[-100_004:][:4] == b"next"
+    assert status == 200 and told(data)[1] == {"video.mp4": b"next" + bytes(100_000)}
 
 
 def test_only_its_own_page_may_ask(server):
@@ -196,10 +197,9 @@ def test_200_requests_at_once_are_made_in_turn(server):
     server.work.let.release(10_000)
     with ThreadPoolExecutor(200) as pool:
         found = list(pool.map(lambda k: ask(server, body={"name": f"{k}", "steps": 1}), range(200)))
-    assert len(server.work.made) == 200
-    for k, (status, _, data) in enumerate(found):  # everyone gets their own
-        assert status == 200 and "files" in events(data)[-1]
-        assert data[-100_000 - len(str(k)) :].startswith(str(k).encode())
+    assert len(server.work.made) == 200 and all(status == 200 for status, _, _ in found)
+    made = {f"{k}": told(data)[1]["video.mp4"] for k, (_, _, data) in enumerate(found)}
+    assert made == {name: name.encode() + bytes(100_000) for name in server.work.made}  # everyone gets their own
     works(server)
 
 
@@ -227,8 +227,8 @@ def test_one_at_a_time_the_next_waits_and_who_leaves_is_passed_over(server):
 
 
 def test_a_job_that_fails_says_why_in_a_line_and_the_next_works(server, capsys):
-    assert events(ask(server, body={"fail": "user"})[2]) == [{"error": "boxes: wrong; mend them"}]
-    assert events(ask(server, body={"fail": "other"})[2]) == [{"error": "out of memory"}]
+    for fault, error in (("user", "boxes: wrong; mend them"), ("other", "out of memory")):
+        assert told(ask(server, body={"fail": fault})[2]) == ([{"error": error}], {})
     assert capsys.readouterr().err == "serve: RuntimeError: out of memory\n"
     works(server)
 
@@ -254,18 +254,14 @@ class Served:
 
 
 @pytest.fixture
-def drawn(browser, served, tmp_path):
-    """drawn(end) -> the page of sample.py, with a small picture and a box from (10, 10)."""
-    hands = Hands(browser, served.address)
-
-    def draw(end: tuple[int, int] = (30, 30)) -> Hands:
-        hands.open(picture(tmp_path / "small.png", 96, 64))
-        hands.page.select_option("#size", "48x64")
-        hands.drag((10, 10), end)
-        return hands
-
-    yield draw
-    hands.close()
+def hands(browser, served, tmp_path):
+    """The page of sample.py, with a small picture and a box."""
+    found = Hands(browser, served.address)
+    found.open(picture(tmp_path / "small.png", 96, 64))
+    found.page.select_option("#size", "48x64")
+    found.drag((10, 10), (30, 30))
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="module")
@@ -284,26 +280,20 @@ def mask(k: int) -> bytes:
     return iio.imwrite("<bytes>", pixels, extension=".png")
 
 
-def of_length(frames: int) -> dict:
-    return EXAMPLE | {"num_frames": frames}
-
-
-def request(**changes) -> dict:
+def request(frames: int = 9, **changes) -> dict:
     files = (ROOT / "examples/balloons.jpg").read_bytes(), mask(0), mask(1)
     image, *masks = (base64.b64encode(data).decode() for data in files)
-    usual = {"image": image, "boxes": EXAMPLE, "masks": masks, "prompt": "a red blob", "seed": 0, "steps": 0}
-    return {**usual, "size": "48x64", "frames": 9, **changes}
+    usual = {"image": image, "boxes": EXAMPLE | {"num_frames": frames}, "masks": masks, "prompt": "a red blob"}
+    return {**usual, "seed": 0, "steps": 0, "size": "48x64", "frames": frames, **changes}
 
 
 def test_the_video_is_that_of_the_command_line(served, run, tmp_path):
     status, _, data = ask(served, body=request(seed=3))
-    lines = events(data)
+    lines, files = told(data)
     shares = [line["share"] for line in lines if "share" in line]
     assert status == 200 and len(shares) == 4 * 6 and shares == sorted(shares) and shares[-1] == 1  # all blocks
-    (name, size), (other, _) = lines[-1]["files"]
-    assert (name, other) == ("video.mp4", "video.boxes.mp4")
-    start = len(data) - sum(size for _, size in lines[-1]["files"])
-    (tmp_path / "got.mp4").write_bytes(data[start : start + size])
+    assert list(files) == ["video.mp4", "video.boxes.mp4"]
+    (tmp_path / "got.mp4").write_bytes(files["video.mp4"])
     boxes = json.loads(json.dumps(EXAMPLE))
     for k, item in enumerate(boxes["objects"]):
         item["mask"] = f"mask_{k}.png"
@@ -328,7 +318,7 @@ def test_what_is_wrong_in_a_request_is_named(served, tmp_path):
         "steps: 5 are more than the 4 of these networks": {"steps": 5},
         "--frames 1:": {"frames": 1},
         "--frames 9000": {"frames": 9_000_000},
-        "num_frames is 9": {"frames": 11},
+        "num_frames is 9": {"frames": 11, "boxes": EXAMPLE},
         "--size 7x7": {"size": "7x7"},
         "--size ../x": {"size": "../x"},
         "image: is not in base64": {"image": "!"},
@@ -341,11 +331,10 @@ def test_what_is_wrong_in_a_request_is_named(served, tmp_path):
     }
     for text, changes in wrong.items():
         status, _, data = ask(served, body=request(**changes))
-        error = events(data)[-1]["error"]
+        error = told(data)[0][-1]["error"]
         assert status == 200 and text.rstrip(":") in error and "/" not in error.replace("../x", ""), (text, error)
-    seen = [ask(served, body=request(boxes=boxes, masks=["", ""]))[2] for boxes in (other, EXAMPLE)]
-    files = [data[-sum(size for _, size in events(data)[-1]["files"]) :] for data in seen]
-    assert files[0] == files[1]  # a path of theirs is as none at all
+    seen = [told(ask(served, body=request(boxes=boxes, masks=["", ""]))[2])[1] for boxes in (other, EXAMPLE)]
+    assert seen[0] == seen[1] != {}  # a path of theirs is as none at all
 
 
 def test_options_of_the_server_are_in_the_page_s_command(monkeypatch):
@@ -361,8 +350,6 @@ def test_options_of_the_server_are_in_the_page_s_command(monkeypatch):
     again = parse_config(sample.Config, shlex.split(about["options"]), {"wan5b": sample.WAN5B})
     assert (again.speed, again.weights, again.guidance, again.dtype) == ("slow", "a b", 2.0, "float32")
     assert not again.serve and again.frames == 9 and again.steps == 8
-    with pytest.raises(UserError, match="--serve: goes without"):
-        sample.main(parse_config(sample.Config, ["--serve", "--batch", "jobs.csv"]))
 
 
 def test_where_its_port_is_taken_it_takes_another(server, tmp_path, monkeypatch):
@@ -378,25 +365,21 @@ def test_ended_while_generating_it_leaves_nothing(tmp_path):
     before = folders()
     for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
         server = Served(tmp_path)
-        line = threading.Thread(target=ask_quietly, args=(server,))
-        line.start()
-        until(lambda: folders() - before, 60)
-        time.sleep(1)
-        began = time.monotonic()
-        os.kill(server.job.forks[0].pid, number)
-        job = server.job.wait()
+        with send(server, json.dumps(request(frames=240))):
+            until(lambda: folders() - before, 60)
+            time.sleep(1)
+            began = time.monotonic()
+            os.kill(server.job.forks[0].pid, number)
+            job = server.job.wait()
         assert job.returncode == status and time.monotonic() - began < 5
         assert folders() <= before
         assert job.stderr == ("sample.py: stopped\n" if number == signal.SIGINT else "")
-        line.join(30)
-        assert not line.is_alive()
 
 
 def test_240_frames_end_within_2_seconds_wherever_they_are(served):
     for size, text in (("128x176", b"Encode image"), ("128x176", b"Denoise"), ("48x64", b"share"), ("16x16", b"Decode"),
                        ("16x16", b"Write")):  # fmt: skip
-        body = request(frames=240, boxes=of_length(240), size=size, steps=1)
-        with send(served, json.dumps(body)) as line:
+        with send(served, json.dumps(request(frames=240, size=size, steps=1))) as line:
             read(line, text)
         began = time.monotonic()
         with send(served, json.dumps(request(steps=1, size="16x16"))) as line:
@@ -436,32 +419,22 @@ def test_long_work_goes_in_parts_with_the_same_result(monkeypatch):
     assert (torch.cat(parts, 2) - codec.decode_video(latents)).abs().max() < 1e-5
 
 
-def ask_quietly(server) -> None:
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        ask(server, body=request(frames=240, boxes=of_length(240)))
-
-
 # --- the page before it -----------------------------------------------------------------------------------------------
 
 
-@needs_chromium
 def test_the_walk(browser, served, tmp_path):
     """A portrait photo; two objects, one leaves, one is late; a mask, undo, a reload; play, generate, watch, save."""
     hands = Hands(browser, served.address)
     assert "#" not in hands.page.url and hands.see("page.server.preset") == "small"
     hands.open(picture(tmp_path / "portrait.jpg", 600, 800))
     hands.drag((100, 100), (250, 260))
-    hands.go(8)
-    hands.drag((175, 180), (560, 400))  # half out of the frame
+    hands.drag((175, 180), (560, 400), frame=8)  # half out of the frame
     hands.press("o")
     hands.go(6)
     hands.press("o")
     hands.drag((100, 500), (300, 700))
-    hands.press("Home", "ArrowRight", "ArrowRight", "i")
-    hands.press("[")
-    hands.page.click("#paint")
-    hands.drag((120, 180), (230, 180))
-    hands.page.click("#paint")
+    hands.press("Home", "ArrowRight", "ArrowRight", "i", "[")
+    hands.paint((120, 180), (230, 180))
     hands.press("Alt+ArrowDown", "Control+z")
     hands.page.select_option("#size", "48x64")
     hands.page.fill("#prompt", "a yellow blob")
@@ -498,7 +471,6 @@ def test_the_walk(browser, served, tmp_path):
     hands.close()
 
 
-@needs_chromium
 def test_two_tabs_wait_for_one_another_and_cancel_or_close(browser, served):
     hands = Hands(browser, served.address)
     hands.example()
@@ -527,7 +499,6 @@ def test_two_tabs_wait_for_one_another_and_cancel_or_close(browser, served):
     hands.close()
 
 
-@needs_chromium
 def test_a_server_started_anew_and_what_is_wrong_is_told_as_it_is(browser, server, tmp_path):
     """The old page takes the new address, of which only what stands behind the # has changed."""
     facts = {"preset": "small", "size": "auto", "frames": 9, "fps": 8, "steps": 4, "most_steps": 4, "options": ""}
@@ -552,9 +523,8 @@ def test_a_server_started_anew_and_what_is_wrong_is_told_as_it_is(browser, serve
     hands.close()
 
 
-@needs_chromium
-def test_videos_are_told_of_kept_exported_and_removed(drawn, tmp_path):
-    hands = drawn((120, 40))  # across the edge
+def test_videos_are_told_of_kept_exported_and_removed(hands, tmp_path):
+    hands.drag((20, 20), (85, 20))  # across the edge
     hands.see("void (page.live = false)")
     hands.fill("#steps", "1")
     hands.wait("/^9 frames of 84 x 64, made at 64 x 48, about .* s, 0.. GB$/.test($('comes').textContent)")
@@ -589,9 +559,7 @@ def test_videos_are_told_of_kept_exported_and_removed(drawn, tmp_path):
     assert hands.page.locator("#history button").count() == 9
 
 
-@needs_chromium
-def test_live_makes_the_newest_drawing_by_itself(drawn):
-    hands = drawn()
+def test_live_makes_the_newest_drawing_by_itself(hands):
     assert not hands.page.is_checked("#live")
     hands.make()
     hands.see("void (page.took = 2.9, show())")  # as on a quiet machine
@@ -615,9 +583,7 @@ def test_live_makes_the_newest_drawing_by_itself(drawn):
     assert not hands.see("page.job")
 
 
-@needs_chromium
-def test_generate_its_progress_and_the_video_are_seen_together(drawn):
-    hands = drawn()
+def test_generate_its_progress_and_the_video_are_seen_together(hands):
     for number, (width, height) in enumerate([(390, 844), (720, 450)], 1):  # a phone; 1440x900 at 200%
         hands.page.set_viewport_size({"width": width, "height": height})
         hands.make(number)
