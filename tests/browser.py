@@ -27,20 +27,12 @@ def browser() -> Iterator:
         chromium.close()
 
 
-@pytest.fixture(scope="module")
-def opened(browser) -> Iterator:
-    """A window for all tests of a file, which leave it as they like."""
+@pytest.fixture
+def hands(browser) -> Iterator:
+    """A window in which nothing has ever been drawn."""
     found = Hands(browser)
     yield found
     found.close()
-
-
-@pytest.fixture
-def hands(opened) -> Iterator:
-    """The window, with nothing in it."""
-    opened.renew()
-    yield opened
-    assert not opened.errors, opened.errors
 
 
 @pytest.fixture
@@ -61,8 +53,7 @@ class Hands:
     def __init__(self, browser, address: str = "", size: tuple[int, int] = (1200, 800), **options):
         self.context = browser.new_context(viewport=dict(zip(("width", "height"), size, strict=True)), **options)
         self.address, self.errors, self.asked = address or (ROOT / "tools/draw.html").as_uri(), [], []
-        self.glass = {}  # page -> what takes its touches
-        self.page = self.new_page()
+        self.new_page()
 
     def new_page(self):
         page = self.context.new_page()
@@ -72,22 +63,8 @@ class Hands:
         page.on("filechooser", lambda _: None)  # from now on no dialog of the system's opens
         page.goto(self.address)
         page.evaluate("ready")
-        self.page = page
+        self.page, self.cdp = page, self.context.new_cdp_session(page)
         return page
-
-    def renew(self) -> None:
-        """One tab, in which nothing has ever been drawn."""
-        for other in self.context.pages[1:]:
-            other.close()
-        (self.page,) = self.context.pages or [self.new_page()]
-        self.page.set_viewport_size({"width": 1200, "height": 800})
-        self.see("""(async () => {
-          clearTimeout(page.due); page.due = 0; await page.saving;
-          await stored("readwrite", kept => kept.clear()); sessionStorage.clear();
-        })()""")
-        self.errors, self.asked = [], []
-        self.page.reload()
-        self.see("ready")
 
     def close(self) -> None:
         self.context.close()
@@ -198,9 +175,7 @@ class Hands:
 
     def finger(self, kind: str, *points: tuple[float, float]) -> None:
         named = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(points)]
-        if self.page not in self.glass:
-            self.glass[self.page] = self.context.new_cdp_session(self.page)
-        self.glass[self.page].send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": named})
+        self.cdp.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": named})
 
     def go(self, frame: int) -> None:
         """To a frame, by a click on the ruler."""

@@ -238,14 +238,13 @@ def test_small_things(hands, one_box, photo, tmp_path):
     assert [option for option in hands.page.locator("#size option").all_text_contents() if "x" in option] == [
         "auto (208 x 136)", "168 x 168", "224 x 128", "128 x 224"
     ]  # fmt: skip
-    drag = hands.context.new_cdp_session(hands.page)
     other = picture(tmp_path / "dropped.png", 30, 20)
     data = {"items": [], "files": [str(other)], "dragOperationsMask": 1}
     for kind in ("dragEnter", "dragOver", "dragOver"):
-        drag.send("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": data})
+        hands.cdp.send("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": data})
         hands.page.wait_for_timeout(200)
     assert hands.see("document.body.classList.contains('drop')")
-    drag.send("Input.dispatchDragEvent", {"type": "drop", "x": 300, "y": 300, "data": data})
+    hands.cdp.send("Input.dispatchDragEvent", {"type": "drop", "x": 300, "y": 300, "data": data})
     hands.wait("page.drawing.width === 30")
     assert not hands.see("document.body.classList.contains('drop')")
 
