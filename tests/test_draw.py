@@ -584,14 +584,11 @@ CONTRAST = """(border => {
 
 def reached(hands: Hands) -> set[str]:
     """What Tab comes by, once around."""
-    found, name = [], "(document.activeElement.id || document.activeElement.textContent.trim())"
+    found = []
     hands.see("document.activeElement.blur()")
-    while len(found) < 200:
+    while len(found) < 200 and (len(found) < 2 or found[-1] != found[0]):
         hands.press("Tab")
-        here = hands.see(name)
-        if found and here == found[0]:
-            break
-        found.append(here)
+        found.append(hands.see("document.activeElement.id || document.activeElement.textContent.trim()"))
     return set(found)
 
 

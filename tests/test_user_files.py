@@ -224,12 +224,6 @@ DISC = (np.hypot(*(np.mgrid[:96, :96] - 47.5)) < 30).astype(np.uint8)
 PAINTED = Image.fromarray(DISC * 255)
 
 
-def palette() -> Image.Image:
-    picture = Image.fromarray(DISC).convert("P")
-    picture.putpalette([0, 0, 0, 128, 0, 0])
-    return picture
-
-
 MASKS = {
     "black is 3": Image.fromarray(np.where(DISC, 255, 3).astype(np.uint8)),
     "grey on black": Image.fromarray(DISC * 90),
@@ -241,7 +235,7 @@ MASKS = {
     "one bit": PAINTED.convert("1"),
     "alpha": Image.merge("RGBA", [Image.new("L", (96, 96), 0)] * 3 + [PAINTED]),
     "opaque alpha": PAINTED.convert("RGBA"),
-    "palette": palette(),
+    "palette": Image.fromarray(np.where(DISC[..., None], (128, 0, 0), 0).astype(np.uint8)).quantize(2),
 }
 
 
