@@ -219,6 +219,12 @@ def test_speed_is_the_committed_one_and_ahead_everywhere():
     amx = results("bench-amx")
     assert table(amx) == text("results/bench-amx.md").strip() and table(amx) in text("docs/SPEED.md")
     assert all(row["ratio"] < 1 for row in (*beside, *amx))
+    ratio = {(row["name"], row["dtype"], row["compiled"]): row["ratio"] for row in rows}
+    for fused in ("", ", reference fused"):
+        assert ratio[f"DiT forward{fused}", "float32", False] <= 0.93
+        assert ratio[f"DiT forward{fused}", "bfloat16", True] <= 0.85
+    assert ratio["VAE decode", "bfloat16", False] <= 0.8
+    assert ratio["VAE decode, peak memory", "bfloat16", False] <= 0.6
     flat = [row["ours"] for row in rows if "piece by piece" in row["name"]]
     assert len(flat) == 2 and max(flat) <= 1.01 * min(flat)
     rates = [1000 * row["ours"] for row in rows if row["name"] == "limit: matrix product"]
