@@ -90,7 +90,8 @@ def read_picture(path: Path | str, ground: str = "white") -> np.ndarray:
     image = open_upright(path)
     if image.mode in DEEP:
         image = Image.fromarray((grey(image) * 255).round().astype(np.uint8))
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = image.convert("RGBA") if image.has_transparency_data else image  # before RGB, at which Pillow warns
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
     if alpha or image.mode not in ("L", "CMYK"):
         image = image.convert("RGB")
     if profile := image.info.get("icc_profile"):
