@@ -47,7 +47,7 @@ def test_later_frames_are_differences_from_the_first(world):
 
 def test_the_decoder_guesses_what_its_linear_part_loses(world):
     frames, network = world.video[:8].transpose(1, 2).flatten(0, 1), ToyCodec().network
-    latents = network.encode(frames)
+    latents = network.encoder(frames)
     lost, left = ((decode(latents) - frames).square().mean() for decode in (network.linear, network.decode))
     assert left <= lost
 

@@ -43,6 +43,8 @@ class ResidualBlock(nn.Module):
 class ToyAutoencoder(nn.Module):
     """Frames to latents and back. The encoder is linear, principal components of patches, so latents change as smoothly
     as pixels do. The decoder is its linear inverse plus a network for what was lost.
+
+    `encoder`: [B, 3, height, width] in [-1, 1] -> [B, channels, height / spatial, width / spatial].
     """
 
     def __init__(self, config: AutoencoderConfig):
@@ -82,10 +84,6 @@ class ToyAutoencoder(nn.Module):
         self.linear[0].weight.copy_(up[..., None, None])
         self.linear[0].bias.copy_(mean)
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """[B, 3, height, width] in [-1, 1] -> [B, channels, height / spatial, width / spatial]."""
-        return self.encoder(frames)
-
     def pixel_weight(self) -> Tensor:
         """How much an error of each channel shows in pixels, [channels, 1, 1, 1]: the root of the energy it makes."""
         return self.linear[0].weight.flatten(1).norm(dim=0).view(-1, 1, 1, 1)
@@ -117,7 +115,7 @@ class ToyCodec(Codec):
 
     def encode_video(self, video: Tensor) -> Tensor:
         """[B, 3, T, height, width] in [-1, 1] -> [B, channels, T, height / spatial, width / spatial]."""
-        latents = self._by_frame(self.network.encode, video)
+        latents = self._by_frame(self.network.encoder, video)
         first, later = latents[:, :, :1], latents[:, :, 1:]
         return torch.cat([first, self.network.config.change * (later - first)], 2)
 

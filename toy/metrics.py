@@ -17,7 +17,6 @@ Shapes: B videos, K slots, T frames of H x W pixels. Measures leave out frame 0,
 
 import math
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -183,19 +182,14 @@ def score(video: Tensor, batch: WorldBatch) -> dict[str, float]:
 
 
 def baselines(batch: WorldBatch, codec: ToyCodec) -> dict[str, Tensor]:
-    """Videos [B,3,T,H,W] that no network makes."""
+    """Videos [B,3,T,H,W] that no network makes. What is pasted is what the maps show after the first frame.
+
+    By mask: things are cut out along their masks; by box: as users draw them, half of them as rectangles.
+    """
+    maps = {kind: batch.maps("pixels", kind)[:, :, 1:] for kind in ("mask", "box")}
     return {
         "true video": batch.video,
         "through the codec": torch.cat([codec.decode_video(codec.encode_video(x)) for x in batch.video.split(16)]),
         "the first frame, still": batch.video[:, :, :1].expand_as(batch.video),
-        "pasted by mask": pasted(batch, "mask"),
-        "pasted by box": pasted(batch, "box"),
+        **{f"pasted by {kind}": torch.cat([batch.video[:, :, :1], later], 2) for kind, later in maps.items()},
     }
-
-
-def pasted(batch: WorldBatch, kind: Literal["box", "mask"]) -> Tensor:
-    """What the maps show after the first frame, [B,3,T,H,W].
-
-    "mask": things are cut out along their masks; "box": as users draw them, half of them as rectangles.
-    """
-    return torch.cat([batch.video[:, :, :1], batch.maps("pixels", kind)[:, :, 1:]], 2)

@@ -75,7 +75,7 @@ def decoder_loss(out: Tensor, frames: Tensor, detail: float, energy: float) -> T
 def training_step(step: int, cfg: Config, model: ToyAutoencoder, optimizers: list[Optimizer], world: World) -> dict:
     """One update of the decoder."""
     frames = frames_of(world, range(step * cfg.batch, (step + 1) * cfg.batch), cfg.frames, cfg.seed)
-    latents = model.encode(frames)
+    latents = model.encoder(frames)
     draw = rng(cfg.seed, step, 1)
     level = cfg.noise * torch.rand(len(latents), 1, 1, 1, generator=draw)
     out = model.decode(latents + level * torch.randn(latents.shape, generator=draw))
@@ -89,7 +89,7 @@ def write_samples(step: int, run: Run, model: ToyAutoencoder, world: World) -> N
     """Held-out videos and maps, with the reconstruction below each."""
     batch = world.batch(range(3))
     videos = torch.stack([batch.video, batch.maps("pixels", "box")], 1).flatten(0, 1)  # (6, 3, T, S, S)
-    back = torch.stack([model.decode(model.encode(video.transpose(0, 1))).transpose(0, 1) for video in videos])
+    back = torch.stack([model.decode(model.encoder(video.transpose(0, 1))).transpose(0, 1) for video in videos])
     run.samples(step, torch.stack([videos, back], 1).flatten(0, 1))
     print(f"step {step}: mean squared error of held-out videos and maps {F.mse_loss(back, videos):.6f}", flush=True)
 
