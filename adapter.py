@@ -195,16 +195,16 @@ def with_adapter(generator: VideoDiT, adapter: Adapter | None, text: Tensor, tra
     return lambda x, t: generator(x, t, text, adapter(traj, x, t, text))
 
 
-def sample_clip(
+def sample_clips(
     generator: VideoDiT, adapters: Sequence[Adapter | None], sampling: flow.Sampling, seed: int, batch: Batch,
-    number: int, euler: bool = False,
+    samples: Sequence[int], euler: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """Latents of videos with a clip's first frame, text and trajectory: one for each adapter, where None is without.
+    """Latents of videos with the clips' first frames, texts and trajectories: for each adapter, where None is without.
 
-    `number`: the clip's, which fixes the noise. `euler`: by Euler steps, not by the few-step sampler.
+    `samples`: the clips' numbers, which fix the noise. `euler`: by Euler steps, not by the few-step sampler.
     """
     (steps, shift, _), first, shape = sampling, batch.x0[:, :, :1], batch.x0.shape[1:]
-    noise = sample_noise(shape, [number], seed) if euler else step_noise(steps, shape, [number], seed)
+    noise = sample_noise(shape, samples, seed) if euler else step_noise(steps, shape, samples, seed)
     sampler, noise = flow.sample_multistep if euler else flow.sample_fewstep, send(noise, first.device)
     velocities = (with_adapter(generator, adapter, batch.text, batch.traj) for adapter in adapters)
     return [sampler(velocity, first, noise, flow.sigma_schedule(steps, shift)) for velocity in velocities]

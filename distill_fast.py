@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import flow
-from adapter import sample_clip
+from adapter import sample_clips
 from core import optim, parallel
 from core.config import run_script, shipped
 from core.memory import send
@@ -169,7 +169,7 @@ def main(cfg: Config) -> None:
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
 
     # 3. The loop: the fake score follows the student, and every few steps the student learns from both scores.
-    make = partial(sample_clip, student, [None], flow.FAST[cfg.preset], cfg.seed)
+    make = partial(sample_clips, student, [None], flow.FAST[cfg.preset], cfg.seed)
     for step in range(run.resume(), cfg.steps):
         for learners, peak in ((optimizers, cfg.lr), (fake_optimizers, cfg.fake_lr)):
             optim.set_lr(learners, optim.learning_rate(step, peak, cfg.warmup, cfg.steps, cfg.schedule))

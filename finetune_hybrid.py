@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 import discriminator as discriminators
 import flow
-from adapter import Adapter, check_fit, read_adapter, sample_clip, with_adapter
+from adapter import Adapter, check_fit, read_adapter, sample_clips, with_adapter
 from core import optim, parallel
 from core.config import UserError, require, run_script, shipped
 from core.memory import send
@@ -248,7 +248,7 @@ def main(cfg: Config) -> None:
     run = Run(f"runs/{cfg.name}", cfg, procs, parts)
 
     # 3. The loop: the discriminator learns from true videos and fakes, then the adapter from both losses.
-    make = partial(sample_clip, generator, [adapter], flow.FAST[cfg.preset], cfg.seed)
+    make = partial(sample_clips, generator, [adapter], flow.FAST[cfg.preset], cfg.seed)
     networks = generator, adapter, discriminator
     for step in range(run.resume(), cfg.steps):
         now = phase(step, cfg.steps, cfg.ratio, cfg.diffusion_first, cfg.adapter_start)

@@ -157,7 +157,7 @@ def main(cfg: Config) -> None:
         adapter.fit([data.batch([n], "box").traj for n in range(16)])  # the same on every rank
 
     # 3. The loop.
-    make = partial(adapters.sample_clip, generator, [adapter], flow.Sampling(20, cfg.shift), cfg.seed, euler=True)
+    make = partial(adapters.sample_clips, generator, [adapter], flow.Sampling(20, cfg.shift), cfg.seed, euler=True)
     for step in range(start, cfg.steps):
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
         optim.set_lr(optimizers, lr)

@@ -191,14 +191,14 @@ class Run:
         self.procs.barrier()
 
     def write_samples(self, step: int, codec: Codec, source, make: Callable, kind: str | None = None) -> None:
-        """Four held-out clips of `source`: the truth, and the latents that `make(batch, number)` lists, in turn."""
+        """Four held-out clips of `source`: the truth, and the latents that `make(batch, [number])` lists, in turn."""
         self.check_finite(all_steps=True)
         self.finish_saving()  # whatever goes wrong with samples, no training is lost
         latents = []
         with torch.no_grad(), autocast(self.procs.device, self.config["dtype"]):
             for number in range(4):
                 batch = source.batch([number], kind).to(self.procs.device)
-                latents += [batch.x0, *make(batch, number)]
+                latents += [batch.x0, *make(batch, [number])]
         self.samples(step, (codec.decode_video(z)[0] for z in latents))
         codec.free()
 

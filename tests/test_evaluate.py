@@ -15,8 +15,9 @@ import torch
 from conftest import refused
 
 import finetune_hybrid
-from adapter import ResNetAdapter
+from adapter import ResNetAdapter, sample_clips
 from core import parallel, tables
+from flow import Sampling
 from model import VideoDiT
 from toy import evaluate
 from toy.codec import ToyCodec
@@ -51,29 +52,29 @@ def test_generate_hands_each_video_its_own_inputs(world, style, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 2)
     codec, few, seen = ToyCodec(), world.subset(range(5)), []
 
-    def truthful(first, text, traj, samples):
+    def truthful(conditions, samples):
+        first, text, traj = conditions
         seen.extend(samples)
         part = few.subset(samples)
         latents = codec.encode_video(part.video)
         assert torch.allclose(first, latents[:, :, :1], atol=1e-5)
         assert torch.equal(text, codec.encode_text(part.captions))
         assert torch.equal(traj, codec.encode_video(part.maps(style, "box", segment)))  # as sample.py paints them
-        return latents
+        return [latents]
 
     video = evaluate.generate(truthful, few, CPU, "truth", style)
     truth = codec.decode_video(codec.encode_video(few.video))
     assert torch.allclose(video, truth, atol=1e-4) and seen == [0, 1, 2, 3, 4]
 
-    def broken(first, text, traj, samples):
-        return traj * math.nan
+    def broken(conditions, samples):
+        return [conditions.traj * math.nan]
 
     refused("fast: generates values that are no numbers", evaluate.generate, broken, few, CPU, "fast", style)
 
 
 def sample(batch, generator, adapter, steps=2, seed=0, slow=True, style="pixels"):
-    return evaluate.generate(
-        partial(evaluate.sample_videos, generator, adapter, steps, seed, slow), batch, CPU, "run", style
-    )
+    way = partial(sample_clips, generator, [adapter], Sampling(steps, 60.0), seed, euler=slow)
+    return evaluate.generate(way, batch, CPU, "run", style)
 
 
 @pytest.mark.parametrize("slow", [True, False])

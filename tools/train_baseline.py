@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import distill_fast
 import flow
-from adapter import check_fit, read_adapter, sample_clip
+from adapter import check_fit, read_adapter, sample_clips
 from core import optim, parallel
 from core.config import run_script, shipped
 from core.memory import send
@@ -167,7 +167,7 @@ def main(cfg: Config) -> None:
     start = run.resume()
 
     # 3. The loop.
-    make = partial(sample_clip, student.generator, [adapter], flow.FAST[cfg.preset], cfg.seed)
+    make = partial(sample_clips, student.generator, [adapter], flow.FAST[cfg.preset], cfg.seed)
     for step in range(start, cfg.steps):
         optim.set_lr(optimizers, optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps, cfg.schedule))
         if cfg.loss == "lcm":

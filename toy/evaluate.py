@@ -26,12 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flow
-from adapter import Adapter, check_fit, read_adapter
+from adapter import check_fit, read_adapter, sample_clips
 from core import parallel
+from core.codec import Batch
 from core.config import require, run_script, shipped
 from core.media import contact_sheet, read_record, to_uint8, write_image
 from core.memory import seconds
-from core.noise import sample_noise, step_noise
 from core.record import checksum
 from core.tables import markdown, provenance, table_path, write_rows
 from model import VideoDiT
@@ -109,25 +109,10 @@ def find_ways(cfg: Config) -> list[Way]:
     return ways
 
 
-def sample_videos(
-    generator: VideoDiT, adapter: Adapter | None, steps: int, seed: int, slow: bool,
-    first: Tensor, text: Tensor, traj: Tensor, samples: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """Latents: Euler steps from one noise if slow, else the few steps that stages 2 and 3 train for, or fewer.
-
-    `first`: latents of first frames [B,C,1,H,W]. `traj`: those of maps [B,C,F,H,W]. `samples`: the videos' numbers.
-    """
-    velocity = partial(generator, text=text, residuals=adapter(traj) if adapter else None)
-    sigmas = flow.sigma_schedule(steps, (flow.SLOW if slow else flow.FAST)["small"].shift)
-    if slow:
-        return flow.sample_multistep(velocity, first, sample_noise(traj.shape[1:], samples, seed).to(first), sigmas)
-    return flow.sample_fewstep(velocity, first, step_noise(steps, traj.shape[1:], samples, seed).to(first), sigmas)
-
-
-def conditions(batch: WorldBatch, codec: ToyCodec, style: Maps, device: torch.device) -> list[Tensor]:
-    """What a sampler takes of these videos: first-frame latents, text and the maps' latents. As in `sample.py`."""
+def conditions(batch: WorldBatch, codec: ToyCodec, style: Maps, device: torch.device) -> Batch:
+    """What a sampler takes of these videos, as in `sample.py`; x0 repeats the first frame."""
     first, maps = (codec.encode_video(video) for video in (batch.video[:, :, :1], batch.maps(style, "box", segment)))
-    return [x.to(device) for x in (first, codec.encode_text(batch.captions), maps)]
+    return Batch(first.expand_as(maps), codec.encode_text(batch.captions), maps).to(device)
 
 
 def generate(sample: Callable, batch: WorldBatch, device: torch.device, name: str, style: Maps) -> Tensor:
@@ -135,7 +120,7 @@ def generate(sample: Callable, batch: WorldBatch, device: torch.device, name: st
     codec, videos, numbers = ToyCodec(), [], range(len(batch.video))
     for samples in tqdm([numbers[i : i + BATCH] for i in numbers[::BATCH]], desc=name):
         with torch.no_grad(), parallel.autocast(device, "auto"):
-            latents = sample(*conditions(batch.subset(samples), codec, style, device), samples)
+            (latents,) = sample(conditions(batch.subset(samples), codec, style, device), samples)
         videos.append(codec.decode_video(latents).cpu())
     video = torch.cat(videos)
     require(video.isfinite().all(), f"{name}: generates values that are no numbers; give other weights")
@@ -146,7 +131,7 @@ def seconds_per_video(samplers: list[Callable], batch: WorldBatch, device: torch
     """Seconds to denoise one clip, samplers timed alternately: the median of five rounds."""
     clip = conditions(batch.subset([0]), ToyCodec(), "outline", device)  # the maps' style costs nothing here
     with torch.no_grad(), parallel.autocast(device, "auto"):
-        rounds = [[seconds(partial(sample, *clip, [0]), device) for sample in samplers] for _ in range(6)]
+        rounds = [[seconds(partial(sample, clip, [0]), device) for sample in samplers] for _ in range(6)]
     return np.median(rounds[1:], axis=0).tolist()  # the first round compiles
 
 
@@ -202,7 +187,9 @@ def main(cfg: Config) -> None:
         generator, adapter = networks[way.generator], networks[way.adapter]
         if adapter:
             check_fit(adapter, way.adapter, generator, way.generator)
-        samplers.append(partial(sample_videos, generator, adapter, way.steps, cfg.seed, "slow" in way.generator.stem))
+        slow = "slow" in way.generator.stem
+        sampling = flow.Sampling(way.steps, (flow.SLOW if slow else flow.FAST)["small"].shift)
+        samplers.append(partial(sample_clips, generator, [adapter], sampling, cfg.seed, euler=slow))
     batch = World(cfg.split).batch(range(cfg.videos))  # which takes longer than finding out that a file is wrong
     done, times, known = earlier_rows(out, about["command"]), [math.nan] * len(ways), {}
     if not cfg.ablation:

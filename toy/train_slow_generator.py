@@ -124,7 +124,7 @@ def main(cfg: Config) -> None:
     if start == 0 and not cfg.init:
         guide.fit([sources[0][1].batch([n], "box").traj for n in range(16)])  # the same on every rank
 
-    make = partial(adapter.sample_clip, model, [None, guide], flow.Sampling(20, cfg.shift), cfg.seed, euler=True)
+    make = partial(adapter.sample_clips, model, [None, guide], flow.Sampling(20, cfg.shift), cfg.seed, euler=True)
     for step in range(start, cfg.steps):
         lr = optim.learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
         optim.set_lr([*optimizers, *guide_optimizers], lr)
