@@ -1,15 +1,17 @@
 """Tables that users give: CSV files, and among them that of `sample.py --batch`, with a video in each row."""
 
 import csv
+import io
 import os
 import re
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from core.codec import Codec
-from core.config import UserError, reason, require
+from core.config import UserError, reason, require, warn
 from core.media import read_record
 from core.memory import Clock, shortage
 from core.parallel import Processes
@@ -45,11 +47,15 @@ def make_table(
         text = embed([*(job.prompt for job in left), codec.negative])
     with clock("read networks"):
         networks()
-    weights = checksum(*codec.files()[:1], *READ)
+    weights, said = checksum(*codec.files()[:1], *READ), set()
     failed = [problem for job in done if (problem := unlike(job, weights))]
     for number, job in enumerate(left, start=1):
         try:
-            condition = read_condition(job)
+            with redirect_stderr(io.StringIO()) as warnings:
+                condition = read_condition(job)
+            if new := set(warnings.getvalue().splitlines()) - said:
+                warn(f"{job.out}: {'; '.join(sorted(new))}")  # each once in a table
+                said |= new
             make_video(job, condition, text[job.prompt], text[codec.negative], clock, made_of=made_of(job, weights))
             print(f"{job.out} and {overlay_path(job.out)} ({number} of {len(left)})")
         except Exception as error:  # whatever it is: a video that can't be made does not stop the rest
