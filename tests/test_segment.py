@@ -14,13 +14,23 @@ from core.media import to_uint8
 from core.weights import load, read_network
 from toy import segment as segmenting
 from toy.codec import ToyCodec
-from toy.segment import CROP, INNER, MARGIN, BoxSegmenter, SegmenterConfig, look, segment
+from toy.segment import CROP, INNER, MARGIN, BoxSegmenter, SegmenterConfig, find, look, segment
 from toy.train_segmenter import make_crops
 from toy.world import World
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return (a & b).sum() / (a | b).sum()
+
+
+def test_a_colour_of_the_thing_as_first_found_counts_for_the_thing():
+    """Of a red square on grey the network is sure of the upper half alone. Mirror images and negatives are the same."""
+    crop = torch.cat([torch.zeros(1, 3, CROP, CROP), torch.ones(1, 1, CROP, CROP)], 1)
+    crop[:, 0, 36:60, 36:60], crop[:, 1:3, 36:60, 36:60] = 0.8, -0.6
+    unsure = torch.full((1, 1, CROP, CROP), -0.5)
+    unsure[..., 36:48, 36:60] = 2
+    logits = find(lambda crops: unsure, crop)
+    assert logits[..., 49:59, 37:59].min() > 0 and logits[..., 62:, :].max() < -0.5
 
 
 @pytest.mark.parametrize("box", [(40, 30, 120, 90), (100, 50, 108, 70), (-30, 20, 50, 100), (150, 100, 250, 260)])

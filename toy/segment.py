@@ -91,8 +91,8 @@ def look(picture: np.ndarray, box: np.ndarray) -> Tensor:
 def find(network: BoxSegmenter, crops: Tensor) -> Tensor:
     """Logits of the things in crops, as the network's own. It looks four times: at mirror images and negatives too.
 
-    Then colours are weighed: a pixel counts for the thing as far as what was found in the crop has more of its colour
-    than the rest of it.
+    Then the log-likelihood ratio of each pixel's colour is added: how much more of it the thing has, as first found,
+    than the rest of the crop, by smooth histograms.
     """
     negatives = torch.cat([-crops[:, :3], crops[:, 3:]], 1)
     logits = sum(network(x) + network(x.flip(3)).flip(3) for x in (crops, negatives)) / 4

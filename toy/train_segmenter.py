@@ -117,8 +117,8 @@ def make_crops(count: int, *key: int) -> tuple[Tensor, Tensor]:
         picture = torch.lerp(picture, blurred, draw(1, 1, 1, high=2).clamp(max=1) * (draw(1, 1, 1) < 0.15))
     dark = draw(1, 1, 1, low=0.2, high=0.5) * (draw(1, 1, 1) < 0.25)
     picture, skin = picture * (1 - dark * shown.roll((6, 3), (2, 3))), paint(0.25)
-    means = (layer.mean((2, 3), keepdim=True) for layer in (picture, skin))
-    skin = skin + draw(1, 1, 1) * (draw(1, 1, 1) < 0.3) * (next(means) - next(means))  # of the ground's colour
+    gap = (picture - skin).mean((2, 3), keepdim=True)
+    skin = skin + draw(1, 1, 1) * (draw(1, 1, 1) < 0.3) * gap  # nearly the ground's colour
     for _ in range(2):
         skin = torch.lerp(skin, paint(0.25), other(0.3, 0, 0.4))  # markings
     for n in range(1, PARTS):
