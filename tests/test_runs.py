@@ -172,6 +172,13 @@ def test_rank_0_alone_makes_samples(tmp_path, monkeypatch):
         run.samples(5, videos)
 
 
+def test_what_is_due_and_when():
+    """Every so many steps, and after the last one."""
+    assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
+    assert [step for step in range(1, 9) if due(step, 4, 8)] == [4, 8]
+    assert not any(due(step, 0, 8) for step in range(1, 9))
+
+
 def test_a_checkpoint_is_saved_before_samples_are_made(tmp_path):
     """Else a run that has no memory for them would never get past their step."""
     for saved in (3, 6, 9):

@@ -14,7 +14,7 @@ from core.media import to_uint8
 from core.weights import load, read_network
 from toy import segment as segmenting
 from toy.codec import ToyCodec
-from toy.segment import CROP, INNER, MARGIN, BoxSegmenter, SegmenterConfig, find, look, segment
+from toy.segment import CROP, INNER, MARGIN, BoxSegmenter, SegmenterConfig, look, segment, thing_logits
 from toy.train_segmenter import make_crops
 from toy.world import World
 
@@ -29,7 +29,7 @@ def test_a_colour_of_the_thing_as_first_found_counts_for_the_thing():
     crop[:, 0, 36:60, 36:60], crop[:, 1:3, 36:60, 36:60] = 0.8, -0.6
     unsure = torch.full((1, 1, CROP, CROP), -0.5)
     unsure[..., 36:48, 36:60] = 2
-    logits = find(lambda crops: unsure, crop)
+    logits = thing_logits(lambda crops: unsure, crop)
     assert logits[..., 49:59, 37:59].min() > 0 and logits[..., 62:, :].max() < -0.5
 
 

@@ -88,8 +88,8 @@ def look(picture: np.ndarray, box: np.ndarray) -> Tensor:
     return crop
 
 
-def find(network: BoxSegmenter, crops: Tensor) -> Tensor:
-    """Logits of the things in crops, as the network's own. It looks four times: at mirror images and negatives too.
+def thing_logits(network: BoxSegmenter, crops: Tensor) -> Tensor:
+    """P crops -> logits [P, 1, CROP, CROP], the network's mean of four looks: at mirror images and negatives too.
 
     Then the log-likelihood ratio of each pixel's colour is added: how much more of it the thing has, as first found,
     than the rest of the crop, by smooth histograms.
@@ -124,7 +124,7 @@ def segment(picture: np.ndarray, box: np.ndarray, size: Size) -> np.ndarray:
     if np.isnan(box).any() or filled.all():
         return filled
     scale = np.array(picture.shape[1::-1]) / size[::-1]
-    found = find(segmenter(), look(picture, box * np.tile(scale, 2))[None])[0]
+    found = thing_logits(segmenter(), look(picture, box * np.tile(scale, 2))[None])[0]
     (x0, y0, x1, y1), inner, mask = whole_pixels(box, size), np.repeat([MARGIN, CROP - MARGIN], 2), filled.copy()
     mask[y0:y1, x0:x1] = move(found, inner, box, (y0, y1, x0, x1))[0] > THRESHOLD
     return mask if mask.sum() > LEAST * filled.sum() else filled

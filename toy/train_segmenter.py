@@ -56,7 +56,8 @@ def make_crops(count: int, *key: int) -> tuple[Tensor, Tensor]:
     def silhouette() -> Callable[[Tensor, Tensor], Tensor]:
         """A function of points x [P,1,1,W] and y [P,1,H,1]: how deep they lie inside each part, [P,PARTS,H,W].
 
-        The thing is about two units wide. Its first part is the body; the others lie at the body's edge.
+        The thing is about two units wide. Its first part is the body; the others lie at the body's edge,
+        and limbs, which are thin, point away from it.
         """
         number = 1 + torch.bucketize(draw(1), torch.tensor([0.35, 0.5, 0.65, 0.8, 0.9]))
         body, (size, away) = torch.arange(PARTS) == 0, (draw(PARTS, low=0.15, high=0.7), draw(PARTS, low=0.4, high=0.9))
@@ -108,7 +109,7 @@ def make_crops(count: int, *key: int) -> tuple[Tensor, Tensor]:
     parts = (thing(x[:, None, None], y[:, None, :, None]) / pixel + 0.5).clamp(0, 1)  # soft edges
     shown = parts.amax(1, keepdim=True)
 
-    # 2. From back to front: ground, a neighbour, the shadow, the parts with the body in front, another neighbour.
+    # 2. From back to front: ground and neighbours, perhaps blurred; the shadow; parts, the body in front; a neighbour.
     picture = paint(0.15)
     for _ in range(2):
         picture = torch.lerp(picture, paint(0.25), other(0.4))
