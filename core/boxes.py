@@ -54,7 +54,7 @@ def move(
     """The part of a picture [C, height, width] in the box `source` [4], moved and scaled to fill the box `target`.
 
     `area`, (y0, y1, x0, x1): the rows and columns wanted -> [C, y1 - y0, x1 - x0]. `beyond` the picture lie "zeros", or
-    its "reflection".
+    its "reflection". Interpolation is bicubic; no value leaves the range that its channel and 0 have.
     """
     y0, y1, x0, x1 = area
     height, width = picture.shape[-2:]
@@ -62,7 +62,9 @@ def move(
     x = (np.arange(x0, x1) + 0.5 - target[0]) * scale[0] + source[0]
     y = (np.arange(y0, y1) + 0.5 - target[1]) * scale[1] + source[1]
     grid = torch.from_numpy(np.stack(np.meshgrid(2 * x / width - 1, 2 * y / height - 1), -1)).float()
-    return F.grid_sample(picture[None], grid[None], padding_mode=beyond, align_corners=False)[0]
+    moved = F.grid_sample(picture[None], grid[None], "bicubic", beyond, align_corners=False)[0]
+    low, high = picture.amin((1, 2), keepdim=True), picture.amax((1, 2), keepdim=True)
+    return moved.clamp(low.clamp(max=0), high.clamp(min=0))
 
 
 def fill_hole(picture: Tensor, hole: Tensor) -> Tensor:

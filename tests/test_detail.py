@@ -65,7 +65,7 @@ def pasted(picture: np.ndarray, path: list) -> list[np.ndarray]:
     frames = [picture]
     (a, b, c, d), *others = path[0]
     for x0, y0, x1, y1 in others:
-        cut = Image.fromarray(picture[b:d, a:c]).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
+        cut = Image.fromarray(picture[b:d, a:c]).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC)
         frames.append(picture.copy())
         frames[-1][y0:y1, x0:x1] = np.asarray(cut)
     return frames
@@ -156,7 +156,7 @@ def test_a_camera_that_moves_and_boxes_that_are_not_there_or_beyond_the_edge(pic
     """Without a box in frame 0 or in frame t nothing moves; over the edge, what is inside does."""
     boxes, true = [[0, 0, 600, 362], [-30, -20, 640, 380], [-60, -40, 680, 402]], [picture]
     for x0, y0, x1, y1 in boxes[1:]:
-        large = np.asarray(Image.fromarray(picture).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR))
+        large = np.asarray(Image.fromarray(picture).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC))
         true.append(large[-y0 : 362 - y0, -x0 : 600 - x0])
     got = restored(true, [boxes])
     for t in (1, 2):
@@ -216,8 +216,11 @@ def test_move_takes_a_picture_along_its_boxes():
         (a, c, d, e), (p, q, r, s) = source, target
         want = torch.stack([a + (x - p) * (d - a) / (r - p), c + (y - q) * (e - c) / (s - q)])
         inside = (x > p) & (x < r) & (y > q) & (y < s)
-        torch.testing.assert_close(got[:, inside], want[:, inside], atol=1e-4, rtol=0)
+        torch.testing.assert_close(got[:, inside], want[:, inside], atol=0.05, rtol=0)  # PyTorch's bicubic on ramps
         assert not move(ramp, np.array(source), np.array(source) + 40, (0, 20, 0, 30)).any()
+    line = (torch.arange(12) == 5).float().expand(1, 9, 12)  # half a pixel to the right: crisper than by the mean
+    crisp = move(line, np.array([0, 0, 12, 9]), np.array([0.5, 0, 12.5, 9]), (0, 9, 0, 12))[0, 4, 4:9]
+    assert 0.55 < crisp[1] == crisp[2] < 0.65 and crisp[0] == crisp[3] == crisp[4] == 0  # and nothing below black
 
 
 def test_an_enlarged_trajectory_has_its_masks_at_full_size(tmp_path):

@@ -88,7 +88,7 @@ class World:
         B, K, T, (height, width) = len(indices), MOST, self.frames, self.size
         short, extent = min(self.size), torch.tensor([width, height]).double()
         time, bank = torch.linspace(0, 1, T).double(), picture_bank(self.split, extent.device)
-        u = np.stack([np.random.default_rng([6, self.first + int(i)]).random(736) for i in indices])
+        u = np.stack([np.random.default_rng([6, self.first + int(i)]).random(739) for i in indices])
         u, drawn = torch.from_numpy(u).to(extent), 0
 
         def draw(*shape: int, low: float = 0, high: float = 1) -> Tensor:
@@ -107,6 +107,7 @@ class World:
         # 2. The background, a part of a picture whose pixels are about as fine as the video's.
         behind, density = draw(high=len(bank)).long(), draw(low=0.5, high=1.1)
         place, mirror = draw(2), 1 - 2 * (draw() < 0.5).double()
+        grey, contrast, level = draw() < 0.15, draw(low=0.6, high=1.5), draw(low=0.35, high=0.65)
         tint = draw(3, low=0.85, high=1.15).float()
         middle = inner_place(place, density[:, None] * extent / 2)
         scale = (density[:, None] / zoom)[..., None]  # bank pixels to a pixel, (B, T, 1)
@@ -116,7 +117,14 @@ class World:
         for some, frames in ((~camera, 1), (camera, T)):  # without a camera one frame serves all
             there = x[some, :frames, None].float(), y[some, :frames, :, None].float()
             plate[some] = look_up(bank[behind[some]], *there)
-        plate = (plate * tint[..., None, None, None]).clamp_(0, 1)
+
+        def tone(pictures: Tensor, videos: Tensor | slice) -> Tensor:
+            """Pictures [N, 3, T, H, W] of these videos as a camera might have taken them."""
+            each = [value[videos].float()[:, None, None, None, None] for value in (grey, contrast, level)]
+            colors = pictures.lerp(pictures.mean(1, keepdim=True), each[0])
+            return ((colors - 0.5) * each[1] + each[2]).clamp_(0, 1)
+
+        plate = tone(plate * tint[..., None, None, None], slice(None))
 
         # 3. How many things, of which shape, and what they are made of: in one of three, the picture behind.
         count = torch.bucketize(draw(), torch.tensor([0.3, 0.55, 0.73, 0.83, 0.92]).double()) + 1
@@ -142,7 +150,7 @@ class World:
 
         # 4. Sizes and paths. The fewer things, the larger they can be. The first frame shows nearly every thing whole,
         # and they still cross, enter and leave later. Half of them go along with the camera.
-        most = torch.tensor([0.45, 0.36, 0.3, 0.25, 0.22, 0.2])[count - 1].double()[:, None]
+        most = torch.tensor([0.6, 0.48, 0.38, 0.3, 0.25, 0.22])[count - 1].double()[:, None]
         first, ratio = 0.1 * (most / 0.1) ** draw(K), draw(K, low=0.7, high=1.4)
         last = torch.minimum((first * ratio).clamp(min=0.09), most)
         radius = short * torch.lerp(first[..., None], last[..., None], time)  # (B, K, T)
@@ -205,7 +213,7 @@ class World:
         grain = fine * short * first  # bank pixels to a radius
         inset = wide(inner_place(own_place, grain[..., None] * stretch))
         colors = look_up(bank[source[b, k]], x * wide(grain) + inset[:, 0], y * wide(grain) + inset[:, 1])
-        colors = (colors * wide(own_tint)).clamp_(0, 1)  # (P, 3, T, H, W)
+        colors = tone(colors * wide(own_tint), b)  # (P, 3, T, H, W)
         under = (((dx - away[0]) / sides[0]).square() + ((dy - away[1]) / sides[1]).square()).sqrt()
         dim = wide(shade * shaded) * ((1 - under) / 0.4 + 0.5).clamp(0, 1) * there
 
