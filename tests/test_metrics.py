@@ -75,7 +75,8 @@ def test_errors_are_those_of_things_and_ground_apart_and_split_by_mask_box_and_t
     assert scores["thing_error"] == 0
     assert scores["ground_psnr"] == scores["hole_psnr"] == pytest.approx(40, abs=0.01)
     assert math.isnan(scores["camera_psnr"])
-    panned = dataclasses.replace(batch, used=batch.used | torch.tensor([[True, False]]))  # a camera that stays
+    all_shown = torch.ones_like(batch.shown)
+    panned = dataclasses.replace(batch, used=all_shown[..., 0], shown=all_shown)  # a camera that stays
     scores = metrics.score(torch.where(inside, batch.video, batch.video + 0.02), panned)
     assert scores["camera_psnr"] == pytest.approx(40, abs=0.01) and math.isnan(scores["ground_psnr"])
     for changes, name in (({"margin": 2}, "by_box"), ({"spin": 0.1}, "turning"), ({}, "by_mask")):
@@ -105,11 +106,26 @@ def test_the_hole_is_what_the_thing_left():
     assert torch.equal(shown[0, 0], ~near & ~hole[0, 0])
 
 
+def test_ground_doesnt_count_in_boxes_whose_silhouettes_nobody_can_know():
+    """A thing appears later, or turns and its caption doesn't say which way."""
+    told = scene([4, 20], margin=5, spin=0.1)
+    silent = dataclasses.replace(told, says_spin=torch.tensor([False]))
+    later = dataclasses.replace(told, spin=told.spin * 0, shown=torch.tensor([[[False, False], [False, True]]]))
+    for batch, reach in ((told, 2), (silent, 7), (later, 7)):  # two pixels around the thing, or its box
+        near = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+        near[10 - reach : 22 + reach, 20 - reach : 32 + reach] = True
+        shown, hole = metrics.ground(batch)
+        assert torch.equal(shown[0, 0] | hole[0, 0], ~near)
+
+
 def test_the_ground_that_a_camera_moved_counts_where_frame_0_shows_it(world):
     shown, holes = metrics.ground(world)
     assert not (shown & holes).any()
     bare = (world.video == world.plate).all(1)[:, 1:].float()  # neither thing nor shadow
-    assert torch.equal(shown | holes, -F.max_pool2d(-bare, 5, 1, 2) > 0)
+    told = world.shown[..., 0] & ((world.spin == 0) | world.says_spin[:, None]) | ~world.used
+    told = told.all(1)
+    assert 10 < told.sum() < 40
+    assert torch.equal((shown | holes)[told], -F.max_pool2d(-bare[told], 5, 1, 2) > 0)
     pans = [i for i in world.used[:, 0].nonzero()[:, 0].tolist() if not world.masks[i, 0, -1].all()]
     beyond = ~world.masks[pans, 0, 1:]
     assert pans and not (shown[pans] & beyond).any()

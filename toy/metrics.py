@@ -53,11 +53,15 @@ def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
     """Pixels of the background that frame 0 shows, and those that it doesn't: bool [B,T-1,H,W] each.
 
     Both lie two pixels away from things, shadows, and what hid the background in frame 0. The camera may have moved.
+    Boxes are left out whose silhouettes nobody can know: of things that appear later, or turn in a way not told.
     """
     bare = (batch.video == batch.plate).all(1).float()  # (B, T, H, W)
     bare, clear = bare[:, 1:], bare[:, :1].expand_as(bare[:, 1:]).clone()
     for i in batch.used[:, 0].nonzero()[:, 0].tolist():
         clear[i] = along(clear[i, 0], batch.boxes[i, 0])
+    riddles = batch.used & (~batch.shown[..., 0] | ((batch.spin != 0) & ~batch.says_spin[:, None]))
+    hidden = inside_box(batch.boxes[:, :, 1:], bare.shape[-2:]) & riddles[..., None, None, None]
+    bare = bare * ~hidden.any(1)
     bare, shown = (-F.max_pool2d(-x, 5, stride=1, padding=2) > 0.99 for x in (bare, clear))
     return bare & shown, bare & ~shown
 
