@@ -133,22 +133,22 @@ def test_the_ground_that_a_camera_moved_counts_where_frame_0_shows_it(world):
 
 def test_a_rectangle_of_ground_that_comes_along_is_a_seam():
     """The thing's box is two pixels wider than the thing; on a ground of a slope, what comes along is a step."""
-    batch = scene([8, 12, 16], margin=2)
+    batch = scene([4, 22], margin=2)
     slope = (torch.arange(SIZE) / SIZE)[None, None, None, None].expand_as(batch.video) * 0.4
     inside = batch.masks[:, 1:].expand_as(batch.video)
-    batch = dataclasses.replace(batch, video=torch.where(inside, batch.video, slope))
+    batch = dataclasses.replace(batch, video=torch.where(inside, batch.video, slope), plate=slope)
     assert metrics.seam(batch.video, batch) == 1
     edges = metrics.box_edges(batch)
-    assert [int(pairs.sum()) for pairs in edges] == [2 * 2 * 16, 2 * 2 * 16]  # frames, sides, pixels
-    assert edges[0][0, 0, 8:24, 9].all() and edges[0][0, 0, 8:24, 25].all()  # the box's edge at x = 10: pixels 9, 10
+    assert [int(pairs.sum()) for pairs in edges] == [2 * 16, 2 * 16]  # sides, pixels
+    assert edges[0][0, 0, 8:24, 19].all() and edges[0][0, 0, 8:24, 35].all()  # the box's edge at x = 20: pixels 19, 20
     along = batch.video.clone()
-    for t, left in ((1, 12), (2, 16)):
-        along[..., t, 8:24, left - 2 : left + 14] = batch.video[..., 0, 8:24, 6:22]
-    # A step of t * 4 pixels of slope, or a pixel more or less, at each side; above and below no step was.
-    true = 2 * 2 * 16 * 0.01
-    made = 16 * (0.03 + 0.05 + 0.07 + 0.09) + 2 * 16 * (0.04 + 0.08)
+    along[..., 1, 8:24, 20:36] = batch.video[..., 0, 8:24, 2:18]
+    # A step of 18 pixels of slope, or a pixel more or less, at each side; above and below no step was.
+    true, made = 2 * 16 * 0.01, 16 * (0.17 + 0.19) + 2 * 16 * 0.18
     assert metrics.seam(along, batch) == pytest.approx(made / true, rel=1e-4)
     assert not any(pairs.any() for pairs in metrics.box_edges(scene(STEPS)))  # things with masks have no seams
+    near = metrics.box_edges(scene([4, 8], margin=2))[0][0, 0]  # where frame 0 doesn't show the ground nothing counts
+    assert near[:, 21].sum() == 16 and not near[:, 5].any()
 
 
 def test_blur_is_not_sharp_and_noise_is_too_sharp():

@@ -5,8 +5,8 @@
     ground_psnr              of the background that frame 0 shows, in dB, where the camera stands still
     camera_psnr              the same where the camera moves
     hole_psnr                of the background that frame 0 doesn't show; nobody can know it, but blur is a bar
-    seam                     gradient across the edges of boxes without a mask, relative to the true videos: above 1
-                             where a rectangle of ground came along with its thing
+    seam                     gradient across the edges of boxes without a mask, on background that frame 0 shows,
+                             relative to the true videos: above 1 where a rectangle came along with its thing
     sharpness                detail of what frame 0 shows of things; the true video has 1, blur less, noise more
     fvd                      Frechet video distance to the true videos, by features of this project's own
     prompt_accuracy          share of the things that spin as their caption says; chance gets half
@@ -49,20 +49,34 @@ def thing_errors(video: Tensor, batch: WorldBatch) -> dict[str, float]:
     return {f"thing_error{name}": float(error[pixels].mean()) for name, pixels in inside.items()}
 
 
-def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
-    """Pixels of the background that frame 0 shows, and those that it doesn't: bool [B,T-1,H,W] each.
+def decided(batch: WorldBatch) -> tuple[Tensor, Tensor]:
+    """Background without things or shadows before it, and background that frame 0 shows: bool [B,T-1,H,W] each.
 
-    Both lie two pixels away from things, shadows, and what hid the background in frame 0. The camera may have moved.
-    Boxes are left out whose silhouettes nobody can know: of things that appear later, or turn in a way not told.
+    The second lies two pixels away from what frame 0 hides; the camera may have moved. Neither lies in a box whose
+    silhouette nobody can know: of a thing that appears later, or turns in a way that the caption doesn't say.
     """
     bare = (batch.video == batch.plate).all(1).float()  # (B, T, H, W)
     bare, clear = bare[:, 1:], bare[:, :1].expand_as(bare[:, 1:]).clone()
     for i in batch.used[:, 0].nonzero()[:, 0].tolist():
         clear[i] = along(clear[i, 0], batch.boxes[i, 0])
-    riddles = batch.used & (~batch.shown[..., 0] | ((batch.spin != 0) & ~batch.says_spin[:, None]))
-    hidden = inside_box(batch.boxes[:, :, 1:], bare.shape[-2:]) & riddles[..., None, None, None]
-    bare = bare * ~hidden.any(1)
-    bare, shown = (-F.max_pool2d(-x, 5, stride=1, padding=2) > 0.99 for x in (bare, clear))
+    unknown = batch.used & (~batch.shown[..., 0] | ((batch.spin != 0) & ~batch.says_spin[:, None]))
+    boxes = inside_box(batch.boxes[:, :, 1:], bare.shape[-2:]) & unknown[..., None, None, None]
+    free = ~boxes.any(1)
+    return (bare > 0) & free, erode(clear) & free
+
+
+def erode(values: Tensor) -> Tensor:
+    """Pixels two pixels inside an area of ones: [..., H, W] -> bool [..., H, W]."""
+    return -F.max_pool2d(-values, 5, stride=1, padding=2) > 0.99
+
+
+def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
+    """Pixels of the background that frame 0 shows, and those that it doesn't: bool [B,T-1,H,W] each.
+
+    Both lie two pixels away from things, shadows, and what hid the background in frame 0.
+    """
+    bare, shown = decided(batch)
+    bare = erode(bare.float())
     return bare & shown, bare & ~shown
 
 
@@ -78,11 +92,11 @@ def psnr(error: Tensor) -> float:
 
 
 def box_edges(batch: WorldBatch) -> tuple[Tensor, Tensor]:
-    """Pairs of neighbouring pixels of the background with the edge of a maskless thing's box between them.
+    """Pairs of neighbouring pixels of background that frame 0 shows, with a maskless thing's box's edge between them.
 
     Frames 1 to T-1: bool [B,T-1,H,W-1] for pairs side by side, [B,T-1,H-1,W] for pairs one above the other.
     """
-    boxes, free = batch.boxes[:, :, 1:], ~batch.masks[:, 1:, 1:].any(1)
+    boxes, free = batch.boxes[:, :, 1:], ~batch.masks[:, 1:, 1:].any(1) & decided(batch)[1]
     inside = inside_box(boxes, batch.video.shape[-2:]) & (batch.by_box & batch.shown[..., 0])[..., None, None, None]
     return tuple(inside.diff(dim=dim).any(1) & free.unfold(dim, 2, 1).all(-1) for dim in (-1, -2))
 
