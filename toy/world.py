@@ -4,8 +4,9 @@ Pictures are dead leaves: random shapes that cover one another, of power-law siz
 low-level tasks they carry over to photographs (Baradad et al. 2021, "Learning to see by looking at noise"; Achddou et
 al. 2021, "Synthetic images as a regularity prior"). One to six things (blobs, polygons, rectangles) with a texture of
 their own move on cubic Bezier paths, change size, pass in front of one another and cross the picture's edge; some cast
-a shadow, some spin, some appear later. In a quarter of the videos the camera pans and zooms. Half of the things have a
-box but no mask. A video follows from one integer; splits share neither seeds nor pictures.
+a shadow, some spin, some appear later. Videos differ in contrast and brightness; some are grey. In a quarter of them
+the camera pans and zooms. Half of the things have a box but no mask. A video follows from one integer; splits share
+neither seeds nor pictures.
 """
 
 import math
