@@ -49,6 +49,7 @@ PRESETS = {
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512, float32_stream=True),
 }
 REACH = 3  # latent positions from what moves within which the small preset's videos may change
+FAINT = 0.5  # what the small preset adds to its maps is mostly mistakes up to here, and a tenth of it counts
 LEAST_SIGMA = 0.05  # below it the velocity of a predicted x0 is no longer magnified
 OTHER_FILE = "give the --preset that it was trained with, or another file"
 FROZEN_DTYPE = {"small": torch.float32, "wan5b": torch.bfloat16}
@@ -88,12 +89,13 @@ def add_maps(out: Tensor, first: Tensor, objects: Tensor, change: Tensor, shown:
     """The small preset's output, added to what its maps show, and 0 where nothing moves. All [B,1 or C,F,H,W].
 
     `shown`: latents of the maps' frames times `change`; those of later frames are differences from frame 0's, so
-    `first` is taken away. `objects`: 1 where frame 0 has one. Where `change` is 0 nothing is added.
+    `first` is taken away. `objects`: 1 where frame 0 has one. Where `change` is 0 nothing is added. Of an output's
+    faint part, up to FAINT, a tenth counts: it is mostly mistakes, which would blur what the maps show.
     """
     moved = shown - change * first
     free = (moved.abs() > 0.05).any(1, keepdim=True) | (objects > 0)
     free = F.max_pool3d(free.float(), (1, 2 * REACH + 1, 2 * REACH + 1), stride=1, padding=(0, REACH, REACH))
-    return torch.where(change > 0, free * (out + moved), out)
+    return torch.where(change > 0, free * (out - 0.9 * out.clamp(-FAINT, FAINT) + moved), out)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
