@@ -40,7 +40,7 @@ class Recipe:
     """Values that come with the preset. To try others, edit them here or in WAN5B."""
 
     ratio: int = 5  # discriminator updates for one of the adapter
-    gan_scale: float = 0.25  # weight of the adversarial loss
+    gan_scale: float = 0.6  # weight of the adversarial loss
     sparse: float = 0.15  # share of trajectories with frames blacked out; of clips, tools.prepare_clips chose them
     classifier_lr: float = 3e-3  # peak learning rate of the discriminator's classifier
     muon: bool = True  # for the classifier, which learns nothing by AdamW alone in so few steps
@@ -63,8 +63,8 @@ class Config(Recipe):
     generator: str = shipped("checkpoints/small/fast_generator.safetensors")  # the frozen FastGenerator
     adapter: str = shipped("checkpoints/small/slow_adapter.safetensors")  # the SlowAdapter that training starts from
     backbone: str = shipped("checkpoints/small/slow_generator.safetensors")  # the SlowGenerator in the discriminator
-    steps: int = 560  # of training; the adapter learns in every `ratio`-th
-    diffusion_first: int = 400  # steps of the diffusion loss alone, before the discriminator begins
+    steps: int = 1060  # of training; the adapter learns in every `ratio`-th
+    diffusion_first: int = 900  # steps of the diffusion loss alone, before the discriminator begins
     adapter_start: int = 30  # further steps in which only the discriminator learns, before it teaches the adapter
     use_gan: bool = True  # the adversarial loss
     use_diffusion: bool = True  # the diffusion loss

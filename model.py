@@ -49,7 +49,7 @@ PRESETS = {
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512, float32_stream=True),
 }
 REACH = 3  # latent positions from what moves within which the small preset's videos may change
-FAINT = 0.5  # what the small preset adds to its maps is mostly mistakes up to here, and a tenth of it counts
+FAINT = 0.8  # what the small preset adds to its maps is mostly mistakes up to here, and a tenth of it counts
 LEAST_SIGMA = 0.05  # below it the velocity of a predicted x0 is no longer magnified
 OTHER_FILE = "give the --preset that it was trained with, or another file"
 FROZEN_DTYPE = {"small": torch.float32, "wan5b": torch.bfloat16}

@@ -86,7 +86,7 @@ def test_the_r1_penalty_compares_true_videos_with_their_neighbours(stage_3, monk
 
 
 PLANS = [  # steps, ratio, diffusion_first, adapter_start
-    (560, 5, 400, 30),  # the defaults
+    (1060, 5, 900, 30),  # the defaults
     (1000, 5, 0, 0),  # the paper's
     (300, 5, 0, 60),
     (40, 3, 10, 7),  # parts that end amid a cycle
@@ -171,5 +171,5 @@ def test_a_run_needs_a_loss_and_all_its_phases():
     check, config = finetune_hybrid.check, finetune_hybrid.Config()
     check(config)
     refused("no loss is left; use one or both", check, replace(config, use_gan=False, use_diffusion=False))
-    none_left = "--adapter_start 30 --diffusion_first 400: give less than --steps 430 in all"
-    refused(none_left, check, replace(config, steps=430))
+    none_left = "--adapter_start 30 --diffusion_first 900: give less than --steps 930 in all"
+    refused(none_left, check, replace(config, steps=930))

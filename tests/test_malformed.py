@@ -179,7 +179,7 @@ CASES = {
     "train_slow_adapter.py --data nowhere": "nowhere: holds no finished shards",
     # flags and logs
     "evaluate.py --out rows.md": "--out rows.md: the name must end in .json",
-    "finetune_hybrid.py --adapter_start 300": "--adapter_start 300 --diffusion_first 400: give less than",
+    "finetune_hybrid.py --adapter_start 300": "--adapter_start 300 --diffusion_first 900: give less than",
     "finetune_hybrid.py --diffusion_first 9 --use_diffusion false": "--diffusion_first 9: needs",
     # flags of sample.py
     "sample.py --image none.png": "none.png: no such image",
