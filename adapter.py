@@ -21,7 +21,7 @@ from core.memory import send
 from core.noise import sample_noise, step_noise
 from core.parallel import TokenSplit
 from core.weights import load, read_network
-from model import OTHER_FILE, DiTConfig, PatchEmbedding, VideoDiT, init_xavier
+from model import OTHER_FILE, DiTConfig, PatchEmbedding, Shown, VideoDiT, init_xavier
 from trajectory import Maps
 
 
@@ -133,21 +133,25 @@ class ResNetAdapter(nn.Module):
         return list(self.residuals(traj))
 
     def residuals(self, traj: Tensor, *_x_t_text: Tensor) -> Iterator[Tensor]:
-        """The same one by one, each made when it is asked for. And with `copies` what VideoDiT's output gains."""
-        maps, traj, (_, q, r) = traj, self.norm(traj), self.config.patch
+        """The same one by one, each made when it is asked for."""
+        traj, (_, q, r) = self.norm(traj), self.config.patch
         traj = torch.cat([traj, traj[:, :, :1].expand_as(traj)], dim=1)
         tokens = rearrange(traj, "b c f (h q) (w r) -> b f h w (c q r)", q=q, r=r)
         h = rearrange(self.patch_embedding(tokens), "b f h w c -> b c f h w")
         for block in self.blocks:
             h, residual = block(h, self.split)
             yield residual
-        if change := self.copies:
-            # Differences from the maps' frame 0 become frames, from which the generator takes the picture's away.
-            first = maps[:, :, :1]
-            frames = maps + change * first
-            objects = ((first - self.black).abs() > 0.05).any(1, keepdim=True).expand_as(maps[:, :1])
-            drawn = ((frames - change * self.black).abs() > 0.1).any((1, 3, 4), keepdim=True)  # files round `black`
-            yield drawn * torch.cat([objects, torch.full_like(objects, change, dtype=maps.dtype), frames], 1)
+
+    def shown(self, traj: Tensor) -> Shown | None:
+        """What the maps show, if the generator's output is to be added to that."""
+        if not self.copies:
+            return None
+        # Differences from the maps' frame 0 become frames, from which the generator takes the picture's away.
+        first = traj[:, :, :1]
+        frames, change = traj + self.copies * first, torch.full_like(traj[:, :1], self.copies)
+        objects = ((first - self.black).abs() > 0.05).any(1, keepdim=True).expand(change.shape)
+        drawn = ((frames - self.copies * self.black).abs() > 0.1).any((1, 3, 4), keepdim=True)  # files round `black`
+        return Shown(drawn * objects, drawn * change, drawn * frames)
 
 
 class ControlNetAdapter(VideoDiT):
@@ -190,8 +194,10 @@ Adapter = ResNetAdapter | ControlNetAdapter
 
 def with_adapter(generator: VideoDiT, adapter: Adapter | None, text: Tensor, traj: Tensor) -> flow.Velocity:
     """The generator's velocity with an adapter's residuals: those of a static one are made once, for all calls."""
-    if adapter is None or adapter.static:
-        return partial(generator, text=text, residuals=adapter(traj) if adapter else None)
+    if adapter is None:
+        return partial(generator, text=text)
+    if adapter.static:
+        return partial(generator, text=text, residuals=adapter(traj), shown=adapter.shown(traj))
     return lambda x, t: generator(x, t, text, adapter(traj, x, t, text))
 
 

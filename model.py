@@ -85,17 +85,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
-def add_maps(out: Tensor, first: Tensor, objects: Tensor, change: Tensor, shown: Tensor) -> Tensor:
-    """The small preset's output, added to what its maps show, and 0 where nothing moves. All [B,1 or C,F,H,W].
+class Shown(NamedTuple):
+    """What a ResNetAdapter's maps show, to which the small preset's output is added. All [B,1 or C,F,H,W]."""
 
-    `shown`: latents of the maps' frames times `change`; those of later frames are differences from frame 0's, so
-    `first` is taken away. `objects`: 1 where frame 0 has one. Where `change` is 0 nothing is added. Of an output's
-    faint part, up to FAINT, a tenth counts: it is mostly mistakes, which would blur what the maps show.
-    """
-    moved = shown - change * first
-    free = (moved.abs() > 0.05).any(1, keepdim=True) | (objects > 0)
-    free = F.max_pool3d(free.float(), (1, 2 * REACH + 1, 2 * REACH + 1), stride=1, padding=(0, REACH, REACH))
-    return torch.where(change > 0, free * (out - 0.9 * out.clamp(-FAINT, FAINT) + moved), out)
+    objects: Tensor  # 1 where frame 0 has one
+    change: Tensor  # latents of later frames are differences from frame 0's, times this; 0 where a map is black
+    frames: Tensor  # latents of the maps' frames, times `change`
+
+    def moves(self, first: Tensor) -> tuple[Tensor, Tensor]:
+        """The maps' differences from the picture, latent `first`, and where a video may differ from it: 0 or 1."""
+        moved = self.frames - self.change * first
+        free = (moved.abs() > 0.05).any(1, keepdim=True) | (self.objects > 0)
+        free = F.max_pool3d(free.float(), (1, 2 * REACH + 1, 2 * REACH + 1), stride=1, padding=(0, REACH, REACH))
+        return moved, free.masked_fill(self.change == 0, 1)
+
+    def add(self, out: Tensor, first: Tensor) -> Tensor:
+        """The output and what the maps show, 0 where nothing moves; the output alone where a map is black.
+
+        Of an output's faint part, up to FAINT, a tenth counts: it is mostly mistakes, which would blur what is shown.
+        """
+        moved, free = self.moves(first)
+        added = free * (out - 0.9 * out.clamp(-FAINT, FAINT) + moved)
+        return torch.where(self.change > 0, added, out)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -295,27 +306,36 @@ class VideoDiT(nn.Module):
 
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, residuals: Iterable[Tensor] | None = None,
-        feature_blocks: tuple[int, ...] = (),
+        shown: Shown | None = None, feature_blocks: tuple[int, ...] = (), skip_still: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:  # fmt: skip
         """Velocity of x [B,C,F,H,W], float32, at timesteps t [B,F] in [0, 1000], given text [B,L,text_dim].
 
-        `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output; taken one by one. Perhaps
-        one more for the head's: see `add_maps`.
-        `feature_blocks`: numbers of the blocks whose outputs [B,N,D] are returned too, as a list beside the velocity.
+        `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output; taken one by one.
+        `shown`: what the small preset's output is added to. `feature_blocks`: numbers of the blocks whose outputs
+        [B,N,D] are returned too, as a list beside the velocity. `skip_still`: of a single video leave out the tokens
+        where `shown` lets nothing differ from frame 0; the others hardly change.
         """
         tokens, e, e6, text, rope = self.embed(x, t, text)
         (frames, height, width), (p, q, r) = self.grid(x), self.config.patch
-        features, added = [], iter(residuals or ())
+        features, added, kept = [], iter(residuals or ()), slice(None)
+        if skip_still and shown and self.split.group is None:
+            free = F.max_pool3d(shown.moves(x[:, :, :1])[1], self.config.patch)
+            free[:, :, 0] = 1  # the picture, at which all look
+            kept = free.flatten().nonzero()[:, 0]
+            tokens, rope = tokens[:, kept], rope._replace(cos=rope.cos[kept], sin=rope.sin[kept])
+            e, e6 = (rows[:, kept // (height * width)] for rows in (e, e6))  # from frames to tokens
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, e6, text, rope)
             if residuals:
-                tokens = (tokens + next(added)).type_as(tokens)
+                tokens = (tokens + next(added)[:, kept]).type_as(tokens)
             if i in feature_blocks:
                 features.append(self.split.all_tokens(tokens, frames, height * width))
-        out = self.split.all_tokens(self.head(tokens, e.float()), frames, height * width)
+        out = self.head(tokens, e.float())
+        if isinstance(kept, Tensor):
+            out = out.new_zeros(1, frames * height * width, out.shape[-1]).index_copy_(1, kept, out)
+        out = self.split.all_tokens(out, frames, height * width)
         out = rearrange(out, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=frames, h=height, p=p, q=q, r=r)
-        for maps in added:
-            out = add_maps(out, x[:, :, :1], *maps.split([1, 1, x.shape[1]], 1))
+        out = shown.add(out, x[:, :, :1]) if shown else out
         if self.config.predicts == "x0":
             out = (x - out) / (t / 1000).clamp(min=LEAST_SIGMA)[:, None, :, None, None]
         return (out, features) if feature_blocks else out

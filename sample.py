@@ -189,17 +189,19 @@ def denoise(
     blocks = steps * len(generator.blocks) * (1 if guidance == 1 else 2)
 
     def counted(residuals: Iterable[Tensor]) -> Iterator[Tensor]:
-        for number, residual in enumerate(residuals):  # each block asks for one when it is done
-            if on_block and number < len(generator.blocks):
+        for residual in residuals:  # each block asks for one when it is done
+            if on_block:
                 on_block(next(done) / blocks)
             yield residual
 
     def velocity(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return generator(x, t, text, counted(kept or adapter.residuals(traj, x, t, text)))
+        residuals = counted(kept or adapter.residuals(traj, x, t, text))
+        return generator(x, t, text, residuals, shown, skip_still=True)
 
     with parallel.autocast(first.device, cfg.dtype), sdpa_kernel(BACKENDS, set_priority=True):
         # The small preset's residuals are kept. Those of wan5b would take 5 GB: each is made when its block asks.
         kept = adapter(traj) if cfg.preset == "small" and adapter.static else None
+        shown = adapter.shown(traj) if adapter.static else None
         guided = flow.guided(partial(velocity, text=text), partial(velocity, text=negative), guidance)
         if cfg.speed == "fast":
             noise = step_noise(steps, shape, [0], cfg.seed).to(first.device)

@@ -19,7 +19,7 @@ from core import optim
 from core.parallel import TokenSplit
 from core.runs import Run
 from core.weights import read_safetensors, write_safetensors
-from model import PRESETS, VideoDiT
+from model import PRESETS, Shown, VideoDiT
 from toy.codec import ToyCodec
 from toy.muon import muon_and_adamw
 
@@ -74,15 +74,14 @@ def test_the_small_presets_adapter_passes_on_what_its_maps_show():
     moved = codec.encode_video(torch.cat([video[:, :, :1], maps[:, :, 1:2], video[:, :, :1]], 2))
     level = torch.tensor([[0.0, 1.0, 1.0]])
     x_t = flow.add_noise(codec.encode_video(video), torch.randn(1, 24, 3, 4, 4), level)
-    residuals = adapter(codec.encode_video(maps))
-    x0 = flow.velocity_to_x0(x_t, generator(x_t, 1000 * level, torch.zeros(1, 32, 64), residuals), level)
+    velocity = adapters.with_adapter(generator, adapter, torch.zeros(1, 32, 64), codec.encode_video(maps))
+    x0 = flow.velocity_to_x0(x_t, velocity(x_t, 1000 * level), level)
     torch.testing.assert_close(x0, moved, rtol=1e-4, atol=1e-4)
     x0.square().sum().backward()
     assert generator.head.head.weight.grad.abs().max() > 0
     for output, added in ((0.2, 0.02), (-2.0, -1.28)):  # of what is faint, a tenth
         torch.nn.init.constant_(generator.head.head.bias, output)
-        out = generator(x_t, 1000 * level, torch.zeros(1, 32, 64), residuals)
-        x0 = flow.velocity_to_x0(x_t, out, level)[:, :, 1]
+        x0 = flow.velocity_to_x0(x_t, velocity(x_t, 1000 * level), level)[:, :, 1]
         torch.testing.assert_close(x0, moved[:, :, 1] + added, rtol=1e-4, atol=1e-4)
 
 
@@ -101,10 +100,12 @@ def test_far_from_objects_the_small_presets_frames_are_frame_0():
     assert torch.allclose(adapter.black.flatten(), codec.encode_video(-torch.ones(1, 3, 1, 4, 4)).flatten(), atol=1e-4)
     first = codec.encode_video(picture[None])
     x_t, level = torch.cat([first, torch.randn(1, 24, 3, 16, 32)], 2), torch.tensor([[0.0, 1.0, 1.0, 1.0]])
+    text = torch.zeros(1, 32, 64)
+    velocity = adapters.with_adapter(generator, adapter, text, traj)
     with torch.no_grad():
-        x0 = flow.velocity_to_x0(x_t, generator(x_t, 1000 * level, torch.zeros(1, 32, 64), adapter(traj)), level)
-        alone = [residual * 0 for residual in adapter(traj)]  # as stage 0 leaves some videos without
-        plain = [generator(x_t, 1000 * level, torch.zeros(1, 32, 64), r) for r in (alone, None)]
+        x0 = flow.velocity_to_x0(x_t, velocity(x_t, 1000 * level, skip_still=True), level)
+        nothing = Shown(*(part * 0 for part in adapter.shown(traj)))  # as stage 0 leaves some videos without
+        plain = [generator(x_t, 1000 * level, text, shown=shown) for shown in (nothing, None)]
     assert torch.equal(*plain)
     moves = x0[0].abs().amax(0) > 1e-4
     assert moves[2].all()
@@ -113,6 +114,14 @@ def test_far_from_objects_the_small_presets_frames_are_frame_0():
         for x in objects:
             near[7 - 3 : 9 + 3, max(0, x - 3) : x + 2 + 3] = True
         assert torch.equal(moves[t], near), t
+    for block in generator.blocks:  # without attention, which alone sees that tokens are left out
+        torch.nn.init.zeros_(block.self_attn.o.weight)
+    counts: list[int] = []
+    generator.blocks[0].register_forward_pre_hook(lambda block, args: counts.append(args[0].shape[1]))
+    with torch.no_grad():
+        fewer, all_tokens = (velocity(x_t, 1000 * level, skip_still=skip) for skip in (True, False))
+    torch.testing.assert_close(fewer, all_tokens, rtol=1e-5, atol=1e-4)
+    assert counts[1] == 4 * 8 * 16 and 2 * 8 * 16 < counts[0] < 0.8 * counts[1]
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])

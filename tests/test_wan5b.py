@@ -98,10 +98,10 @@ def calls(monkeypatch):
     """What is asked of generators from now on: the text, the residuals if any, and the noise level."""
     found, forward = [], VideoDiT.forward
 
-    def recording(network, x, t, text, residuals=None, feature_blocks=()):
+    def recording(network, x, t, text, residuals=None, shown=None, **more):
         given = None if residuals is None else list(residuals)
         found.append((text.clone(), given, t[0, 1].item() / 1000))
-        return forward(network, x, t, text, given, feature_blocks)
+        return forward(network, x, t, text, given, shown, **more)
 
     monkeypatch.setattr(VideoDiT, "forward", recording)
     return found

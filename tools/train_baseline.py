@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import distill_fast
 import flow
-from adapter import check_fit, read_adapter, sample_clips
+from adapter import check_fit, read_adapter, sample_clips, with_adapter
 from core import optim, parallel
 from core.config import run_script, shipped
 from core.memory import send
@@ -92,7 +92,7 @@ class Pair(nn.Module):
         self.generator, self.adapter = generator, adapter
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, traj: Tensor) -> Tensor:
-        return self.generator(x, t, text, self.adapter(traj, x, t, text))
+        return with_adapter(self.generator, self.adapter, text, traj)(x, t)
 
 
 def consistency_loss(

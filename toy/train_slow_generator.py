@@ -24,7 +24,7 @@ from core import optim, parallel
 from core.config import run_script
 from core.noise import sample_noise, sample_uniform
 from core.runs import Run, due, start_processes
-from model import PRESETS, VideoDiT
+from model import PRESETS, Shown, VideoDiT
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
 from toy.muon import muon_and_adamw
@@ -88,9 +88,10 @@ def training_step(
     sigma[sample_uniform(samples, 1, cfg.seed, step, PURE).to(procs.device) < pure] = 1
     guided = sample_uniform(samples, 1, cfg.seed, step, GUIDED).to(procs.device) < cfg.guided
     with parallel.autocast(procs.device, cfg.dtype):
-        residuals = [r * guided.view(-1, *[1] * (r.ndim - 1)) for r in guide(traj)]
+        residuals, shown = [guided[:, None, None] * r for r in guide(traj)], guide.shown(traj)
+        shown = shown and Shown(*(guided[:, None, None, None, None] * part for part in shown))
         moves = (x0.abs() > 1e-4).any(1, keepdim=True)  # latents of later frames are differences
-        velocity = partial(model, text=text, residuals=residuals)
+        velocity = partial(model, text=text, residuals=residuals, shown=shown)
         weight = (1 + (cfg.change - 1) * moves) * data.codec.network.pixel_weight()
         loss = flow.flow_matching_loss(velocity, x0, noise, sigma, model.config.predicts, weight)
     loss.backward()
