@@ -24,6 +24,8 @@ from core.weights import load, read_network
 from model import OTHER_FILE, DiTConfig, PatchEmbedding, Shown, VideoDiT, init_xavier
 from trajectory import Maps
 
+REACH = 3  # latent positions from what moves within which the small preset's videos may change
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -142,16 +144,16 @@ class ResNetAdapter(nn.Module):
             h, residual = block(h, self.split)
             yield residual
 
-    def shown(self, traj: Tensor) -> Shown | None:
-        """What the maps show, if the generator's output is to be added to that."""
+    def shown(self, traj: Tensor, picture: Tensor) -> Shown | None:
+        """What the maps of a picture, latent [B, C, 1, H, W], show, if the generator's output is to be added to it."""
         if not self.copies:
             return None
-        # Differences from the maps' frame 0 become frames, from which the generator takes the picture's away.
-        first = traj[:, :, :1]
-        frames, change = traj + self.copies * first, torch.full_like(traj[:, :1], self.copies)
-        objects = ((first - self.black).abs() > 0.05).any(1, keepdim=True).expand(change.shape)
+        frames = traj + self.copies * traj[:, :, :1]  # no longer differences from the maps' frame 0
         drawn = ((frames - self.copies * self.black).abs() > 0.1).any((1, 3, 4), keepdim=True)  # files round `black`
-        return Shown(drawn * objects, drawn * change, drawn * frames)
+        moved, objects = frames - self.copies * picture, (traj[:, :, :1] - self.black).abs() > 0.05
+        free = (moved.abs() > 0.05).any(1, keepdim=True) | objects.any(1, keepdim=True)
+        free = F.max_pool3d(free.float(), (1, 2 * REACH + 1, 2 * REACH + 1), stride=1, padding=(0, REACH, REACH))
+        return Shown(moved, free, drawn)
 
 
 class ControlNetAdapter(VideoDiT):
@@ -197,7 +199,8 @@ def with_adapter(generator: VideoDiT, adapter: Adapter | None, text: Tensor, tra
     if adapter is None:
         return partial(generator, text=text)
     if adapter.static:
-        return partial(generator, text=text, residuals=adapter(traj), shown=adapter.shown(traj))
+        residuals = adapter(traj)
+        return lambda x, t, **more: generator(x, t, text, residuals, adapter.shown(traj, x[:, :, :1]), **more)
     return lambda x, t: generator(x, t, text, adapter(traj, x, t, text))
 
 

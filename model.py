@@ -48,7 +48,6 @@ PRESETS = {
     # Wan trains so: a bfloat16 token of size 4 can't feel an adapter's first 0.01. Costs 5 GB a network with gradient.
     "wan5b": DiTConfig(3072, 14336, 24, 30, text_dim=4096, text_tokens=512, float32_stream=True),
 }
-REACH = 3  # latent positions from what moves within which the small preset's videos may change
 FAINT = 0.8  # what the small preset adds to its maps is mostly mistakes up to here, and a tenth of it counts
 LEAST_SIGMA = 0.05  # below it the velocity of a predicted x0 is no longer magnified
 OTHER_FILE = "give the --preset that it was trained with, or another file"
@@ -88,25 +87,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Shown(NamedTuple):
     """What a ResNetAdapter's maps show, to which the small preset's output is added. All [B,1 or C,F,H,W]."""
 
-    objects: Tensor  # 1 where frame 0 has one
-    change: Tensor  # latents of later frames are differences from frame 0's, times this; 0 where a map is black
-    frames: Tensor  # latents of the maps' frames, times `change`
+    moved: Tensor  # latents of the maps' frames, less the picture's
+    free: Tensor  # 1 where a video may differ from its picture, else 0
+    drawn: Tensor  # bool: false where a map is black, and the output alone counts
 
-    def moves(self, first: Tensor) -> tuple[Tensor, Tensor]:
-        """The maps' differences from the picture, latent `first`, and where a video may differ from it: 0 or 1."""
-        moved = self.frames - self.change * first
-        free = (moved.abs() > 0.05).any(1, keepdim=True) | (self.objects > 0)
-        free = F.max_pool3d(free.float(), (1, 2 * REACH + 1, 2 * REACH + 1), stride=1, padding=(0, REACH, REACH))
-        return moved, free.masked_fill(self.change == 0, 1)
-
-    def add(self, out: Tensor, first: Tensor) -> Tensor:
-        """The output and what the maps show, 0 where nothing moves; the output alone where a map is black.
-
-        Of an output's faint part, up to FAINT, a tenth counts: it is mostly mistakes, which would blur what is shown.
-        """
-        moved, free = self.moves(first)
-        added = free * (out - 0.9 * out.clamp(-FAINT, FAINT) + moved)
-        return torch.where(self.change > 0, added, out)
+    def add(self, out: Tensor) -> Tensor:
+        """Of the output's faint part, up to FAINT, a tenth: it is mostly mistakes, and would blur what is shown."""
+        return torch.where(self.drawn, self.free * (out - 0.9 * out.clamp(-FAINT, FAINT) + self.moved), out)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -319,7 +306,7 @@ class VideoDiT(nn.Module):
         (frames, height, width), (p, q, r) = self.grid(x), self.config.patch
         features, added, kept = [], iter(residuals or ()), slice(None)
         if skip_still and shown and self.split.group is None:
-            free = F.max_pool3d(shown.moves(x[:, :, :1])[1], self.config.patch)
+            free = F.max_pool3d(shown.free.masked_fill(~shown.drawn, 1), self.config.patch)
             free[:, :, 0] = 1  # the picture, at which all look
             kept = free.flatten().nonzero()[:, 0]
             tokens, rope = tokens[:, kept], rope._replace(cos=rope.cos[kept], sin=rope.sin[kept])
@@ -335,7 +322,7 @@ class VideoDiT(nn.Module):
             out = out.new_zeros(1, frames * height * width, out.shape[-1]).index_copy_(1, kept, out)
         out = self.split.all_tokens(out, frames, height * width)
         out = rearrange(out, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=frames, h=height, p=p, q=q, r=r)
-        out = shown.add(out, x[:, :, :1]) if shown else out
+        out = shown.add(out) if shown else out
         if self.config.predicts == "x0":
             out = (x - out) / (t / 1000).clamp(min=LEAST_SIGMA)[:, None, :, None, None]
         return (out, features) if feature_blocks else out

@@ -24,7 +24,7 @@ from core import optim, parallel
 from core.config import run_script
 from core.noise import sample_noise, sample_uniform
 from core.runs import Run, due, start_processes
-from model import PRESETS, Shown, VideoDiT
+from model import PRESETS, VideoDiT
 from toy.codec import ToyCodec
 from toy.latents import ToyLatents
 from toy.muon import muon_and_adamw
@@ -88,8 +88,8 @@ def training_step(
     sigma[sample_uniform(samples, 1, cfg.seed, step, PURE).to(procs.device) < pure] = 1
     guided = sample_uniform(samples, 1, cfg.seed, step, GUIDED).to(procs.device) < cfg.guided
     with parallel.autocast(procs.device, cfg.dtype):
-        residuals, shown = [guided[:, None, None] * r for r in guide(traj)], guide.shown(traj)
-        shown = shown and Shown(*(guided[:, None, None, None, None] * part for part in shown))
+        residuals, shown = [guided[:, None, None] * r for r in guide(traj)], guide.shown(traj, x0[:, :, :1])
+        shown = shown and shown._replace(drawn=shown.drawn & guided[:, None, None, None, None])
         moves = (x0.abs() > 1e-4).any(1, keepdim=True)  # latents of later frames are differences
         velocity = partial(model, text=text, residuals=residuals, shown=shown)
         weight = (1 + (cfg.change - 1) * moves) * data.codec.network.pixel_weight()
