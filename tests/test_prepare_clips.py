@@ -40,7 +40,7 @@ def write_maps(folder, maps):
 @pytest.fixture(scope="module")
 def world() -> WorldBatch:
     """24 videos in whose frame 0 a thing is seen."""
-    batch = World("train", (48, 48)).batch(range(30))
+    batch = World("train", (48, 48)).batch(range(40))
     seen = batch.masks[:, 1:, 0].any((-1, -2)).sum(1) == batch.used[:, 1:].sum(1)
     return batch.subset(seen.nonzero()[:, 0].tolist()[:24])
 
