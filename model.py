@@ -299,8 +299,8 @@ class VideoDiT(nn.Module):
 
         `residuals`: one [B,N,D] per block, an adapter's output, added to that block's output; taken one by one.
         `shown`: what the small preset's output is added to. `feature_blocks`: numbers of the blocks whose outputs
-        [B,N,D] are returned too, as a list beside the velocity. `skip_still`: of a single video leave out the tokens
-        where `shown` lets nothing differ from frame 0; the others hardly change.
+        [B,N,D] are returned too, as a list beside the velocity. `skip_still`: of a single video, on one process,
+        leave out the tokens where `shown` lets nothing differ from frame 0; the others hardly change.
         """
         tokens, e, e6, text, rope = self.embed(x, t, text)
         (frames, height, width), (p, q, r) = self.grid(x), self.config.patch

@@ -196,12 +196,12 @@ def denoise(
 
     def velocity(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         residuals = counted(kept or adapter.residuals(traj, x, t, text))
-        shown = adapter.shown(traj, x[:, :, :1]) if adapter.static else None
         return generator(x, t, text, residuals, shown, skip_still=True)
 
     with parallel.autocast(first.device, cfg.dtype), sdpa_kernel(BACKENDS, set_priority=True):
         # The small preset's residuals are kept. Those of wan5b would take 5 GB: each is made when its block asks.
         kept = adapter(traj) if cfg.preset == "small" and adapter.static else None
+        shown = adapter.shown(traj, first) if adapter.static else None
         guided = flow.guided(partial(velocity, text=text), partial(velocity, text=negative), guidance)
         if cfg.speed == "fast":
             noise = step_noise(steps, shape, [0], cfg.seed).to(first.device)

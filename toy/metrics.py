@@ -49,7 +49,7 @@ def thing_errors(video: Tensor, batch: WorldBatch) -> dict[str, float]:
     return {f"thing_error{name}": float(error[pixels].mean()) for name, pixels in inside.items()}
 
 
-def decided(batch: WorldBatch) -> tuple[Tensor, Tensor]:
+def background(batch: WorldBatch) -> tuple[Tensor, Tensor]:
     """Background without things or shadows before it, and background that frame 0 shows: bool [B,T-1,H,W] each.
 
     The second lies two pixels away from what frame 0 hides; the camera may have moved. Neither lies in a box whose
@@ -75,7 +75,7 @@ def ground(batch: WorldBatch) -> tuple[Tensor, Tensor]:
 
     Both lie two pixels away from things, shadows, and what hid the background in frame 0.
     """
-    bare, shown = decided(batch)
+    bare, shown = background(batch)
     bare = erode(bare.float())
     return bare & shown, bare & ~shown
 
@@ -96,7 +96,7 @@ def box_edges(batch: WorldBatch) -> tuple[Tensor, Tensor]:
 
     Frames 1 to T-1: bool [B,T-1,H,W-1] for pairs side by side, [B,T-1,H-1,W] for pairs one above the other.
     """
-    boxes, free = batch.boxes[:, :, 1:], ~batch.masks[:, 1:, 1:].any(1) & decided(batch)[1]
+    boxes, free = batch.boxes[:, :, 1:], ~batch.masks[:, 1:, 1:].any(1) & background(batch)[1]
     inside = inside_box(boxes, batch.video.shape[-2:]) & (batch.by_box & batch.shown[..., 0])[..., None, None, None]
     return tuple(inside.diff(dim=dim).any(1) & free.unfold(dim, 2, 1).all(-1) for dim in (-1, -2))
 

@@ -121,9 +121,9 @@ class World:
 
         def tone(pictures: Tensor, videos: Tensor | slice) -> Tensor:
             """Pictures [N, 3, T, H, W] of these videos as a camera might have taken them."""
-            each = [value[videos].float()[:, None, None, None, None] for value in (grey, contrast, level)]
-            colors = pictures.lerp(pictures.mean(1, keepdim=True), each[0])
-            return ((colors - 0.5) * each[1] + each[2]).clamp_(0, 1)
+            share, gain, middle = (v[videos].float()[:, None, None, None, None] for v in (grey, contrast, level))
+            colors = pictures.lerp(pictures.mean(1, keepdim=True), share)
+            return ((colors - 0.5) * gain + middle).clamp_(0, 1)
 
         plate = tone(plate * tint[..., None, None, None], slice(None))
 
