@@ -78,8 +78,8 @@ class Trajectory:
 
         With the first frame as `picture` [3, height, width] in [-1, 1], its own pixels. Frame 0 holds what the masks
         show of it. Later frames hold all of it, with the objects moved and scaled from frame 0's boxes to their own.
-        Behind an object, which the first frame doesn't show, is the mean colour of what is around; beyond the edge, the
-        picture's mirror image. An object that comes later is plain grey (0).
+        Behind an object, which the first frame doesn't show, are smooth colours between those around; beyond the edge,
+        the picture's mirror image. An object that comes later is plain grey (0).
         Raises ValueError for another kind, or for "mask" where only first-frame masks exist.
         """
         if kind not in ("box", "mask"):
