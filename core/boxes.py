@@ -73,7 +73,7 @@ def fill_hole(picture: Tensor, hole: Tensor) -> Tensor:
         return picture.masked_fill(hole, 0)
     # Push-pull (Gortler et al. 1996, "The lumigraph"): filled at half the resolution, enlarged and smoothed.
     seen = F.avg_pool2d(torch.cat([picture.masked_fill(hole, 0), (~hole).float()[None]]), 2, ceil_mode=True)
-    half = fill_hole(seen[:-1] / seen[-1:].clamp(min=0.25), seen[-1] == 0)  # means of the pixels that are known
+    half = fill_hole(seen[:-1] / seen[-1], seen[-1] == 0)  # where it is 0 / 0, it is a hole again
     filled = F.interpolate(half[None], scale_factor=2, mode="bilinear")[0, :, : hole.shape[0], : hole.shape[1]]
     for _ in range(4):
         filled = F.avg_pool2d(F.pad(torch.where(hole, filled, picture), [1] * 4, mode="replicate"), 3, stride=1)

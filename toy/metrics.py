@@ -4,7 +4,7 @@
                              or a box alone, and whether it spins, for what spins can't be pasted
     ground_psnr              of the background that frame 0 shows, in dB, where the camera stands still
     camera_psnr              the same where the camera moves
-    hole_psnr                of the background that frame 0 doesn't show; nobody can know it, but blur is a bar
+    hole_psnr                of the background that frame 0 doesn't show; nobody can know it; smooth is a bar
     seam                     gradient across the edges of boxes without a mask, on background that frame 0 shows,
                              relative to the true videos: above 1 where a rectangle came along with its thing
     sharpness                detail of what frame 0 shows of things; the true video has 1, blur less, noise more
