@@ -111,14 +111,13 @@ class Trajectory:
         for k, boxes in enumerate(self.boxes):
             in_picture, is_camera = bool(masks[k].any()), bool(masks[k].all())
             hidden = masks[k] & widen(masks[k + 1 :].any(0))
-            whole = drawing.fill_hole(picture, hidden | ~masks[k]) if hidden.any() else picture
-            layers = torch.cat([whole, masks[k, None].float()])
+            layers = torch.cat([drawing.fill_hole(picture, hidden | ~masks[k]), masks[k, None].float()])
             source = drawing.extents(np.where(masks[k], 0, -1), 1)[0] if np.isnan(boxes[0]).any() else boxes[0]
             for t in np.flatnonzero(~np.isnan(boxes[1:, 0])) + 1:
-                # Pixels whose centres lie in the box.
-                x0, y0, x1, y1 = np.ceil(boxes[t] - 0.5).clip(0, [width, height] * 2).astype(int)
-                if is_camera:  # which shows more than was in the picture
-                    x0, y0, x1, y1 = 0, 0, width, height
+                # Pixels whose centres lie in the box, and one more each way, in which the object's edge fades.
+                edges = np.ceil(boxes[t] - 0.5) + np.array([-1, -1, 1, 1]) * in_picture
+                # The camera shows more than was in the picture.
+                x0, y0, x1, y1 = (0, 0, width, height) if is_camera else edges.clip(0, [width, height] * 2).astype(int)
                 if x0 >= x1 or y0 >= y1:
                     continue
                 area = canvas[:, t, y0:y1, x0:x1]
@@ -126,7 +125,7 @@ class Trajectory:
                     area.zero_()
                     continue
                 moved = drawing.move(layers, source, boxes[t], (y0, y1, x0, x1), "reflection")
-                area.copy_(torch.where(moved[3] > 0.5, moved[:3], area))
+                area.lerp_(moved[:3], moved[3])
         return canvas
 
 

@@ -148,16 +148,26 @@ def test_a_hole_gets_smooth_colours_between_those_around_it():
 
 def test_a_box_that_grows_scales_what_is_in_it():
     image, near = picture(), partial(torch.testing.assert_close, atol=5e-3, rtol=0)  # PyTorch's bicubic on ramps
-    red, green = image[0, 0, 2:6], image[1, 2:6, 0]
+    red, green = image[0, 0, 2:10], image[1, 2:10, 0]
     step_x, step_y = red[1] - red[0], green[1] - green[0]
-    maps = pixel_maps([[2, 2, 6, 6], [10, 4, 18, 12], [2.5, 3.25, 6.5, 7.25]])
-    # Twice as large: the centres of pixels lie a quarter of a pixel beside the source's. The last see the mask end.
-    at = torch.arange(1, 7) / 2 - 0.25
-    near(maps[0, 1, 5:11, 11:17], (red[0] + at * step_x).expand(6, 6))
-    near(maps[1, 1, 5:11, 11:17], (green[0] + at * step_y)[:, None].expand(6, 6))
+    maps = pixel_maps([[2, 2, 10, 10], [6, 2, 22, 18], [2.5, 3.25, 10.5, 11.25]])
+    # Twice as large: the centres of pixels lie a quarter of a pixel beside the source's. The outer see the mask end.
+    at = torch.arange(3, 13) / 2 - 0.25
+    near(maps[0, 1, 5:15, 9:19], (red[0] + at * step_x).expand(10, 10))
+    near(maps[1, 1, 5:15, 9:19], (green[0] + at * step_y)[:, None].expand(10, 10))
     # By half a pixel to the right and one and a quarter down: colours in between.
     near(maps[0, 2, 4:6, 4:6], (image[0, :2, 3:5] + image[0, :2, 4:6]) / 2)
     near(maps[1, 2, 5, 5], image[1, 5, 0] - 1.25 * step_y)
+
+
+def test_an_object_between_pixels_fades_at_its_edge_and_is_not_cut_by_its_box():
+    image = torch.full((3, 14, 20), -0.5)
+    image[:, 4:10, 4:10] = 0.8
+    maps = pixel_maps([[4, 4, 10, 10], [6.5, 4, 12.5, 10], [6.3, 4, 12.3, 10]], image=image)
+    row = maps[0, :, 7]
+    assert same(row[1, [5, 13]], -0.5) and same(row[1, 8:11], 0.8) and same(row[1].roll(1), row[1].flip(0))
+    assert torch.allclose(row[1, [6, 12]], torch.tensor(0.15), atol=0.02)  # half of either column is the object's
+    assert 0.6 > row[2, 6] > 0.2 > 0.1 > row[2, 12] > -0.4  # more of column 6, less of column 12
 
 
 def test_given_maps_say_which_pixels_move():
