@@ -110,8 +110,8 @@ class Trajectory:
         canvas[:, 1:] = drawing.fill_hole(picture, widen(covered))[:, None]
         for k, boxes in enumerate(self.boxes):
             in_picture, is_camera = bool(masks[k].any()), bool(masks[k].all())
-            hidden = masks[k] & widen(masks[k + 1 :].any(0))
-            layers = torch.cat([drawing.fill_hole(picture, hidden | ~masks[k]), masks[k, None].float()])
+            others = ~masks[k] | widen(masks[k + 1 :].any(0))  # pixels that do not show this object
+            layers = torch.cat([drawing.fill_hole(picture, others), masks[k, None].float()])
             source = drawing.extents(np.where(masks[k], 0, -1), 1)[0] if np.isnan(boxes[0]).any() else boxes[0]
             for t in np.flatnonzero(~np.isnan(boxes[1:, 0])) + 1:
                 # Pixels whose centres lie in the box, and one more each way, in which the object's edge fades.
