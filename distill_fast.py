@@ -115,11 +115,6 @@ def fake_score_loss(fake_score: Velocity, student: Velocity, draw: Draw, on: str
     return flow.flow_matching_loss(fake_score, x0, draw.renoise, draw.sigma, on)
 
 
-def student_learns(step: int, ratio: int) -> bool:
-    """The fake score learns at every step, the student in every `ratio`-th."""
-    return (step + 1) % ratio == 0
-
-
 def matching_step(
     step: int, learner: Literal["fake", "generator"], cfg: Config, student: nn.Module, fake_score: nn.Module,
     real_score: nn.Module, negative: Tensor, optimizers: list[Optimizer], data: Source, procs: Processes,
@@ -174,7 +169,7 @@ def main(cfg: Config) -> None:
         for learners, peak in ((optimizers, cfg.lr), (fake_optimizers, cfg.fake_lr)):
             optim.set_lr(learners, optim.learning_rate(step, peak, cfg.warmup, cfg.steps, cfg.schedule))
         values = matching_step(step, "fake", cfg, *networks, fake_optimizers, data, procs)
-        if student_learns(step, cfg.ratio):
+        if (step + 1) % cfg.ratio == 0:
             values |= matching_step(step, "generator", cfg, *networks, optimizers, data, procs)
             ema.update(step)
         run.log(step + 1, **values)

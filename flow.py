@@ -11,7 +11,6 @@ and the model predicts v. Latents are [B, C, F, H, W]. Noise levels are per late
 keeps frame 0 clean: its sigma is 0, and (1) then leaves it untouched without any special case.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -31,8 +30,6 @@ class Sampling(NamedTuple):
 # By preset: wan5b's are Wan's, and its four steps the paper's. Small networks know most near pure noise: docs/LOG.md.
 SLOW = {"small": Sampling(50, 60.0), "wan5b": Sampling(50, 5.0, 5.0)}
 FAST = {"small": Sampling(4, 60.0), "wan5b": Sampling(4, 5.0)}
-
-UNIPC_BEGIN = 0.999  # where UniPC's noise levels begin (Wan): at 1 the log of signal to noise has no value
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,F,H,W], t [B,F]) -> v [B,C,F,H,W]
 
@@ -116,40 +113,6 @@ def sample_multistep(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: S
         level = frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])  # (B, F)
         x[:, :, 1:] += (following - sigma) * velocity(x, timestep(level))[:, :, 1:].float()
     return x
-
-
-@torch.no_grad()
-def sample_unipc(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """As `sample_multistep`, by UniPC of order 2 (Zhao et al. 2023, B(h) = e^h - 1): Wan's own sampler.
-
-    Two predictions of x0 make each step; the prediction where it ends makes it once more. Timesteps are whole numbers.
-    """
-    x, begin = torch.cat([first, noise[:, :, 1:]], dim=2).float(), None
-    seen, levels = [], []  # the last two predictions, and their noise levels
-    for sigma, following in pairwise(sigmas):
-        level = frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])
-        x0 = velocity_to_x0(x, velocity(x, timestep(level).floor()).float(), level)
-        begin = x = unipc_step(begin, seen, [*levels, sigma], x0) if seen else x
-        seen, levels = [*seen[-1:], x0], [*levels[-1:], sigma]
-        x = unipc_step(x, seen, [*levels, following]) if following else x0
-        x[:, :, :1] = first
-    return x
-
-
-def unipc_step(x: Tensor, seen: Sequence[Tensor], levels: Sequence[float], end: Tensor | None = None) -> Tensor:
-    """x at the last but one of `levels` -> at the last. seen: x0 predicted at all but the last, `end` at that too."""
-    ages = [math.log((1 - sigma) / sigma) for sigma in levels]  # half the log of the signal-to-noise ratio
-    h, x0 = ages[-1] - ages[-2], seen[-1]
-    phi, change = math.expm1(-h), 0.0 if end is None else (end - x0) / 2
-    if len(seen) > 1:
-        rate = (ages[-3] - ages[-2]) / h
-        slope = (seen[-2] - x0) / rate
-        change = slope / 2
-        if end is not None:  # exact for polynomials of degree 2
-            total, moment = -1 / h - 1 / phi, (2 * (1 + phi / h) / h - 1) / phi
-            share = (total - moment) / (1 - rate)
-            change = share * slope + (total - share) * (end - x0)
-    return levels[-1] / levels[-2] * x - (1 - levels[-1]) * phi * (x0 + change)
 
 
 def backward_simulation(velocity: Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float], last: int) -> Tensor:

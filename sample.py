@@ -35,6 +35,7 @@ import flow
 from adapter import Adapter, check_fit, read_adapter, read_maps
 from core import memory, parallel
 from core.attention import BACKENDS
+from core.boxes import draw_overlay
 from core.codec import Codec
 from core.config import UserError, check_options, require, run_script, shipped, warn
 from core.files import no_pointer, output_path
@@ -47,8 +48,8 @@ from tools.batch import make_table, overlay_path
 from tools.serve import serve_page
 from toy.detail import add_detail, enlarge, full_size, written_size
 from toy.segment import segment
-from trajectory import Maps, Trajectory, draw_overlay, load_trajectory
-from wan.lora import merge
+from trajectory import Maps, Trajectory, load_trajectory
+from wan import lora, unipc
 from wan.published import find_generator
 
 
@@ -171,7 +172,7 @@ def read_condition(job: Config, codec: Codec, maps: Maps) -> Condition:
 def load_networks(cfg: Config, files: tuple[str, Path], procs: parallel.Processes) -> tuple[VideoDiT, Adapter]:
     """Generator and adapter, ready to work. UserError if they don't fit the preset or one another."""
     name, dtype = cfg.speed.title(), torch.int8 if cfg.memory == "low" else frozen_dtype(cfg.preset, cfg.dtype)
-    edit = partial(merge, text=cfg.lora) if cfg.lora else None
+    edit = partial(lora.merge, text=cfg.lora) if cfg.lora else None
     generator = VideoDiT.from_pretrained(files[0], f"{name}Generator", dtype, preset=cfg.preset, edit=edit)
     adapter = read_adapter(files[1], f"{name}Adapter", dtype)
     check_fit(adapter, files[1], generator, files[0])
@@ -208,7 +209,7 @@ def denoise(
             return flow.sample_fewstep(guided, first, noise, flow.sigma_schedule(steps, shift))
         noise = sample_noise(shape, [0], cfg.seed).to(first.device)
         if cfg.solver == "unipc":
-            return flow.sample_unipc(guided, first, noise, flow.sigma_schedule(steps, shift, flow.UNIPC_BEGIN))
+            return unipc.sample_unipc(guided, first, noise, flow.sigma_schedule(steps, shift, unipc.BEGIN))
         return flow.sample_multistep(guided, first, noise, flow.sigma_schedule(steps, shift))
 
 
@@ -249,7 +250,7 @@ def make_video(
                 picture, trajectory = full
                 video = add_detail(video, picture, trajectory)
             if with_boxes:
-                write_video(overlay_path(job.out), draw_overlay(video, trajectory), codec.fps)
+                write_video(overlay_path(job.out), draw_overlay(video, trajectory.boxes, trajectory.colors), codec.fps)
             write_video(job.out, video, codec.fps, made_of)  # last: a video that is there is complete
 
 

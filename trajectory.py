@@ -129,24 +129,6 @@ class Trajectory:
         return canvas
 
 
-def draw_overlay(frames: np.ndarray, trajectory: Trajectory) -> np.ndarray:
-    """A video with its trajectory drawn on it: boxes, and a dot at every box centre of the whole path.
-
-    frames uint8 [T, H, W, 3], of the trajectory's size or a multiple -> the same shape. Colours are the objects' own at
-    full brightness. Raises ValueError if the trajectory is of another shape or length.
-    """
-    scale = frames.shape[1] // trajectory.size[0]
-    if frames.shape[:3] != (trajectory.num_frames, *np.multiply(trajectory.size, scale)) or not scale:
-        raise ValueError(f"a trajectory of {trajectory.num_frames} x {trajectory.size} on a video {frames.shape}")
-    overlay, centers = frames.copy(), (trajectory.boxes[..., :2] + trajectory.boxes[..., 2:]) / 2
-    canvas = overlay.transpose(3, 0, 1, 2)  # a view
-    bright = trajectory.colors.astype(float) / trajectory.colors.max(axis=1, keepdims=True).clip(1) * 255
-    for k, color in enumerate(bright.round().astype(np.uint8)[..., None, None]):  # (3, 1, 1)
-        drawing.draw_dots(canvas, centers[k] * scale, color)
-        drawing.draw_outlines(canvas, trajectory.boxes[k] * scale, color)
-    return overlay
-
-
 def load_trajectory(
     path: str | Path, image_size: Size, num_frames: int, source_size: Size | None = None, cut: bool = False,
     fill: Fill = drawing.fill_box,

@@ -129,6 +129,17 @@ def draw_dots(video: np.ndarray, points: np.ndarray, color: np.ndarray) -> None:
         video[..., y0:y1, x0:x1] = color[..., None]
 
 
+def draw_overlay(video: np.ndarray, boxes: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Boxes [K, T, 4], and dots at all their centres, on a copy of a video uint8 [T, H, W, 3]; colours [K, 3]."""
+    overlay, centers = video.copy(), (boxes[..., :2] + boxes[..., 2:]) / 2
+    canvas = overlay.transpose(3, 0, 1, 2)  # a view
+    bright = colors.astype(float) / colors.max(axis=1, keepdims=True).clip(1) * 255
+    for k, color in enumerate(bright.round().astype(np.uint8)[..., None, None]):  # at full brightness
+        draw_dots(canvas, centers[k], color)
+        draw_outlines(canvas, boxes[k], color)
+    return overlay
+
+
 def flat_colors(frame: np.ndarray, most: int) -> np.ndarray:
     """Colours of the objects painted on black, largest first, `most` + 1 of them at most: [H, W, 3] -> float [K, 3]."""
     # Only pixels like all their neighbours count: at an edge two colours blend into ones that no object has.

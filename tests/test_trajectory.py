@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from conftest import make_trajectory, refused
 from PIL import Image
 
-from core.boxes import draw_outlines, fill_box, fill_hole
+from core.boxes import draw_outlines, draw_overlay, fill_box, fill_hole
 from core.media import to_uint8
 from core.noise import random_blackout
 from toy.world import World
-from trajectory import PALETTE, Trajectory, draw_overlay, load_trajectory
+from trajectory import PALETTE, Trajectory, load_trajectory
 
 CELLS = {".": (0, 0, 0), "a": PALETTE[0], "b": PALETTE[1]}
 
@@ -609,7 +609,7 @@ def test_overlay(tmp_path):
     truth = moving((48, 64))
     gray = np.full((9, 48, 64, 3), 128, np.uint8)
     large = gray.repeat(3, 1).repeat(3, 2)
-    overlay = draw_overlay(large, truth)
+    overlay = draw_overlay(large, 3 * truth.boxes, truth.colors)
     assert overlay.shape == (9, 144, 192, 3) and overlay.dtype == np.uint8
     bright = [255, 64, 64]  # (128, 32, 32) with its brightest channel at 255
     assert overlay[2, 18, 24:84].tolist() == [bright] * 60  # the upper edge of box [8, 6, 28, 30], three times as large
@@ -618,10 +618,5 @@ def test_overlay(tmp_path):
         assert (overlay[:, 54, 3 * (14 + 2 * t)] == bright).all()
     green = (overlay[-1] == [64, 255, 64]).all(-1)
     assert 0 < green.sum() <= 8 * 4  # no box in the last frame, only dots
-    assert draw_overlay(gray, truth).shape == (9, 48, 64, 3)
-    given = replace(truth, maps_given=truth.maps())
-    assert (draw_overlay(large, given) == overlay).all()
-    for frames in gray[:5], gray[:, :40]:
-        with pytest.raises(ValueError, match="trajectory"):
-            draw_overlay(frames, truth)
+    assert draw_overlay(gray, truth.boxes, truth.colors).shape == (9, 48, 64, 3)
     assert (gray == 128).all() and (large == 128).all()  # drawn on a copy

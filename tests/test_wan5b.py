@@ -31,6 +31,7 @@ from core.weights import read_network, read_safetensors, save_network
 from data import ClipLatents
 from model import VideoDiT
 from tools import prepare_clips, train_baseline
+from wan import unipc
 from wan.codec import NEGATIVE_PROMPT, WanCodec
 from wan.tiny_decoder import TinyDecoder
 from wan.vae import WanVAE
@@ -122,7 +123,7 @@ def test_guidance_goes_away_from_the_negative_prompt_with_the_adapter_in_both_br
 
 def slow_levels(shift: float) -> list[float]:
     """As in Wan's own program: below 1, and whole timesteps."""
-    return [int(1000 * level) / 1000 for level in flow.sigma_schedule(2, shift, flow.UNIPC_BEGIN)[:2]]
+    return [int(1000 * level) / 1000 for level in flow.sigma_schedule(2, shift, unipc.BEGIN)[:2]]
 
 
 @pytest.mark.parametrize("speed, shift, memory", [("slow", 2.0, "high"), ("fast", 2.0, "low"), ("fast", 0.0, "high")])

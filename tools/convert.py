@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from core import media
-from core.boxes import fill_box, place
+from core.boxes import draw_overlay, fill_box, place
 from core.config import UserError, reason, require, run_script, shipped
 from core.files import no_pointer, output_path, write_text
 from core.weights import unpickle
-from trajectory import PALETTE, POINTS, Check, Trajectory, check_input, draw_overlay, load_trajectory, read_boxes_json
+from trajectory import PALETTE, POINTS, Check, Trajectory, check_input, load_trajectory, read_boxes_json
 
 # Arrays of point tracks by the names that CoTracker, TAPIR, TAP-Vid, SpatialTracker and others give them, and whether
 # the name says that they are point by point.
@@ -209,7 +209,8 @@ def main(cfg: Config) -> None:
         for t, frame in enumerate(media.to_uint8(trajectory.maps())):
             media.write_image(out / f"{t:05d}.png", frame)
     if image is not None:
-        media.write_video(preview, draw_overlay(np.repeat(image[None], cfg.frames, axis=0), trajectory), fps=8)
+        still = np.broadcast_to(image, (cfg.frames, *image.shape))
+        media.write_video(preview, draw_overlay(still, trajectory.boxes, trajectory.colors), fps=8)
     print(f"{len(trajectory.names)} objects, {cfg.frames} frames: {out}")
 
 

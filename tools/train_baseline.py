@@ -26,7 +26,7 @@ from core.memory import send
 from core.noise import sample_uniform, step_noise
 from core.runs import Run, due, start_processes
 from data import Source, open_codec, training_data
-from distill_fast import matching_step, student_learns
+from distill_fast import matching_step
 from flow import Velocity
 from model import PRESETS, VideoDiT, frozen_dtype
 from wan.published import find_generator
@@ -177,7 +177,7 @@ def main(cfg: Config) -> None:
             optim.set_lr(fake_optimizers, optim.learning_rate(step, cfg.fake_lr, cfg.warmup, cfg.steps, cfg.schedule))
             networks = student, fake_score, teacher, negative
             values = matching_step(step, "fake", cfg, *networks, fake_optimizers, data, procs, "box")
-            if student_learns(step, cfg.ratio):
+            if (step + 1) % cfg.ratio == 0:
                 values |= matching_step(step, "generator", cfg, *networks, optimizers, data, procs, "box")
                 ema.update(step)
         run.log(step + 1, **values)
