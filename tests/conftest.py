@@ -1,6 +1,7 @@
 """Makes the modules importable from any folder; `run` starts a script as a user would."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def refused(message: str, call, *given, **options) -> str:
         call(*given, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def run_measured(*command: object) -> tuple[subprocess.CompletedProcess, float, int]:
+    """Run a command; also the seconds of work and the KiB that it took at most.
+
+    A small process starts it: what a large one starts counts the large one's memory, too.
+    """
+    script = "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]); " \
+             "used = resource.getrusage(resource.RUSAGE_CHILDREN); " \
+             "print(used.ru_utime + used.ru_stime, used.ru_maxrss); sys.exit(code)"  # fmt: skip
+    job = subprocess.run([sys.executable, "-c", script, *map(str, command)], capture_output=True, text=True)
+    seconds, memory = job.stdout.split()[-2:]
+    return job, float(seconds), int(memory)
 
 
 def make_trajectory(boxes: list, size: tuple[int, int], masks=None):

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import subprocess
 import sys
 
 import imageio.v3 as iio
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from conftest import ROOT, make_trajectory
+from conftest import ROOT, make_trajectory, run_measured
 from PIL import Image
 
 import sample
@@ -294,11 +293,8 @@ def test_a_photograph_of_12_megapixels_takes_less_than_a_gigabyte(here):
     Image.fromarray(skimage.data.coffee()).resize((4240, 2830), Image.Resampling.LANCZOS).save("photo.jpg")
     boxes = [{"boxes": {"0": [1230, 85, 2970, 1700], "16": [2080, 370, 3810, 1980]}}]
     (here / "b.json").write_text(json.dumps({"objects": boxes}))
-    script = "import resource, sys, subprocess; code = subprocess.call([sys.executable, *sys.argv[1:]]); " \
-             "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"  # fmt: skip
     flags = "--image photo.jpg --traj b.json --frames 17 --steps 1 --compile false --weights ."
-    command = [sys.executable, "-c", script, str(ROOT / "sample.py"), *flags.split()]
-    job = subprocess.run(command, capture_output=True, text=True)
+    job, _, memory = run_measured(sys.executable, ROOT / "sample.py", *flags.split())
     assert job.returncode == 0, job.stderr
-    assert int(job.stdout.split()[-1]) < 900 << 10  # KiB
+    assert memory < 900 << 10  # KiB
     assert iio.imread("out/sample.mp4").shape == (17, 870, 1280, 3)

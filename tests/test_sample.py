@@ -1,8 +1,6 @@
 """sample.py as a user runs it: the shipped example, its cost, and every kind of bad input."""
 
 import math
-import os
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -11,7 +9,7 @@ import imageio.v3 as iio
 import nets
 import numpy as np
 import pytest
-from conftest import ROOT, refused
+from conftest import ROOT, refused, run_measured
 from PIL import Image, ImageOps
 
 import flow
@@ -22,16 +20,13 @@ from toy.codec import ToyCodec
 from toy.detail import full_size
 
 
-def test_shipped_example(tmp_path):
+def test_shipped_example(tmp_path, monkeypatch):
     """No arguments: a video and its overlay, in under 60 s and 2 GiB."""
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        job = subprocess.Popen([sys.executable, ROOT / "sample.py"], cwd=tmp_path, stdout=out, stderr=out)
-        _, status, usage = os.wait4(job.pid, 0)
-    said = log.read_text()
-    assert status == 0 and "denoise" in said and "4 steps on cpu: out/sample.mp4" in said, said
-    assert usage.ru_utime + usage.ru_stime < 60  # of work: on a busy machine a clock would say more
-    assert usage.ru_maxrss < 2 << 20  # KiB
+    monkeypatch.chdir(tmp_path)
+    job, seconds, memory = run_measured(sys.executable, ROOT / "sample.py")
+    assert job.returncode == 0 and "denoise" in job.stdout and "4 steps on cpu: out/sample.mp4" in job.stdout, job
+    assert seconds < 60  # of work: on a busy machine a clock would say more
+    assert memory < 2 << 20  # KiB
     video, overlay = (iio.imread(tmp_path / "out" / name) for name in ("sample.mp4", "sample.boxes.mp4"))
     picture = read_picture(ROOT / "examples/balloons.jpg")
     shown = full_size(picture, (152, 184))
