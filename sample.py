@@ -209,7 +209,7 @@ def denoise(
             return flow.sample_fewstep(guided, first, noise, flow.sigma_schedule(steps, shift))
         noise = sample_noise(shape, [0], cfg.seed).to(first.device)
         if cfg.solver == "unipc":
-            return unipc.sample_unipc(guided, first, noise, flow.sigma_schedule(steps, shift, unipc.BEGIN))
+            return unipc.sample_unipc(guided, first, noise, steps, shift)
         return flow.sample_multistep(guided, first, noise, flow.sigma_schedule(steps, shift))
 
 

@@ -130,11 +130,11 @@ def draw_dots(video: np.ndarray, points: np.ndarray, color: np.ndarray) -> None:
 
 
 def draw_overlay(video: np.ndarray, boxes: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Boxes [K, T, 4], and dots at all their centres, on a copy of a video uint8 [T, H, W, 3]; colours [K, 3]."""
+    """Boxes [K, T, 4], and dots at their centres, in brightened colours [K, 3], on a copy of uint8 [T, H, W, 3]."""
     overlay, centers = video.copy(), (boxes[..., :2] + boxes[..., 2:]) / 2
     canvas = overlay.transpose(3, 0, 1, 2)  # a view
     bright = colors.astype(float) / colors.max(axis=1, keepdims=True).clip(1) * 255
-    for k, color in enumerate(bright.round().astype(np.uint8)[..., None, None]):  # at full brightness
+    for k, color in enumerate(bright.round().astype(np.uint8)[..., None, None]):
         draw_dots(canvas, centers[k], color)
         draw_outlines(canvas, boxes[k], color)
     return overlay

@@ -124,7 +124,7 @@ def test_unipc_is_that_of_diffusers(steps):
         asked.append(t[0].tolist())
         return network(x) * (1 + t[:, None, :, None, None] / 1000)
 
-    got = unipc.sample_unipc(velocity, first, noise, flow.sigma_schedule(steps, 5.0, unipc.BEGIN))
+    got = unipc.sample_unipc(velocity, first, noise, steps, 5.0)
     times = [t for _, t, _ in asked]
     solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     solver.set_timesteps(sigmas=0.999 * (1 - np.arange(steps) / steps))

@@ -13,14 +13,14 @@ BEGIN = 0.999  # where its noise levels begin (Wan): at 1 the log of signal to n
 
 
 @torch.no_grad()
-def sample_unipc(velocity: flow.Velocity, first: Tensor, noise: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """As `flow.sample_multistep`, by UniPC. `sigmas` begin at BEGIN.
+def sample_unipc(velocity: flow.Velocity, first: Tensor, noise: Tensor, steps: int, shift: float) -> Tensor:
+    """As `flow.sample_multistep`, by UniPC, over noise levels of its own.
 
     Two predictions of x0 make each step; the prediction where it ends makes it once more. Timesteps are whole numbers.
     """
     x, begin = torch.cat([first, noise[:, :, 1:]], dim=2).float(), None
     seen, levels = [], []  # the last two predictions, and their noise levels
-    for sigma, following in pairwise(sigmas):
+    for sigma, following in pairwise(flow.sigma_schedule(steps, shift, BEGIN)):
         level = flow.frame_sigma(x.new_full((x.shape[0],), sigma), x.shape[2])
         x0 = flow.velocity_to_x0(x, velocity(x, flow.timestep(level).floor()).float(), level)
         begin = x = unipc_step(begin, seen, [*levels, sigma], x0) if seen else x
