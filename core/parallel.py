@@ -56,19 +56,19 @@ class TokenSplit:
 
     def to_heads(self, x: Tensor) -> Tensor:
         """All heads of own tokens -> own heads of all tokens, reordered: [B, n, P*h, d] -> [B, P*n, h, d]."""
-        return self.exchange(x, "b n (p h) d", "b (p n) h d")
+        return self.exchange(x, sent=2, received=1)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """The inverse of `to_heads`."""
-        return self.exchange(x, "b (p n) h d", "b n (p h) d")
+        return self.exchange(x, sent=1, received=2)
 
-    def exchange(self, x: Tensor, sent: str, received: str) -> Tensor:
-        """All-to-all. Axis p of `sent` counts the parts to send, axis p of `received` those that arrive."""
+    def exchange(self, x: Tensor, sent: int, received: int) -> Tensor:
+        """All-to-all: a part of axis `sent` goes to each process, and what arrives is joined along axis `received`."""
         if self.group is None:
             return x
-        parts = rearrange(x, f"{sent} -> p b n h d", p=self.group.size()).contiguous()
+        parts = torch.stack(x.chunk(self.group.size(), sent))  # the compiler would take seconds to read einops
         parts = collectives.all_to_all_single_autograd(parts, None, None, self.group)
-        return rearrange(parts, f"p b n h d -> {received}")
+        return torch.cat(parts.unbind(), received)
 
 
 @dataclass(frozen=True)
