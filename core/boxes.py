@@ -122,20 +122,16 @@ def draw_outlines(video: np.ndarray, boxes: np.ndarray, color: np.ndarray) -> No
             video[:, t, max(0, y0) : max(0, y1 + 1), max(0, x - half) : max(0, x + half + 1)] = color
 
 
-def draw_dots(video: np.ndarray, points: np.ndarray, color: np.ndarray) -> None:
-    """Draw a square dot as wide as a line at each of n points [n, 2] into all frames of a video [3, T, H, W]."""
-    half = np.array([-1, -1, 1, 1]) * max(1, min(video.shape[2:]) // 100) / 2
-    for x0, y0, x1, y1 in whole_pixels(np.tile(points, 2) + half, video.shape[2:]):
-        video[..., y0:y1, x0:x1] = color[..., None]
-
-
 def draw_overlay(video: np.ndarray, boxes: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Boxes [K, T, 4], and dots at their centres, in brightened colours [K, 3], on a copy of uint8 [T, H, W, 3]."""
-    overlay, centers = video.copy(), (boxes[..., :2] + boxes[..., 2:]) / 2
+    """Boxes [K, T, 4], and their paths as dots, in brightened colours [K, 3], on a copy of uint8 [T, H, W, 3]."""
+    overlay, size, centers = video.copy(), video.shape[1:3], (boxes[..., :2] + boxes[..., 2:]) / 2
     canvas = overlay.transpose(3, 0, 1, 2)  # a view
+    reach = np.array([-1, -1, 1, 1]) * max(1, min(size) // 100) / 2  # a dot is as wide as a line
+    dots = whole_pixels(np.tile(centers, 2) + reach, size)  # (K, T, 4), all drawn in every frame
     bright = colors.astype(float) / colors.max(axis=1, keepdims=True).clip(1) * 255
     for k, color in enumerate(bright.round().astype(np.uint8)[..., None, None]):
-        draw_dots(canvas, centers[k], color)
+        for x0, y0, x1, y1 in dots[k]:
+            canvas[..., y0:y1, x0:x1] = color[..., None]
         draw_outlines(canvas, boxes[k], color)
     return overlay
 
