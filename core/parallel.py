@@ -92,13 +92,6 @@ class Processes:
         first = step * batch + team * accumulate * size
         return [list(range(first + i * size, first + (i + 1) * size)) for i in range(accumulate)]
 
-    def mean(self, value: Tensor) -> float:
-        """Average of a scalar over all ranks. This waits for the device."""
-        value = value.detach().float().clone()
-        if self.mesh is not None:
-            dist.all_reduce(value)
-        return value.item() / self.world
-
     def gather(self, own: list) -> list:
         """The lists of all ranks, joined."""
         lists = [own] * self.world

@@ -224,7 +224,8 @@ class Run:
         """What a step gave, averaged over ranks; written every LOG_EVERY steps. Every rank must call."""
         self.unchecked.append((step, {name: fetch(torch.as_tensor(value).detach()) for name, value in values.items()}))
         if step % LOG_EVERY == 0:
-            numbers = {n: self.procs.mean(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+            everywhere = self.procs.gather([{name: float(value) for name, value in values.items()}])
+            numbers = {name: sum(own[name] for own in everywhere) / len(everywhere) for name in values}
             if self.procs.rank == 0 and all(map(math.isfinite, numbers.values())):
                 self.write(step, numbers)
         self.check_finite(all_steps=self.procs.device.type == "cpu")

@@ -197,7 +197,7 @@ def pretend_gpus(world: int = 1) -> Iterator[None]:
         (dist, "new_group", lambda *_, **__: new_group(backend="fake")),
         (dist.distributed_c10d, "_get_pg_default_device", lambda: torch.device("cuda", 0)),
         (torch.nn.functional, "scaled_dot_product_attention", flash), (parallel, "init_processes", init_processes),
-        (parallel.Processes, "mean", lambda *_: 0.5), (parallel.Processes, "gather", lambda _, own: own),
+        (parallel.Processes, "gather", lambda _, own: own),
     ]  # fmt: skip
     with patched(patches), mock.patch.dict(os.environ, environment), FakeTensorMode(), Factories(), casts:
         rotary_table.cache_clear()
