@@ -92,8 +92,7 @@ def read_picture(path: Path | str, ground: str = "white") -> np.ndarray:
         image = Image.fromarray((grey(image) * 255).round().astype(np.uint8))
     image = image.convert("RGBA") if image.has_transparency_data else image  # before RGB, at which Pillow warns
     alpha = image.getchannel("A") if image.mode == "RGBA" else None
-    if alpha or image.mode not in ("L", "CMYK"):
-        image = image.convert("RGB")
+    image = image if image.mode in ("L", "CMYK") else image.convert("RGB")  # the modes that profiles are for
     if profile := image.info.get("icc_profile"):
         source, target = ImageCms.ImageCmsProfile, ImageCms.createProfile("sRGB")
         with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):  # garbled, or of another kind of picture
