@@ -75,7 +75,7 @@ def videos(folder: str) -> dict[str, Path]:
 
 def find_masks(folder: str, name: str) -> Path:
     """`folder/masks/name/`, or `folder/masks/name` with a video's suffix."""
-    for place in (Path(folder) / "masks" / f"{name}{suffix}" for suffix in ("", *sorted(VIDEO_SUFFIXES))):
+    for place in (Path(folder) / "masks" / f"{name}{suffix}" for suffix in ("", *VIDEO_SUFFIXES)):
         if no_pointer(place).exists():
             return place
     raise UserError(f"{Path(folder) / 'masks' / name}: no such folder or video; every generated video needs one")

@@ -125,8 +125,7 @@ def read_clip(clip: Clip, cfg: Config, codec: Codec) -> tuple[dict[str, Tensor],
 
     And how many times as large they are as in the file, and its frames a second. UserError if a clip can't be used.
     """
-    kinds = sorted(media.VIDEO_SUFFIXES)
-    require(clip.video.suffix.lower() in kinds, f"no video; read are {', '.join(kinds)}")
+    require(clip.video.suffix.lower() in media.VIDEO_SUFFIXES, f"no video; read are {', '.join(media.VIDEO_SUFFIXES)}")
     require(clip.caption, "no caption, or none in UTF-8")
     require(os.path.exists(no_pointer(clip.video)), "no such video")
     try:
