@@ -1,5 +1,6 @@
 """tools/convert.py: every form of a trajectory into every other, and point tracks into boxes."""
 
+import io
 import json
 from itertools import pairwise
 
@@ -20,18 +21,20 @@ POINTS = np.stack([np.stack([np.linspace(10, 30, 9), np.full(9, 20.0)], -1),
 SHOWN = np.ones((9, 2), bool)
 SHOWN[3:5, 1] = False
 WORDS = np.where(SHOWN, [[f"{x},{y}" for x, y in frame] for frame in POINTS], "- -")
-TENSOR = torch.tensor(POINTS)
+TENSOR, VISIBLE, BY_POINT = torch.tensor(POINTS), torch.tensor(SHOWN)[None], POINTS.swapaxes(0, 1)
 LEARNED = TENSOR.bfloat16().requires_grad_()  # these numbers are exact in it
 GRID = np.array([[12 + 10 * i, 12 + 10 * j] for j in range(3) for i in range(3)]) + np.arange(9)[:, None, None]
 ALL, BOTH = np.ones((9, 9), bool), np.ones((9, 2), bool)
+ATI = io.BytesIO()  # packed as ATI does it: [K, T, 1, 3], in eighths of a pixel
+np.savez_compressed(ATI, array=np.dstack([8 * POINTS, SHOWN]).swapaxes(0, 1)[:, :, None])
 
 
 def write(path, held):
     """What holds tracks, by the file's suffix; of a pair two .npy files, as Wan-Move writes them."""
-    if isinstance(held, bytes):
-        path.write_bytes(held)
-    elif path.suffix.lower() in (".pt", ".pth"):
+    if path.suffix.lower() in (".pt", ".pth"):
         torch.save(held, path)
+    elif isinstance(held, bytes):
+        path.write_bytes(held)
     elif isinstance(held, dict):
         np.savez(path, **held)
     elif isinstance(held, tuple):
@@ -46,9 +49,16 @@ TRACKS = {  # as trackers write them -> their points and which are seen; nine po
     "last.npy": (np.dstack([POINTS, SHOWN]).astype(np.float32), POINTS, SHOWN),
     "named.npz": ({"tracks": POINTS, "visibility": SHOWN}, POINTS, SHOWN),
     "tensor.pt": (TENSOR, POINTS, BOTH),
-    "pair.pt": ((LEARNED[None], torch.tensor(SHOWN)[None]), POINTS, SHOWN),
+    "pair.pt": ((LEARNED[None], VISIBLE), POINTS, SHOWN),
     "none.PT": ({"tracks": TENSOR, "visibility": None}, POINTS, BOTH),
-    "lines.txt": ("\n".join(map(" ".join, WORDS)).encode(), POINTS, SHOWN),
+    "lines.txt": ("\n".join(map(" ".join, WORDS)).encode(), np.where(SHOWN[..., None], POINTS, np.nan), SHOWN),
+    "occluded.npz": ({"tracks": POINTS, "occluded": ~SHOWN}, POINTS, SHOWN),
+    "visibles.npz": ({"tracks": POINTS, "visibles": SHOWN}, POINTS, SHOWN),
+    "spatialtracker.npz": ({"tracks": POINTS, "vis": SHOWN.astype(np.float32)}, POINTS, SHOWN),
+    "cotracker_old.pt": ({"pred_tracks": TENSOR[None], "pred_visibility": VISIBLE[..., None]}, POINTS, SHOWN),
+    "tapir.npz": ({"tracks": BY_POINT, "visibles": SHOWN.T}, POINTS, SHOWN),
+    "tapvid_two.npz": ({"target_points": BY_POINT, "occluded": ~SHOWN.T, "video": np.zeros(3)}, POINTS, SHOWN),
+    "ati.pth": (ATI.getvalue(), POINTS, SHOWN),
     "tracks.npy": ((POINTS, SHOWN), POINTS, SHOWN),
     "x_track.npy": ((POINTS, SHOWN), POINTS, SHOWN),
     "cotracker.npz": ({"pred_tracks": GRID[None], "pred_visibility": ALL[None]}, GRID, ALL),
@@ -63,7 +73,8 @@ def test_point_tracks_of_every_kind(name, tmp_path):
     held, wanted, seen = TRACKS[name]
     write(tmp_path / name, held)
     points, shown = read_points(tmp_path / name, 9)
-    assert np.array_equal(shown, seen) and np.abs(points - wanted)[seen].max() < 1e-4
+    np.testing.assert_allclose(points, wanted)
+    assert np.array_equal(shown, seen)
 
 
 LATE = np.dstack([POINTS, BOTH])
@@ -71,6 +82,7 @@ LATE[0, 1, 2] = 0
 BAD_TRACKS = [  # a file, what it holds, and what the message says; no tracks at all are in test_malformed.py
     ("flat.npy", POINTS[:, 0], r"is \[9, 2\]; give \[T, K, 2\]"),
     ("parts.npy", (POINTS - 9) / 30, "most coordinates lie within 1 pixel; if they are parts"),  # some lie beyond it
+    ("negative.npz", {"tracks": np.full((9, 2, 2), -0.5)}, "most coordinates lie within 1 pixel"),
     ("share.npy", np.dstack([POINTS, 0.7 * BOTH]), "the third number of a point is visibility, 0 or 1; leave it out"),
     ("nan.npy", POINTS * np.nan, "no point has a place in any frame"),
     ("late.npy", LATE, "point 1 is not to be seen in frame 0; leave it out with --pick"),
@@ -79,6 +91,9 @@ BAD_TRACKS = [  # a file, what it holds, and what the message says; no tracks at
     ("pair.pth", (torch.full((1, 9, 9, 2), 20.0), torch.ones(1, 9, 9)), "has as many points as frames, 9; save"),
     ("list.pt", [TENSOR], "holds a list, neither an array nor a dict of them; give"),
     ("other.npz", {"points": POINTS}, "holds points; name the tracks tracks or pred_tracks or"),
+    ("twice.npz", {"tracks": POINTS, "pred_tracks": POINTS}, "holds tracks, pred_tracks; name the tracks"),
+    ("seen.npz", {"tracks": POINTS, "occluded": ~SHOWN, "visibles": SHOWN},
+     "holds visibles and occluded; leave one out"),
     ("short.npz", {"tracks": POINTS, "visibility": SHOWN[1:]}, r"visibility: is \[8, 2\]; give \[9, 2\]"),
     ("logits.npz", {"tracks": POINTS, "occlusion": SHOWN * 9.0 - 4},
      "occlusion: holds more than 0 to 1, logits perhaps; give visibility, 0 to 1"),

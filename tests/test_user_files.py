@@ -1,6 +1,5 @@
-"""What users' files and machines do: full disks, odd videos, pictures and masks of every depth, names, tracks."""
+"""What users' files and machines do: full disks, odd videos, pictures and masks of every depth, names."""
 
-import io
 import json
 import os
 import resource
@@ -347,48 +346,6 @@ def test_the_rate_of_a_video_is_in_whole_frames_a_second_and_mixed_ones_are_told
     write_safetensors(tmp_path / "latents-00000.safetensors", {"0.video": torch.zeros(1)}, header)
     prepare_clips.report(tmp_path, {"clips": 17})
     assert capsys.readouterr().err == ""
-
-
-T, K = 9, 2
-PATH = np.stack([np.linspace(10, 38, T), np.full(T, 20.0)], -1)[:, None] + np.array([[0, 0], [0, 12]])  # (T, K, 2)
-SEEN = np.ones((T, K), bool)
-SEEN[3:6, 0] = False
-
-
-def ati(path: Path) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, array=np.concatenate([PATH * 8, SEEN[..., None]], -1).swapaxes(0, 1)[:, :, None])
-    torch.save(buffer.getvalue(), path)
-
-
-TRACKS, VISIBLE = torch.tensor(PATH)[None], torch.tensor(SEEN)[None]  # as CoTracker has them
-TRACK_FILES = {
-    "occluded.npz": lambda p: np.savez(p, tracks=PATH, occluded=~SEEN),
-    "visibles.npz": lambda p: np.savez(p, tracks=PATH, visibles=SEEN),
-    "tapir.npz": lambda p: np.savez(p, tracks=PATH.swapaxes(0, 1), visibles=SEEN.T),
-    "tapvid.npz": lambda p: np.savez(p, target_points=PATH.swapaxes(0, 1), occluded=~SEEN.T, video=np.zeros(3)),
-    "cotracker_old.pt": lambda p: torch.save({"pred_tracks": TRACKS, "pred_visibility": VISIBLE[..., None]}, p),
-    "spatialtracker.npz": lambda p: np.savez(p, tracks=PATH, vis=SEEN.astype(np.float32)),
-    "ati.pth": ati,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", TRACK_FILES)
-def test_tracks_as_trackers_write_them(name, tmp_path):
-    TRACK_FILES[name](tmp_path / name)
-    points, shown = convert.read_points(tmp_path / name, T)
-    np.testing.assert_allclose(points, PATH)
-    assert np.array_equal(shown, SEEN)
-
-
-def test_arrays_told_twice_and_tracks_in_parts_of_the_picture_are_refused(tmp_path):
-    for arrays, message in (
-        ({"tracks": PATH, "occluded": ~SEEN, "visibles": SEEN}, "holds visibles and occluded; leave one out"),
-        ({"tracks": PATH, "pred_tracks": PATH}, "holds tracks, pred_tracks; name the tracks"),
-        ({"tracks": np.full((9, 2, 2), -0.5)}, "most coordinates lie within 1 pixel"),
-    ):
-        np.savez(tmp_path / "x.npz", **arrays)
-        refused(message, convert.read_points, tmp_path / "x.npz", T)
 
 
 def test_a_box_at_the_picture_s_edge_crosses_nothing_though_fitting_the_shape_cuts_a_little(tmp_path, capsys):
