@@ -70,16 +70,6 @@ def picture(height: int = 20, width: int = 24) -> torch.Tensor:
     return torch.stack([red, green.expand(-1, width), torch.full((height, width), 0.5)])
 
 
-def pixel_maps(*boxes, image: torch.Tensor | None = None) -> torch.Tensor:
-    """Maps of a picture's own pixels for these objects' boxes."""
-    image = picture() if image is None else image
-    return make_trajectory(boxes, image.shape[1:]).maps("box", image)
-
-
-def same(a: torch.Tensor, b: torch.Tensor | float) -> bool:
-    return torch.allclose(a, b if isinstance(b, torch.Tensor) else torch.full_like(a, b), atol=1e-4)
-
-
 # Objects' boxes, their masks in frame 0, as boxes, if these are others, and what frames show: in this region what the
 # picture has from this place on, mirrored where that lies beyond it, or grey. Elsewhere frame 0 is black, and
 # later ones are the picture, but for holes: where an object was, and where its parts are that another hid.
@@ -124,7 +114,7 @@ def test_a_map_of_pixels_shows_things_where_they_are_and_where_they_go(kind):
             wanted[:, t, y0:y1, x0:x1] = {"hole": torch.nan, "grey": 0.0}[source]
     known = ~wanted.isnan()
     for maps in (trajectory.maps("box", image), trajectory.maps("mask", image)):
-        assert maps.dtype == torch.float32 and same(maps[known], wanted[known])
+        assert maps.dtype == torch.float32 and torch.allclose(maps[known], wanted[known], atol=1e-4)
         low, high = image.amin((1, 2)), image.amax((1, 2))
         for channel, hole in enumerate(~known):  # between the colours around
             assert (low[channel] <= maps[channel][hole]).all() and (maps[channel][hole] <= high[channel]).all()
@@ -150,7 +140,7 @@ def test_a_box_that_grows_scales_what_is_in_it():
     image, near = picture(), partial(torch.testing.assert_close, atol=5e-3, rtol=0)  # PyTorch's bicubic on ramps
     red, green = image[0, 0, 2:10], image[1, 2:10, 0]
     step_x, step_y = red[1] - red[0], green[1] - green[0]
-    maps = pixel_maps([[2, 2, 10, 10], [6, 2, 22, 18], [2.5, 3.25, 10.5, 11.25]])
+    maps = make_trajectory([[[2, 2, 10, 10], [6, 2, 22, 18], [2.5, 3.25, 10.5, 11.25]]], (20, 24)).maps("box", image)
     # Twice as large: the centres of pixels lie a quarter of a pixel beside the source's. The outer see the mask end.
     at = torch.arange(3, 13) / 2 - 0.25
     near(maps[0, 1, 5:15, 9:19], (red[0] + at * step_x).expand(10, 10))
@@ -161,9 +151,9 @@ def test_a_box_that_grows_scales_what_is_in_it():
 
 
 def test_an_object_between_pixels_fades_at_its_edge_and_is_not_cut_by_its_box():
-    image = torch.full((3, 14, 20), -0.5)
+    image, same = torch.full((3, 14, 20), -0.5), partial(np.allclose, atol=1e-4)
     image[:, 4:10, 4:10] = 0.8
-    maps = pixel_maps([[4, 4, 10, 10], [6.5, 4, 12.5, 10], [6.3, 4, 12.3, 10]], image=image)
+    maps = make_trajectory([[[4, 4, 10, 10], [6.5, 4, 12.5, 10], [6.3, 4, 12.3, 10]]], (14, 20)).maps("box", image)
     row = maps[0, :, 7]
     assert same(row[1, [5, 13]], -0.5) and same(row[1, 8:11], 0.8) and same(row[1].roll(1), row[1].flip(0))
     assert torch.allclose(row[1, [6, 12]], torch.tensor(0.15), atol=0.02)  # half of either column is the object's
