@@ -119,6 +119,9 @@ def test_a_map_of_pixels_shows_things_where_they_are_and_where_they_go(kind):
         for channel, hole in enumerate(~known):  # between the colours around
             assert (low[channel] <= maps[channel][hole]).all() and (maps[channel][hole] <= high[channel]).all()
             assert maps[channel][hole].numel() < 8 or 0 < maps[channel][hole].std() < 0.5 or channel == 2
+    given = replace(trajectory, maps_given=trajectory.maps())  # whose colours are not the picture's: painted anew
+    assert torch.equal(given.maps("box", image), trajectory.maps("box", image))
+    assert torch.equal(given.maps("box"), trajectory.maps("box"))
 
 
 def test_a_hole_gets_smooth_colours_between_those_around_it():
@@ -158,14 +161,6 @@ def test_an_object_between_pixels_fades_at_its_edge_and_is_not_cut_by_its_box():
     assert same(row[1, [5, 13]], -0.5) and same(row[1, 8:11], 0.8) and same(row[1].roll(1), row[1].flip(0))
     assert torch.allclose(row[1, [6, 12]], torch.tensor(0.15), atol=0.02)  # half of either column is the object's
     assert 0.6 > row[2, 6] > 0.2 > 0.1 > row[2, 12] > -0.4  # more of column 6, less of column 12
-
-
-def test_given_maps_say_which_pixels_move():
-    # Painted maps hold masks and boxes: their colours are not the picture's, and so they are painted anew.
-    trajectory, image = make_trajectory([[[2, 3, 8, 9], [7, 5, 13, 11]]], (20, 24)), picture()
-    given = replace(trajectory, maps_given=trajectory.maps())
-    assert torch.equal(given.maps("box", image), trajectory.maps("box", image))
-    assert torch.equal(given.maps("box"), trajectory.maps("box"))
 
 
 # Pixels that cv2.rectangle(image, (x0, y0), (x1, y1), color, thickness) of OpenCV 4 paints, and the CRC of their mask.
