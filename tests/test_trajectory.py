@@ -19,7 +19,7 @@ from conftest import make_trajectory, refused
 from PIL import Image
 
 from core.boxes import draw_outlines, draw_overlay, fill_box, fill_hole
-from core.media import to_uint8
+from core.media import to_uint8, write_image
 from core.noise import random_blackout
 from toy.world import World
 from trajectory import PALETTE, Trajectory, load_trajectory
@@ -269,24 +269,20 @@ def test_scaling_from_the_source_to_the_generated_size(tmp_path):
 
 def test_a_frame_of_another_shape_covers_the_video_and_is_cut_to_its_middle(tmp_path):
     keys = {"0": [20, 0, 40, 10]}  # of 100 x 50, twice as wide as high; the video is square: x from 25 to 75 is kept
-    square = load_trajectory(write(tmp_path, objects=[{"boxes": keys}]), (100, 100), 9, source_size=(50, 100))
+    sizes = {"size": (100, 100), "source": (50, 100)}
+    square = load(tmp_path, keys, **sizes)
     assert (square.boxes[0] == [-10, 0, 30, 20]).all()
     assert np.argwhere(square.masks[0]).tolist() == [[y, x] for y in range(20) for x in range(30)]
     mask = np.zeros((50, 100), dtype=np.uint8)
     mask[:10, 20:40] = 1
     Image.fromarray(mask).save(tmp_path / "m.png")
-    item = {"mask": "m.png", "boxes": keys}
-    masked = load_trajectory(write(tmp_path, objects=[item]), (100, 100), 9, source_size=(50, 100))
-    assert (masked.masks == square.masks).all()
-    maps = tmp_path / "maps"
-    maps.mkdir()
+    assert (load(tmp_path, keys, mask="m.png", **sizes).masks == square.masks).all()
     for t in range(9):
-        Image.fromarray(mask[..., None] * np.array(PALETTE[0], dtype=np.uint8)).save(maps / f"{t}.png")
-    given = load_trajectory(maps, (100, 100), 9)
+        write_image(tmp_path / f"maps/{t}.png", mask[..., None] * np.array(PALETTE[0], dtype=np.uint8))
+    given = load_trajectory(tmp_path / "maps", (100, 100), 9)
     assert (given.masks == square.masks).all() and (given.boxes[0] == [-10, 0, 30, 20]).all()
-    path = write(tmp_path, objects=[{"boxes": {"0": [0, 0, 10, 50]}}])
     lost = r"objects\[0\].boxes.*box of object 0 lies outside what --size 100x50 keeps"
-    refused(lost, load_trajectory, path, (100, 50), 9, (50, 100))
+    refused(lost, load, tmp_path, {"0": [0, 0, 10, 50]}, size=(100, 50), source=(50, 100))
 
 
 def test_mask_image_defaults_and_fields(tmp_path):
