@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from conftest import refused
 from PIL import Image, ImageCms, ImageFilter
+from test_trajectory import load as load_boxes
 
 from core import media
 from core.config import UserError
@@ -111,8 +112,7 @@ def test_what_a_killed_run_left_is_removed_when_the_file_is_made_again(tmp_path)
     assert (tmp_path / "a.mp4").read_bytes() == b"newer"
 
 
-SOURCE = "testsrc=s=96x64:r=30:d=3"
-PLAIN = ("-f", "lavfi", "-i", SOURCE)
+PLAIN = ("-f", "lavfi", "-i", "testsrc=s=96x64:r=30:d=3")
 STAMPED = ("-fps_mode", "passthrough", "-enc_time_base", "1/90000", "-video_track_timescale", "90000")
 ODD_VIDEOS = {
     "variable rate": (*PLAIN, "-vf", "settb=1/90000,setpts='if(lt(N,9),N*1500,9*1500+(N-9)*6000)'", *STAMPED),
@@ -221,8 +221,6 @@ def test_colours_are_as_the_profile_says_unless_it_is_garbled(color, profile, wa
 
 DISC = (np.hypot(*(np.mgrid[:96, :96] - 47.5)) < 30).astype(np.uint8)
 PAINTED = Image.fromarray(DISC * 255)
-
-
 MASKS = {
     "black is 3": Image.fromarray(np.where(DISC, 255, 3).astype(np.uint8)),
     "grey on black": Image.fromarray(DISC * 90),
@@ -302,7 +300,6 @@ READERS = {  # of files that a clone without their content holds as pointers
     "i.pt": lambda path: file_errors(path, "").__enter__(),
 }  # fmt: skip
 
-
 KEY = f"annex/objects/SHA256E-s9--{7:064d}.bin"
 POINTERS = {  # what stands in the file, or what the link names; and how to get the file
     "git-lfs": (f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064d}\nsize 9\n", "", "git lfs pull"),
@@ -350,19 +347,15 @@ def test_the_rate_of_a_video_is_in_whole_frames_a_second_and_mixed_ones_are_told
 
 def test_a_box_at_the_picture_s_edge_crosses_nothing_though_fitting_the_shape_cuts_a_little(tmp_path, capsys):
     for box, said in (([0, 0, 240, 192], ""), ([0, 0, 240.5, 192], "crosses"), ([-1, 20, 40, 60], "crosses")):
-        (tmp_path / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": box}}]}))
-        load_trajectory(tmp_path / "b.json", (152, 184), 9, (192, 240))
+        load_boxes(tmp_path, {"0": box}, size=(152, 184), source=(192, 240))
         assert bool(capsys.readouterr().err) == bool(said), box
-    (tmp_path / "b.json").write_text(json.dumps({"objects": [{"boxes": {"0": [0, 0, 99, 199]}}]}))
-    load_trajectory(tmp_path / "b.json", (704, 1280), 9, (480, 640))
+    load_boxes(tmp_path, {"0": [0, 0, 99, 199]}, size=(704, 1280), source=(480, 640))
     assert "boxes cross the video's edge and are cut there" in capsys.readouterr().err  # a wide video cuts much
 
 
 @pytest.mark.parametrize("box", [[-10, 4, 10, 20], [40, 30, 60, 70], [4, -3.5, 20, 12]])
 def test_a_box_that_crosses_the_edge_is_cut_there_with_a_note(box, tmp_path, capsys):
-    item = {"name": "cat", "boxes": {"0": [4, 4, 20, 20], "8": box}}
-    (tmp_path / "b.json").write_text(json.dumps({"objects": [item]}))
-    maps = load_trajectory(tmp_path / "b.json", (48, 48), 9).maps("box")
+    maps = load_boxes(tmp_path, {"0": [4, 4, 20, 20], "8": box}, name="cat").maps("box")
     note = capsys.readouterr().err
     assert note.count("\n") == 1 and "boxes cross the video's edge and are cut there: cat in frame 8" in note
     ys, xs = np.nonzero((maps[:, 8] > -1).any(0).numpy())
