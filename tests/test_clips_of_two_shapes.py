@@ -41,7 +41,6 @@ def write_clip(folder, number: int, size: tuple[int, int], length: int = 9) -> N
 def both(tmp_path_factory):
     """A folder of clips, and the shards that they become."""
     root = tmp_path_factory.mktemp("shapes")
-    (root / "both").mkdir()
     for number, kind in enumerate(KINDS):
         write_clip(root / "both", number, SIZES[kind])
     with pytest.MonkeyPatch.context() as patch:
