@@ -34,11 +34,6 @@ class LPIPS(nn.Module):
         return (a - b).abs().mean((1, 2, 3))
 
 
-def video(folder, name, seed, frames=12):
-    pixels = np.random.default_rng(seed).integers(0, 255, (frames, 6, 8, 3)).astype(np.uint8)
-    write_video(folder / f"{name}.mp4", pixels.repeat(8, 1).repeat(8, 2), fps=8)
-
-
 def all_masks(side, boxes=([[0, 0, 20, 20], None],) * 2, colors=COLORS):
     """Masks of two frames for every video."""
     for n in range(4):
@@ -59,8 +54,9 @@ def masks(folder, name, boxes, colors=COLORS):
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     for n in range(4):
-        video(folder / "generated", f"v{n}", n)
-        video(folder / "true", f"v{n}", 10 + n)
+        for side, seed in (("generated", n), ("true", 10 + n)):
+            pixels = np.random.default_rng(seed).integers(0, 255, (12, 6, 8, 3)).astype(np.uint8)
+            write_video(folder / side / f"v{n}.mp4", pixels.repeat(8, 1).repeat(8, 2), fps=8)
     (folder / "networks").mkdir()
     for name, network in (("inception-2015-12-05", Inception()), ("i3d_torchscript", I3D()), ("lpips", LPIPS())):
         torch.jit.script(network).save(folder / f"networks/{name}.pt")
