@@ -186,9 +186,7 @@ def factors(weights: dict[str, Tensor], layer: str = Q) -> tuple[Tensor, Tensor]
     return torch.randn(4, columns, generator=draw) * 0.2, torch.randn(rows, 4, generator=draw) * 0.2
 
 
-def merged_with(
-    lora: dict[str, Tensor], weights, folder, strength: float = 1.0, header=None, dtype=torch.float32
-) -> VideoDiT:
+def merged_with(lora, weights, folder, strength=1.0, header=None, dtype=torch.float32) -> VideoDiT:
     safetensors.torch.save_file(weights, folder / "g.safetensors")
     safetensors.torch.save_file(lora, folder / "lora.safetensors", header)
     text = f"{folder / 'lora.safetensors'}:{strength}" if strength != 1 else str(folder / "lora.safetensors")
