@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -42,10 +43,7 @@ def answer(given: VideoDiT | dict[str, Tensor] | Path | str) -> Tensor:
 
 def wrapped(name: str) -> str:
     """As FSDP names parameters of a model that is wrapped block by block."""
-    head, *rest = name.split(".")
-    if head != "blocks":
-        return f"model._fsdp_wrapped_module.{name}"
-    return ".".join(["model._fsdp_wrapped_module.blocks", rest[0], "_fsdp_wrapped_module", *rest[1:]])
+    return "model._fsdp_wrapped_module." + re.sub(r"^(blocks\.\d+)\.", r"\1._fsdp_wrapped_module.", name)
 
 
 CHECKPOINTS = {
