@@ -106,7 +106,6 @@ def test_dropped_captions_are_the_empty_prompt_or_the_negative_one(both, monkeyp
 def test_too_few_clips_of_a_shape_are_one_line(count, tmp_path):
     """Three of each; and a set of which all were rejected."""
     few = tmp_path / "few"
-    few.mkdir()
     shards = {f"{n}.video": torch.zeros(LATENTS["square" if n % 2 else "wide"]) for n in range(count)}
     write_safetensors(few / "latents-00000.safetensors", shards, {"made_of": "{}"})
     made_of = {"maps": "pixels", "codec": {}, "shards": {"latents-00000.safetensors": checksum(*few.iterdir())}}
