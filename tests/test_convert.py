@@ -159,11 +159,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(source, flags, message, tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_boxes_become_maps_and_a_video_and_boxes_again(large, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("size, scale", [((40, 60), 1), ((320, 480), 8)])
+def test_boxes_become_maps_and_a_video_and_boxes_again(size, scale, tmp_path, monkeypatch, capsys):
     """All of the size of the source. PNG maps are exact, and boxes of a video within a pixel."""
     monkeypatch.chdir(tmp_path)
-    size, scale = ((320, 480), 8) if large else ((40, 60), 1)
     objects = [
         {"boxes": {"0": [2, 3, 14, 15], "8": [20, 25, 34, 36]}},
         {"boxes": {"0": [26, 4, 40, 20], "8": [30, 2, 38, 14]}, "visible": [[0, 4], [7, 7]]},  # hidden for a while
