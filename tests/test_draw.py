@@ -21,8 +21,6 @@ from toy.codec import ToyCodec
 from trajectory import PALETTE, load_trajectory
 from wan.codec import WanCodec
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
 
 def test_what_is_drawn_is_what_is_read(hands, one_box, tmp_path):
     """Draw, set keyframes, paint a mask, save: trajectory.py's boxes are the page's, to a pixel."""
@@ -96,9 +94,6 @@ def test_a_fast_stroke_leaves_no_gap_and_masks_have_the_colours_of_their_objects
     assert colors[:, 3].min() > 100 and np.linalg.norm(colors[0, :3] - colors[1, :3]) > 60
     hands.paint((5, 48), (91, 48), width=100, key="e")
     assert hands.objects[1]["mask"] == ""  # nothing of it is left
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_pictures_of_any_size_open_at_once_and_one_after_another(hands, tmp_path):
@@ -222,9 +217,6 @@ def test_a_picture_is_pasted(hands):
     hands.wait("page.drawing.width === 40 && page.drawing.height === 30")
 
 
-# --- undo and a reload ------------------------------------------------------------------------------------------------
-
-
 def test_undo_redo_and_a_reload(hands, tmp_path):
     """Of a photo of 5 megabytes."""
     large = picture(tmp_path / "phone.png", 1400, 1250, noise=True)
@@ -266,9 +258,6 @@ def test_a_browser_that_can_keep_nothing_says_so(hands, photo):
     hands.open(photo)
     hands.settle()
     assert "can't keep the drawing through a reload" in hands.note and hands.see("page.drawing.width") == 96
-
-
-# --- time -------------------------------------------------------------------------------------------------------------
 
 
 def row(hands: Hands, k: int, frame: float, bar: bool = False) -> tuple[float, float]:
@@ -389,9 +378,6 @@ def test_play_moves_the_cut_out_and_says_what_it_is(hands, tmp_path):
     assert 100 < hole[3] < 255 and max(hole[:3]) < 40
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def test_lengths_are_those_that_the_networks_make(hands, photo):
     hands.open(photo)
     hands.page.select_option("#preset", "wan5b")
@@ -456,9 +442,6 @@ def test_the_example_is_the_shipped_one_and_the_page_says_what_networks_know(han
     for one, other in zip(given["objects"], want["objects"], strict=True):
         assert one["boxes"] == other["boxes"] and one["name"] == other["name"]
     assert (folder / "image.jpg").read_bytes() == (ROOT / "examples/balloons.jpg").read_bytes()
-
-
-# --- agreement --------------------------------------------------------------------------------------------------------
 
 
 def random_drawing(rng: random.Random) -> dict:
@@ -552,8 +535,6 @@ def test_masks_are_read_as_the_project_reads_them(hands, one_box, tmp_path):
     hands.wait("$('saidObject').textContent.includes('96 x 32')")  # and the old mask stands
     assert np.array_equal(hands.mask(0), want)
 
-
-# --- everybody's hands and eyes ---------------------------------------------------------------------------------------
 
 NAMED = """[...document.querySelectorAll("button, input, select, textarea, summary, [tabindex], video")]
   .filter(e => e.checkVisibility() && !e.disabled).map(e => [e.id || e.textContent.trim(),

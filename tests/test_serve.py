@@ -39,11 +39,8 @@ def folders() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("flashmotion-*"))
 
 
-# --- the server alone, with work that is pretended --------------------------------------------------------------------
-
-
 class Work:
-    """What `make` does: as many steps as the request says, each when it is let."""
+    """Pretended work: as many steps as the request says, each when it is let."""
 
     def __init__(self):
         self.let, self.made = threading.Semaphore(0), []
@@ -218,9 +215,6 @@ def test_a_job_that_fails_says_why_in_a_line_and_the_next_works(server, capsys):
         assert told(ask(server, body={"fail": fault})[2]) == ([{"error": error}], {})
     assert capsys.readouterr().err == "serve: RuntimeError: out of memory\n"
     works(server)
-
-
-# --- sample.py behind it ----------------------------------------------------------------------------------------------
 
 
 class Served:
@@ -404,9 +398,6 @@ def test_long_work_goes_in_parts_with_the_same_result(monkeypatch):
     parts = list(codec.pieces(latents, length=4))
     assert [part.shape[2] for part in parts] == [4, 4, 1]
     assert (torch.cat(parts, 2) - codec.decode_video(latents)).abs().max() < 1e-5
-
-
-# --- the page before it -----------------------------------------------------------------------------------------------
 
 
 def test_the_walk(browser, served, tmp_path):
