@@ -43,13 +43,11 @@ class Work:
     """Pretended work: as many steps as the request says, each when it is let."""
 
     def __init__(self):
-        self.let, self.made = threading.Semaphore(0), []
+        self.let, self.made, self.faults = threading.Semaphore(0), [], []
 
     def __call__(self, request: dict, folder: Path, tell) -> list[Path]:
-        if request.get("fail") == "user":
-            raise UserError("boxes: wrong; mend them")
-        if request.get("fail") == "other":
-            raise RuntimeError("out of memory\nlong story")
+        if self.faults:
+            raise self.faults.pop(0)
         for step in range(request.get("steps", 0)):
             tell(step=step + 1, of=request["steps"])
             assert self.let.acquire(timeout=20)
@@ -59,16 +57,12 @@ class Work:
 
 
 @pytest.fixture
-def server(tmp_path):
-    work = Work()
-    found = serve.Server(ROOT / "tools/draw.html", lambda asked: {"preset": "small"} | asked, work, 0)
-    found.work = work
-    thread = threading.Thread(target=found.serve_forever)
-    thread.start()
+def server():
+    found = serve.Server(ROOT / "tools/draw.html", lambda asked: {"preset": "small"} | asked, Work(), 0)
+    threading.Thread(target=found.serve_forever).start()
     before = folders()
     yield found
-    found.shutdown()
-    thread.join()
+    found.shutdown()  # waits until serve_forever has ended
     found.server_close()
     assert not found.turn.locked() and folders() <= before
 
@@ -139,7 +133,7 @@ def test_only_its_own_page_may_ask(server):
             got, sent, data = ask(server, body={"name": "x"}, **{header: value})
             assert got == status and json.loads(data)["error"], (header, value)
             assert not [name for name in sent if name.lower().startswith("access-control")], (header, value)
-    assert not server.work.made
+    assert not server.answer.made
     assert ask(server, path="/about", X_Token=None)[0] == 403
     assert ask(server, path="/about", Origin="http://evil.example")[0] == 403
     assert ask(server, path="/about", Host=server.hosts[1], Origin=f"http://{server.hosts[1]}")[0] == 200
@@ -178,12 +172,12 @@ def test_what_is_no_request_is_answered_and_forgotten(server):
 
 
 def test_200_requests_at_once_are_made_in_turn(server):
-    server.work.let.release(10_000)
+    server.answer.let.release(10_000)
     with ThreadPoolExecutor(200) as pool:
         found = list(pool.map(lambda k: ask(server, body={"name": f"{k}", "steps": 1}), range(200)))
-    assert len(server.work.made) == 200 and all(status == 200 for status, _, _ in found)
+    assert len(server.answer.made) == 200 and all(status == 200 for status, _, _ in found)
     made = {f"{k}": told(data)[1]["video.mp4"] for k, (_, _, data) in enumerate(found)}
-    assert made == {name: name.encode() + bytes(100_000) for name in server.work.made}  # everyone gets their own
+    assert made == {name: name.encode() + bytes(100_000) for name in server.answer.made}  # everyone gets their own
     works(server)
 
 
@@ -197,22 +191,23 @@ def test_one_at_a_time_the_next_waits_and_who_leaves_is_passed_over(server):
     for waiting in (second, third):
         read(waiting, b'{"says": "Another video is made first"}')
     second.close()  # a closed tab
-    server.work.let.release()
+    server.answer.let.release()
     read(first, b'{"step": 2, "of": 3}')
     first.close()  # cancelled between two steps
-    server.work.let.release()
+    server.answer.let.release()
     read(third, b'{"step": 1, "of": 1}')
-    server.work.let.release(10)
+    server.answer.let.release(10)
     read(third, b"third")
     third.close()
     until(lambda: not server.turn.locked())
-    assert server.work.made == ["third"]
+    assert server.answer.made == ["third"]
     works(server)
 
 
 def test_a_job_that_fails_says_why_in_a_line_and_the_next_works(server, capsys):
-    for fault, error in (("user", "boxes: wrong; mend them"), ("other", "out of memory")):
-        assert told(ask(server, body={"fail": fault})[2]) == ([{"error": error}], {})
+    server.answer.faults = [UserError("boxes: wrong; mend them"), RuntimeError("out of memory\nlong story")]
+    for error in ("boxes: wrong; mend them", "out of memory"):
+        assert told(ask(server)[2]) == ([{"error": error}], {})
     assert capsys.readouterr().err == "serve: RuntimeError: out of memory\n"
     works(server)
 
@@ -227,11 +222,6 @@ class Served:
         assert found, self.job.read("err")
         self.address, host, port, self.token = found.groups()
         self.hosts, self.server_port = [host], int(port)
-
-    def stop(self) -> int:
-        """SIGTERM, and its exit status."""
-        self.job.forks[0].terminate()
-        return self.job.wait().returncode
 
 
 @pytest.fixture
@@ -250,7 +240,8 @@ def served(tmp_path_factory):
     before = folders()
     found = Served(tmp_path_factory.mktemp("served"), "--size", "48x64")
     yield found
-    assert found.stop() == 0 and folders() <= before
+    found.job.forks[0].terminate()
+    assert found.job.wait().returncode == 0 and folders() <= before
 
 
 def mask(k: int) -> bytes:
@@ -338,7 +329,7 @@ def test_where_its_port_is_taken_it_takes_another(server, tmp_path, monkeypatch)
     monkeypatch.setattr(serve.Server, "serve_forever", lambda other: ports.append(other.server_port))
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     ports = []
-    serve.serve(ROOT / "tools/draw.html", dict, server.work)
+    serve.serve(ROOT / "tools/draw.html", dict, server.answer)
     assert ports and ports[0] not in (0, server.server_port)
 
 
@@ -485,7 +476,7 @@ def test_a_server_started_anew_and_what_is_wrong_is_told_as_it_is(browser, serve
     server.server_close()
     hands.page.click("#generate")
     hands.wait("$('note').textContent.startsWith('The server does not answer: is sample.py --serve still running?')")
-    server.__init__(ROOT / "tools/draw.html", server.about, server.work, server.server_port)
+    server.__init__(ROOT / "tools/draw.html", server.about, server.answer, server.server_port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hands.page.click("#generate")
     hands.wait("$('note').textContent.startsWith('this page is of another run')")
