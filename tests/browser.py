@@ -20,11 +20,9 @@ def browser() -> Iterator:
     """One for all tests of a file. Without it they are skipped; .ci/run installs Chromium, or fails."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium: apt install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+    with sync_playwright() as driver, driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture
@@ -115,9 +113,9 @@ class Hands:
         chooser.value.set_files(files)
         self.wait("!$('pane').ariaBusy")
 
-    def save(self, folder: Path, button: str = "#save") -> Path:
-        """Save the zip by its button, unpack it in the folder, and return where it lies."""
-        with zipfile.ZipFile(self.download(button)) as file:
+    def save(self, folder: Path, by: str = "#save") -> Path:
+        """Save a zip by a #button or a key, unpack it in the folder, and return where it lies."""
+        with zipfile.ZipFile(self.download(by)) as file:
             assert file.testzip() is None
             file.extractall(folder)
             return folder / Path(file.namelist()[0]).parent
