@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import zipfile
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 import trajectory
 from core import media
-from core.codec import Codec
+from core.codec import Codec, best_size
 from flow import FAST
 from toy.codec import ToyCodec
 from trajectory import load_trajectory
@@ -302,11 +303,13 @@ def test_paths_are_bent_by_hand_eased_and_copied(hands, one_box):
     assert hands.boxes(1) == {"0": [5, 40, 15, 60], "8": [65, 40, 75, 60]}
 
 
-def test_constants_are_those_of_the_project(hands):
+def test_constants_sizes_and_cuts_are_those_of_the_project(hands):
+    assert hands.see("PALETTE") == [list(color) for color in trajectory.PALETTE]
     assert hands.see("[TOP_FIELDS, OBJECT_FIELDS]") == [list(trajectory.TOP_FIELDS), list(trajectory.OBJECT_FIELDS)]
     for module, names in ((trajectory, ("SIDE", "OBJECTS", "BYTES")), (media, ("VIDEO", "PICTURE"))):
         for name in names:
             assert hands.see(f"MOST_{name}") == getattr(module, f"MOST_{name}")
+    shapes = np.random.default_rng(0).integers(1, 5000, (3000, 2)).tolist() + [[n, n] for n in range(1, 200)]
     for name, codec in (("small", ToyCodec()), ("wan5b", WanCodec)):
         page = hands.see(f"PRESETS.{name}")
         assert [page[key] for key in ("fps", "area", "every", "unit", "steps")] == [
@@ -314,3 +317,9 @@ def test_constants_are_those_of_the_project(hands):
         ]  # fmt: skip
         for size in page["sizes"]:
             assert Codec.video_size(codec, size, page["frames"]) == tuple(map(int, size.split("x")))
+        area, unit = page["area"], page["unit"]
+        got = hands.see(f"{json.dumps(shapes)}.map(s => {{ const b = bestSize(s, {area}, {unit}), c = cover(s, b);"
+                        "return [b, c.h, c.w, c.top, c.left]; })")  # fmt: skip
+        for shape, (best, h, w, top, left) in zip(shapes, got, strict=True):
+            assert best == list(best_size(tuple(shape), area, unit))
+            assert ((h, w), top, left) == media.cover(tuple(shape), tuple(best))
