@@ -1,6 +1,7 @@
 """sample.py --batch: many videos, some of them impossible."""
 
 import csv
+import shutil
 
 import imageio.v3 as iio
 import numpy as np
@@ -9,17 +10,13 @@ from conftest import ROOT, refused
 
 from tools.batch import read_jobs
 
-SMALL = ("--size", "48x64")
 GOOD = {"image": "balloons.jpg", "traj": "balloons.json", "prompt": "a blob"}
 
 
 @pytest.fixture
 def table(tmp_path):
     """table(rows) -> a CSV file beside the shipped example's image and boxes."""
-    folder = tmp_path / "jobs"
-    folder.mkdir()
-    for name in ("balloons.jpg", "balloons.json"):
-        (folder / name).write_bytes((ROOT / "examples" / name).read_bytes())
+    folder = shutil.copytree(ROOT / "examples", tmp_path / "jobs")
 
     def write(rows):
         with (folder / "jobs.csv").open("w", newline="") as file:
@@ -45,7 +42,7 @@ def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, table, processes):
         {**GOOD, "out": "h.mp4", "traj": "h" * 300 + ".json"},
         {**GOOD, "image": ""}, {**GOOD, "traj": ""}, {**GOOD, "prompt": ""},
     ])  # fmt: skip
-    flags = (*SMALL, "--batch", path, "--steps", 1)
+    flags = ("--size", "48x64", "--batch", path, "--steps", 1)
     job = run("sample.py", *flags, processes=processes)
     made = sorted(file.name for file in path.parent.glob("*.mp4") if "boxes" not in file.name)
     assert job.returncode != 0 and made == ["a.mp4", "d.mp4", "jobs_00010.mp4"]
@@ -111,7 +108,7 @@ def test_a_video_of_another_recipe_is_not_taken_for_the_row_s(run, table):
     """Behind the same names: another seed, other boxes, a video that somebody else put there."""
     rows = [{**GOOD, "out": f"{name}.mp4", "seed": "1"} for name in "abc"]
     path = table(rows)
-    flags = (*SMALL, "--batch", path, "--steps", 1)
+    flags = ("--size", "48x64", "--batch", path, "--steps", 1)
     (path.parent / "c.mp4").write_bytes(b"mine")
     job = run("sample.py", *flags)
     assert job.returncode == 2 and "c.mp4: exists, and was not made here; move it" in job.stderr
