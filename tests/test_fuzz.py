@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from core.config import UserError
 from core.weights import read_checkpoint
 from tools.batch import read_jobs
 from tools.convert import read_points
-from trajectory import Trajectory, load_trajectory
+from trajectory import load_trajectory
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs requirements-dev.txt")
 st = hypothesis.strategies
@@ -28,6 +29,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=4) | st.just("0"), inner, max_size=4),
     max_leaves=8,
 )
+load_boxes = partial(load_trajectory, image_size=(48, 48), num_frames=9)
 QUIET = hypothesis.settings(
     max_examples=200, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
@@ -39,10 +41,6 @@ def places(value):
     for key, inner in items:
         yield value, key
         yield from places(inner)
-
-
-def load_boxes(path: Path) -> Trajectory:
-    return load_trajectory(path, (48, 48), 9)
 
 
 def used_or_refused(read: Callable, path: Path) -> None:
