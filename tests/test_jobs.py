@@ -13,25 +13,20 @@ from tools.batch import read_jobs
 GOOD = {"image": "balloons.jpg", "traj": "balloons.json", "prompt": "a blob"}
 
 
-@pytest.fixture
-def table(tmp_path):
-    """table(rows) -> a CSV file beside the shipped example's image and boxes."""
-    folder = shutil.copytree(ROOT / "examples", tmp_path / "jobs")
-
-    def write(rows):
-        with (folder / "jobs.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        return folder / "jobs.csv"
-
-    return write
+def table(folder, rows):
+    """A CSV file of these rows, beside the shipped example's image and boxes."""
+    path = shutil.copytree(ROOT / "examples", folder / "jobs", dirs_exist_ok=True) / "jobs.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, table, processes):
+def test_a_bad_job_stops_no_other_and_what_is_done_stays(run, tmp_path, processes):
     """An empty cell is not the example's picture or boxes; an empty prompt is fine."""
-    path = table([
+    path = table(tmp_path, [
         {**GOOD, "out": "a.mp4", "seed": "0"},
         {**GOOD, "out": "b.mp4", "seed": "many"},
         {**GOOD, "out": "c.mp4", "seed": "1", "traj": "gone.json"},
@@ -104,16 +99,16 @@ def test_tables_that_can_not_be_used(tmp_path, text, message):
     assert refused(message, read_jobs, path).startswith(str(path))
 
 
-def test_a_video_of_another_recipe_is_not_taken_for_the_row_s(run, table):
+def test_a_video_of_another_recipe_is_not_taken_for_the_row_s(run, tmp_path):
     """Behind the same names: another seed, other boxes, a video that somebody else put there."""
     rows = [{**GOOD, "out": f"{name}.mp4", "seed": "1"} for name in "abc"]
-    path = table(rows)
+    path = table(tmp_path, rows)
     flags = ("--size", "48x64", "--batch", path, "--steps", 1)
     (path.parent / "c.mp4").write_bytes(b"mine")
     job = run("sample.py", *flags)
     assert job.returncode == 2 and "c.mp4: exists, and was not made here; move it" in job.stderr
     assert "a.mp4" not in job.stderr and (path.parent / "c.mp4").read_bytes() == b"mine"
-    table([rows[0], {**rows[1], "seed": "2"}])
+    table(tmp_path, [rows[0], {**rows[1], "seed": "2"}])
     job = run("sample.py", *flags)
     assert job.returncode == 2 and "b.mp4: stands already, made with another seed; delete it" in job.stderr
     boxes = path.parent / "balloons.json"
