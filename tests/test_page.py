@@ -19,9 +19,6 @@ from wan.codec import WanCodec
 
 
 def test_each_tab_keeps_a_drawing_of_its_own_and_that_of_another_is_offered(hands, one_box, tmp_path):
-    def as_left() -> bool:
-        return hands.boxes() == {"0": [10, 10, 30, 30]} and hands.mask(0).any()
-
     def take(words: str) -> None:
         hands.page.click(f"#kept button:has-text('{words}')")
         hands.wait("page.drawing.objects.length === 1")
@@ -45,13 +42,13 @@ def test_each_tab_keeps_a_drawing_of_its_own_and_that_of_another_is_offered(hand
     hands.settle()
     hands.page = first
     hands.reload()
-    assert as_left()
+    assert hands.boxes() == {"0": [10, 10, 30, 30]} and hands.mask(0).any()
     first.close()
     hands.page = second
     hands.page.click("#clear")
     hands.settle()
     take("Go on with my photo.png")  # what a closed tab has left
-    assert as_left()
+    assert hands.boxes() == {"0": [10, 10, 30, 30]} and hands.mask(0).any()
     hands.settle()
     second.close()
     hands.new_page()  # the browser is opened anew: the last drawing is there

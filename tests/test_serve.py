@@ -181,12 +181,9 @@ def test_200_requests_at_once_are_made_in_turn(server):
 
 
 def test_one_at_a_time_the_next_waits_and_who_leaves_is_passed_over(server):
-    def begin(name: str, steps: int) -> socket.socket:
-        return send(server, body={"name": name, "steps": steps}).sock
-
-    first = begin("first", 3)
+    first = send(server, body={"name": "first", "steps": 3}).sock
     read(first, b'{"step": 1, "of": 3}')
-    second, third = begin("second", 1), begin("third", 1)
+    second, third = (send(server, body={"name": name, "steps": 1}).sock for name in ("second", "third"))
     for waiting in (second, third):
         read(waiting, b'{"says": "Another video is made first"}')
     second.close()  # a closed tab
