@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -225,7 +226,7 @@ class Run:
         self.unchecked.append((step, {name: fetch(torch.as_tensor(value).detach()) for name, value in values.items()}))
         if step % LOG_EVERY == 0:
             everywhere = self.procs.gather([{name: float(value) for name, value in values.items()}])
-            numbers = {name: sum(own[name] for own in everywhere) / len(everywhere) for name in values}
+            numbers = {name: fmean(own[name] for own in everywhere) for name in values}
             if self.procs.rank == 0 and all(map(math.isfinite, numbers.values())):
                 self.write(step, numbers)
         self.check_finite(all_steps=self.procs.device.type == "cpu")

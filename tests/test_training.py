@@ -88,13 +88,14 @@ def whole(start, folder):
     """The log and weights of an uninterrupted run of a script on so many processes, of which some share a video.
 
     With samples at its end, unless two processes have a video each: samples are most of the time of such short runs.
+    Those of stage 0, of full size, take the longest, and test_readme.py makes them.
     """
 
     @cache
     def train(script: str, processes: int, sequence: int = 1):
         name = f"whole{processes}_{sequence}_{SCRIPTS[script]}"
         more = ("--sequence", sequence) if sequence > 1 else ()
-        every = 1000 if processes == sequence else 0
+        every = 1000 if processes == sequence and script in STAGES else 0
         start(script, *more, "--name", name, processes=processes, sample_every=every)
         return outcome(folder, name, SCRIPTS[script])
 

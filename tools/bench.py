@@ -13,7 +13,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain, product
@@ -102,6 +102,7 @@ def measure(case: Case, repeats: int, device: torch.device) -> Iterator[dict]:
         }  # fmt: skip
 
 
+@cache
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The FLOP per second of one large matrix product: the most that this machine gives."""
     slow = dtype == torch.bfloat16 and not parallel.fast_bfloat16(device)  # at any size
