@@ -4,7 +4,7 @@ A projection, zero at first, takes block i's output to DiT block i, so a fresh a
 the small preset's makes what its maps show.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,14 +62,6 @@ class FixedNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(channels, 1, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1, 1))
 
-    @torch.no_grad()
-    def fit(self, latents: Iterable[Tensor]) -> None:
-        """Set the statistics from trajectory latents [B, C, F, H, W], which may be of several shapes."""
-        values = torch.cat([traj.float().transpose(0, 1).flatten(1) for traj in latents], dim=1)  # (C, n)
-        std, mean = torch.std_mean(values, 1)
-        self.mean.copy_(mean.view(-1, 1, 1, 1))
-        self.std.copy_(std.clamp_min(1e-6).view(-1, 1, 1, 1))
-
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
 
@@ -124,10 +116,13 @@ class ResNetAdapter(nn.Module):
 
     def fit(self, latents: Sequence[Tensor]) -> None:
         """Set what is fixed from trajectory latents [B, C, F, H, W] of several clips. Most of a frame 0 is black."""
+        channels = [traj.float().transpose(0, 1) for traj in latents]  # (C, B, F, H, W) each, perhaps of several shapes
         if self.config.fixed_norm:
-            self.norm.fit(latents)
+            std, mean = torch.std_mean(torch.cat([x.flatten(1) for x in channels], dim=1), 1)
+            self.norm.mean.copy_(mean.view(-1, 1, 1, 1))
+            self.norm.std.copy_(std.clamp_min(1e-6).view(-1, 1, 1, 1))
         if self.copies:
-            first = torch.cat([traj[:, :, 0].transpose(0, 1).flatten(1) for traj in latents], dim=1)  # (C, n)
+            first = torch.cat([x[:, :, 0].flatten(1) for x in channels], dim=1)  # (C, n)
             self.black.copy_(first.median(1).values.view(-1, 1, 1, 1))
 
     def forward(self, traj: Tensor, *_x_t_text: Tensor) -> list[Tensor]:

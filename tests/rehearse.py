@@ -325,7 +325,7 @@ def rehearse_stage(
         (runs, "small_frames", lambda video: np.zeros((9, 16, 16, 3), np.uint8)), (runs, "write_video", Quiet),
         (flow, "sigma_schedule", lambda steps, shift: schedule(min(steps, 2), shift)),
         (flow, "FAST", {"wan5b": flow.Sampling(2, 5.0)}), (WanCodec, "decode_video", decode_video),
-        (adapters.FixedNorm, "fit", Quiet),
+        (adapters.ResNetAdapter, "fit", Quiet),
     ]  # fmt: skip
     pretended = contextlib.nullcontext() if resident else pretend_gpus(world)
     with (

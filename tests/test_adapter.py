@@ -219,20 +219,20 @@ def test_stage_1_trains_a_controlnet_and_sample_uses_it(maps, here, monkeypatch)
 
 def test_the_fixed_norm_weighs_a_line_the_same_however_large_its_box():
     """By statistics of many clips, of several shapes. A clip's own would weigh lines the more, the fewer it has."""
-    fixed, channels = adapters.FixedNorm(48), torch.linspace(-2, 2, 48)[:, None, None, None]
+    adapter, channels = nets.adapter(channels=48, fixed_norm=True), torch.linspace(-2, 2, 48)[:, None, None, None]
     clips = [channels + 0.1 * n * torch.randn(1, 48, 3, 16, 4 * n) for n in (1, 2, 4)]
-    fixed.fit(clips)
+    adapter.fit(clips)
     std, mean = torch.std_mean(torch.cat([clip.transpose(0, 1).flatten(1) for clip in clips], 1), 1)
     for clip in clips:
         normed = (clip.movedim(1, -1) - mean) / std
-        torch.testing.assert_close(fixed(clip), normed.movedim(-1, 1))
+        torch.testing.assert_close(adapter.norm(clip), normed.movedim(-1, 1))
 
 
 def test_the_statistics_of_the_fixed_norm_are_exported_as_they_are_and_weights_averaged(tmp_path):
     torch.manual_seed(0)
     adapter, path = nets.adapter(channels=16, fixed_norm=True), tmp_path / "slow_adapter.safetensors"
     ema = optim.EMA(adapter, 0.9)
-    adapter.norm.fit([3 + 2 * torch.randn(2, 16, 3, 4, 4)])
+    adapter.fit([3 + 2 * torch.randn(2, 16, 3, 4, 4)])
     adapter.blocks[0].project.weight.data += 1  # the average has not seen it
     Run(tmp_path, Options(), ALONE, {}).export("slow_adapter", adapter, ema)
     names = read_safetensors(path)[1].keys()
