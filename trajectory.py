@@ -104,10 +104,9 @@ class Trajectory:
             return F.max_pool2d(mask[None].float(), 2 * RIM + 1, stride=1, padding=RIM)[0] > 0
 
         masks, (height, width), picture = torch.from_numpy(self.first_masks), self.size, picture.float()
-        canvas = torch.full((3, self.num_frames, height, width), -1.0)
         covered = masks.any(0)
-        canvas[:, 0] = torch.where(covered, picture, canvas[:, 0])
-        canvas[:, 1:] = drawing.fill_hole(picture, widen(covered))[:, None]
+        later = drawing.fill_hole(picture, widen(covered))[:, None].expand(-1, self.num_frames - 1, -1, -1)
+        canvas = torch.cat([picture.masked_fill(~covered, -1)[:, None], later], dim=1)
         for k, boxes in enumerate(self.boxes):
             in_picture, is_camera = bool(masks[k].any()), bool(masks[k].all())
             others = ~masks[k] | widen(masks[k + 1 :].any(0))  # pixels that do not show this object
@@ -118,14 +117,12 @@ class Trajectory:
                 edges = np.ceil(boxes[t] - 0.5) + np.array([-1, -1, 1, 1]) * in_picture
                 # The camera shows more than was in the picture.
                 x0, y0, x1, y1 = (0, 0, width, height) if is_camera else edges.clip(0, [width, height] * 2).astype(int)
-                if x0 >= x1 or y0 >= y1:
-                    continue
-                area = canvas[:, t, y0:y1, x0:x1]
-                if not in_picture:
+                area = canvas[:, t, y0:y1, x0:x1]  # empty where nothing of the box lies in the picture
+                if in_picture:
+                    moved = drawing.move(layers, source, boxes[t], (y0, y1, x0, x1), "reflection")
+                    area.lerp_(moved[:3], moved[3])
+                else:
                     area.zero_()
-                    continue
-                moved = drawing.move(layers, source, boxes[t], (y0, y1, x0, x1), "reflection")
-                area.lerp_(moved[:3], moved[3])
         return canvas
 
 
