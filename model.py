@@ -91,10 +91,6 @@ class Shown(NamedTuple):
     free: Tensor  # 1 where a video may differ from its picture, else 0
     drawn: Tensor  # bool: false where a map is black, and the output alone counts
 
-    def add(self, out: Tensor) -> Tensor:
-        """Of the output's faint part, up to FAINT, a tenth: it is mostly mistakes, and would blur what is shown."""
-        return torch.where(self.drawn, self.free * (out - 0.9 * out.clamp(-FAINT, FAINT) + self.moved), out)
-
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`x * (1 + scale) + shift` with one row per latent frame. x [B, N, D]; shift, scale [B, F, D]."""
@@ -322,7 +318,8 @@ class VideoDiT(nn.Module):
             out = out.new_zeros(1, frames * height * width, out.shape[-1]).index_copy_(1, kept, out)
         out = self.split.all_tokens(out, frames, height * width)
         out = rearrange(out, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=frames, h=height, p=p, q=q, r=r)
-        out = shown.add(out) if shown else out
+        if shown:  # of what the output adds faintly, a tenth: all of it would blur what is shown
+            out = torch.where(shown.drawn, shown.free * (out - 0.9 * out.clamp(-FAINT, FAINT) + shown.moved), out)
         if self.config.predicts == "x0":
             out = (x - out) / (t / 1000).clamp(min=LEAST_SIGMA)[:, None, :, None, None]
         return (out, features) if feature_blocks else out
