@@ -66,16 +66,14 @@ class CausalConv3d(nn.Conv3d):
             return F.conv3d(x, self.weight[:, :, -1:], self.bias, padding=self.padding)
         x = torch.cat([stream.take(self, x, 2), x], dim=2)
         stream.keep(self, x[:, :, -2:])
-        # On a GPU, Winograd's way would move more memory than it saves in products.
-        paired = self.kernel_size == (3, 3, 3) and x.device.type == "cpu"
+        # On a GPU, Winograd's way would move more memory than it saves in products. It takes frames in pairs.
+        paired = self.kernel_size == (3, 3, 3) and x.device.type == "cpu" and x.shape[2] % 2 == 0
         return conv_pairs(x, self.weight, self.bias) if paired else super().forward(x)
 
 
 def conv_pairs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 3x3x3 convolution by Winograd's F(2, 3) along time: [B,C,T+2,H,W] -> [B,O,T,H,W]."""
+    """A 3x3x3 convolution by Winograd's F(2, 3) along time: [B,C,T+2,H,W] -> [B,O,T,H,W], T even."""
     length = x.shape[2] - 2
-    if length % 2:  # frames don't pair up
-        return F.conv3d(x, weight, bias, padding=(0, 1, 1))
     # Two output frames see four input frames, d0 to d3. They take four 2D convolutions instead of six.
     d0, d1, d2, d3 = (x[:, :, n : n + length - 1 : 2] for n in range(4))
     first, middle, last = weight.unbind(2)
