@@ -21,9 +21,8 @@ from core.media import Size, crop_box, read_mask
 from trajectory import Fill, Trajectory, read_boxes_json
 
 LONGEST = 1280  # pixels, of the longer side of what is written
-# Errors that still count as agreement: those of a codec, in [0, 1], and a share of the contrast's variance. Tried on
-# photographs: with half the share good copies lose much of their detail, with twice as much smeared ones get doubled
-# lines.
+# Errors that still count as agreement: a codec's, in [0, 1], and a share of the contrast's variance. On photographs,
+# half the share takes much of their detail from good copies, and twice the share gives smeared ones doubled lines.
 NOISE, LENIENCE = 0.02, 0.2
 SMALLER, LARGER, SOFT = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
