@@ -240,7 +240,6 @@ def _check_fields(check: Check, where: str, record: object, fields: dict[str, tu
 def read_boxes_json(path: Path) -> dict:
     """What a boxes.json holds, checked but for its objects. UserError if it can't be used."""
     check = partial(check_input, path)
-    no_pointer(path)
     check(path.stat().st_size <= MOST_BYTES, "", f"larger than {MOST_BYTES >> 20} MiB; is this a boxes.json?")
     tracks = f"point tracks are {', '.join(POINTS[:-1])} or {POINTS[-1]}, for python -m tools.convert"
 
