@@ -4,10 +4,9 @@
     python -m toy.evaluate --split photographs --videos 64  # the same with parts of photographs
     python -m toy.evaluate --ablation --videos 64           # the runs of `make ablation`: what each part is for
 
-Prints a table and writes its rows as JSON, the same in Markdown, and a contact sheet: trajectory maps, the truth, and
-what each network makes of it. The first rows score the true videos, what the codec leaves of them, and things cut out
-and pasted. The ablation's file has a row for each run, its table the mean and range over training seeds; to resume it,
-run the same command again.
+Prints a table and writes its rows as JSON, the same in Markdown, and a contact sheet of maps, true videos and what each
+network makes. The first rows score the true videos, what the codec leaves of them, and things cut out and pasted. The
+ablation's file has a row for each run, its table the mean and range over training seeds. Killed, the ablation resumes.
 """
 
 import json

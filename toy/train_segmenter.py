@@ -56,7 +56,7 @@ def make_crops(count: int, *key: int) -> tuple[Tensor, Tensor]:
     def silhouette() -> Callable[[Tensor, Tensor], Tensor]:
         """A function of points x [P,1,1,W] and y [P,1,H,1]: how deep they lie inside each part, [P,PARTS,H,W].
 
-        The thing is about two units wide. Its first part is the body; others lie at its edge, and thin limbs point away.
+        The thing is about two units wide. Its first part is the body; others lie at its edge, thin limbs pointing away.
         """
         number = 1 + torch.bucketize(draw(1), torch.tensor([0.35, 0.5, 0.65, 0.8, 0.9]))
         body, (size, away) = torch.arange(PARTS) == 0, (draw(PARTS, low=0.15, high=0.7), draw(PARTS, low=0.4, high=0.9))
