@@ -1,6 +1,5 @@
 """Small networks with random weights, files of them, and a watch on the calls of a function."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,18 +28,18 @@ def adapter(**changes) -> ResNetAdapter:
 
 
 def save(folder: Path = Path(), **networks: torch.nn.Module) -> dict[str, str]:
-    """save(slow_generator=network) writes a SlowGenerator into slow_generator.safetensors. Returns the files' names."""
+    """save(slow_generator=network) writes a SlowGenerator into slow_generator.safetensors. Returns the files' paths."""
+    files = {name: folder / f"{name}.safetensors" for name in networks}
     for name, network in networks.items():
-        label = name.title().replace("_", "")
-        save_network(folder / f"{name}.safetensors", label, network.config, network.state_dict())
-    return {name: f"{name}.safetensors" for name in networks}
+        save_network(files[name], name.title().replace("_", ""), network.config, network.state_dict())
+    return {name: str(file) for name, file in files.items()}
 
 
 def of_stage_3(folder: Path = Path()) -> dict[str, str]:
     """Files of what stage 3 starts from, by its options, for a classifier of JUDGE."""
     networks = {"slow_generator": generator(), "slow_adapter": adapter(maps="pixels")}
-    names = save(folder, fast_generator=generator(), **networks).values()
-    return dict(zip(("generator", "backbone", "adapter"), (str(folder / name) for name in names), strict=True))
+    files = save(folder, fast_generator=generator(), **networks).values()
+    return dict(zip(("generator", "backbone", "adapter"), files, strict=True))
 
 
 def lands_on(c):
@@ -48,12 +47,8 @@ def lands_on(c):
     return lambda x, t: (x - c) / (t[:, None, :, None, None] / 1000).clamp_min(1e-9)
 
 
-def watch(
-    monkeypatch, owner: object, name: str, see: Callable = lambda *args, **_: args, after: Callable | None = None
-) -> list:
-    """What `see` says of each call from now on, by default its arguments, or `after` of what it returns; the function
-    works as before.
-    """
+def watch(monkeypatch, owner: object, name: str, see=lambda *args, **_: args, after=None) -> list:
+    """What `see` says of each call from now on, or `after` of what it returns. The function works as before."""
     seen, function = [], getattr(owner, name)
 
     def watched(*args, **named):

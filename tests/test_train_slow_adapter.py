@@ -1,5 +1,7 @@
 """Stage 1: which trajectories it shows, and that its loss is the generator's with the adapter's help."""
 
+from pathlib import Path
+
 import nets
 import pytest
 import torch
@@ -107,9 +109,7 @@ def test_weights_of_another_preset_are_refused_before_there_is_a_run(script, wro
     given = {}
     for name, kind in FILES[script].items():
         make = nets.adapter if kind == "slow_adapter" else nets.generator
-        (tmp_path / name).mkdir()
-        (file,) = nets.save(tmp_path / name, **{kind: make(channels=48 if name == wrong else 24)}).values()
-        given[name] = f"{name}/{file}"
+        (given[name],) = nets.save(Path(name), **{kind: make(channels=48 if name == wrong else 24)}).values()
     cfg = script.Config(**given | {"compile": False})
     refused(rf"^{given[wrong]}.*give the --preset that it was trained with", script.main, cfg)
     assert not (tmp_path / "runs").exists()
