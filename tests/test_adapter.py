@@ -1,8 +1,7 @@
 """Both adapters start as nothing, learn alone, and have the paper's sizes."""
 
 import dataclasses
-import json
-from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import nets
@@ -18,7 +17,7 @@ import train_slow_adapter
 from core import optim
 from core.parallel import TokenSplit
 from core.runs import Run
-from core.weights import read_safetensors, write_safetensors
+from core.weights import read_safetensors, save_network
 from model import PRESETS, VideoDiT
 from toy.codec import ToyCodec
 from toy.muon import muon_and_adamw
@@ -54,10 +53,8 @@ def test_an_adapter_starts_as_nothing_and_a_step_changes_it_alone(kind):
     matrices = {id(p) for name, p in adapter.blocks.named_parameters() if p.ndim > 1 and name.endswith("weight")}
     assert set(muon) == matrices and sorted(muon + rest) == sorted(map(id, adapter.parameters()))
     for _ in range(2):  # the first step moves the zero projections alone, the second what lies behind them
-        loss = flow.flow_matching_loss(
-            lambda x, t: generator(x, t, text, adapter(traj, x, t, text)), x, traj, t[:, 1] / 1000
-        )
-        loss.backward()
+        velocity = adapters.with_adapter(generator, adapter, text, traj)
+        flow.flow_matching_loss(velocity, x, traj, t[:, 1] / 1000).backward()
         optim.clip_and_step(adapter, optimizers, 1.0)
     assert all(p.grad is None and torch.equal(p, frozen[n]) for n, p in generator.named_parameters())
     assert not any(torch.equal(p, before[n]) for n, p in adapter.named_parameters())
@@ -172,28 +169,23 @@ def test_controlnet_sees_the_noisy_latent_as_its_generator_does():
         assert torch.equal(one_by_one, generator(x, t, text, adapter(traj, x, t, text)))
 
 
-def write_adapter(path: Path, adapter: adapters.Adapter, config: dict) -> Path:
-    header = {"network": "SlowAdapter", "config": json.dumps(config)}
-    write_safetensors(path, adapter.state_dict(), header, torch.float32)
-    return path
-
-
 @KINDS
 def test_export_reads_back_as_its_kind_and_with_its_maps(kind, tmp_path):
     generator, adapter, *_ = networks(kind)
-    config, path = dataclasses.asdict(adapter.config), tmp_path / "adapter.safetensors"
+    path = tmp_path / "adapter.safetensors"
     for maps in ("outline", "pixels"):
-        write_adapter(path, adapter, config | {"maps": maps})
+        config = dataclasses.replace(adapter.config, maps=maps)
+        save_network(path, "SlowAdapter", config, adapter.state_dict(), torch.float32)
         assert adapters.read_maps(path, "SlowAdapter") == maps
         again = adapters.read_adapter(path, "SlowAdapter")
-        assert type(again) is type(adapter) and again.config == dataclasses.replace(adapter.config, maps=maps)
+        assert type(again) is type(adapter) and again.config == config
         assert all(torch.equal(p, again.state_dict()[n]) for n, p in adapter.state_dict().items())
     adapters.check_fit(again, path, generator, "g.pt")
     other = r"adapter\.safetensors: was made for a generator of other shape than g\.pt"
     refused(other, adapters.check_fit, again, path, nets.generator(layers=5), "g.pt")
     for read in (adapters.read_adapter, adapters.read_maps):
         refused("holds a SlowAdapter, expected a FastAdapter", read, path, "FastAdapter")
-    write_adapter(path, adapter, config | {"maps": "paint"})
+    save_network(path, "SlowAdapter", dataclasses.replace(config, maps="paint"), adapter.state_dict())
     refused("its header has no config of a SlowAdapter", adapters.read_maps, path, "SlowAdapter")
 
 
@@ -217,22 +209,17 @@ def test_stage_1_trains_a_controlnet_and_sample_uses_it(maps, here, monkeypatch)
     assert torch.equal(painted[-1][0], wanted)
 
 
-def test_the_fixed_norm_weighs_a_line_the_same_however_large_its_box():
-    """By statistics of many clips, of several shapes. A clip's own would weigh lines the more, the fewer it has."""
-    adapter, channels = nets.adapter(channels=48, fixed_norm=True), torch.linspace(-2, 2, 48)[:, None, None, None]
-    clips = [channels + 0.1 * n * torch.randn(1, 48, 3, 16, 4 * n) for n in (1, 2, 4)]
+def test_the_fixed_norm_is_that_of_all_clips_and_exported_as_it_is_with_averaged_weights(tmp_path):
+    """So a line weighs the same however large its box. A clip's own would weigh lines the more, the fewer it has."""
+    torch.manual_seed(0)
+    adapter, path = nets.adapter(channels=16, fixed_norm=True), tmp_path / "slow_adapter.safetensors"
+    ema, channels = optim.EMA(adapter, 0.9), torch.linspace(-2, 2, 16)[:, None, None, None]
+    clips = [channels + 0.1 * n * torch.randn(1, 16, 3, 16, 4 * n) for n in (1, 2, 4)]
     adapter.fit(clips)
     std, mean = torch.std_mean(torch.cat([clip.transpose(0, 1).flatten(1) for clip in clips], 1), 1)
     for clip in clips:
         normed = (clip.movedim(1, -1) - mean) / std
         torch.testing.assert_close(adapter.norm(clip), normed.movedim(-1, 1))
-
-
-def test_the_statistics_of_the_fixed_norm_are_exported_as_they_are_and_weights_averaged(tmp_path):
-    torch.manual_seed(0)
-    adapter, path = nets.adapter(channels=16, fixed_norm=True), tmp_path / "slow_adapter.safetensors"
-    ema = optim.EMA(adapter, 0.9)
-    adapter.fit([3 + 2 * torch.randn(2, 16, 3, 4, 4)])
     adapter.blocks[0].project.weight.data += 1  # the average has not seen it
     Run(tmp_path, Options(), ALONE, {}).export("slow_adapter", adapter, ema)
     names = read_safetensors(path)[1].keys()
@@ -247,9 +234,10 @@ def test_the_statistics_of_the_fixed_norm_are_exported_as_they_are_and_weights_a
 
 def test_files_from_before_the_fixed_norm_are_read(tmp_path):
     """Their header has no such field: the clip's own statistics and outlines, as they were trained."""
-    adapter = nets.adapter()
-    config = {k: v for k, v in dataclasses.asdict(adapter.config).items() if k not in ("fixed_norm", "maps")}
-    again = adapters.read_adapter(write_adapter(tmp_path / "a.safetensors", adapter, config), "SlowAdapter")
+    adapter, path = nets.adapter(), tmp_path / "slow_adapter.safetensors"
+    config = SimpleNamespace(**{k: v for k, v in vars(adapter.config).items() if k not in ("fixed_norm", "maps")})
+    save_network(path, "SlowAdapter", config, adapter.state_dict(), torch.float32)
+    again = adapters.read_adapter(path, "SlowAdapter")
     assert again.config == adapter.config and isinstance(again.norm, torch.nn.GroupNorm)
     traj = torch.randn(1, 24, 3, 4, 4)
     assert all(torch.equal(a, b) for a, b in zip(again(traj), adapter(traj), strict=True))
@@ -271,8 +259,6 @@ def test_size_at_wan5b():
     assert (light.layers, light.dim) == (shape.layers, shape.dim)
     with torch.device("meta"):
         control = adapters.ControlNetAdapter(adapters.ControlNetConfig(**vars(shape)))
-        base, small, large = (
-            sum(p.numel() for p in network.parameters())
-            for network in (VideoDiT(shape), adapters.ResNetAdapter(light), control)
-        )
+        three = VideoDiT(shape), adapters.ResNetAdapter(light), control
+    base, small, large = (sum(p.numel() for p in network.parameters()) for network in three)
     assert 15e6 < small < 25e6 and round((base + large) / 1e9, 2) == 10.28
