@@ -78,7 +78,6 @@ def test_guidance_calls_each_velocity_once_and_none_for_nothing():
 
 def test_loss_is_that_of_the_network_it_was_given():
     x0, noise, sigma = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), torch.tensor([0.2, 0.9])
-
     level = flow.frame_sigma(sigma, 4)
 
     def loss(off: float | torch.Tensor, on: str = "velocity") -> float:

@@ -90,8 +90,7 @@ def test_sampling_cuts_things_out_of_their_boxes_and_leaves_masks_as_they_are(he
     iio.imwrite("mask.png", painted.astype(np.uint8) * 255)
     objects = [{"boxes": {"0": [40, 40, 160, 160]}}, {"boxes": {"0": [200, 100, 280, 180]}, "mask": "mask.png"}]
     Path("boxes.json").write_text(json.dumps({"objects": objects}))
-    job = sample.Config(image="x.png", traj="boxes.json")
-    condition = sample.read_condition(job, ToyCodec(), "pixels")
+    condition = sample.read_condition(sample.Config(image="x.png", traj="boxes.json"), ToyCodec(), "pixels")
     for trajectory in (condition.trajectory, condition.full[1]):
         height, width = trajectory.size
         rows, columns = ((np.arange(n) * m // n) for n, m in ((height, 240), (width, 320)))
