@@ -55,16 +55,13 @@ def test_a_run_trains_the_adapter_and_exports_it(here, loss, monkeypatch):
     adapter = nets.adapter()
     nets.save(slow_generator=nets.generator(), fast_generator=nets.generator(), slow_adapter=adapter)
     monkeypatch.setattr(runs, "LOG_EVERY", 1)
-    options = {
-        "weights": ".", "batch": 2, "ratio": 2, "warmup": 1, "lr": 1e-2, "save_every": 2, "sample_every": 4,
-        "compile": False, "dtype": "float32",
-    }  # fmt: skip
-
-    def run(name, steps):
-        main(Config(name=name, loss=loss, steps=steps, **options))
-        return read_adapter(f"runs/{name}/fast_adapter.safetensors", "FastAdapter").state_dict()
-
-    trained, before = run("whole", 4), adapter.state_dict()
+    cfg = Config(
+        name="whole", loss=loss, weights=".", steps=4, batch=2, ratio=2, warmup=1, lr=1e-2, save_every=2,
+        sample_every=4, compile=False, dtype="float32",
+    )  # fmt: skip
+    main(cfg)
+    trained = read_adapter("runs/whole/fast_adapter.safetensors", "FastAdapter").state_dict()
+    before = adapter.state_dict()
     assert any(not torch.allclose(trained[n].float(), before[n], atol=1e-3) for n in before if "project" in n)
     assert all(t.isfinite().all() for t in trained.values())
     lines = (here / "runs/whole/log.jsonl").read_text().splitlines()
