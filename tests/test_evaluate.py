@@ -23,6 +23,7 @@ from toy import evaluate
 from toy.codec import ToyCodec
 from toy.segment import segment
 from toy.world import World, WorldBatch
+from trajectory import Maps
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +31,10 @@ def world() -> WorldBatch:
     return World("validation", (32, 32)).batch(range(8))
 
 
-@pytest.fixture
-def small_world(monkeypatch):
-    """The script's world in few pixels."""
-    monkeypatch.setattr(evaluate, "World", lambda split: World("validation", (32, 32)))
-
-
-def networks(seed: int = 0) -> tuple[VideoDiT, ResNetAdapter]:
+def networks(seed: int = 0, maps: Maps = "pixels") -> tuple[VideoDiT, ResNetAdapter]:
     """One-layer networks with random weights everywhere, so that every input matters."""
     torch.manual_seed(seed)
-    generator, adapter = nets.generator(0.13, layers=1), nets.adapter(layers=1, maps="pixels")
+    generator, adapter = nets.generator(0.13, layers=1), nets.adapter(layers=1, maps=maps)
     torch.nn.init.normal_(adapter.blocks[0].project.weight, std=0.3)
     return generator.requires_grad_(False), adapter.requires_grad_(False)
 
@@ -117,19 +112,18 @@ def test_adapter_and_captions_reach_the_sample(world):
 
 
 @pytest.fixture
-def options(tmp_path) -> dict:
-    """Of a script with four random networks, half of them in each of two folders."""
-    (slow, slow_adapter), (fast, fast_adapter) = networks(0), networks(2)
+def options(tmp_path, monkeypatch) -> dict:
+    """Of a script with a world of few pixels and four random networks, half of them in each of two folders."""
+    monkeypatch.setattr(evaluate, "World", lambda split: World("validation", (32, 32)))
+    (slow, slow_adapter), (fast, fast_adapter) = networks(0, "outline"), networks(2)
     nets.save(tmp_path / "slow", slow_generator=slow, slow_adapter=slow_adapter)
     nets.save(tmp_path / "fast", fast_generator=fast, fast_adapter=fast_adapter)
     return {"weights": (str(tmp_path / "slow"), str(tmp_path / "fast")), "compile": False}
 
 
-MEASURES = list(evaluate.MEASURES)
-
-
-def test_main_writes_rows_and_sheet(tmp_path, options, small_world, capsys):
+def test_main_writes_rows_and_sheet_and_each_adapter_sees_maps_of_its_own_kind(tmp_path, options, monkeypatch, capsys):
     out = tmp_path / "results" / "rows.json"
+    seen = nets.watch(monkeypatch, evaluate, "generate", lambda *args: args[-2:])
     evaluate.main(evaluate.Config(**options, out=str(out), videos=6, steps=2))
     rows = json.loads(out.read_text())
     known = ["true video", "through the codec", "the first frame, still", "pasted by mask", "pasted by box"]
@@ -138,7 +132,7 @@ def test_main_writes_rows_and_sheet(tmp_path, options, small_world, capsys):
     expected = [(name, 0) for name in known] + [(name, 2) for name in slow] + [(name, 4) for name in fast]
     assert [(row["name"], row["steps"]) for row in rows] == expected and all(row["videos"] == 6 for row in rows)
     columns = ("clockwise_unprompted", "seconds_per_video", "command", "machine")
-    assert all(list(row) == ["name", "steps", "videos", *MEASURES, *columns] for row in rows)
+    assert all(list(row) == ["name", "steps", "videos", *evaluate.MEASURES, *columns] for row in rows)
     true, coded, still, by_mask, _, *made = rows
     assert true["thing_error"] == true["fvd"] == 0 and true["seam"] == true["sharpness"] == 1
     assert coded["thing_error"] < by_mask["thing_error"] < still["thing_error"]
@@ -152,13 +146,7 @@ def test_main_writes_rows_and_sheet(tmp_path, options, small_world, capsys):
     assert {path.name for path in out.parent.iterdir()} == {f"rows.{kind}" for kind in ("json", "md", "png")}
     assert capsys.readouterr().out == out.with_suffix(".md").read_text()
     assert len(out.with_suffix(".md").read_text().splitlines()) == 2 + len(rows)
-
-
-def test_each_adapter_sees_maps_of_its_own_kind(options, small_world, tmp_path, monkeypatch):
-    nets.save(tmp_path / "slow", slow_adapter=nets.adapter(layers=1, maps="outline"))
-    seen = nets.watch(monkeypatch, evaluate, "generate", lambda *args: args[-2:])
-    evaluate.main(evaluate.Config(**options, out=str(tmp_path / "rows.json"), videos=3, steps=1))
-    assert seen[1] == ("SlowGenerator + SlowAdapter, 1 steps", "outline")
+    assert seen[1] == ("SlowGenerator + SlowAdapter, 2 steps", "outline")
     assert seen[3] == ("FastGenerator + SlowAdapter, 4 steps", "outline")
     assert seen[4] == ("FastGenerator + FastAdapter, 4 steps", "pixels")
 
@@ -167,7 +155,7 @@ def save_run(variant: str, seed: int, weights_seed: int) -> None:
     nets.save(evaluate.RUNS / f"{variant}_{seed}", fast_adapter=networks(weights_seed)[1])
 
 
-def test_ablation_reads_the_runs(tmp_path, options, small_world, monkeypatch, capsys):
+def test_ablation_reads_the_runs(tmp_path, options, monkeypatch, capsys):
     """Every variant's runs are found, each with its own adapter; the table has mean and range over them."""
     monkeypatch.chdir(tmp_path)
     cfg = evaluate.Config(**options, out="rows.json", ablation=True, videos=2, steps=5)
@@ -191,8 +179,7 @@ def test_ablation_reads_the_runs(tmp_path, options, small_world, monkeypatch, ca
     assert all(row["seeds"] == 2 for row in rows[3:13])
     assert len({row["fvd"] for row in rows}) == len(rows)  # each its own adapter and steps
     assert rows[3]["fvd"] in Path("rows.md").read_text()
-    sheet = iio.imread("rows.png")
-    assert sheet.shape[0] % ((2 + 3 + 10) * 34 + 12) == 0
+    assert iio.imread("rows.png").shape[0] % ((2 + 3 + 10) * 34 + 12) == 0
     for folder in evaluate.RUNS.glob("no_video_*"):
         shutil.rmtree(folder)
     capsys.readouterr()
@@ -212,7 +199,7 @@ def test_a_measure_that_counts_for_no_seed_is_left_empty():
     assert row["prompt_accuracy"] is None and tables.markdown([row]).splitlines()[-1].endswith("|  |")
 
 
-def test_a_killed_ablation_goes_on_where_it_was(tmp_path, options, small_world, monkeypatch, capsys):
+def test_a_killed_ablation_goes_on_where_it_was(tmp_path, options, monkeypatch, capsys):
     """Only what is new is measured: runs added or trained anew, or everything with other settings or networks."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "VARIANTS", {evaluate.METHOD: "hybrid"})
@@ -225,27 +212,25 @@ def test_a_killed_ablation_goes_on_where_it_was(tmp_path, options, small_world, 
             raise KeyboardInterrupt
         return generate(*args)
 
+    def measured_by(cfg: evaluate.Config) -> list[str]:
+        made.clear()
+        evaluate.main(cfg)
+        return made
+
     monkeypatch.setattr(evaluate, "generate", counted)
     save_run(evaluate.METHOD, 0, 10)
     run, stop = f"{evaluate.METHOD}_0", 5
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(cfg)
     assert len(json.loads(Path("rows.json").read_text())) == 4
-    made, stop = [], None
-    evaluate.main(cfg)
-    assert made == ["FastGenerator + SlowAdapter", run, "FastGenerator + SlowAdapter", run]
+    stop = None
+    assert measured_by(cfg) == ["FastGenerator + SlowAdapter", run] * 2
     assert "rows.png: not written" in capsys.readouterr().out and not Path("rows.png").exists()
-    rows, made = json.loads(Path("rows.json").read_text()), []
+    rows = json.loads(Path("rows.json").read_text())
     Path("rows.json").unlink()
-    evaluate.main(cfg)
-    assert json.loads(Path("rows.json").read_text()) == rows and len(made) == 8  # at once as with a break
+    assert len(measured_by(cfg)) == 8
+    assert json.loads(Path("rows.json").read_text()) == rows  # at once as with a break
     assert Path("rows.png").exists() and "not written" not in capsys.readouterr().out
-
-    def measured_by(cfg: evaluate.Config) -> list[str]:
-        made.clear()
-        evaluate.main(cfg)
-        return made
-
     save_run(evaluate.METHOD, 1, 11)
     assert measured_by(cfg) == [f"{evaluate.METHOD}_1"] * 3
     save_run(evaluate.METHOD, 0, 12)  # trained anew
