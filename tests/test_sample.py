@@ -85,9 +85,8 @@ PLACES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", PLACES)
-def test_networks_are_found_by_their_names(kind, tmp_path):
-    speed, names, found = PLACES[kind]
+@pytest.mark.parametrize("speed, names, found", PLACES.values(), ids=PLACES)
+def test_networks_are_found_by_their_names(speed, names, found, tmp_path):
     for name in (*names, f"{speed}_adapter.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -100,17 +99,15 @@ def test_networks_are_found_by_their_names(kind, tmp_path):
         assert sample.find_networks(cfg) == (named, adapter)
 
 
-def test_a_generator_that_can_not_be_told_is_one_line(tmp_path):
-    for number, (names, speed, message) in enumerate((
-        (["a.safetensors", "b.safetensors"], "fast", r"which is the generator, of a\.safetensors, b\.safetensors\?"),
-        (["model.pt"], "slow", r"slow_generator\.safetensors: no such file; correct --weights, or give --generator"),
-        (["turbo_lora.safetensors"], "fast", r"fast_generator\.safetensors: no such file; correct --weights"),
-    )):  # fmt: skip
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        for name in (*names, f"{speed}_adapter.safetensors"):
-            (folder / name).touch()
-        refused(message, sample.find_networks, sample.Config(weights=str(folder), speed=speed))
+@pytest.mark.parametrize("names, speed, message", [
+    (["a.safetensors", "b.safetensors"], "fast", r"which is the generator, of a\.safetensors, b\.safetensors\?"),
+    (["model.pt"], "slow", r"slow_generator\.safetensors: no such file; correct --weights, or give --generator"),
+    (["turbo_lora.safetensors"], "fast", r"fast_generator\.safetensors: no such file; correct --weights"),
+])  # fmt: skip
+def test_a_generator_that_can_not_be_told_is_one_line(names, speed, message, tmp_path):
+    for name in (*names, f"{speed}_adapter.safetensors"):
+        (tmp_path / name).touch()
+    refused(message, sample.find_networks, sample.Config(weights=str(tmp_path), speed=speed))
 
 
 def test_a_photo_is_turned_as_its_exif_says_and_garbled_exif_tells_nothing(tmp_path):
