@@ -37,9 +37,8 @@ def save(folder: Path = Path(), **networks: torch.nn.Module) -> dict[str, str]:
 
 def of_stage_3(folder: Path = Path()) -> dict[str, str]:
     """Files of what stage 3 starts from, by its options, for a classifier of JUDGE."""
-    networks = {"slow_generator": generator(), "slow_adapter": adapter(maps="pixels")}
-    files = save(folder, fast_generator=generator(), **networks).values()
-    return dict(zip(("generator", "backbone", "adapter"), files, strict=True))
+    files = save(folder, slow_generator=generator(), slow_adapter=adapter(maps="pixels"), fast_generator=generator())
+    return dict(zip(("backbone", "adapter", "generator"), files.values(), strict=True))
 
 
 def lands_on(c):
