@@ -12,12 +12,7 @@ from typing import Literal
 import pytest
 from conftest import refused
 
-import distill_fast
-import finetune_hybrid
-import sample
-import train_slow_adapter
 from core.config import RANGES, ROOT, check_options, flags, parse_config, run_script, shipped
-from tools import prepare_clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +82,9 @@ def test_a_field_may_be_given_without_its_flag_and_hold_many():
 
 FILES = [f for place in (".", "toy", "tools") for f in (ROOT / place).glob("*.py") if "class Config" in f.read_text()]
 CONFIGS = {file.stem: importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts)) for file in FILES}
-SCRIPTS = pytest.mark.parametrize("script", [sample, prepare_clips, train_slow_adapter, distill_fast, finetune_hybrid])
 
 
-@SCRIPTS
+@pytest.mark.parametrize("script", [script for script in CONFIGS.values() if hasattr(script, "WAN5B")])
 def test_a_preset_has_its_own_defaults_and_flags_go_before_them(script):
     presets, usual = {"wan5b": script.WAN5B}, script.Config()
     assert parse_config(script.Config, [], presets) == usual
@@ -104,29 +98,6 @@ def test_a_preset_has_its_own_defaults_and_flags_go_before_them(script):
     assert getattr(other, name) == getattr(usual, name)  # though it is the default without a preset
 
 
-def shown(script, capsys) -> tuple[str, dict[str, str]]:
-    """What --help prints, and the comment beside each value of wan5b."""
-    argv, presets = (["--weights", "x"], {"wan5b": script.WAN5B}) if hasattr(script, "WAN5B") else ([], {})
-    with pytest.raises(SystemExit) as caught:
-        parse_config(script.Config, [*argv, "--help"], presets)
-    page = capsys.readouterr().out
-    assert caught.value.code == 0
-    values = page.partition("WAN5B = replace(\n    Config(),\n")[2].removesuffix("\n)\n").splitlines()
-    return page, {line.partition("=")[0].strip(): line.partition("# ")[2] for line in values}
-
-
-@pytest.mark.parametrize("script", CONFIGS.values(), ids=CONFIGS)
-def test_help_shows_the_docstring_and_the_options_as_they_stand_in_the_script(script, capsys):
-    page, values = shown(script, capsys)
-    source = Path(script.__file__).read_text().splitlines()
-    assert page.startswith(script.__doc__.strip())
-    if hasattr(script, "WAN5B"):
-        new = [line for line in page.splitlines()[1:] if line not in source]
-        assert new == ["Options: `--name value` sets a field of"] and "preset" in values
-    for name in inspect.get_annotations(script.Config):
-        assert re.search(rf"^    {name}: .*  # .", page, re.MULTILINE), name
-
-
 # What has no source: where files lie, and what costs memory alone.
 UNMARKED = {"preset", "generator", "adapter", "backbone", "weights", "accumulate", "recompute", "prompt", "detail"}
 UNMARKED |= {"save_every"}
@@ -135,13 +106,24 @@ ELSEWHERE = {"accumulate", "sequence", "seed", "compile", "save_every", "sample_
 ELSEWHERE |= {"use_gan", "use_diffusion", "sparse"}
 
 
-@SCRIPTS
-def test_help_says_where_each_value_of_wan5b_comes_from(script, capsys):
-    """And every number that a training depends on has one."""
-    _, values = shown(script, capsys)
+@pytest.mark.parametrize("script", CONFIGS.values(), ids=CONFIGS)
+def test_help_shows_the_docstring_the_options_as_they_stand_in_the_script_and_the_sources_of_values(script, capsys):
+    """Each value of wan5b says where it comes from, and every number that a training depends on has one."""
+    argv, presets = (["--weights", "x"], {"wan5b": script.WAN5B}) if hasattr(script, "WAN5B") else ([], {})
+    with pytest.raises(SystemExit) as caught:
+        parse_config(script.Config, [*argv, "--help"], presets)
+    page, source = capsys.readouterr().out, Path(script.__file__).read_text().splitlines()
+    assert caught.value.code == 0 and page.startswith(script.__doc__.strip())
+    for name in inspect.get_annotations(script.Config):
+        assert re.search(rf"^    {name}: .*  # .", page, re.MULTILINE), name
+    lines = page.partition("WAN5B = replace(\n    Config(),\n")[2].removesuffix("\n)\n").splitlines()
+    values = {line.partition("=")[0].strip(): line.partition("# ")[2] for line in lines}
+    if presets:
+        new = [line for line in page.splitlines()[1:] if line not in source]
+        assert new == ["Options: `--name value` sets a field of"] and "preset" in values
     for name, comment in values.items():
         assert name in UNMARKED or re.fullmatch(r"\(.*(paper|Turbo|Wan|guess).*\)", comment), name
-    if script in (train_slow_adapter, distill_fast, finetune_hybrid):
+    if script.__name__ in ("train_slow_adapter", "distill_fast", "finetune_hybrid"):
         numbers = {field.name for field in dataclasses.fields(script.Config) if isinstance(field.default, int | float)}
         assert numbers - ELSEWHERE <= values.keys()
 
@@ -203,4 +185,4 @@ def test_every_number_of_every_script_has_a_range_that_holds_its_values():
 def test_a_number_out_of_its_range_is_refused(script, name, value, within):
     config = dataclasses.replace(CONFIGS[script].Config(), **{name: value})
     refused(rf"^--{name} {re.escape(str(value))}: .*{within}", check_options, config)
-    check_options(dataclasses.replace(sample.Config(), steps=0, shift=0.0))  # the sampler's own
+    check_options(dataclasses.replace(CONFIGS["sample"].Config(), steps=0, shift=0.0))  # the sampler's own
