@@ -8,6 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 from typing import Literal
+from unittest.mock import Mock
 
 import pytest
 from conftest import refused
@@ -142,12 +143,9 @@ def test_what_is_typed_is_what_is_shown_and_what_a_class_inherits_is_no_flag():
 
 
 def test_a_command_that_is_interrupted_says_so_in_one_line(monkeypatch, capsys):
-    def interrupted(cfg):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(sys, "argv", ["x.py"])
     with pytest.raises(SystemExit) as caught:
-        run_script(interrupted, Options)
+        run_script(Mock(side_effect=KeyboardInterrupt), Options)
     assert caught.value.code == 130 and capsys.readouterr().err == "x.py: stopped\n"
 
 
