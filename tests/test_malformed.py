@@ -21,20 +21,14 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT
+from test_config import CONFIGS
+from test_weights import Code
 
-import distill_fast
-import finetune_hybrid
-import sample
-import train_slow_adapter
 from core.config import run_script
 from core.media import write_video
 from core.weights import save_network
 from model import DiTConfig, VideoDiT
-from tools import convert, prepare_clips
-from toy import evaluate
 
-STAGES = (train_slow_adapter, distill_fast, finetune_hybrid)
-SCRIPTS = {Path(script.__file__).name: script for script in (sample, convert, prepare_clips, evaluate, *STAGES)}
 SECONDS = 20  # of work, the most that a refusal may take: on a busy machine a clock would say more
 HUGE = 60_000
 BOX = [4, 4, 20, 20]
@@ -54,11 +48,6 @@ def boxes(**objects) -> str:
 
 def network(header: dict) -> bytes:
     return safetensors.torch.save({"x": torch.zeros(2)}, header)
-
-
-class Code:
-    def __reduce__(self):
-        return (os.mkdir, ("code_ran",))
 
 
 def npy_of(*shape: int) -> bytes:
@@ -215,7 +204,7 @@ CASES |= {f"sample.py --{flag} {name}": "" for flag in WITH_FILES for name in BA
 @pytest.mark.parametrize("command", CASES)
 def test_one_line_exit_2_at_once_and_nothing_left(command, files, monkeypatch, capfd):
     script, *flags = command.split()
-    module = SCRIPTS[script]
+    module = CONFIGS[script.removesuffix(".py")]
     for flag, file in (("--image", "good.png"), ("--traj", "good.json")):
         if script == "sample.py" and not {flag, "--batch"} & set(flags):
             flags += [flag, file]
@@ -223,7 +212,7 @@ def test_one_line_exit_2_at_once_and_nothing_left(command, files, monkeypatch, c
     monkeypatch.setattr(sys, "argv", [script, *flags])
     before, began = sorted(files.rglob("*")), time.process_time()
     with pytest.raises(SystemExit) as caught:
-        positional = "source" if module is convert else ""
+        positional = "source" if script == "convert.py" else ""
         run_script(module.main, module.Config, {"wan5b": getattr(module, "WAN5B", None)}, positional)
     out, err = capfd.readouterr()
     assert caught.value.code == 2 and out == ""
