@@ -27,7 +27,7 @@ import sample
 import train_slow_adapter
 from core.boxes import fill_box
 from core.runs import Run
-from core.weights import read_network, read_safetensors, save_network
+from core.weights import read_network, read_safetensors
 from data import ClipLatents
 from model import VideoDiT
 from tools import prepare_clips, train_baseline
@@ -51,28 +51,23 @@ def published(tmp_path_factory):
     """A folder as Wan2.2-TI2V-5B is published, in small: the transformer in shards without their index."""
     folder = test_wan_codec.write_folder(tmp_path_factory.mktemp("Wan2.2-TI2V-5B"))
     torch.manual_seed(0)
-    network = VideoDiT(DIT)
-    torch.nn.init.normal_(network.head.head.weight, std=0.02)
+    network = nets.generator(**vars(DIT))
     (folder / "config.json").write_text("{}")
     names = sorted(network.state_dict())
     for number in range(2):
         part = {name: network.state_dict()[name].bfloat16() for name in names[number::2]}
         safetensors.torch.save_file(part, folder / f"diffusion_pytorch_model-{number + 1:05}-of-00002.safetensors")
-    for speed in ("slow", "fast"):
-        adapter = adapters.ResNetAdapter(ADAPTER)
-        for block in adapter.blocks:
-            torch.nn.init.normal_(block.project.weight, std=0.02)
-        save_network(folder / f"{speed}_adapter.safetensors", f"{speed.title()}Adapter", ADAPTER, adapter.state_dict())
+    adapter = adapters.ResNetAdapter(ADAPTER)
+    for block in adapter.blocks:
+        torch.nn.init.normal_(block.project.weight, std=0.02)
+    nets.save(folder, slow_adapter=adapter, fast_adapter=adapter)
     return folder
 
 
 @pytest.fixture
 def small(published, tmp_path, monkeypatch):
-    """The presets, the length of texts and the area of `--size auto` in small; a picture and boxes in an own folder.
-
-    Frozen networks are in float32, for many CPUs emulate bfloat16.
-    """
-    monkeypatch.setitem(model.FROZEN_DTYPE, "wan5b", torch.float32)
+    """The presets, the length of texts and the area of `--size auto` in small; a picture and boxes in an own folder."""
+    monkeypatch.setitem(model.FROZEN_DTYPE, "wan5b", torch.float32)  # many CPUs emulate bfloat16
     monkeypatch.setattr(WanCodec, "text_tokens", 32)
     monkeypatch.setitem(model.PRESETS, "wan5b", DIT)
     monkeypatch.setitem(adapters.PRESETS, "wan5b", ADAPTER)
@@ -194,10 +189,7 @@ def test_a_small_decoder_makes_the_pieces(small, monkeypatch):
 
 
 def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
-    """One step of each with the options of wan5b, but for the batch; then slow and fast sampling of what they export.
-
-    Stage 2's rates are too small for bfloat16 to show one step of them, so here they are larger.
-    """
+    """One step of each with the options of wan5b but for the batch; then slow and fast sampling of what they export."""
     Path("clips").mkdir()
     for number in range(9):  # six wide clips and three tall ones
         write_clip(Path("clips"), number, (32, 64) if number % 3 else (64, 32), length=5)
@@ -222,18 +214,15 @@ def test_every_stage_from_clips_of_two_shapes_to_videos(small, monkeypatch):
     adapter = adapters.read_adapter(out["slow_adapter"], "SlowAdapter")
     assert adapter.config == ADAPTER and adapter.norm.mean.any() and adapter.blocks[0].project.weight.any()
 
+    # At stage 2's own rates one step is too small to show in bfloat16.
     run(distill_fast, generator=str(small), ratio=1, lr=1e-2, fake_lr=1e-2)
     tensors = read_network(out["fast_generator"], "FastGenerator", model.DiTConfig)[1]
     slow = VideoDiT.from_pretrained(small, "SlowGenerator")
     assert len(judged) == 2  # a micro-batch for each video
     assert not torch.equal(tensors["blocks.0.ffn.0.weight"].read().float(), slow.blocks[0].ffn[0].weight)
 
-    for name in ("slow_adapter", "fast_generator"):
-        shutil.copy(out[name], ".")
-    run(
-        finetune_hybrid, generator="fast_generator.safetensors", adapter="slow_adapter.safetensors",
-        backbone=str(small), ratio=1, warmup=0, lr=1e-2,
-    )  # fmt: skip
+    before = {"generator": str(out["fast_generator"]), "adapter": str(out["slow_adapter"]), "backbone": str(small)}
+    run(finetune_hybrid, **before, ratio=1, warmup=0, lr=1e-2)
     trained = adapters.read_adapter(out["fast_adapter"], "FastAdapter")
     assert torch.equal(trained.norm.mean, adapter.norm.mean)  # it goes on with the statistics of stage 1
     assert not torch.equal(trained.blocks[0].project.weight, adapter.blocks[0].project.weight)
