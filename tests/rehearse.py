@@ -175,13 +175,8 @@ def pretend_gpus(world: int = 1) -> Iterator[None]:
     places = {"RANK": 0, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": min(world, 8)}
     places |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}
     environment = {name: str(value) for name, value in places.items()} if world > 1 else {}
-    init, new_group, begin = dist.init_process_group, dist.new_group, parallel.init_processes
-    casts = Autocast()
-
-    def init_processes(sequence: int = 1, heads: int = 0) -> parallel.Processes:
-        with _disable_current_modes():  # the mesh looks at its own numbers
-            return begin(sequence)
-
+    init, new_group, casts = dist.init_process_group, dist.new_group, Autocast()
+    init_processes = _disable_current_modes()(parallel.init_processes)  # the mesh looks at its own numbers
     patches = [
         (torch.cuda, "is_available", lambda: True), (torch.cuda, "is_bf16_supported", lambda *_: True),
         (torch.cuda, "current_device", lambda: 0), (torch.cuda, "device_count", lambda: 8),
@@ -195,7 +190,7 @@ def pretend_gpus(world: int = 1) -> Iterator[None]:
         (FSDPParamGroup, "_validate_no_meta_params", Quiet), (nn.Module, "_apply", apply),
         (dist, "init_process_group", lambda *_, **__: init("fake", store=FakeStore(), rank=0, world_size=world)),
         (dist, "new_group", lambda *_, **__: new_group(backend="fake")),
-        (dist.distributed_c10d, "_get_pg_default_device", lambda: torch.device("cuda", 0)),
+        (dist.distributed_c10d, "_get_pg_default_device", lambda: GPU),
         (torch.nn.functional, "scaled_dot_product_attention", flash), (parallel, "init_processes", init_processes),
         (parallel.Processes, "gather", lambda _, own: own),
     ]  # fmt: skip
@@ -412,14 +407,11 @@ def rehearsed(layers: tuple[int, int] = (5, 6), cases: list = CASES) -> Iterator
 
 
 class Resident:
-    """In the place of torch's tracker, where tensors are real: the memory of this process since now.
-
-    It answers to what `rehearse_stage` asks of that one, whose `_peak_mem` is cleared between parts.
-    """
+    """In the place of torch's tracker, where tensors are real: the memory of this process since now."""
 
     def __init__(self):
         self.before = int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-        self._peak_mem = self
+        self._peak_mem = self  # which `rehearse_stage` clears between parts
 
     def track_external(self, *_: object) -> None:
         reset_peak(torch.device("cpu"))
