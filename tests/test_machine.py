@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TORCHRUN, refused
-from test_runs import ALONE, Options, part
+from test_runs import new
 
 from core import memory, parallel
 from core.config import run_script
@@ -20,7 +20,6 @@ from core.files import output_path, write_text
 from core.media import read_record, write_image
 from core.memory import shortage
 from core.record import lock
-from core.runs import Run
 from core.tables import table_path, write_rows
 from core.weights import file_errors
 from finetune_hybrid import Config
@@ -118,7 +117,7 @@ def test_what_was_made_here_is_made_anew(tmp_path):
 @pytest.mark.parametrize("held", ['{"_class_name": "WanTransformer3DModel"}', "mine"])
 def test_a_run_overwrites_no_config_of_others(held, tmp_path):
     (tmp_path / "config.json").write_text(held)
-    refused(r"/config\.json: (exists, and was not made here|not JSON)", Run(tmp_path, Options(), ALONE, part(4)).resume)
+    refused(r"/config\.json: (exists, and was not made here|not JSON)", new(tmp_path).resume)
     assert (tmp_path / "config.json").read_text() == held and not (tmp_path / "log.jsonl").exists()
 
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import weakref
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import imageio.v3 as iio
 import pytest
@@ -242,11 +242,10 @@ def test_a_gpu_has_its_next_step_while_the_last_one_is_at_work(tmp_path, monkeyp
 
     monkeypatch.setattr(runs, "fetch", fetch)
     procs = parallel.Processes(0, 1, torch.device("cuda"), None)
-    options, saved = Options(save_every=6, sample_every=0), concurrent.futures.Future()
-    saved.set_result(None)
+    options = Options(save_every=6, sample_every=0)
     monkeypatch.setattr(runs, "LOG_EVERY", 100)
     run, before = Run(tmp_path, options, procs, part(4)), []
-    monkeypatch.setattr(runs.dcp, "async_save", lambda *_, **__: saved)
+    monkeypatch.setattr(runs.dcp, "async_save", Mock())  # written at once
     for step in steps_of(run, options, 0):
         before.append(list(seen))
         run.log(step + 1, loss=torch.tensor(float(step)).as_subclass(Loss))
@@ -269,9 +268,8 @@ def test_a_run_stops_at_the_first_value_that_is_no_finite_number(value, step, go
 
 
 def test_a_finished_run_leaves_its_checkpoint_alone_and_what_a_user_keeps_beside_it(tmp_path):
-    mine = [tmp_path / "ckpt" / name for name in (
-        "step_00000004.bak", "step_00000003_keep", "step_3", "step_000000050", "notes"
-    )]  # fmt: skip
+    names = ("step_00000004.bak", "step_00000003_keep", "step_3", "step_000000050", "notes")
+    mine = [tmp_path / "ckpt" / name for name in names]
     train(tmp_path, {})
     for folder in mine:
         folder.mkdir()
@@ -312,19 +310,17 @@ def test_a_full_disk_is_reported_at_once_and_leaves_nothing_half_written(limit, 
 
 def test_weights_and_biases_gets_the_numbers_of_the_log_or_says_in_one_line_why_not(tmp_path, monkeypatch):
     """A stand-in for the package: what it is asked for, call by call."""
-    calls = []
-    log, finish = lambda numbers, step: calls.append(("log", step, numbers)), lambda: calls.append("finish")
-    logger, error = SimpleNamespace(log=log, finish=finish), type("Error", (Exception,), {})
-    package = SimpleNamespace(init=lambda **more: calls.append(more) or logger, Error=error)
+    package = Mock(Error=type("Error", (Exception,), {}))
     monkeypatch.setitem(sys.modules, "wandb", package)
     train(tmp_path / "without", {})
-    assert calls == []
+    assert package.mock_calls == []
     train(tmp_path / "with", {2: 0.75}, wandb="flash")
-    begin, *logged, end = calls
+    begin, *logged, end = package.mock_calls
     config = dataclasses.asdict(Options(wandb="flash"))
-    assert begin == {"project": "flash", "name": "a/b", "config": config, "dir": tmp_path / "with"} and end == "finish"
+    assert begin == call.init(project="flash", name="a/b", config=config, dir=tmp_path / "with")
     lines = map(json.loads, (tmp_path / "with/log.jsonl").read_text().splitlines())
-    assert logged == [("log", line.pop("step"), line) for line in lines] and len(logged) == 9
+    assert logged == [call.init().log(line, step=line.pop("step")) for line in lines] and len(logged) == 9
+    assert end == call.init().finish()
     package.init = Mock(side_effect=package.Error("no API key\nlog in"))
     for why in (r"^--wandb flash: no API key$", r"^--wandb: the package is missing; pip install wandb$"):
         refused(why, train, tmp_path, {}, wandb="flash")
