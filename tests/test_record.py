@@ -17,13 +17,12 @@ import torch
 import warm
 from conftest import refused
 from test_prepare_clips import write_plain
-from test_runs import ALONE, Options, part, save
+from test_runs import new, save
 
 from core import media
 from core.config import MachineError
 from core.media import read_video, write_video
 from core.record import READ, checksum, lock
-from core.runs import Run
 from core.weights import read_safetensors, write_safetensors
 from data import ClipLatents, training_data
 from tools import prepare_clips
@@ -99,7 +98,7 @@ def begin(folder, **files):
         if value is not None:
             write_safetensors(folder / f"{name}.safetensors", {"w": torch.full((4,), float(value))}, {})
         read_safetensors(folder / f"{name}.safetensors")
-    return Run(folder / "run", Options(), ALONE, part(4))
+    return new(folder / "run")
 
 
 def test_a_run_goes_on_with_the_files_that_it_began_with_alone(tmp_path):
@@ -233,7 +232,7 @@ def wrap(tmp_path, monkeypatch, text):
     script.write_text(f"#!/bin/sh\ntrue={imageio_ffmpeg.get_ffmpeg_exe()}\n{text}\n")
     script.chmod(0o755)
     monkeypatch.setattr(media.imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(script))
-    media.ffmpeg_version.cache_clear()
+    monkeypatch.setattr(media, "ffmpeg_version", media.ffmpeg_version.__wrapped__)  # asked anew each time
 
 
 AS_EVER = ';; *) exec $true "$@";; esac'
@@ -262,7 +261,6 @@ def test_a_machine_that_fails_rejects_no_clip(five, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             wrap(tmp_path, patch, says)
             assert "ffmpeg" in refused(why, prepare, five) and not shard.exists()
-    media.ffmpeg_version.cache_clear()
     with monkeypatch.context() as patch:  # a disk that fails
         patch.setattr(Path, "open", fail)
         with pytest.raises(OSError, match=r"Input/output error.*c3\.txt"):
@@ -305,4 +303,3 @@ def test_a_decoder_that_says_much_does_not_stand_still(tmp_path, monkeypatch):
     assert len(list(read_video(tmp_path / "v.mp4"))) == 9 and time.monotonic() - began < 30
     first = next(read_video(tmp_path / "v.mp4"))  # the rest is not wanted
     assert first.shape == (48, 48, 3)
-    media.ffmpeg_version.cache_clear()
