@@ -16,11 +16,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from test_wan_codec import wan_name, write_tokenizer  # it brings conftest, which puts the project on the path
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from test_wan_codec import wan_name, write_tokenizer
 
 import adapter as adapters
 import model
