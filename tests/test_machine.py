@@ -18,7 +18,6 @@ from core import memory, parallel
 from core.config import run_script
 from core.files import output_path, write_text
 from core.media import read_record, write_image
-from core.memory import shortage
 from core.record import lock
 from core.tables import table_path, write_rows
 from core.weights import file_errors
@@ -151,9 +150,9 @@ def test_memory_that_ends_is_one_line_with_the_options_that_help(allocate, asked
     assert line.endswith("; try --accumulate 0, --recompute full, a larger --sequence")
     with pytest.raises((RuntimeError, MemoryError)), file_errors("x.pt", "a readable checkpoint"):
         allocate()  # the file is not to blame
-    assert shortage(RuntimeError("shapes differ")) == ""
+    assert memory.shortage(RuntimeError("shapes differ")) == ""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (3 << 29, 0))
-    assert "may have 1.5 GiB" in shortage(MemoryError())  # what a limit leaves
+    assert "may have 1.5 GiB" in memory.shortage(MemoryError())  # what a limit leaves
 
 
 def test_a_peak_that_can_not_be_reset_is_that_since_the_start(monkeypatch):

@@ -31,7 +31,6 @@ from model import DiTConfig, VideoDiT
 
 SECONDS = 20  # of work, the most that a refusal may take: on a busy machine a clock would say more
 HUGE = 60_000
-BOX = [4, 4, 20, 20]
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -43,7 +42,7 @@ def png_of(width: int, height: int) -> bytes:
 
 
 def boxes(**objects) -> str:
-    return json.dumps({"objects": [{"boxes": {"0": BOX}, **objects}]})
+    return json.dumps({"objects": [{"boxes": {"0": [4, 4, 20, 20]}, **objects}]})
 
 
 def network(header: dict) -> bytes:
