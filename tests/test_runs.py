@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 import weakref
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock, call
 
@@ -229,18 +230,15 @@ def test_a_gpu_has_its_next_step_while_the_last_one_is_at_work(tmp_path, monkeyp
     """What a step gives is looked at a step later: until then the host makes batches and hands the GPU its work."""
     seen = []
 
-    def fetch(loss):
-        def read():
-            seen.append(int(loss))
-            return torch.zeros(())
-
-        return read
+    def read(loss):
+        seen.append(int(loss))
+        return torch.zeros(())
 
     class Loss(torch.Tensor):
         def isfinite(self):
             pytest.fail("the GPU's own number was read, not its copy")
 
-    monkeypatch.setattr(runs, "fetch", fetch)
+    monkeypatch.setattr(runs, "fetch", lambda loss: partial(read, loss))
     procs = parallel.Processes(0, 1, torch.device("cuda"), None)
     options = Options(save_every=6, sample_every=0)
     monkeypatch.setattr(runs, "LOG_EVERY", 100)
