@@ -52,20 +52,14 @@ from wan.vae import WanVAE
 GPU = torch.device("cuda", 0)
 
 
-class Quiet:
+class Quiet(contextlib.nullcontext):
     """Stands for a stream or an event: what is called on it does nothing."""
 
     def __init__(self, *_: object, **__: object):
-        pass
+        super().__init__()
 
     def __getattr__(self, name: str):
         return Quiet
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def apply(module: nn.Module, function, recurse: bool = True) -> nn.Module:
