@@ -6,7 +6,7 @@
 
 Prints a table and writes its rows as JSON, the same in Markdown, and a contact sheet of maps, true videos and what each
 network makes. The first rows score the true videos, what the codec leaves of them, and things cut out and pasted. The
-ablation's file has a row for each run, its table the mean and range over training seeds. Killed, the ablation resumes.
+ablation's file has a row for each run, its table the mean and range over training seeds; to resume it, run it again.
 """
 
 import json

@@ -86,12 +86,13 @@ class World:
         self.split, self.first, self.size, self.frames = split, SPLITS[split], size, frames
 
     def batch(self, indices: Sequence[int]) -> WorldBatch:
-        """Eight at a time: more at once take far more memory, and on a CPU more time."""
+        """Rendered eight at a time: more at once take far more memory, and on a CPU more time."""
         parts = [vars(self.render(indices[n : n + 8])) for n in range(0, len(indices), 8)]
         captions = [caption for part in parts for caption in part.pop("captions")]
         return WorldBatch(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, captions=captions)
 
     def render(self, indices: Sequence[int]) -> WorldBatch:
+        """`batch`, of all videos at once."""
         B, K, T, (height, width) = len(indices), MOST, self.frames, self.size
         short, extent = min(self.size), torch.tensor([width, height]).double()
         time, bank = torch.linspace(0, 1, T).double(), picture_bank(self.split, extent.device)
