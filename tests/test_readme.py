@@ -76,7 +76,7 @@ def clone(tmp_path):
     for entry in (*Path(sys.prefix).iterdir(), *Path(sys.prefix, "bin").iterdir()):
         if not (link := environment / entry.relative_to(sys.prefix)).exists():
             link.symlink_to(entry)
-    kinds = {"generator": nets.generator(), "adapter": nets.adapter()}
+    kinds = {"generator": nets.generator(layers=1), "adapter": nets.adapter(layers=1)}
     nets.save(folder / "small", **{f"{speed}_{kind}": net for kind, net in kinds.items() for speed in ("slow", "fast")})
     return folder
 
