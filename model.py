@@ -318,7 +318,7 @@ class VideoDiT(nn.Module):
             out = out.new_zeros(1, frames * height * width, out.shape[-1]).index_copy_(1, kept, out)
         out = self.split.all_tokens(out, frames, height * width)
         out = rearrange(out, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=frames, h=height, p=p, q=q, r=r)
-        if shown:  # of what the output adds faintly, a tenth: all of it would blur what is shown
+        if shown:
             out = torch.where(shown.drawn, shown.free * (out - 0.9 * out.clamp(-FAINT, FAINT) + shown.moved), out)
         if self.config.predicts == "x0":
             out = (x - out) / (t / 1000).clamp(min=LEAST_SIGMA)[:, None, :, None, None]

@@ -104,7 +104,7 @@ def measure(case: Case, repeats: int, device: torch.device) -> Iterator[dict]:
 
 @cache
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """The FLOP per second of one large matrix product: the most that this machine gives."""
+    """The FLOP per second of one large matrix product, measured once: the most that this machine gives."""
     slow = dtype == torch.bfloat16 and not parallel.fast_bfloat16(device)  # at any size
     n = 8192 if device.type == "cuda" else 512 if slow else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))

@@ -39,7 +39,7 @@ def picture_bank(split: str, device: torch.device) -> Tensor:
         pictures = np.stack([dead_leaves(SPLITS[split] + i) for i in range(BANK[split])])
         with atomic(file) as temporary, temporary.open("wb") as out:
             np.save(out, (pictures * 255).round().astype(np.uint8))
-    return torch.from_numpy(np.load(file, mmap_mode="c")).to(device)  # each is read when it is shown
+    return torch.from_numpy(np.load(file, mmap_mode="c")).to(device)  # a CPU reads each when it is shown
 
 
 def dead_leaves(seed: int) -> np.ndarray:
